@@ -1,0 +1,1 @@
+"""kvq-calib: calibrated low-bit KV caches."""

@@ -1,0 +1,1 @@
+"""From a model and text to statistics: capture, Fisher information, streaming accumulation."""

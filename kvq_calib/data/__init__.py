@@ -1,0 +1,1 @@
+"""Text for calibration and evaluation, cut into windows of token ids."""

@@ -1,0 +1,25 @@
+"""The errors users meet: each message is one line that says what was wrong and what to do."""
+
+
+class KVQError(Exception):
+    """Base of every expected failure; the command line prints its message and exits with 1."""
+
+
+class ConfigError(KVQError):
+    """A configuration key, value or combination that is not allowed."""
+
+
+class DataError(KVQError):
+    """Text that is missing, unreadable or too short."""
+
+
+class ModelError(KVQError):
+    """A model that cannot be loaded, or whose keys and values cannot be captured."""
+
+
+class CalibrationError(KVQError):
+    """A calibration run that cannot go on (non-finite activations, disagreeing ranks, ...)."""
+
+
+class RuntimeMismatchError(KVQError):
+    """A cache, a model and an artifact that do not belong together."""

@@ -1,0 +1,1 @@
+"""From weighted statistics to codebooks."""
