@@ -1,0 +1,321 @@
+"""Reference quantization in torch: this file defines the numerics that every runtime and kernel must match.
+
+One quantizer serves every recipe. An element ``y`` of channel ``c`` (after the channel's invertible transform)
+is normalised, ``u = (y - zero_point) * (1 / scale)`` in float32, and coded by its nearest level::
+
+    code = number of boundaries b with u > b,  boundaries = midpoints of the sorted codebook row
+    y'   = zero_point + scale * level[code]
+
+Outliers, ``|y - zero_point| > scale``, are coded like every other element (so by an end level) and keep
+``y - y'`` beside it in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing
+is stored twice. Every token is quantized by itself: how tokens are grouped into calls, pages or batches never
+changes a code (dynamic channel thresholds, an evaluation-only setting, are the exception).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.packing import PageLayout
+from kvq_calib.spec import KVCacheSpec, LayerGeometry, QuantSpec, RopeSpec, StorageDtype
+
+STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """The calibrated numbers of one layer's keys or values; ``C`` channels, ``H`` heads, ``P`` RoPE pairs.
+
+    Attributes:
+        bits: uint8 ``[C]``, width of each channel.
+        codebook: float32 ``[G, L]``, see :func:`kvq_calib.spec.expected_tensors`.
+        codebook_index: int32 ``[C]``, the row of each channel.
+        scale, zero_point: float32 ``[C]``, static thresholds ``zero_point -+ scale``.
+        phase: float32 ``[H, P]``, radians by which each RoPE pair is turned before quantization.
+        rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
+    """
+
+    bits: Tensor
+    codebook: Tensor
+    codebook_index: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    phase: Tensor | None = None
+    rotation: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def to(self, device: torch.device | str) -> QuantParams:
+        """The same on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes of ``T`` tokens of ``B`` sequences, before packing.
+
+    Attributes:
+        codes: uint8 ``[B, T, C]``.
+        outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
+        residual: storage dtype ``[B, T, C]``, zero where ``outliers`` is not set; ``None`` with it.
+        token_scale, token_zero_point: storage dtype ``[B, T]``; only with granularity ``token``.
+        channel_scale, channel_zero_point: float32 ``[B, 1, C]``; only with dynamic channel thresholds.
+    """
+
+    codes: Tensor
+    outliers: Tensor | None = None
+    residual: Tensor | None = None
+    token_scale: Tensor | None = None
+    token_zero_point: Tensor | None = None
+    channel_scale: Tensor | None = None
+    channel_zero_point: Tensor | None = None
+
+
+def codebook_boundaries(codebook: Tensor, bits: Tensor) -> Tensor:
+    """Decision boundaries per channel of ``codebook`` rows already gathered by channel.
+
+    Args:
+        codebook: float32 ``[C, L]``.
+        bits: integer ``[C]``.
+
+    Returns:
+        float32 ``[C, L - 1]``: midpoints of the first ``2 ** bits`` levels, then ``+inf``.
+    """
+    middle = (codebook[:, :-1] + codebook[:, 1:]) * 0.5
+    levels = (1 << bits.to(torch.int64))[:, None]
+    unused = torch.arange(1, codebook.shape[1], device=codebook.device) >= levels
+    return middle.masked_fill(unused, torch.inf)
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale`` in float32, 0 for a scale of 0 (all elements equal: each is coded by the level nearest 0)."""
+    return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def cap_per_token(outliers: Tensor, magnitude: Tensor, cap: int) -> Tensor:
+    """Keep at most ``cap`` outliers of each token: the largest ``magnitude``, ties to the lower channel.
+
+    Args:
+        outliers: bool ``[..., C]``.
+        magnitude: float32 ``[..., C]``, ``|u|``.
+        cap: most outliers to keep.
+    """
+    crowded = outliers.sum(-1) > cap
+    if not bool(crowded.any()):
+        return outliers
+    ranked = magnitude[crowded].masked_fill(~outliers[crowded], -1.0)
+    best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :cap]
+    kept = outliers.clone()
+    kept[crowded] = torch.zeros_like(outliers[crowded]).scatter(-1, best, True)
+    return kept
+
+
+def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each token, leaving out its ``per_side`` largest and smallest elements.
+
+    The zero point is the middle of what remains, rounded to the storage dtype; the scale is the largest distance
+    from it, rounded up, so that no element that remains becomes an outlier through rounding.
+
+    Args:
+        values: float32 ``[..., C]``.
+        per_side: elements left out at each end.
+        storage: dtype the pair is stored in.
+
+    Returns:
+        ``(scale, zero_point)``, each ``[...]`` in the storage dtype.
+    """
+    channels = values.shape[-1]
+    if 2 * per_side >= channels:
+        raise ValueError(f"cannot trim {per_side} elements from both ends of {channels}")
+    if per_side == 0:
+        low, high = values.amin(-1), values.amax(-1)
+    else:
+        high = values.topk(per_side + 1, dim=-1).values[..., -1]
+        low = values.topk(per_side + 1, dim=-1, largest=False).values[..., -1]
+    zero_point = ((low + high) * 0.5).to(storage)
+    exact = torch.maximum(high - zero_point.float(), zero_point.float() - low)
+    scale = exact.to(storage)
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    return torch.where(scale.float() < exact, above, scale), zero_point
+
+
+class Quantizer:
+    """Quantizes and dequantizes one layer's keys or values.
+
+    Keys are given as they are to be quantized: before RoPE where the spec says ``pre_rope``, else after it.
+
+    Args:
+        spec: what to do.
+        params: the calibrated numbers; moved to the device of the data on first use there.
+        geometry: shapes of the layer.
+        rope: its rotary embedding; needed where there are phases.
+        storage_dtype: of residuals and per-token scales.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        params: QuantParams,
+        geometry: LayerGeometry,
+        rope: RopeSpec | None = None,
+        storage_dtype: StorageDtype = "float16",
+    ) -> None:
+        self.spec = spec
+        self.params = params
+        self.geometry = geometry
+        self.rope = rope
+        self.storage = STORAGE_DTYPES[storage_dtype]
+        self.outlier_cap = spec.outliers.cap(spec.granularity, geometry.channels)
+
+    @cached_property
+    def layout(self) -> PageLayout:
+        """Where the codes stand in a page."""
+        return PageLayout(
+            widths=tuple(self.params.bits.tolist()),
+            heads=self.geometry.num_kv_heads,
+            head_dim=self.geometry.head_dim,
+            token_params=self.spec.granularity == "token",
+            outliers=self.outlier_cap > 0,
+        )
+
+    def to(self, device: torch.device | str) -> Quantizer:
+        """The same quantizer on another device."""
+        if self.params.bits.device == torch.device(device):
+            return self
+        return Quantizer(
+            self.spec,
+            self.params.to(device),
+            self.geometry,
+            self.rope,
+            "float16" if self.storage == torch.float16 else "bfloat16",
+        )
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """Levels per channel, float32 ``[C, L]``."""
+        return self.params.codebook[self.params.codebook_index.to(torch.int64)]
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """Decision boundaries per channel, float32 ``[C, L - 1]``."""
+        return codebook_boundaries(self.levels, self.params.bits)
+
+    @cached_property
+    def _phase_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.params.phase is not None and self.rope is not None
+        pairs = torch.tensor(self.rope.pairs, dtype=torch.int64, device=self.params.phase.device)
+        phase = self.params.phase[:, None, :]  # [H, 1, P]
+        return pairs[:, 0], pairs[:, 1], phase.cos(), phase.sin()
+
+    def _turn(self, x: Tensor, sign: float) -> Tensor:
+        first, second, cos, sin = self._phase_factors
+        x0, x1 = x[..., first], x[..., second]
+        turned = x.clone()
+        turned[..., first] = cos * x0 - sign * sin * x1
+        turned[..., second] = sign * sin * x0 + cos * x1
+        return turned
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Heads to channels, with the spec's phases or rotation: ``[B, H, T, D]`` to float32 ``[B, T, C]``."""
+        x = x.float()
+        if self.params.phase is not None:
+            x = self._turn(x, 1.0)
+        if self.params.rotation is not None:
+            x = x @ self.params.rotation
+        return x.transpose(1, 2).flatten(2)
+
+    def inverse_transform(self, y: Tensor) -> Tensor:
+        """Invert :meth:`transform`: ``[B, T, C]`` to float32 ``[B, H, T, D]``."""
+        x = y.unflatten(-1, (self.geometry.num_kv_heads, self.geometry.head_dim)).transpose(1, 2)
+        if self.params.rotation is not None:
+            x = x @ self.params.rotation.mT
+        if self.params.phase is not None:
+            x = self._turn(x, -1.0)
+        return x
+
+    def _dynamic_channels(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point per sequence and channel from ``y [B, T, C]`` itself, each ``[B, 1, C]``."""
+        tail = self.spec.outliers.fraction / 2
+        low, high = torch.quantile(y, torch.tensor([tail, 1 - tail], device=y.device, dtype=y.dtype), dim=1)
+        return ((high - low) * 0.5)[:, None], ((high + low) * 0.5)[:, None]
+
+    def _normalised_channels(self, y: Tensor) -> Tensor:
+        """The static channel normalisation that precedes per-token thresholds, where the spec has one."""
+        if not self.spec.channel_normalized:
+            return y
+        assert self.params.scale is not None and self.params.zero_point is not None
+        return (y - self.params.zero_point) * reciprocal(self.params.scale)
+
+    def encode(self, codes_of: Tensor) -> Tensor:
+        """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``."""
+        if self.params.codebook.shape[0] == 1 and bool((self.params.bits == self.params.bits[0]).all()):
+            return torch.bucketize(codes_of, self.boundaries[0]).to(torch.uint8)
+        batch, tokens, channels = codes_of.shape
+        by_channel = codes_of.permute(2, 0, 1).reshape(channels, batch * tokens).contiguous()
+        codes = torch.searchsorted(self.boundaries, by_channel).to(torch.uint8)
+        return codes.view(channels, batch, tokens).permute(1, 2, 0)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Levels of codes: uint8 ``[B, T, C]`` to float32 ``[B, T, C]``."""
+        if self.params.codebook.shape[0] == 1:
+            return self.params.codebook[0][codes.to(torch.int64)]
+        channel = torch.arange(codes.shape[-1], device=codes.device)
+        return self.levels[channel, codes.to(torch.int64)]
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Quantize ``[B, H, T, D]`` keys or values."""
+        y = self._normalised_channels(self.transform(x))
+        token_scale = token_zero_point = channel_scale = channel_zero_point = None
+        if self.spec.granularity == "token":
+            per_side = self.spec.outliers.per_side(y.shape[-1])
+            token_scale, token_zero_point = token_thresholds(y, per_side, self.storage)
+            scale, zero_point = token_scale.float()[..., None], token_zero_point.float()[..., None]
+        elif self.spec.dynamic:
+            channel_scale, channel_zero_point = self._dynamic_channels(y)
+            scale, zero_point = channel_scale, channel_zero_point
+        else:
+            assert self.params.scale is not None and self.params.zero_point is not None
+            scale, zero_point = self.params.scale, self.params.zero_point
+        distance = y - zero_point
+        normalised = distance * reciprocal(scale)
+        codes = self.encode(normalised)
+        outliers = residual = None
+        if self.outlier_cap:
+            outliers = cap_per_token(distance.abs() > scale, normalised.abs(), self.outlier_cap)
+            dense = zero_point + scale * self.decode(codes)
+            residual = torch.where(outliers, y - dense, 0.0).to(self.storage)
+        return Quantized(
+            codes, outliers, residual, token_scale, token_zero_point, channel_scale, channel_zero_point
+        )
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """Keys or values from codes: float32 ``[B, H, T, D]``."""
+        y = self.decode(q.codes)
+        if q.token_scale is not None and q.token_zero_point is not None:
+            y = q.token_zero_point.float()[..., None] + q.token_scale.float()[..., None] * y
+        elif q.channel_scale is not None and q.channel_zero_point is not None:
+            y = q.channel_zero_point + q.channel_scale * y
+        else:
+            assert self.params.scale is not None and self.params.zero_point is not None
+            y = self.params.zero_point + self.params.scale * y
+        if q.residual is not None:
+            y = y + q.residual.float()
+        if self.spec.channel_normalized:
+            assert self.params.scale is not None and self.params.zero_point is not None
+            y = self.params.zero_point + self.params.scale * y
+        return self.inverse_transform(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What a reader of the cache sees of ``x``: float32 ``[B, H, T, D]``."""
+        return self.dequantize(self.quantize(x))
+
+
+def roundtrip_storage(x: Tensor, spec: KVCacheSpec) -> Tensor:
+    """What a reader sees of a token that is kept exact: ``x`` rounded to the storage dtype."""
+    return x.to(STORAGE_DTYPES[spec.storage_dtype]).to(x.dtype)

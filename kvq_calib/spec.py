@@ -1,0 +1,285 @@
+"""What is quantized, and how: the declarative half of every artifact.
+
+The types here are frozen and strict: an illegal combination cannot be constructed and an unknown key is an
+error. The expected name, shape and dtype of every stored tensor is a pure function of them
+(:func:`expected_tensors`), so a file can be checked before it is used.
+
+Vocabulary (KVQuant, arXiv 2401.18079): *channel* is one coordinate of one key-value head, numbered
+``head * head_dim + coordinate`` over the ``C = num_kv_heads * head_dim`` channels of a layer; *static* thresholds
+come from calibration and *dynamic* ones from the data being quantized; a *codebook* is the sorted list of levels
+in the normalised range ``[-1, 1]``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
+
+Granularity = Literal["channel", "token"]
+Datatype = Literal["uniform", "normal_float", "kmeans", "learned"]
+StorageDtype = Literal["float16", "bfloat16"]
+
+MAX_BITS = 8
+#: Largest head dimension an outlier index can address (see ``packing.py``).
+MAX_HEAD_DIM = 2048
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class OutlierSpec(_Frozen):
+    """Dense-and-sparse storage (KVQuant section 3.4): which elements keep an exact residual.
+
+    An element is an outlier when ``|x - zero_point| > scale``; of one token's outliers at most the
+    ``max_per_token`` largest in ``|x - zero_point| / scale`` are kept (ties: the lower channel), the others are
+    clamped.
+
+    Attributes:
+        fraction: share of elements meant to be outliers, 0 to 0.05. Thresholds are the ``fraction / 2`` and
+            ``1 - fraction / 2`` quantiles of a channel, or of a token.
+        max_per_token: cap per token and layer; ``None`` derives it from the geometry (:meth:`cap`).
+    """
+
+    fraction: Annotated[float, Field(ge=0.0, le=0.05)] = 0.0
+    max_per_token: Annotated[int, Field(ge=1)] | None = None
+
+    def per_side(self, channels: int) -> int:
+        """Elements trimmed from each end of a token of ``channels`` elements (dynamic token thresholds)."""
+        if self.fraction == 0.0:
+            return 0
+        return max(1, round(self.fraction * channels / 2))
+
+    def cap(self, granularity: Granularity, channels: int) -> int:
+        """Most outliers one token may keep.
+
+        Token thresholds trim exactly ``2 * per_side`` elements. Channel thresholds select a number that varies
+        from token to token, so the derived cap leaves room: a quarter of the channels.
+        """
+        if self.fraction == 0.0:
+            return 0
+        derived = 2 * self.per_side(channels) if granularity == "token" else max(1, channels // 4)
+        return min(channels, derived if self.max_per_token is None else self.max_per_token)
+
+
+class QuantSpec(_Frozen):
+    """How the keys or the values of one layer are quantized.
+
+    Attributes:
+        bits: nominal bits per element, 1 to 8. With ``variable_bits`` the widths of the single channels, 0 to 8,
+            stand in the artifact and ``bits`` is the widest one allowed.
+        variable_bits: channels have widths of their own.
+        granularity: one scale and zero point per ``channel``, or per ``token`` (over all channels of the layer).
+        dynamic: thresholds from the data being quantized rather than from calibration. Always true per token.
+            Per channel it is an evaluation-only setting, since a stream has no such statistics in advance.
+        channel_normalized: only per token: a static scale and zero point per channel is applied first.
+        datatype: how the levels were chosen. It is a fact about the codebook, not a different code path.
+        pre_rope: keys only: quantized before the rotary embedding.
+        phase: keys only: each RoPE pair is turned by an angle of its own before quantization.
+        rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
+        outliers: dense-and-sparse storage.
+        q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
+    """
+
+    bits: Annotated[int, Field(ge=1, le=MAX_BITS)]
+    variable_bits: bool = False
+    granularity: Granularity = "channel"
+    dynamic: bool = False
+    channel_normalized: bool = False
+    datatype: Datatype = "kmeans"
+    pre_rope: bool = True
+    phase: bool = False
+    rotation: bool = False
+    outliers: OutlierSpec = OutlierSpec()
+    q_norm: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantSpec:
+        if self.granularity == "token" and not self.dynamic:
+            raise ValueError("granularity 'token' needs dynamic: true (a token's scale is only known with the token)")
+        if self.granularity == "channel" and self.channel_normalized:
+            raise ValueError("channel_normalized is only meaningful with granularity 'token'")
+        if self.phase and self.rotation:
+            raise ValueError("phase is for keys and rotation for values: one tensor cannot have both")
+        if self.phase and not self.pre_rope:
+            raise ValueError("phase needs pre_rope: true")
+        return self
+
+    @property
+    def static_channels(self) -> bool:
+        """Whether a calibrated scale and zero point per channel is stored."""
+        return (self.granularity == "channel" and not self.dynamic) or self.channel_normalized
+
+
+class LayerSpec(_Frozen):
+    """Keys and values of one layer."""
+
+    key: QuantSpec
+    value: QuantSpec
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerSpec:
+        if self.key.rotation:
+            raise ValueError("rotation is for values only")
+        if self.value.phase:
+            raise ValueError("phase is for keys only")
+        return self
+
+    def of(self, kind: Kind) -> QuantSpec:
+        """The spec of ``kind``."""
+        return self.key if kind == "key" else self.value
+
+
+class KVCacheSpec(_Frozen):
+    """The whole cache.
+
+    Attributes:
+        key, value: what holds for every layer.
+        layers: overrides by layer number; negative numbers count from the end, as in Python.
+        sink_tokens: this many first tokens of a sequence stay exact (KVQuant section 3.6, attention sink).
+        recent_tokens: this many newest tokens stay exact.
+        storage_dtype: of exact tokens, outlier residuals and per-token scales.
+    """
+
+    key: QuantSpec
+    value: QuantSpec
+    layers: dict[int, LayerSpec] = Field(default_factory=dict)
+    sink_tokens: Annotated[int, Field(ge=0, le=1024)] = 1
+    recent_tokens: Annotated[int, Field(ge=0, le=65536)] = 0
+    storage_dtype: StorageDtype = "float16"
+
+    @model_validator(mode="after")
+    def _check(self) -> KVCacheSpec:
+        LayerSpec(key=self.key, value=self.value)
+        return self
+
+    def resolved(self, num_layers: int) -> tuple[LayerSpec, ...]:
+        """One :class:`LayerSpec` per layer.
+
+        Raises:
+            ValueError: an override names a layer that does not exist, or one layer twice.
+        """
+        default = LayerSpec(key=self.key, value=self.value)
+        layers = [default] * num_layers
+        seen: set[int] = set()
+        for number, layer in self.layers.items():
+            if not -num_layers <= number < num_layers:
+                raise ValueError(f"layer override {number}: the model has {num_layers} layers")
+            index = number % num_layers
+            if index in seen:
+                raise ValueError(f"layer {index} is overridden twice")
+            seen.add(index)
+            layers[index] = layer
+        return tuple(layers)
+
+
+class RopeSpec(_Frozen):
+    """A rotary embedding in numbers that need no model code.
+
+    Pair ``p`` of a head, ``(x0, x1) = (x[pairs[p][0]], x[pairs[p][1]])``, at ``position`` becomes
+    ``scaling * (cos a * x0 - sin a * x1, sin a * x0 + cos a * x1)`` with ``a = position * inv_freq[p]``.
+    Channels in no pair are not rotated (partial rotary) and are not scaled.
+
+    Attributes:
+        pairs: channel numbers within a head, ``[P][2]``.
+        inv_freq: radians per token, ``[P]``.
+        attention_scaling: the factor on cos and sin (YaRN, LongRoPE), usually 1.
+        length_dependent: the model changes ``inv_freq`` with the length of the text (dynamic NTK, LongRoPE); the
+            numbers here hold for the length at calibration.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    inv_freq: tuple[float, ...]
+    attention_scaling: Annotated[float, Field(gt=0)] = 1.0
+    length_dependent: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeSpec:
+        if len(self.pairs) != len(self.inv_freq):
+            raise ValueError("a RopeSpec needs one inv_freq for each pair")
+        channels = [channel for pair in self.pairs for channel in pair]
+        if len(set(channels)) != len(channels) or any(channel < 0 for channel in channels):
+            raise ValueError("RoPE pairs must name distinct channels")
+        return self
+
+
+class LayerGeometry(_Frozen):
+    """Shapes of one attention layer.
+
+    Attributes:
+        num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
+        sliding_window: tokens a query can see, or ``None`` for all.
+        rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
+    """
+
+    num_query_heads: Annotated[int, Field(ge=1)]
+    num_kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    rope: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerGeometry:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} key-value heads"
+            )
+        return self
+
+    @property
+    def channels(self) -> int:
+        """``C = num_kv_heads * head_dim``."""
+        return self.num_kv_heads * self.head_dim
+
+
+class KVGeometry(_Frozen):
+    """Shapes of every attention layer, and the rotary embeddings they use."""
+
+    layers: tuple[LayerGeometry, ...] = Field(min_length=1)
+    ropes: tuple[RopeSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> KVGeometry:
+        for index, layer in enumerate(self.layers):
+            if layer.rope is None:
+                continue
+            if layer.rope >= len(self.ropes):
+                raise ValueError(f"layer {index} names rotary embedding {layer.rope}, there are {len(self.ropes)}")
+            if any(channel >= layer.head_dim for pair in self.ropes[layer.rope].pairs for channel in pair):
+                raise ValueError(f"layer {index}: a RoPE pair lies outside the head of {layer.head_dim}")
+        return self
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """The rotary embedding of ``layer``."""
+        index = self.layers[layer].rope
+        return None if index is None else self.ropes[index]
+
+
+#: Shape (``None`` is "any, at least 1") and dtype name of one stored tensor.
+TensorShape = tuple[tuple[int | None, ...], str]
+
+
+def expected_tensors(spec: QuantSpec, geometry: LayerGeometry, rope: RopeSpec | None) -> dict[str, TensorShape]:
+    """Names, shapes and dtypes of the tensors that describe one layer's keys or values.
+
+    ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels of the channels
+    whose ``codebook_index`` is ``g``, then repeats its last level.
+    """
+    channels = geometry.channels
+    tensors: dict[str, TensorShape] = {
+        "bits": ((channels,), "uint8"),
+        "codebook": ((None, None), "float32"),
+        "codebook_index": ((channels,), "int32"),
+    }
+    if spec.static_channels:
+        tensors["scale"] = ((channels,), "float32")
+        tensors["zero_point"] = ((channels,), "float32")
+    if spec.phase and rope is not None:
+        tensors["phase"] = ((geometry.num_kv_heads, len(rope.pairs)), "float32")
+    if spec.rotation:
+        tensors["rotation"] = ((geometry.num_kv_heads, geometry.head_dim, geometry.head_dim), "float32")
+    return tensors
