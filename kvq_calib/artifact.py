@@ -1,0 +1,417 @@
+"""The artifact: one safetensors file that says everything a reader needs. ``docs/format.md`` is normative.
+
+Tensors are named ``layers.{i}.{key|value}.{name}`` as :func:`kvq_calib.spec.expected_tensors` lists them. The
+safetensors metadata holds one entry, ``kvq``: a JSON object with sorted keys (one entry, because the order of
+several is not defined and the same inputs must give the same bytes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kvq_calib.errors import KVQError
+from kvq_calib.files import write_atomically
+from kvq_calib.packing import storage_bytes
+from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, expected_tensors
+
+FORMAT_VERSION = 1
+METADATA_KEY = "kvq"
+#: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
+MAX_FILE_BYTES = 8 << 30
+
+
+class ArtifactError(KVQError):
+    """An artifact that cannot be used."""
+
+
+class ArtifactFileError(ArtifactError):
+    """Not a readable safetensors file: missing, truncated, or a header that lies."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """Written by a later format version than this reader knows."""
+
+
+class ArtifactMetadataError(ArtifactError):
+    """Metadata that is missing, malformed or contradicts itself."""
+
+
+class ArtifactTensorError(ArtifactError):
+    """A tensor that is missing, unknown, or has the wrong shape or dtype."""
+
+
+class ArtifactValueError(ArtifactError):
+    """A tensor with values no quantizer can have: NaN, unsorted levels, widths out of range, ..."""
+
+
+class ArtifactDigestError(ArtifactError):
+    """Content that does not match its own digest: the file was damaged or edited."""
+
+
+class ArtifactModelError(ArtifactError):
+    """The artifact was calibrated for another model."""
+
+
+@dataclass(frozen=True)
+class LayerParams:
+    """The calibrated numbers of one layer."""
+
+    key: QuantParams
+    value: QuantParams
+
+    def of(self, kind: Kind) -> QuantParams:
+        """The numbers of ``kind``."""
+        return self.key if kind == "key" else self.value
+
+
+@dataclass(frozen=True)
+class KVArtifact:
+    """A calibrated key-value cache.
+
+    Attributes:
+        spec: what is quantized how.
+        geometry: shapes and rotary embeddings of the model's attention layers.
+        layers: the numbers of each layer.
+        model: the model it is for: ``id`` (as the user named it) and ``config``, the fields a model must share.
+        calibration: where the numbers come from: data, hashes, window, seed, settings, library versions.
+        outliers_per_token: expected outliers of one token, per kind and layer, measured at calibration.
+    """
+
+    spec: KVCacheSpec
+    geometry: KVGeometry
+    layers: tuple[LayerParams, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    outliers_per_token: Mapping[Kind, Sequence[float]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ use
+
+    def quantizers(self, device: torch.device | str = "cpu") -> list[dict[Kind, Quantizer]]:
+        """One reference quantizer per layer and kind."""
+        specs = self.spec.resolved(len(self.layers))
+        return [
+            {
+                kind: Quantizer(
+                    specs[index].of(kind),
+                    params.of(kind),
+                    self.geometry.layers[index],
+                    self.geometry.rope_of(index),
+                    self.spec.storage_dtype,
+                ).to(device)
+                for kind in KINDS
+            }
+            for index, params in enumerate(self.layers)
+        ]
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that this artifact is not for.
+
+        Args:
+            config: :func:`kvq_calib.models.model_fingerprint` of the model.
+
+        Raises:
+            ArtifactModelError: names the first field that differs.
+        """
+        expected = dict(self.model.get("config", {}))
+        for name in sorted(expected.keys() | config.keys()):
+            if expected.get(name) != config.get(name):
+                raise ArtifactModelError(
+                    f"the artifact is for {self.model.get('id', 'another model')} with {name} = "
+                    f"{expected.get(name)!r}, this model has {config.get(name)!r}; calibrate this model first"
+                )
+
+    def storage(
+        self,
+        context: int,
+        batch: int = 1,
+        recent_tokens: int | None = None,
+        outliers_per_token: Mapping[Kind, Sequence[float]] | None = None,
+    ) -> dict[str, float]:
+        """Bytes of a packed cache of ``batch`` sequences of ``context`` tokens, by kind of buffer.
+
+        Args:
+            context: tokens of one sequence.
+            batch: sequences.
+            recent_tokens: exact window; the spec's by default.
+            outliers_per_token: measured outliers per token, layer and kind; those of calibration by default.
+        """
+        recent = self.spec.recent_tokens if recent_tokens is None else recent_tokens
+        rates = self.outliers_per_token if outliers_per_token is None else outliers_per_token
+        total: dict[str, float] = {}
+        for index, quantizers in enumerate(self.quantizers()):
+            for kind, quantizer in quantizers.items():
+                rate = rates[kind][index] if kind in rates else 0.0
+                sizes = storage_bytes(
+                    quantizer.layout,
+                    context=context,
+                    batch=batch,
+                    sink_tokens=self.spec.sink_tokens,
+                    recent_tokens=recent,
+                    outliers=rate * context * batch,
+                )
+                sizes["parameters"] = sum(t.nbytes for t in quantizer.params.tensors().values())
+                for name, size in sizes.items():
+                    total[name] = total.get(name, 0.0) + size
+        return total
+
+    def elements(self, context: int, batch: int = 1) -> int:
+        """Numbers an unquantized cache would hold: keys and values of every layer."""
+        return sum(2 * layer.channels for layer in self.geometry.layers) * context * batch
+
+    def bits_per_element(
+        self,
+        context: int,
+        batch: int = 1,
+        outliers_per_token: Mapping[Kind, Sequence[float]] | None = None,
+    ) -> float:
+        """Everything stored for ``context`` tokens, in bits, over the numbers an unquantized cache would hold."""
+        total = sum(self.storage(context, batch, outliers_per_token=outliers_per_token).values())
+        return 8 * total / self.elements(context, batch)
+
+    # ---------------------------------------------------------------- write
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"layers.{index}.{kind}.{name}": tensor.detach().cpu().contiguous()
+            for index, params in enumerate(self.layers)
+            for kind in KINDS
+            for name, tensor in params.of(kind).tensors().items()
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "spec": self.spec.model_dump(mode="json"),
+            "geometry": self.geometry.model_dump(mode="json"),
+            "model": dict(self.model),
+            "calibration": dict(self.calibration),
+            "outliers_per_token": {kind: list(rates) for kind, rates in self.outliers_per_token.items()},
+        }
+
+    def to_bytes(self) -> bytes:
+        """The file's content; a pure function of this object.
+
+        Raises:
+            ArtifactError: this object breaks a rule that :meth:`load` checks.
+        """
+        tensors, metadata = self._tensors(), self._metadata()
+        _validate(self.spec, self.geometry, tensors)
+        metadata["digest"] = _digest(metadata, tensors)
+        return safetensors.torch.save(tensors, {METADATA_KEY: _canonical(metadata)})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the artifact: whole, or not at all."""
+        write_atomically(path, self.to_bytes())
+
+    # ----------------------------------------------------------------- read
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> KVArtifact:
+        """Read and check an artifact.
+
+        Raises:
+            ArtifactError: its subclass and message say what is wrong with the file.
+        """
+        file = Path(path)
+        try:
+            size = file.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ArtifactFileError(f"{file} has {size} bytes: too large to be an artifact")
+            data = file.read_bytes()
+        except OSError as error:
+            raise ArtifactFileError(f"cannot read artifact {file}: {error.strerror or error}") from error
+        return cls.from_bytes(data, name=str(file))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "artifact") -> KVArtifact:
+        """Check and build an artifact from a file's content; ``name`` is used in messages."""
+        metadata, tensors = _parse(data, name)
+        version = metadata.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ArtifactMetadataError(f"{name}: format_version is {version!r}, not a positive number")
+        if version > FORMAT_VERSION:
+            raise ArtifactVersionError(
+                f"{name} has format version {version}, this release reads up to {FORMAT_VERSION}; update kvq-calib"
+            )
+        stated = metadata.pop("digest", None)
+        if stated != _digest(metadata, tensors):
+            raise ArtifactDigestError(f"{name} is damaged: its content does not match its digest; copy it again")
+        try:
+            spec = KVCacheSpec.model_validate(metadata.get("spec"))
+            geometry = KVGeometry.model_validate(metadata.get("geometry"))
+        except ValidationError as error:
+            raise ArtifactMetadataError(f"{name}: {first_problem(error)}") from error
+        unknown = metadata.keys() - {
+            "format_version", "spec", "geometry", "model", "calibration", "outliers_per_token"
+        }  # fmt: skip
+        if unknown:
+            raise ArtifactMetadataError(f"{name}: unknown metadata {sorted(unknown)[0]!r}")
+        for section in ("model", "calibration"):
+            if not isinstance(metadata.get(section), dict):
+                raise ArtifactMetadataError(f"{name}: metadata {section!r} is not an object")
+        rates = _check_rates(metadata.get("outliers_per_token"), len(geometry.layers), name)
+        try:
+            _validate(spec, geometry, tensors)
+        except ArtifactError as error:
+            raise type(error)(f"{name}: {error}") from None
+        layers = tuple(
+            LayerParams(
+                **{
+                    kind: QuantParams(
+                        **{
+                            tensor_name.rsplit(".", 1)[1]: tensor
+                            for tensor_name, tensor in tensors.items()
+                            if tensor_name.startswith(f"layers.{index}.{kind}.")
+                        }
+                    )
+                    for kind in KINDS
+                }
+            )
+            for index in range(len(geometry.layers))
+        )
+        return cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line from a pydantic error: where, and what."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "no such key"
+    return f"{place}: {message}" if place else message
+
+
+def _canonical(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the canonical metadata without its digest and, sorted by name, every tensor."""
+    state = hashlib.sha256(_canonical(metadata).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        state.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        tensors = safetensors.torch.load(data)
+        header_size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_size])
+    # A hostile header can fail anywhere between the parser and the tensor constructor.
+    except Exception as error:
+        raise ArtifactFileError(f"{name} is not a readable safetensors file: {_one_line(error)}") from error
+    text = (header.get("__metadata__") or {}).get(METADATA_KEY)
+    if text is None:
+        raise ArtifactMetadataError(f"{name} is a safetensors file, but not an artifact of kvq-calib")
+    try:
+        metadata = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactMetadataError(f"{name}: its metadata is not JSON ({_one_line(error)})") from error
+    if not isinstance(metadata, dict):
+        raise ArtifactMetadataError(f"{name}: its metadata is not a JSON object")
+    return metadata, tensors
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_rates(rates: object, layers: int, name: str) -> dict[Kind, list[float]]:
+    if not isinstance(rates, dict) or set(rates) != set(KINDS):
+        raise ArtifactMetadataError(f"{name}: outliers_per_token must have 'key' and 'value'")
+    checked: dict[Kind, list[float]] = {}
+    for kind in KINDS:
+        values = rates[kind]
+        if not isinstance(values, list) or len(values) != layers:
+            raise ArtifactMetadataError(f"{name}: outliers_per_token.{kind} must have {layers} numbers")
+        for value in values:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ArtifactMetadataError(f"{name}: outliers_per_token.{kind} has {value!r}")
+        checked[kind] = [float(value) for value in values]
+    return checked
+
+
+def _validate(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> None:
+    """Check names, shapes, dtypes and ranges of every tensor against spec and geometry."""
+    try:
+        resolved = spec.resolved(len(geometry.layers))
+    except ValueError as error:
+        raise ArtifactMetadataError(str(error)) from error
+    missing = set(tensors)
+    for index, layer in enumerate(resolved):
+        rope = geometry.rope_of(index)
+        for kind in KINDS:
+            prefix = f"layers.{index}.{kind}."
+            quant = layer.of(kind)
+            for name, (shape, dtype) in expected_tensors(quant, geometry.layers[index], rope).items():
+                tensor = tensors.get(prefix + name)
+                if tensor is None:
+                    raise ArtifactTensorError(f"tensor {prefix}{name} is missing")
+                missing.discard(prefix + name)
+                actual = tuple(tensor.shape)
+                fits = len(actual) == len(shape) and all(
+                    size >= 1 if wanted is None else size == wanted
+                    for size, wanted in zip(actual, shape, strict=True)
+                )
+                if not fits or str(tensor.dtype) != f"torch.{dtype}":
+                    wanted_shape = ["any" if size is None else size for size in shape]
+                    raise ArtifactTensorError(
+                        f"tensor {prefix}{name} is {str(tensor.dtype).removeprefix('torch.')} {list(actual)}, "
+                        f"not {dtype} {wanted_shape}"
+                    )
+            _validate_values(prefix, quant, tensors)
+    if missing:
+        raise ArtifactTensorError(f"tensor {sorted(missing)[0]} is unknown")
+
+
+def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
+    def problem(name: str, what: str) -> ArtifactValueError:
+        return ArtifactValueError(f"tensor {prefix}{name} {what}")
+
+    for name in ("codebook", "scale", "zero_point", "phase", "rotation"):
+        tensor = tensors.get(prefix + name)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise problem(name, "has values that are not finite")
+    bits, codebook = tensors[prefix + "bits"], tensors[prefix + "codebook"]
+    index = tensors[prefix + "codebook_index"]
+    if spec.variable_bits:
+        if int(bits.max()) > spec.bits:
+            raise problem("bits", f"has widths over {spec.bits}")
+    elif bool((bits != spec.bits).any()):
+        raise problem("bits", f"must be {spec.bits} everywhere")
+    levels = 1 << int(bits.max())
+    if codebook.shape[1] < levels or codebook.shape[1] > 256:
+        raise problem("codebook", f"has {codebook.shape[1]} columns for {levels} levels")
+    if bool((codebook[:, 1:] < codebook[:, :-1]).any()):
+        raise problem("codebook", "has unsorted levels")
+    if int(index.min()) < 0 or int(index.max()) >= codebook.shape[0]:
+        raise problem("codebook_index", f"points outside the {codebook.shape[0]} codebooks")
+    scale = tensors.get(prefix + "scale")
+    if scale is not None and bool((scale <= 0).any()):
+        raise problem("scale", "must be positive")
+    rotation = tensors.get(prefix + "rotation")
+    if rotation is not None:
+        identity = torch.eye(rotation.shape[-1])
+        if bool(((rotation @ rotation.mT - identity).abs() > 1e-3).any()):
+            raise problem("rotation", "is not orthogonal")
