@@ -1,0 +1,81 @@
+"""Tiny random models of every supported family: same code paths as the real ones, milliseconds to run."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    },
+    "gpt_neox": {
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    },
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 16},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "stablelm": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    },
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "cohere": {"logit_scale": 0.25},
+    "glm": {"head_dim": 16},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "ernie4_5": {"head_dim": 16},
+}
+"""Family (`model_type`) to what its configuration has beyond the common sizes."""
+
+
+def tiny_config(family: str, **overrides: object):
+    """Return the configuration of a tiny model; `overrides` replace single fields."""
+    known = FAMILIES.get(family, {})
+    return AutoConfig.for_model(family, **{**_COMMON, **known, **overrides})
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """Return a random float32 model in eval mode, the same for the same arguments."""
+    config = tiny_config(family, **overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases start at one and zero, which would hide mistakes
+                with torch.no_grad():
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+            assert torch.isfinite(parameter).all(), name
+    model.generation_config.eos_token_id = None
+    return model.eval().requires_grad_(False)
+
+
+def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Return random token ids [batch, tokens]."""
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
