@@ -57,6 +57,26 @@ class QuantParams:
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """Keys or values on the codebook's scale.
+
+    Attributes:
+        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and static normalisation.
+        normalised: float32 ``[B, T, C]``, ``(y - zero_point) / scale``.
+        scale, zero_point: float32, broadcast against ``y``.
+        outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
+        token: scale and zero point per token ``[B, T]`` as stored; only with granularity ``token``.
+    """
+
+    y: Tensor
+    normalised: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    outliers: Tensor | None
+    token: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Codes of ``T`` tokens of ``B`` sequences, before packing.
 
@@ -252,12 +272,12 @@ class Quantizer:
         assert self.params.scale is not None and self.params.zero_point is not None
         return (y - self.params.zero_point) * reciprocal(self.params.scale)
 
-    def encode(self, codes_of: Tensor) -> Tensor:
+    def encode(self, normalised: Tensor) -> Tensor:
         """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``."""
         if self.params.codebook.shape[0] == 1 and bool((self.params.bits == self.params.bits[0]).all()):
-            return torch.bucketize(codes_of, self.boundaries[0]).to(torch.uint8)
-        batch, tokens, channels = codes_of.shape
-        by_channel = codes_of.permute(2, 0, 1).reshape(channels, batch * tokens).contiguous()
+            return torch.bucketize(normalised, self.boundaries[0]).to(torch.uint8)
+        batch, tokens, channels = normalised.shape
+        by_channel = normalised.permute(2, 0, 1).reshape(channels, batch * tokens).contiguous()
         codes = torch.searchsorted(self.boundaries, by_channel).to(torch.uint8)
         return codes.view(channels, batch, tokens).permute(1, 2, 0)
 
@@ -268,30 +288,43 @@ class Quantizer:
         channel = torch.arange(codes.shape[-1], device=codes.device)
         return self.levels[channel, codes.to(torch.int64)]
 
-    def quantize(self, x: Tensor) -> Quantized:
-        """Quantize ``[B, H, T, D]`` keys or values."""
+    def normalise(self, x: Tensor) -> Normalised:
+        """Bring ``[B, H, T, D]`` keys or values into the codebook's range and mark the outliers."""
         y = self._normalised_channels(self.transform(x))
-        token_scale = token_zero_point = channel_scale = channel_zero_point = None
+        token = None
         if self.spec.granularity == "token":
-            per_side = self.spec.outliers.per_side(y.shape[-1])
-            token_scale, token_zero_point = token_thresholds(y, per_side, self.storage)
-            scale, zero_point = token_scale.float()[..., None], token_zero_point.float()[..., None]
+            token = token_thresholds(y, self.spec.outliers.per_side(y.shape[-1]), self.storage)
+            scale, zero_point = (part.float()[..., None] for part in token)
         elif self.spec.dynamic:
-            channel_scale, channel_zero_point = self._dynamic_channels(y)
-            scale, zero_point = channel_scale, channel_zero_point
+            scale, zero_point = self._dynamic_channels(y)
         else:
             assert self.params.scale is not None and self.params.zero_point is not None
             scale, zero_point = self.params.scale, self.params.zero_point
         distance = y - zero_point
         normalised = distance * reciprocal(scale)
-        codes = self.encode(normalised)
-        outliers = residual = None
+        outliers = None
         if self.outlier_cap:
             outliers = cap_per_token(distance.abs() > scale, normalised.abs(), self.outlier_cap)
-            dense = zero_point + scale * self.decode(codes)
-            residual = torch.where(outliers, y - dense, 0.0).to(self.storage)
+        return Normalised(y, normalised, scale, zero_point, outliers, token)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Quantize ``[B, H, T, D]`` keys or values."""
+        n = self.normalise(x)
+        codes = self.encode(n.normalised)
+        residual = None
+        if n.outliers is not None:
+            dense = n.zero_point + n.scale * self.decode(codes)
+            residual = torch.where(n.outliers, n.y - dense, 0.0).to(self.storage)
+        token_scale, token_zero_point = n.token or (None, None)
+        dynamic_channels = self.spec.granularity == "channel" and self.spec.dynamic
         return Quantized(
-            codes, outliers, residual, token_scale, token_zero_point, channel_scale, channel_zero_point
+            codes,
+            n.outliers,
+            residual,
+            token_scale,
+            token_zero_point,
+            n.scale if dynamic_channels else None,
+            n.zero_point if dynamic_channels else None,
         )
 
     def dequantize(self, q: Quantized) -> Tensor:

@@ -1,0 +1,223 @@
+"""Streaming statistics: their size depends on channels and bins, never on tokens, and two of them add.
+
+:class:`ChannelHistogram` sketches the distribution of every channel, for thresholds; :class:`LevelHistogram`
+collects the weighted distribution of normalised values, for codebooks. Both accumulate exact integer counts or
+float64 sums, so that splitting the text over ranks, or stopping and resuming, changes nothing that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.errors import CalibrationError
+
+CHANNEL_BINS = 1024
+LEVEL_BINS = 4096
+#: Narrowest bins are 2 ** -140, so that a channel of zeros needs no special case.
+_SMALLEST_EXPONENT = -140
+
+
+class Statistics(Protocol):
+    """What the pipeline asks of an accumulator."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+
+
+class ChannelHistogram:
+    """Distribution of each channel in equal bins that widen by powers of two as larger values arrive.
+
+    Bin edges are multiples of ``2 ** exponent[c]`` around 0, and widening joins neighbours, so the result depends
+    on the values alone and not on their order. Counts are exact; quantiles are interpolated within a bin, whose
+    width is below 1/256 of the channel's largest magnitude.
+
+    Args:
+        channels: number of channels ``C``.
+        device: where to accumulate.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(channels, CHANNEL_BINS, dtype=torch.int64, device=device)
+        self.exponent = torch.full((channels,), _SMALLEST_EXPONENT, dtype=torch.int32, device=device)
+        self.low = torch.full((channels,), torch.inf, device=device)
+        self.high = torch.full((channels,), -torch.inf, device=device)
+
+    def _widen(self, exponent: Tensor) -> None:
+        """Join bins until each channel has at least ``exponent``."""
+        shift = (exponent - self.exponent).clamp(min=0)
+        if not bool(shift.any()):
+            return
+        half = CHANNEL_BINS // 2
+        bins = torch.arange(CHANNEL_BINS, device=self.counts.device) - half
+        target = (bins >> shift[:, None].clamp(max=31).to(torch.int64)) + half
+        self.counts = torch.zeros_like(self.counts).scatter_add_(1, target, self.counts)
+        self.exponent = torch.maximum(self.exponent, exponent)
+
+    def _exponent_for(self, low: Tensor, high: Tensor) -> Tensor:
+        largest = torch.maximum(low.abs(), high.abs()).double()
+        _, exponent = torch.frexp(largest)  # largest < 2 ** exponent
+        needed = exponent - (CHANNEL_BINS // 2).bit_length() + 1
+        return torch.where(largest > 0, needed, _SMALLEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT).to(torch.int32)
+
+    def update(self, y: Tensor) -> None:
+        """Add values.
+
+        Args:
+            y: float32 ``[N, C]``, finite.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        if y.shape[0] == 0:
+            return
+        low, high = y.amin(0), y.amax(0)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise CalibrationError("activations are not finite")
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self._widen(self._exponent_for(low, high))
+        bins = torch.ldexp(y.double(), -self.exponent.double()).floor().to(torch.int64)
+        flat = (bins + CHANNEL_BINS // 2) + torch.arange(y.shape[1], device=y.device) * CHANNEL_BINS
+        self.counts += torch.bincount(flat.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def quantile(self, q: float) -> Tensor:
+        """The ``q``-quantile of each channel, float32 ``[C]``; 0 and 1 give the exact extremes."""
+        if q <= 0:
+            return self.low.clone()
+        if q >= 1:
+            return self.high.clone()
+        total = self.counts.sum(1, dtype=torch.float64)
+        rank = q * total
+        cumulative = self.counts.cumsum(1).double()
+        bin_ = torch.searchsorted(cumulative, rank[:, None]).clamp(max=CHANNEL_BINS - 1)
+        inside = self.counts.gather(1, bin_).double()[:, 0]
+        before = cumulative.gather(1, bin_)[:, 0] - inside
+        part = torch.where(inside > 0, (rank - before) / inside.clamp(min=1), 0.5)
+        value = torch.ldexp(bin_[:, 0] - CHANNEL_BINS // 2 + part, self.exponent.double()).float()
+        return torch.minimum(torch.maximum(value, self.low), self.high)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"counts": self.counts, "exponent": self.exponent, "low": self.low, "high": self.high}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        device = self.counts.device
+        self.counts, self.exponent, self.low, self.high = (
+            state[name].to(device) for name in ("counts", "exponent", "low", "high")
+        )
+
+    def merge(self, other: ChannelHistogram) -> None:
+        """Add another histogram of the same channels."""
+        self._widen(other.exponent)
+        other._widen(self.exponent)
+        self.counts += other.counts
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        exponent = self.exponent.clone()
+        dist.all_reduce(exponent, op=dist.ReduceOp.MAX)
+        self._widen(exponent)
+        dist.all_reduce(self.counts)
+        dist.all_reduce(self.low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(self.high, op=dist.ReduceOp.MAX)
+
+
+class LevelHistogram:
+    """Weighted distribution of normalised values over ``[-1, 1]`` in equal bins.
+
+    Per bin: the count, the weight, and the weighted sum of values, so that the centre of any run of bins is exact.
+    Also counts tokens and outliers, which stay out of the bins.
+
+    Args:
+        device: where to accumulate.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(3, LEVEL_BINS, dtype=torch.float64, device=device)
+        self.seen = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, normalised: Tensor, outliers: Tensor | None, weights: Tensor | None) -> None:
+        """Add the tokens of a layer.
+
+        Args:
+            normalised: float32 ``[N, C]``.
+            outliers: bool ``[N, C]`` or ``None``: values that the codebook does not serve.
+            weights: float ``[N, C]``, not negative, or ``None`` for 1 each.
+        """
+        tokens = normalised.shape[0]
+        found = 0 if outliers is None else int(outliers.sum())
+        self.seen += torch.tensor([tokens, found], dtype=torch.float64, device=self.seen.device)
+        inside = slice(None) if outliers is None else ~outliers
+        # Values beyond the cap of outliers are clamped, as the quantizer's end levels clamp them.
+        u = normalised[inside].flatten().double().clamp(-1, 1)
+        bins = ((u + 1) * (LEVEL_BINS / 2)).to(torch.int64).clamp(max=LEVEL_BINS - 1)
+        counts = torch.bincount(bins, minlength=LEVEL_BINS).double()
+        self.sums[0] += counts
+        if weights is None:
+            self.sums[1] += counts
+            self.sums[2] += torch.bincount(bins, weights=u, minlength=LEVEL_BINS)
+        else:
+            w = weights[inside].flatten().double()
+            self.sums[1] += torch.bincount(bins, weights=w, minlength=LEVEL_BINS)
+            self.sums[2] += torch.bincount(bins, weights=w * u, minlength=LEVEL_BINS)
+
+    @property
+    def centres(self) -> Tensor:
+        """Middle of each bin, float64 ``[bins]``."""
+        return (torch.arange(LEVEL_BINS, device=self.sums.device, dtype=torch.float64) + 0.5) * (
+            2 / LEVEL_BINS
+        ) - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Values in each bin, float64 ``[bins]``."""
+        return self.sums[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight of each bin, float64 ``[bins]``."""
+        return self.sums[1]
+
+    @property
+    def points(self) -> Tensor:
+        """Weighted mean of each bin, float64 ``[bins]``, sorted; the middle of bins without weight."""
+        weight = self.sums[1]
+        mean = torch.where(weight > 0, self.sums[2] / weight.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        half = 1 / LEVEL_BINS  # rounding must not move a mean out of its bin: points stay sorted
+        inside = torch.maximum(torch.minimum(mean, self.centres + half), self.centres - half)
+        return torch.where(weight > 0, inside, self.centres)
+
+    @property
+    def outliers_per_token(self) -> float:
+        """Mean number of outliers of one token."""
+        return float(self.seen[1] / self.seen[0].clamp(min=1))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"sums": self.sums, "seen": self.seen}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.sums, self.seen = (state[name].to(self.sums.device) for name in ("sums", "seen"))
+
+    def merge(self, other: LevelHistogram) -> None:
+        """Add another histogram."""
+        self.sums += other.sums
+        self.seen += other.seen
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        dist.all_reduce(self.sums)
+        dist.all_reduce(self.seen)

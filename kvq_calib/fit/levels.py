@@ -1,0 +1,104 @@
+"""A codebook from weighted statistics: one function per datatype, and Q-Norm.
+
+To add a datatype: write a function here, name it in :data:`kvq_calib.spec.Datatype` and in :func:`fit_levels`.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+from kvq_calib.fit.kmeans import Floats, exact_kmeans, lloyd_kmeans
+from kvq_calib.spec import Datatype
+
+Solver = Literal["exact", "lloyd"]
+
+
+def uniform_levels(bits: int) -> Floats:
+    """``2 ** bits`` equidistant levels over ``[-1, 1]``; one level is 0."""
+    return np.linspace(-1.0, 1.0, 1 << bits) if bits else np.zeros(1)
+
+
+def normal_float_levels(bits: int) -> Floats:
+    """NormalFloat (QLoRA, arXiv 2305.14314, section 3): quantiles of a normal distribution scaled to ``[-1, 1]``.
+
+    One half gets ``2 ** (bits - 1)`` quantiles and the other one fewer, with an exact 0 between them.
+    """
+    if bits <= 1:
+        return uniform_levels(bits)
+    half = 1 << (bits - 1)
+    # The outermost quantile leaves half a level's probability beyond it, averaged over the two halves.
+    tail = 1.0 - (1.0 / (2 * 2 * half) + 1.0 / (2 * (2 * half - 1))) / 2.0
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in np.linspace(tail, 0.5, half + 1)[:-1]]
+    negative = [-quantile(p) for p in np.linspace(tail, 0.5, half)[:-1]]
+    levels = np.sort(np.concatenate([negative, [0.0], positive]))
+    return np.asarray(levels / np.abs(levels).max())
+
+
+def q_norm(levels: Floats, points: Floats, counts: Floats, rounds: int = 8) -> Floats:
+    """Shift and stretch levels so that quantized values keep their mean and standard deviation (section 3.5).
+
+    The original transforms levels after the codes are assigned. Here codes are always the nearest level's, so the
+    transform is repeated until assignment and moments agree.
+
+    Args:
+        levels: ``[L]``, sorted.
+        points: ``[n]``, sorted normalised values.
+        counts: ``[n]``, how often each occurs (not Fisher-weighted).
+        rounds: how often to repeat.
+    """
+    if counts.sum() <= 0:
+        return levels
+    mean = np.average(points, weights=counts)
+    deviation = np.sqrt(np.average((points - mean) ** 2, weights=counts))
+    for _ in range(rounds):
+        quantized = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, points)]
+        quantized_mean = np.average(quantized, weights=counts)
+        quantized_deviation = np.sqrt(np.average((quantized - quantized_mean) ** 2, weights=counts))
+        if quantized_deviation <= 0:
+            return levels
+        levels = (levels - quantized_mean) * (deviation / quantized_deviation) + mean
+    return levels
+
+
+def fit_levels(
+    datatype: Datatype,
+    bits: int,
+    points: Floats,
+    weights: Floats,
+    *,
+    solver: Solver = "exact",
+    seed: int = 0,
+) -> Floats:
+    """Levels of one codebook.
+
+    Args:
+        datatype: ``uniform`` and ``normal_float`` ignore the statistics; the others are fitted by k-means.
+        bits: width; ``2 ** bits`` levels.
+        points, weights: ``[n]``, the distribution of normalised values. Where nothing has weight (a layer that
+            does not influence the output) the levels are uniform.
+        solver: ``exact``, or ``lloyd`` for scikit-learn's local optimum.
+        seed: of ``lloyd``.
+
+    Returns:
+        float64 ``[2 ** bits]``, sorted, representable in float16.
+    """
+    if datatype == "uniform":
+        levels = uniform_levels(bits)
+    elif datatype == "normal_float":
+        levels = normal_float_levels(bits)
+    elif not weights.sum() > 0:
+        levels = uniform_levels(bits)
+    elif solver == "lloyd":
+        levels = lloyd_kmeans(points, weights, 1 << bits, seed)
+    else:
+        levels = exact_kmeans(points, weights, 1 << bits)
+    return storable(levels)
+
+
+def storable(levels: Floats) -> Floats:
+    """Round levels to float16, so that kernels that look them up in half precision lose nothing."""
+    return np.sort(levels).astype(np.float16).astype(np.float64)
