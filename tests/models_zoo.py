@@ -41,7 +41,11 @@ FAMILIES: dict[str, dict[str, object]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     },
     "olmo2": {},
-    "olmo3": {"num_hidden_layers": 4, "sliding_window": 16},
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "stablelm": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
@@ -66,7 +70,9 @@ def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedMod
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        # transformers 5.2 would choose sdpa for gemma2, which leaves its softcap out
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if softcap else None)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases start at one and zero, which would hide mistakes
                 with torch.no_grad():

@@ -44,14 +44,23 @@ def capture(
     model: nn.Module,
     on_forward: OnForward | None = None,
     on_backward: OnBackward | None = None,
+    *,
+    recompute: bool = False,
 ) -> Iterator[ModelGeometry]:
     """Report every layer's keys and values, and their gradients, to callbacks; change nothing.
 
     Inside the context, call the model with `use_cache=False`. `on_forward` is called once per layer and
     forward pass. `on_backward` is called during `loss.backward()`, in the order of the backward pass, once
-    per layer, as soon as both gradients of the layer exist; the gradients are then let go. This holds too
-    where layers are recomputed (activation checkpointing). Callbacks run without autograd and must not change
-    the tensors they see.
+    per layer, as soon as both gradients of the layer exist; they are then let go. Both hold where layers are
+    recomputed (activation checkpointing) too. Callbacks run without autograd and must not change the tensors
+    they see.
+
+    Args:
+        model: the model to watch.
+        on_forward: sees each layer in the forward pass.
+        on_backward: sees each layer in the backward pass.
+        recompute: all layers are checkpointed, and one forward pass is followed by its backward pass: take
+            the tensors for `on_backward` from the recomputation, so that none is held in between.
 
     Yields:
         The model's geometry.
@@ -59,24 +68,30 @@ def capture(
     Raises:
         ModelError: the model cannot be captured.
     """
+    awaiting: dict[int, list[LayerKV]] = {}
 
     def observe(kv: LayerKV) -> None:
-        # While a checkpointed layer is recomputed the backward pass is running; the layer was reported before
-        # that.
+        # While a layer is recomputed the backward pass is running; the layer was reported before that.
         recomputed = torch._C._current_graph_task_id() != -1
         if on_forward is not None and not recomputed:
             with torch.no_grad():
                 on_forward(kv.detach())
-        if on_backward is not None and kv.rotated_keys.requires_grad and kv.values.requires_grad:
-            _report_gradients(kv, on_backward)
+        if on_backward is None or not (kv.rotated_keys.requires_grad and kv.values.requires_grad):
+            return
+        if recomputed and kv.layer in awaiting:
+            awaiting.pop(kv.layer).append(kv.detach())
+        elif recompute and not recomputed:
+            awaiting[kv.layer] = []
+            _report_gradients(kv, awaiting[kv.layer], on_backward)
+        else:
+            _report_gradients(kv, [kv.detach()], on_backward)
 
     with intercept(model, observe) as geometry:
         yield geometry
 
 
-def _report_gradients(kv: LayerKV, on_backward: OnBackward) -> None:
-    """Call `on_backward` once the gradients of both tensors of `kv` have been computed."""
-    detached: list[LayerKV] = [kv.detach()]
+def _report_gradients(kv: LayerKV, held: list[LayerKV], on_backward: OnBackward) -> None:
+    """Call `on_backward` with the layer in `held` once both gradients of `kv` have been computed."""
     gradients: dict[str, Tensor] = {}
 
     def arrive(name: str, grad: Tensor) -> None:
@@ -84,7 +99,7 @@ def _report_gradients(kv: LayerKV, on_backward: OnBackward) -> None:
         if len(gradients) < 2:
             return
         with torch.no_grad():
-            layer = detached.pop()
+            layer = held.pop()
             grad_values = gradients.pop("values")
             on_backward(layer, layer.rotation.adjoint(gradients.pop("keys")), grad_values)
 

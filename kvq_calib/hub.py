@@ -1,0 +1,66 @@
+"""Manners towards the Hugging Face libraries: their noise off while loading, and no waiting for a missing
+network."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub.constants
+import huggingface_hub.utils
+import transformers.utils.logging
+
+_transformers: Any = transformers.utils.logging
+_hub: Any = huggingface_hub.utils
+
+__all__ = ["first_line", "hub_reachable", "quiet"]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type's name where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hub_reachable() -> bool:
+    """Return whether it is worth asking the hub; without network its client retries for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():  # names may resolve only behind the proxy
+        return True
+    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings and bars of the libraries, save the bars of downloads; keep standard output clean."""
+    verbosity = _transformers.get_verbosity()
+    bars = _transformers.is_progress_bar_enabled()
+    hub_bars_off = _hub.are_progress_bars_disabled()
+    hub_verbosity = _hub.logging.get_verbosity()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        _transformers.set_verbosity_error()
+        _transformers.disable_progress_bar()
+        _hub.logging.set_verbosity_error()
+        if not hub_bars_off:
+            _hub.enable_progress_bars()
+        try:
+            yield
+        finally:
+            _transformers.set_verbosity(verbosity)
+            _hub.logging.set_verbosity(hub_verbosity)
+            if bars:
+                _transformers.enable_progress_bar()
+            if hub_bars_off:
+                _hub.disable_progress_bars()

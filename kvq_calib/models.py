@@ -1,0 +1,209 @@
+"""Loading of language models, and the fingerprint that ties an artifact to one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kvq_calib.errors import ModelError
+from kvq_calib.hub import first_line, hub_reachable, quiet
+
+__all__ = ["LoadedModel", "load_model", "model_fingerprint"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in eval mode with frozen parameters, and its tokenizer.
+
+    Attributes:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        name: as the user gave it; for local folders and files the last part of the path.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: hub id, local folder, or path of a `.gguf` file.
+        device: "auto" (CUDA where there is one, else CPU) or a torch device; not used with `device_map`.
+        dtype: "auto" (float32 on the CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
+        trust_remote_code: run code that the checkpoint brings along.
+        device_map: spreads a model over devices (needs accelerate), as in transformers.
+
+    Raises:
+        ModelError: not found, not readable, not a causal language model, or weights are missing.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
+    target = _device(device)
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    path = Path(name).expanduser()
+    location, label = name, name
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("reading a .gguf file needs the gguf package: pip install 'kvq-calib[gguf]'")
+        location, label = str(path.parent), path.name
+        source["gguf_file"] = path.name
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json, so it is not a transformers model folder")
+        location, label = str(path), path.resolve().name
+    elif path.exists():
+        raise ModelError(f"{name} is neither a model folder nor a .gguf file")
+    elif name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise ModelError(f"no such folder: {name}")
+    else:
+        source["local_files_only"] = not hub_reachable()
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(location, **source)
+            arguments = dict(source)
+            if "gguf_file" not in source:
+                arguments["use_safetensors"] = True  # never unpickle a checkpoint
+            if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+                # Releases before 5.23 choose sdpa for such models, which leaves the softcap out silently.
+                arguments["attn_implementation"] = "eager"
+            on_cpu = device_map is None and target.type == "cpu"
+            arguments["dtype"] = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                location, device_map=device_map, output_loading_info=True, **arguments
+            )
+            tokenizer = AutoTokenizer.from_pretrained(location, **source)
+        except Exception as error:
+            raise ModelError(_explain(name, source, error)) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(f"the checkpoint {name} lacks {len(missing)} weights, {missing[0]} among them")
+    if device_map is None:
+        try:
+            model.to(target)
+        except RuntimeError as error:
+            raise ModelError(f"cannot put {name} on device {device!r}: {first_line(error)}") from error
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, label)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+
+
+def _explain(name: str, source: dict[str, Any], error: Exception) -> str:
+    reason = first_line(error)
+    if "Unrecognized configuration class" in reason:
+        return f"{name} is not a causal language model that transformers can load"
+    if "gguf_file" in source or "local_files_only" not in source:
+        return f"cannot load {name}: {reason}"
+    if source["local_files_only"]:
+        return (
+            f"cannot load {name}: the hub cannot be reached and the model is not in the local cache; "
+            "give a model folder or a .gguf file"
+        )
+    return f"cannot load {name} from the hub: {reason}"
+
+
+_ROPE_FIELDS = (
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "short_factor",
+    "long_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "truncate",
+)
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return the configuration fields that decide what a model caches, and their digest.
+
+    Defaults are filled in and spellings unified, so that one checkpoint has one fingerprint under every
+    supported release of transformers. Weights do not enter.
+
+    Returns:
+        JSON-able fields `model_type`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
+        `head_dim`, `hidden_size`, `vocab_size`, `layer_types`, `sliding_window`, `rope`, `no_rope_layers`,
+        and `sha256` (hex) over the others as canonical JSON.
+    """
+    whole: Any = model.config
+    config = whole.get_text_config()
+    heads = int(config.num_attention_heads)
+    layers = int(config.num_hidden_layers)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * layers
+    without_rope = getattr(config, "no_rope_layers", None)
+    fields: dict[str, Any] = {
+        "model_type": str(config.model_type),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        "hidden_size": int(config.hidden_size),
+        "vocab_size": int(config.vocab_size),
+        "layer_types": list(kinds),
+        "sliding_window": int(window) if window and "sliding_attention" in kinds else None,
+        "rope": _rope_fields(getattr(config, "rope_parameters", None) or {}, kinds),
+        # 1 where a layer has RoPE, in spite of the name
+        "no_rope_layers": [int(flag) for flag in without_rope] if without_rope else None,
+    }
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return {**fields, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def _rope_fields(parameters: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """Normalise `rope_parameters`; layer kinds with parameters of their own are kept apart where they
+    differ."""
+    nested = {kind: value for kind, value in parameters.items() if isinstance(value, dict)}
+    if nested:
+        each = {kind: _rope_fields(nested[kind], []) for kind in sorted(set(kinds) & set(nested))}
+        distinct = list(each.values())
+        return distinct[0] if distinct and all(one == distinct[0] for one in distinct) else each
+    fields: dict[str, Any] = {}
+    for key in _ROPE_FIELDS:
+        value = parameters.get(key)
+        if value is None or (key == "partial_rotary_factor" and value == 1.0):
+            continue
+        if isinstance(value, list | tuple):
+            value = [float(x) for x in value]
+        elif not isinstance(value, bool | str):
+            value = float(value)
+        fields[key] = value
+    return fields
