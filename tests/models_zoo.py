@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "olmo3": {
         "num_hidden_layers": 4,
         "sliding_window": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_theta": 500000.0,  # as checkpoints write it; the default differs between releases
     },
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "stablelm": {
