@@ -1,0 +1,160 @@
+"""Plausible artifacts without a calibration run: random codebooks, thresholds around given samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.attention import LayerKV, intercept
+from kvq_calib.geometry import model_geometry
+from kvq_calib.models import model_fingerprint
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
+
+#: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
+Samples = Mapping[Kind, Tensor]
+
+
+def random_artifact(
+    geometry: KVGeometry,
+    spec: KVCacheSpec,
+    seed: int = 0,
+    samples: Sequence[Samples] | None = None,
+    codebooks: int = 1,
+    model: Mapping[str, object] | None = None,
+) -> KVArtifact:
+    """An artifact that quantizes sensibly but was never calibrated.
+
+    Args:
+        geometry, spec: what to make it for. With ``variable_bits`` the widths are random from 0 to ``bits``.
+        seed: of everything random.
+        samples: per layer, keys and values that thresholds should fit; normally distributed ones by default.
+        codebooks: rows of each codebook; channels take them in turn.
+        model: the artifact's ``model`` section.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for index, layer_spec in enumerate(spec.resolved(len(geometry.layers))):
+        shape, rope = geometry.layers[index], geometry.rope_of(index)
+        params = {}
+        for kind in KINDS:
+            sample = None if samples is None else samples[index][kind]
+            params[kind] = _params(layer_spec.of(kind), shape, rope, sample, codebooks, generator)
+        layers.append(LayerParams(**params))
+    rates = {kind: [0.0] * len(layers) for kind in KINDS}
+    return KVArtifact(spec, geometry, tuple(layers), dict(model or {}), {}, rates)
+
+
+def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codebooks: int = 1) -> KVArtifact:
+    """A random artifact whose thresholds fit what ``model`` caches for random tokens."""
+    geometry = model_geometry(model)
+    resolved = spec.resolved(len(geometry.layers))
+    samples: list[dict[Kind, Tensor]] = [{} for _ in geometry.layers]
+
+    def collect(kv: LayerKV) -> None:
+        pre_rope = resolved[kv.layer].key.pre_rope
+        keys = kv.keys if pre_rope else kv.rotated_keys
+        samples[kv.layer] = {"key": keys.detach().float(), "value": kv.values.detach().float()}
+
+    ids = torch.randint(3, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(seed))
+    with intercept(model, collect), torch.no_grad():
+        model(ids.to(model.device), use_cache=False)
+    section = {"id": model.config.model_type, "config": model_fingerprint(model)}
+    return random_artifact(geometry, spec, seed, samples, codebooks, section)
+
+
+def recipe(**options: object) -> KVCacheSpec:
+    """A cache spec from a few words.
+
+    Args:
+        options: ``key`` and ``value`` as mappings of :class:`QuantSpec` fields (static 4-bit channels and
+            dynamic 4-bit tokens by default, 1% outliers), the rest as :class:`KVCacheSpec` fields.
+    """
+    key = {"bits": 4, "outliers": {"fraction": 0.01}, **options.pop("key", {})}
+    value = {"bits": 4, "granularity": "token", "dynamic": True, "outliers": {"fraction": 0.01}}
+    value.update(options.pop("value", {}))
+    return KVCacheSpec(key=QuantSpec(**key), value=QuantSpec(**value), **options)
+
+
+RECIPES: dict[str, KVCacheSpec] = {
+    "nuq4-1p": recipe(),
+    "nuq3-exact": recipe(key={"bits": 3}, value={"bits": 3}, sink_tokens=4, recent_tokens=20),
+    "dense2": recipe(key={"bits": 2, "outliers": {}}, value={"bits": 2, "outliers": {}}, sink_tokens=0),
+    "mixed-phase-rotation": recipe(
+        key={"bits": 6, "variable_bits": True, "phase": True},
+        value={
+            "bits": 5,
+            "variable_bits": True,
+            "granularity": "channel",
+            "dynamic": False,
+            "rotation": True,
+        },
+        sink_tokens=2,
+    ),
+    "post-rope-token": recipe(
+        key={
+            "bits": 4,
+            "granularity": "token",
+            "dynamic": True,
+            "channel_normalized": True,
+            "pre_rope": False,
+        },
+        value={"bits": 1, "channel_normalized": True},
+        storage_dtype="bfloat16",
+    ),
+}
+"""Recipes that between them use every feature of the spec that a stream of tokens allows."""
+
+
+def _params(
+    spec: QuantSpec,
+    geometry: LayerGeometry,
+    rope: RopeSpec | None,
+    sample: Tensor | None,
+    codebooks: int,
+    generator: torch.Generator,
+) -> QuantParams:
+    heads, size, channels = geometry.num_kv_heads, geometry.head_dim, geometry.channels
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    bits = torch.full((channels,), spec.bits, dtype=torch.uint8)
+    if spec.variable_bits:
+        bits = torch.randint(0, spec.bits + 1, (channels,), generator=generator).to(torch.uint8)
+    columns = 1 << int(bits.max())
+    rows, row_of = [], {}
+    codebook_index = torch.empty(channels, dtype=torch.int32)
+    for channel, width in enumerate(bits.tolist()):
+        variant = (width, channel % codebooks)
+        if variant not in row_of:
+            row_of[variant] = len(rows)
+            rows.append(_levels(1 << width, columns, generator))
+        codebook_index[channel] = row_of[variant]
+    phase = rotation = scale = zero_point = None
+    if spec.phase and rope is not None:
+        phase = 3.0 * normal(heads, len(rope.pairs))
+    if spec.rotation:
+        rotation = torch.linalg.qr(normal(heads, size, size)).Q.contiguous()
+    if sample is None:
+        sample = normal(1, heads, 64, size) * (0.2 + normal(heads, 1, size).abs()) + normal(heads, 1, size)
+    if spec.static_channels:
+        y = sample
+        if rotation is not None:
+            y = y @ rotation
+        if phase is not None:  # a turned pair may reach its radius on either axis
+            y = torch.cat((y, y.abs().amax(-1, keepdim=True).expand_as(y)), dim=2)
+        y = y.transpose(1, 2).flatten(2).flatten(0, 1)
+        low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
+        zero_point, scale = (low + high) / 2, (high - low) / 2 + 1e-3
+    return QuantParams(bits, torch.stack(rows), codebook_index, scale, zero_point, phase, rotation)
+
+
+def _levels(count: int, columns: int, generator: torch.Generator) -> Tensor:
+    """``count`` sorted levels over [-1, 1], unevenly spaced; the last one repeated up to ``columns``."""
+    jitter = torch.rand(count, generator=generator) - 0.5
+    levels = (2 * torch.arange(count) + 1 + jitter) / count - 1
+    return torch.cat((levels, levels[-1:].expand(columns - count)))
