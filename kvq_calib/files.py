@@ -55,3 +55,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(f"cannot write {target}: {reason}; name a folder that exists and can be written") from error
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder ``configs`` or ``kernels``: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    installed = package / f"_{name}"
+    return installed if installed.is_dir() else package.parent / name

@@ -1,0 +1,479 @@
+"""Calibration from a model and windows of text to artifacts, in two streaming passes.
+
+Pass one (forward) sketches every channel, which gives static thresholds. Pass two (forward, and backward where
+codebooks are Fisher-weighted) collects the weighted distribution of normalised values, which gives the codebooks.
+Several recipes share both passes: what two recipes have in common is measured once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.attention import LayerKV
+from kvq_calib.calibrate.capture import capture
+from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Statistics
+from kvq_calib.config import CalibrationConfig
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.files import write_atomically
+from kvq_calib.fit.levels import fit_levels, q_norm, storable
+from kvq_calib.geometry import model_geometry
+from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerSpec, QuantSpec
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``(what, windows done, windows in all)``."""
+
+#: Seconds between checkpoints: little work is lost, and writing the state stays negligible.
+CHECKPOINT_SECONDS = 30.0
+#: A channel that never moves still needs a positive scale.
+_SMALLEST_SCALE = 1e-8
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a run produced.
+
+    Attributes:
+        artifacts: by the name of their recipe.
+        seconds: wall time by part of the run.
+    """
+
+    artifacts: dict[str, KVArtifact]
+    seconds: dict[str, float]
+
+
+def calibrate(
+    model: Any,
+    windows: TokenWindows,
+    configs: Mapping[str, CalibrationConfig],
+    *,
+    model_id: str,
+    model_config: Mapping[str, Any],
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Calibrate one model for one or several recipes.
+
+    Args:
+        model: a causal language model in eval mode.
+        windows: token ids int64 ``[N, T]`` and where they come from.
+        configs: recipes by name. Settings of the run (data, seed, recompute) must agree.
+        model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.models.model_fingerprint`.
+        checkpoint: file that keeps the statistics of a run; removed when it is complete.
+        resume: go on from ``checkpoint`` if it is there. The result is the same as without interruption.
+        progress: told after every window.
+
+    Raises:
+        CalibrationError: activations that are not finite, or a checkpoint of another run.
+        ConfigError: settings that contradict each other or the model.
+        ModelError: the model cannot be captured.
+    """
+    if not configs:
+        raise ConfigError("nothing to calibrate: name at least one recipe")
+    run = _Run(model, windows, configs, model_config, checkpoint, progress)
+    if resume:
+        run.resume()
+    run.first_pass()
+    run.second_pass()
+    artifacts = run.fit(model_id, model_config)
+    if checkpoint is not None:
+        run.checkpoint_file().unlink(missing_ok=True)
+    return Calibrated(artifacts, run.seconds)
+
+
+def _world() -> tuple[int, int]:
+    """Rank and number of ranks."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _select(kv: LayerKV, kind: Kind, pre_rope: bool) -> Tensor:
+    """The tensor that is quantized, ``[B, H, T, D]``."""
+    if kind == "value":
+        return kv.values
+    return kv.keys if pre_rope else kv.rotated_keys
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """One layer's keys or values under one recipe."""
+
+    config: CalibrationConfig
+    layer: int
+    kind: Kind
+    spec: QuantSpec
+
+    @property
+    def sketch(self) -> str:
+        """Name of the channel sketch its thresholds come from."""
+        pre_rope = self.spec.pre_rope if self.kind == "key" else True
+        return f"channels.{self.layer}.{self.kind}.{'pre' if pre_rope else 'post'}.{self.config.cache.sink_tokens}"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its codebook needs gradients."""
+        return self.config.fit.weights == "fisher" and self.fitted
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its codebook depends on the data."""
+        return self.spec.datatype not in ("uniform", "normal_float")
+
+    @property
+    def histogram(self) -> str:
+        """Name of the histogram of its normalised values: everything that decides them, in one string."""
+        spec = self.spec.model_dump(exclude={"bits", "datatype", "q_norm"})
+        facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype, self.weighted]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return f"levels.{self.layer}.{self.kind}.{digest}"
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether pass two has anything to find out for it."""
+        return self.fitted or self.spec.outliers.fraction > 0
+
+
+class _Run:
+    """State of one calibration run."""
+
+    def __init__(
+        self,
+        model: Any,
+        windows: TokenWindows,
+        configs: Mapping[str, CalibrationConfig],
+        model_config: Mapping[str, Any],
+        checkpoint: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.windows = windows
+        self.configs = dict(configs)
+        self.checkpoint = checkpoint
+        self.progress = progress or (lambda what, done, total: None)
+        self.geometry: KVGeometry = model_geometry(model)
+        self.recompute = shared_setting(self.configs, "recompute")
+        self.subjects = [
+            _Subject(config, layer, kind, spec.of(kind))
+            for config in self.configs.values()
+            for layer, spec in enumerate(self._resolved(config))
+            for kind in KINDS
+        ]
+        self.statistics: dict[str, Statistics] = {}
+        self.done: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.identity = self._identity(model_config)
+        self.saved_at = time.monotonic()
+
+    def _resolved(self, config: CalibrationConfig) -> tuple[LayerSpec, ...]:
+        try:
+            return config.cache.resolved(len(self.geometry.layers))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    # ---------------------------------------------------------- checkpoints
+
+    def _identity(self, model_config: Mapping[str, Any]) -> str:
+        """What a checkpoint must share with this run."""
+        facts = {
+            "configs": {name: config.model_dump(mode="json") for name, config in self.configs.items()},
+            "data": self.windows.source,
+            "model": dict(model_config),
+            "world": _world()[1],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def checkpoint_file(self) -> Path:
+        """This rank's checkpoint."""
+        assert self.checkpoint is not None
+        rank, world = _world()
+        return self.checkpoint if world == 1 else self.checkpoint.with_name(f"{self.checkpoint.name}.rank{rank}")
+
+    def resume(self) -> None:
+        """Take up the statistics of an interrupted run, if there is one."""
+        if self.checkpoint is None or not self.checkpoint_file().exists():
+            return
+        file = self.checkpoint_file()
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                header = json.loads((opened.metadata() or {})["kvq_checkpoint"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise CalibrationError(f"{file} is not a checkpoint; remove it, or run without --resume") from error
+        if header["identity"] != self.identity:
+            raise CalibrationError(
+                f"{file} belongs to a run with other settings, data or model; remove it, or run without --resume"
+            )
+        self.done = header["done"]
+        for name in header["names"]:
+            prefix = f"{name}/"
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            statistics = self._new(name)
+            statistics.load(state)
+            self.statistics[name] = statistics
+
+    def _save(self) -> None:
+        if self.checkpoint is None or time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+            return
+        tensors = {
+            f"{name}/{part}": tensor.detach().cpu().contiguous()
+            for name, statistics in self.statistics.items()
+            for part, tensor in statistics.state().items()
+        }
+        header = {"identity": self.identity, "done": self.done, "names": list(self.statistics)}
+        write_atomically(
+            self.checkpoint_file(), safetensors.torch.save(tensors, {"kvq_checkpoint": json.dumps(header)})
+        )
+        self.saved_at = time.monotonic()
+
+    # --------------------------------------------------------------- passes
+
+    def _new(self, name: str) -> Statistics:
+        """An empty accumulator for a name that a subject gave."""
+        family, layer, _ = name.split(".", 2)
+        if family == "channels":
+            return ChannelHistogram(self.geometry.layers[int(layer)].channels)
+        return LevelHistogram()
+
+    def _each_window(self, what: str, step: Callable[[Tensor], None]) -> None:
+        """Run ``step`` on this rank's windows that are not done yet, then add up over ranks."""
+        rank, world = _world()
+        mine = range(rank, len(self.windows.ids), world)
+        done = self.done.get(what, 0)
+        if done > len(mine):  # complete, and added up already
+            return
+        started = time.monotonic()
+        for number, index in enumerate(mine):
+            if number < done:
+                continue
+            step(self.windows.ids[index : index + 1].to(self.model.device))
+            self.done[what] = number + 1
+            self.progress(what, number + 1, len(mine))
+            self._save()
+        if world > 1:
+            for name in sorted(self.statistics):
+                if name.startswith("channels" if what == "thresholds" else "levels"):
+                    self.statistics[name].all_reduce()
+        self.done[what] = len(mine) + 1
+        self.seconds[what] = time.monotonic() - started
+
+    def first_pass(self) -> None:
+        """Sketch every channel whose thresholds are static."""
+        subjects = _unique(
+            (subject for subject in self.subjects if subject.spec.static_channels), lambda subject: subject.sketch
+        )
+        if not subjects:
+            return
+        by_layer = _by_layer(subjects)
+
+        def observe(kv: LayerKV) -> None:
+            for subject in by_layer.get(kv.layer, ()):
+                x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, subject.config.cache.sink_tokens :]
+                statistics = self.statistics[subject.sketch]
+                assert isinstance(statistics, ChannelHistogram)
+                try:
+                    statistics.update(x.float().transpose(1, 2).flatten(2).flatten(0, 1).cpu())
+                except CalibrationError as error:
+                    raise _not_finite(kv.layer, subject.kind) from error
+
+        self._prepare(subject.sketch for subject in subjects)
+        with torch.no_grad(), capture(self.model, observe):
+            self._each_window("thresholds", self._forward)
+
+    def _forward(self, ids: Tensor) -> None:
+        """A forward pass for the hooks alone: the body suffices, logits are nobody's business."""
+        self.model.base_model(input_ids=ids, use_cache=False)
+
+    def second_pass(self) -> None:
+        """Collect the distribution of normalised values, weighted by squared gradients where wanted."""
+        subjects = _unique(
+            (subject for subject in self.subjects if subject.needs_histogram), lambda subject: subject.histogram
+        )
+        if not subjects:
+            return
+        quantizers = {subject: self._quantizer(subject) for subject in subjects}
+        forward = _by_layer(subject for subject in subjects if not subject.weighted)
+        backward = _by_layer(subject for subject in subjects if subject.weighted)
+
+        def collect(kv: LayerKV, subject: _Subject, gradient: Tensor | None) -> None:
+            sinks = subject.config.cache.sink_tokens
+            quantizer = quantizers[subject].to(kv.values.device)
+            values = quantizer.normalise(_select(kv, subject.kind, subject.spec.pre_rope)[:, :, sinks:])
+            if not bool(torch.isfinite(values.normalised.sum())):
+                raise _not_finite(kv.layer, subject.kind)
+            weights = None
+            if gradient is not None:
+                # A gradient of y times the step of the codebook: the weights of errors on the codebook's scale.
+                weights = (quantizer.transform(gradient[:, :, sinks:]) * values.scale).square()
+                if subject.spec.channel_normalized:
+                    assert quantizer.params.scale is not None
+                    weights = weights * quantizer.params.scale.square()
+                weights = weights.flatten(0, 1)
+            statistics = self.statistics[subject.histogram]
+            assert isinstance(statistics, LevelHistogram)
+            outliers = None if values.outliers is None else values.outliers.flatten(0, 1)
+            statistics.update(values.normalised.flatten(0, 1), outliers, weights)
+
+        def observe(kv: LayerKV) -> None:
+            for subject in forward.get(kv.layer, ()):
+                collect(kv, subject, None)
+
+        def observe_gradients(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
+            rotated = None
+            for subject in backward.get(kv.layer, ()):
+                gradient = grad_keys if subject.kind == "key" else grad_values
+                if subject.kind == "key" and not subject.spec.pre_rope:
+                    rotated = kv.rotation.rotate(grad_keys) if rotated is None else rotated
+                    gradient = rotated
+                collect(kv, subject, gradient)
+
+        self._prepare(subject.histogram for subject in subjects)
+        if backward:
+
+            def step(ids: Tensor) -> None:
+                fisher_pass(
+                    self.model, ids, observe_gradients, on_forward=observe, recompute=self.recompute
+                )
+
+            self._each_window("codebooks", step)
+        else:
+            with torch.no_grad(), capture(self.model, observe):
+                self._each_window("codebooks", self._forward)
+
+    def _prepare(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.statistics:
+                self.statistics[name] = self._new(name)
+
+    # ------------------------------------------------------------------ fit
+
+    def _thresholds(self, subject: _Subject) -> tuple[Tensor | None, Tensor | None]:
+        """Static scale and zero point per channel, or ``None`` where the spec has none."""
+        if not subject.spec.static_channels:
+            return None, None
+        sketch = self.statistics[subject.sketch]
+        assert isinstance(sketch, ChannelHistogram)
+        tail = subject.spec.outliers.fraction / 2
+        low, high = sketch.quantile(tail), sketch.quantile(1 - tail)
+        return ((high - low) / 2).clamp(min=_SMALLEST_SCALE), (high + low) / 2
+
+    def _quantizer(self, subject: _Subject, levels: np.ndarray[Any, np.dtype[np.float64]] | None = None) -> Quantizer:
+        """The subject's quantizer; without ``levels`` it normalises only."""
+        geometry = self.geometry.layers[subject.layer]
+        scale, zero_point = self._thresholds(subject)
+        codebook = np.zeros((1, 1 << subject.spec.bits)) if levels is None else levels[None]
+        params = QuantParams(
+            bits=torch.full((geometry.channels,), subject.spec.bits, dtype=torch.uint8),
+            codebook=torch.tensor(codebook, dtype=torch.float32),
+            codebook_index=torch.zeros(geometry.channels, dtype=torch.int32),
+            scale=scale,
+            zero_point=zero_point,
+        )
+        rope = self.geometry.rope_of(subject.layer)
+        return Quantizer(subject.spec, params, geometry, rope, subject.config.cache.storage_dtype)
+
+    def _levels(self, subject: _Subject) -> np.ndarray[Any, np.dtype[np.float64]]:
+        config = subject.config
+        if not subject.needs_histogram:
+            return fit_levels(subject.spec.datatype, subject.spec.bits, np.zeros(1), np.zeros(1))
+        histogram = self.statistics[subject.histogram]
+        assert isinstance(histogram, LevelHistogram)
+        levels = fit_levels(
+            subject.spec.datatype,
+            subject.spec.bits,
+            histogram.points.cpu().numpy(),
+            histogram.weights.cpu().numpy(),
+            solver=config.fit.solver,
+            seed=config.seed,
+        )
+        if subject.spec.q_norm:
+            levels = storable(q_norm(levels, histogram.centres.cpu().numpy(), histogram.counts.cpu().numpy()))
+        return levels
+
+    def _outliers_per_token(self, subject: _Subject) -> float:
+        if subject.spec.outliers.fraction == 0:
+            return 0.0
+        histogram = self.statistics[subject.histogram]
+        assert isinstance(histogram, LevelHistogram)
+        return histogram.outliers_per_token
+
+    def fit(self, model_id: str, model_config: Mapping[str, Any]) -> dict[str, KVArtifact]:
+        """Codebooks from the statistics, and the artifacts."""
+        started = time.monotonic()
+        artifacts = {}
+        for name, config in self.configs.items():
+            subjects = {(s.layer, s.kind): s for s in self.subjects if s.config is config}
+            params = {at: self._quantizer(s, self._levels(s)).params for at, s in subjects.items()}
+            layers = range(len(self.geometry.layers))
+            artifacts[name] = KVArtifact(
+                spec=config.cache,
+                geometry=self.geometry,
+                layers=tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in layers),
+                model={"id": model_id, "config": dict(model_config)},
+                calibration={
+                    "recipe": name,
+                    "settings": config.model_dump(mode="json", exclude={"cache"}),
+                    "data": dict(self.windows.source),
+                    "versions": {
+                        "kvq-calib": _version("kvq-calib"),
+                        "torch": torch.__version__,
+                        "transformers": _version("transformers"),
+                    },
+                },
+                outliers_per_token={
+                    kind: [self._outliers_per_token(subjects[layer, kind]) for layer in layers] for kind in KINDS
+                },
+            )
+        self.seconds["fit"] = time.monotonic() - started
+        return artifacts
+
+
+def shared_setting(configs: Mapping[str, CalibrationConfig], name: str) -> Any:
+    """A setting of the run that all recipes calibrated together must agree on."""
+    values = {config_name: getattr(config, name) for config_name, config in configs.items()}
+    if len(set(values.values())) > 1:
+        raise ConfigError(f"recipes calibrated together must agree on {name}, not {values}")
+    return next(iter(values.values()))
+
+
+def _unique(subjects: Iterable[_Subject], name: Callable[[_Subject], str]) -> list[_Subject]:
+    """One subject for each name."""
+    return list({name(subject): subject for subject in subjects}.values())
+
+
+def _by_layer(subjects: Iterable[_Subject]) -> dict[int, list[_Subject]]:
+    grouped: dict[int, list[_Subject]] = {}
+    for subject in subjects:
+        grouped.setdefault(subject.layer, []).append(subject)
+    return grouped
+
+
+def _not_finite(layer: int, kind: Kind) -> CalibrationError:
+    return CalibrationError(
+        f"layer {layer} gives {kind}s that are not finite; try --dtype float32 or bfloat16, or check the checkpoint"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,359 @@
+"""The commands: parse, call, print. Progress goes to stderr, results to stdout.
+
+Exit status: 0 on success, 2 on a usage error, 1 on anything else, with one line that says what was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq_calib.errors import ConfigError, KVQError
+
+if TYPE_CHECKING:
+    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.models import LoadedModel
+
+# Imports of torch and transformers take seconds: every command imports what it needs, so --help is immediate.
+
+
+def _run(command: click.Command) -> None:
+    """Run a command; turn every failure into one line and the right exit status."""
+    debug = "--debug" in sys.argv
+    # A job that is told to stop writes nothing half, just as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = command.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("error: interrupted; nothing half written is left", err=True)
+        sys.exit(1)
+    except KVQError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:500]
+        click.echo(f"error: {type(error).__name__}: {text}; run with --debug for the traceback", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def calibrate() -> None:
+    """Entry point of ``kvq-calibrate``."""
+    _run(calibrate_command)
+
+
+def evaluate() -> None:
+    """Entry point of ``kvq-eval``."""
+    _run(eval_group)
+
+
+def artifact() -> None:
+    """Entry point of ``kvq-artifact``."""
+    _run(artifact_group)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_debug = click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+_model_options = _options(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto is float32 on a CPU, else the checkpoint's.",
+    ),
+    click.option("--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
+)
+
+
+def _load(
+    model: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> LoadedModel:
+    from kvq_calib.models import load_model
+
+    return load_model(
+        model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+
+
+def _write_json(file: str | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        from kvq_calib.files import write_atomically
+
+        write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+# --------------------------------------------------------------------------------------------- calibrate
+
+
+def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
+    """Where the artifact of each recipe goes, by the recipe's short name."""
+    names = [Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe for recipe in recipes]
+    if len(set(names)) != len(names):
+        raise click.UsageError("a recipe is named twice")
+    if len(names) > 1 and "{recipe}" not in output:
+        raise click.UsageError("several recipes need {recipe} in the output, e.g. -o 'model-{recipe}.kvq.safetensors'")
+    return {name: Path(output.replace("{recipe}", name)) for name in names}
+
+
+@click.command("kvq-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option(
+    "-o", "--output", required=True, metavar="ARTIFACT", help="File to write; {recipe} stands for the recipe's name."
+)
+@click.option(
+    "--config",
+    "recipes",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
+)
+@click.option("--dataset", metavar="NAME|PATH", help="wikitext2, c4, python-docs, or a text or .jsonl file or folder.")
+@click.option("--samples", type=click.IntRange(1), help="Windows of text, default 16.")
+@click.option("--seqlen", type=click.IntRange(8), help="Tokens of a window, default 2048.")
+@click.option("--seed", type=click.IntRange(0), help="Of every random choice, default 0.")
+@click.option("--weights", type=click.Choice(["fisher", "uniform"]), help="Weights of the codebook fit.")
+@click.option("--recompute", is_flag=True, default=None, help="Recompute layers in the backward pass: less memory.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
+@click.option("--profile", is_flag=True, help="Say where time and memory went.")
+@_model_options
+@_debug
+def calibrate_command(
+    model: str,
+    output: str,
+    recipes: tuple[str, ...],
+    dataset: str | None,
+    samples: int | None,
+    seqlen: int | None,
+    seed: int | None,
+    weights: str | None,
+    recompute: bool | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    profile: bool,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    debug: bool,
+) -> None:
+    """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
+    from kvq_calib.config import DEFAULT_RECIPE, calibration_config
+    from kvq_calib.files import check_writable
+
+    recipes = recipes or (DEFAULT_RECIPE,)
+    outputs = _outputs(output, recipes)
+    options = {
+        "dataset": dataset,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "recompute": recompute,
+    }
+    if weights is not None:
+        assignments = (f"fit.weights={weights}", *assignments)
+    configs = {
+        name: calibration_config(recipe, command_line=options, assignments=assignments)
+        for name, recipe in zip(outputs, recipes, strict=True)
+    }
+    for file in outputs.values():
+        check_writable(file)
+
+    from kvq_calib.calibrate.pipeline import calibrate, shared_setting
+    from kvq_calib.data import load_windows
+    from kvq_calib.models import model_fingerprint
+    from kvq_calib.progress import ProgressReporter
+
+    run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
+    loaded = _load(model, device, dtype, device_map, trust_remote_code)
+    windows = load_windows(
+        run["dataset"],
+        loaded.tokenizer,
+        samples=run["samples"],
+        seqlen=run["seqlen"],
+        seed=run["seed"],
+        split="calibration",
+    )
+    first = next(iter(outputs.values()))
+    with ProgressReporter() as progress:
+        result = calibrate(
+            loaded.model,
+            windows,
+            configs,
+            model_id=loaded.name,
+            model_config=model_fingerprint(loaded.model),
+            checkpoint=first.with_name(f"{first.name.replace('{recipe}', 'all')}.checkpoint"),
+            resume=resume,
+            progress=progress,
+        )
+    for name, file in outputs.items():
+        finished = result.artifacts[name]
+        finished.save(file)
+        click.echo(f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
+    if profile:
+        for line in _profile_lines(result.seconds):
+            click.echo(line, err=True)
+
+
+def _profile_lines(seconds: dict[str, float]) -> list[str]:
+    import resource
+
+    lines = [f"{part}: {spent:.1f} s" for part, spent in seconds.items()]
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return [*lines, f"peak resident memory: {peak / 2**30:.2f} GiB"]
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+@click.group("kvq-eval", context_settings={"help_option_names": ["-h", "--help"]})
+def eval_group() -> None:
+    """Measure what an artifact costs and saves."""
+
+
+def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
+    """Artifacts by a short name: the file's, as far as it is unique."""
+    from kvq_calib.artifact import KVArtifact
+
+    short = [Path(file).name.removesuffix(".safetensors").removesuffix(".kvq") for file in files]
+    names = short if len(set(short)) == len(short) else list(files)
+    if len(set(names)) != len(names):
+        raise ConfigError("the same artifact is named twice")
+    return {name: KVArtifact.load(file) for name, file in zip(names, files, strict=True)}
+
+
+@eval_group.command("perplexity")
+@click.argument("model")
+@click.option("--artifact", "artifacts", multiple=True, required=True, metavar="FILE", help="May be given several times.")
+@click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH")
+@click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--mode", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
+@click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per step of decode mode.")
+@click.option(
+    "--context", type=click.IntRange(1), default=4096, show_default=True, help="Context at which bits are stated."
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@_model_options
+@_debug
+def perplexity_command(
+    model: str,
+    artifacts: tuple[str, ...],
+    dataset: str,
+    seqlen: int,
+    windows: int | None,
+    seed: int,
+    mode: Any,
+    chunk: int,
+    context: int,
+    json_file: str | None,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    debug: bool,
+) -> None:
+    """Perplexity, KL divergence and bits of artifacts on MODEL, beside the unquantized model."""
+    from kvq_calib.config import EvalConfig
+    from kvq_calib.files import check_writable
+
+    config = EvalConfig(
+        dataset=dataset, windows=windows, seqlen=seqlen, mode=mode, seed=seed, context=context, chunk=chunk
+    )
+    loaded_artifacts = _load_artifacts(artifacts)
+    if json_file is not None:
+        check_writable(json_file)
+
+    from kvq_calib.data import load_windows
+    from kvq_calib.evaluate.perplexity import measure_perplexity
+    from kvq_calib.evaluate.tables import perplexity_table, print_table, run_facts
+    from kvq_calib.models import model_fingerprint
+    from kvq_calib.progress import ProgressReporter
+
+    loaded = _load(model, device, dtype, device_map, trust_remote_code)
+    fingerprint = model_fingerprint(loaded.model)
+    for loaded_artifact in loaded_artifacts.values():
+        loaded_artifact.check_model(fingerprint)
+    text = load_windows(
+        dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
+    )
+    with ProgressReporter() as progress:
+        results = measure_perplexity(loaded.model, loaded_artifacts, text, config, progress)
+    print_table(perplexity_table(results, config))
+    _write_json(
+        json_file,
+        {
+            "artifacts": [result.to_json() for result in results],
+            "config": {
+                **config.model_dump(mode="json"),
+                **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
+            },
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------- artifact
+
+
+@click.group("kvq-artifact", context_settings={"help_option_names": ["-h", "--help"]})
+def artifact_group() -> None:
+    """Look at artifacts and convert them; no model is loaded."""
+
+
+@artifact_group.command("inspect")
+@click.argument("file", metavar="ARTIFACT")
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(2048, 4096, 32768, 131072),
+    show_default=True,
+    help="Context lengths at which bits are stated.",
+)
+@click.option("--layers", is_flag=True, help="Also a line per layer.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the same as JSON.")
+@_debug
+def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None, debug: bool) -> None:
+    """Content of ARTIFACT, and its bits per element at chosen context lengths."""
+    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
+
+    loaded = KVArtifact.load(file)
+    for table in artifact_tables(loaded, contexts, per_layer=layers):
+        print_table(table)
+    _write_json(json_file, artifact_facts(loaded, contexts))

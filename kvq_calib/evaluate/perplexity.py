@@ -1,0 +1,163 @@
+"""Perplexity, KL divergence and agreement of a quantized cache beside the unquantized model, in one run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.config import EvalConfig
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import KVQError
+from kvq_calib.evaluate.prefill import OutlierCounts, quantized_prefill
+
+Progress = Callable[[str, int, int], None]
+
+#: Tokens whose distributions over the vocabulary are compared at one time.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What one artifact costs.
+
+    Attributes:
+        name: of the artifact.
+        bits_per_element: everything stored at the configured context, with the outliers counted in this run.
+        perplexity, baseline_perplexity: ``exp`` of the mean negative log likelihood of the same tokens.
+        kl_mean: KL divergence from the unquantized to the quantized prediction, nats per predicted token.
+        kl_p99: its 99th percentile over tokens.
+        top1_agreement: share of tokens where both predict the same most likely token.
+        tokens: predicted tokens.
+        seconds: wall time of this artifact's passes.
+    """
+
+    name: str
+    bits_per_element: float
+    perplexity: float
+    baseline_perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the JSON report."""
+        return asdict(self)
+
+
+class Comparison:
+    """Collects a quantized model's predictions against the baseline's, token by token."""
+
+    def __init__(self) -> None:
+        self.nll = 0.0
+        self.baseline_nll = 0.0
+        self.divergences: list[Tensor] = []
+        self.agreed = 0
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, baseline: Tensor, quantized: Tensor, ids: Tensor) -> None:
+        """Compare logits ``[T, V]`` of a window ``ids [T]``; the last token predicts nothing."""
+        for start in range(0, len(ids) - 1, _CHUNK):
+            stop = min(start + _CHUNK, len(ids) - 1)
+            target = ids[start + 1 : stop + 1, None]
+            p = baseline[start:stop].float().log_softmax(-1)
+            q = quantized[start:stop].float().log_softmax(-1)
+            self.baseline_nll -= float(p.gather(1, target).double().sum())
+            self.nll -= float(q.gather(1, target).double().sum())
+            self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self.divergences.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
+            self.tokens += stop - start
+
+    def result(self, name: str, bits: float) -> PerplexityResult:
+        """Sum up."""
+        divergence = torch.cat(self.divergences).double()
+        return PerplexityResult(
+            name=name,
+            bits_per_element=bits,
+            perplexity=math.exp(min(self.nll / self.tokens, 700.0)),
+            baseline_perplexity=math.exp(self.baseline_nll / self.tokens),
+            kl_mean=float(divergence.mean()),
+            kl_p99=float(divergence.quantile(0.99)),
+            top1_agreement=self.agreed / self.tokens,
+            tokens=self.tokens,
+            seconds=self.seconds,
+        )
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: Any,
+    artifacts: Mapping[str, KVArtifact],
+    windows: TokenWindows,
+    config: EvalConfig,
+    progress: Progress | None = None,
+) -> list[PerplexityResult]:
+    """Measure several artifacts on the same windows; the baseline runs once.
+
+    Args:
+        model: the unquantized causal language model.
+        artifacts: by name, in the order of the report. They must fit the model (checked by the caller).
+        windows: token ids int64 ``[N, T]``.
+        config: mode, and the context at which bits are stated.
+        progress: told after every forward pass.
+
+    Raises:
+        KVQError: the model's predictions are not finite.
+    """
+    comparisons = {name: Comparison() for name in artifacts}
+    counts: dict[str, OutlierCounts] = {}
+    total = len(windows.ids) * (len(artifacts) + 1)
+    done = 0
+
+    def step(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(what, done, total)
+
+    for index in range(len(windows.ids)):
+        ids = windows.ids[index : index + 1].to(model.device)
+        baseline = model(input_ids=ids, use_cache=False).logits[0]
+        if not bool(torch.isfinite(baseline.sum())):
+            raise KVQError("the unquantized model's predictions are not finite; try --dtype float32")
+        step("baseline")
+        for name, artifact in artifacts.items():
+            started = time.monotonic()
+            if config.mode == "prefill":
+                with quantized_prefill(model, artifact) as window_counts:
+                    quantized = model(input_ids=ids, use_cache=False).logits[0]
+                _accumulate(counts, name, window_counts)
+            else:
+                from kvq_calib.evaluate.decode import decode_logits
+
+                quantized = decode_logits(model, artifact, ids, chunk=config.chunk)[0]
+            comparisons[name].add(baseline, quantized, ids[0])
+            comparisons[name].seconds += time.monotonic() - started
+            del quantized
+            step(name)
+    return [
+        comparisons[name].result(
+            name,
+            artifact.bits_per_element(
+                config.context,
+                outliers_per_token=counts[name].per_token() if name in counts else None,
+            ),
+        )
+        for name, artifact in artifacts.items()
+    ]
+
+
+def _accumulate(counts: dict[str, OutlierCounts], name: str, window: OutlierCounts) -> None:
+    total = counts.setdefault(name, OutlierCounts(len(window.tokens)))
+    for kind, found in window.found.items():
+        total.found[kind] = [a + b for a, b in zip(total.found[kind], found, strict=True)]
+    total.tokens = [a + b for a, b in zip(total.tokens, window.tokens, strict=True)]

@@ -1,0 +1,64 @@
+"""Quantization inside one forward pass: what the literature measures perplexity with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.attention import LayerKV, intercept
+from kvq_calib.quantizer import roundtrip_storage
+from kvq_calib.spec import KINDS, Kind
+
+
+class OutlierCounts:
+    """Outliers found while quantizing, per layer and kind."""
+
+    def __init__(self, layers: int) -> None:
+        self.found: dict[Kind, list[int]] = {kind: [0] * layers for kind in KINDS}
+        self.tokens = [0] * layers
+
+    def per_token(self) -> dict[Kind, list[float]]:
+        """Mean outliers of a token, per kind and layer."""
+        return {
+            kind: [found / max(tokens, 1) for found, tokens in zip(self.found[kind], self.tokens, strict=True)]
+            for kind in KINDS
+        }
+
+
+@contextmanager
+def quantized_prefill(model: Any, artifact: KVArtifact) -> Iterator[OutlierCounts]:
+    """Every key and value of every forward pass in this context goes through the artifact's quantizers.
+
+    Sink tokens stay exact (rounded to the storage dtype). A recent window has no meaning when all queries run at
+    once, and is left out: figures hold for ``recent_tokens = 0``.
+
+    Yields:
+        Outliers as they are counted.
+    """
+    quantizers = artifact.quantizers(model.device)
+    counts = OutlierCounts(len(quantizers))
+    sinks = artifact.spec.sink_tokens
+
+    def through(x: Tensor, kv: LayerKV, kind: Kind) -> Tensor:
+        quantizer = quantizers[kv.layer][kind]
+        quantized = quantizer.quantize(x[:, :, sinks:])
+        if quantized.outliers is not None:
+            counts.found[kind][kv.layer] += int(quantized.outliers.sum())
+        exact = roundtrip_storage(x[:, :, :sinks], artifact.spec).float()
+        return torch.cat([exact, quantizer.dequantize(quantized)], dim=2)
+
+    def transform(kv: LayerKV) -> tuple[Tensor, Tensor]:
+        counts.tokens[kv.layer] += kv.values.shape[0] * max(kv.values.shape[2] - sinks, 0)
+        if quantizers[kv.layer]["key"].spec.pre_rope:
+            keys = through(kv.keys, kv, "key")
+        else:
+            keys = kv.rotation.unrotate(through(kv.rotated_keys, kv, "key"))
+        return keys, through(kv.values, kv, "value")
+
+    with intercept(model, transform):
+        yield counts

@@ -1,0 +1,178 @@
+"""Results as tables for people and as plain facts for JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.config import EvalConfig
+from kvq_calib.evaluate.perplexity import PerplexityResult
+from kvq_calib.spec import KINDS
+
+if TYPE_CHECKING:
+    from kvq_calib.data import TokenWindows
+    from kvq_calib.models import LoadedModel
+
+
+def print_table(table: Table) -> None:
+    """Print on stdout; wide enough for every column where stdout is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) -> Table:
+    """One row per artifact under the unquantized model."""
+    tokens = f"{results[0].tokens:,} tokens in windows of {config.seqlen}" if results else ""
+    table = Table(title=f"{config.dataset}, {config.mode} mode, {tokens}, bits at {config.context} tokens")
+    table.add_column("artifact")
+    for heading in ("bits/element", "perplexity", "KL mean", "KL p99", "top-1"):
+        table.add_column(heading, justify="right")
+    if results:
+        table.add_row("unquantized", "", f"{results[0].baseline_perplexity:.3f}", "", "", "")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.bits_per_element:.3f}",
+            f"{result.perplexity:.3f}",
+            f"{result.kl_mean:.5f}",
+            f"{result.kl_p99:.4f}",
+            f"{result.top1_agreement:.4f}",
+        )
+    return table
+
+
+def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str]) -> dict[str, Any]:
+    """What is needed to repeat a measurement."""
+    return {
+        "model": loaded.name,
+        "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "data": dict(text.source),
+        "artifact_sha256": {
+            name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()
+        },
+        "versions": {
+            "kvq-calib": _version("kvq-calib"),
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, Any]:
+    """Content of an artifact as plain data."""
+    return {
+        "spec": artifact.spec.model_dump(mode="json"),
+        "model": dict(artifact.model),
+        "calibration": dict(artifact.calibration),
+        "layers": [
+            {
+                kind: {
+                    "bits": _width_counts(artifact, index, kind),
+                    "codebook": params.of(kind).codebook.tolist(),
+                    "outliers_per_token": artifact.outliers_per_token[kind][index],
+                }
+                for kind in KINDS
+            }
+            for index, params in enumerate(artifact.layers)
+        ],
+        "bits_per_element": {str(context): artifact.bits_per_element(context) for context in contexts},
+        "bytes": {str(context): artifact.storage(context) for context in contexts},
+    }
+
+
+def _width_counts(artifact: KVArtifact, layer: int, kind: Any) -> dict[str, int]:
+    counts = Counter(artifact.layers[layer].of(kind).bits.tolist())
+    return {str(width): counts[width] for width in sorted(counts)}
+
+
+def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer: bool) -> list[Table]:
+    """Facts, storage at several context lengths, and on request the layers."""
+    facts = Table(title="artifact", show_header=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    data = artifact.calibration.get("data", {})
+    geometry = artifact.geometry
+    shapes = Counter((layer.num_kv_heads, layer.head_dim) for layer in geometry.layers)
+    facts.add_row("model", str(artifact.model.get("id", "")))
+    facts.add_row("recipe", str(artifact.calibration.get("recipe", "")))
+    facts.add_row(
+        "calibrated on", ", ".join(f"{name} {value}" for name, value in sorted(data.items()) if name != "sha256")
+    )
+    facts.add_row(
+        "layers", ", ".join(f"{n} of {heads} key-value heads x {dim}" for (heads, dim), n in shapes.items())
+    )
+    for kind in KINDS:
+        facts.add_row(kind + "s", _describe(artifact, kind))
+    facts.add_row("exact tokens", f"first {artifact.spec.sink_tokens}, last {artifact.spec.recent_tokens}")
+    versions = artifact.calibration.get("versions", {})
+    facts.add_row("made with", ", ".join(f"{name} {value}" for name, value in sorted(versions.items())))
+
+    storage = Table(title="bytes of one sequence")
+    storage.add_column("stored", style="bold")
+    columns = {context: artifact.storage(context) for context in contexts}
+    for context in contexts:
+        storage.add_column(f"{context:,} tokens", justify="right")
+    for name in next(iter(columns.values())):
+        storage.add_row(name.replace("_", " "), *(f"{column[name]:,.0f}" for column in columns.values()))
+    storage.add_section()
+    storage.add_row("total", *(f"{sum(column.values()):,.0f}" for column in columns.values()))
+    storage.add_row("float16 cache", *(f"{2 * artifact.elements(context):,}" for context in contexts))
+    storage.add_row("bits/element", *(f"{artifact.bits_per_element(context):.3f}" for context in contexts))
+    if not per_layer:
+        return [facts, storage]
+
+    layers = Table(title="layers")
+    for heading in ("layer", "kind", "channels by width", "outliers/token", "levels"):
+        layers.add_column(heading)
+    for index, params in enumerate(artifact.layers):
+        for kind in KINDS:
+            widths = _width_counts(artifact, index, kind)
+            levels = params.of(kind).codebook[0].tolist()
+            shown = " ".join(f"{level:+.2f}" for level in levels[:16])
+            layers.add_row(
+                str(index),
+                kind,
+                ", ".join(f"{count} x {width} bit" for width, count in widths.items()),
+                f"{artifact.outliers_per_token[kind][index]:.2f}",
+                shown + (" ..." if len(levels) > 16 else ""),
+            )
+    return [facts, storage, layers]
+
+
+def _describe(artifact: KVArtifact, kind: Any) -> str:
+    specs = [layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers))]
+    spec = specs[0]
+    parts = [
+        f"{'up to ' if spec.variable_bits else ''}{spec.bits} bits per element",
+        spec.datatype,
+        f"{'dynamic' if spec.dynamic else 'static'} per {spec.granularity}",
+    ]
+    if kind == "key":
+        parts.append("before RoPE" if spec.pre_rope else "after RoPE")
+    if spec.outliers.fraction:
+        parts.append(f"{spec.outliers.fraction:.1%} outliers")
+    parts += [name for name in ("phase", "rotation", "q_norm", "channel_normalized") if getattr(spec, name)]
+    if len(set(map(str, specs))) > 1:
+        parts.append("some layers differ")
+    return ", ".join(parts)
