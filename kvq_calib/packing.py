@@ -112,6 +112,27 @@ def unpack_units(words: Tensor, bits: int) -> Tensor:
     return codes.to(torch.uint8)
 
 
+def slice_bytes(words: Tensor, bits: int) -> Tensor:
+    """The four 8-token slices of blocks with all codes in the low bits of nibbles, for byte-wise lookups.
+
+    Args:
+        words: int32 ``[..., bits]``, as :func:`pack_units` makes them.
+        bits: width, 1 to 4.
+
+    Returns:
+        uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` holds token ``8 * s + 2 * j`` in its low nibble and the next
+        one in its high nibble. The bits of a nibble above the code are undefined.
+    """
+    data = words.contiguous().view(torch.uint8).unflatten(-1, (bits, 4))
+    if bits == 4:
+        return data
+    if bits == 3:
+        last = (data[..., 0, :] >> 3 & 0x11) | (data[..., 1, :] >> 2 & 0x22) | (data[..., 2, :] >> 1 & 0x44)
+        return torch.cat((data, last.unsqueeze(-2)), dim=-2)
+    shifts = range(0, 4, bits)
+    return torch.stack([data >> shift for shift in shifts], dim=-2).flatten(-3, -2)
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Where everything of one layer's keys or values stands in a page.

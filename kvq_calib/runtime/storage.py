@@ -1,18 +1,19 @@
 """What a packed cache holds, and nothing else: no attention, no model.
 
-A **slot** is one column of the batch, padding included; all sequences and layers share their slots. The oldest
-slots are packed in blocks of 32, the others are exact (the *tail*)::
+A **slot** is one column of the batch, padding included; all sequences and layers share their slots. The
+oldest slots are packed in blocks of 32, the others are exact (the *tail*)::
 
     slot      0 ........ packed_slots ........ length
               blocks 0 .. n-1         tail
 
-A block holds 32 slots, or fewer where :meth:`SlotTable.crop` cut into it: nothing is ever re-quantized, and the
-next tokens start a new block. Block ``k`` stands in page ``k // 8`` at place ``k % 8``, whatever its fill. Which
-slots a block holds is the same for every layer and sequence and is kept once, in :class:`SlotTable`.
+A block holds 32 slots, or fewer where :meth:`SlotTable.crop` cut into it: nothing is ever re-quantized, and
+the next tokens start a new block. Block ``k`` stands in page ``k // 8`` at place ``k % 8``, whatever its
+fill. Which slots a block holds is the same for every layer and sequence and is kept once, in
+:class:`SlotTable`.
 
 Every token passes the storage dtype before it is quantized, also where it never rests there, and a token is
-quantized by itself. So the codes of a text do not depend on how it was divided into calls (but for the last bit of
-a matrix product where values are rotated).
+quantized by itself. So the codes of a text do not depend on how it was divided into calls (but for the last
+bit of a matrix product where values are rotated).
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class SlotTable:
         self.sink_slots = torch.full((batch, sink_tokens), -1, dtype=torch.int32, device=device)
         #: ``length`` before the append that last added to ``sink_slots``.
         self.sinks_found_at = -1
-        self._missing_sinks = sink_tokens > 0
+        #: First slot of a sink and last plus one, over all sequences; ``(0, 0)`` where there is none.
+        self.sink_range = (0, 0)
+        #: Whether some sequence has fewer real tokens than sinks.
+        self.missing_sinks = sink_tokens > 0
         self._ragged = False
 
     @property
@@ -85,7 +89,7 @@ class SlotTable:
         """
         positions = positions.to(self.device, torch.int32).expand(self.batch, -1)
         tokens = positions.shape[1]
-        if self._missing_sinks:
+        if self.missing_sinks:
             self._find_sinks(tokens, real)
         done = 0
         while done < tokens:
@@ -112,7 +116,12 @@ class SlotTable:
         row, token = (real & (rank < sinks)).nonzero(as_tuple=True)
         self.sink_slots[row, rank[row, token]] = (token + self.length).to(torch.int32)
         self.sinks_found_at = self.length
-        self._missing_sinks = bool((self.sink_slots < 0).any())
+        self._update_sink_range()
+
+    def _update_sink_range(self) -> None:
+        found = self.sink_slots[self.sink_slots >= 0]
+        self.sink_range = (int(found.min()), int(found.max()) + 1) if len(found) else (0, 0)
+        self.missing_sinks = found.numel() < self.sink_slots.numel()
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Positions of slots ``start`` to ``stop - 1``, int32 ``[B, stop - start]``."""
@@ -125,7 +134,7 @@ class SlotTable:
         return joined[:, start - offset : stop - offset]
 
     def block_slots(self, start: int, stop: int) -> Tensor:
-        """The slot of every place of blocks ``start`` to ``stop - 1``: int64 ``[32 * n]``, -1 where none is."""
+        """The slot of every place of blocks ``start`` to ``stop - 1``: int64 ``[32 * n]``, -1 for none."""
         first = torch.tensor(self.first[start:stop], dtype=torch.int64)[:, None]
         fill = torch.tensor(self.fill[start:stop], dtype=torch.int64)[:, None]
         within = torch.arange(BLOCK_TOKENS)
@@ -142,14 +151,14 @@ class SlotTable:
         self.length = length
         del self.position_pages[-(-length // PAGE_TOKENS) :]
         self.sink_slots[self.sink_slots >= length] = -1
-        self._missing_sinks = bool((self.sink_slots < 0).any())
+        self._update_sink_range()
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder sequences: row ``i`` becomes what row ``rows[i]`` was."""
         self.batch = len(rows)
         self.position_pages = [page[rows] for page in self.position_pages]
         self.sink_slots = self.sink_slots[rows]
-        self._missing_sinks = bool((self.sink_slots < 0).any())
+        self._update_sink_range()
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by kind."""
@@ -305,12 +314,19 @@ class PackedTensor:
             page.outlier_index = page.outlier_index[:entries].clone()
             page.outlier_residual = page.outlier_residual[:entries].clone()
 
-    def drop_before(self, page: int) -> None:
-        """Free all pages before number ``page``."""
-        count = page - self.dropped_pages
-        if count > 0:
-            del self.pages[:count]
-            self.dropped_pages = page
+    def pages_before(self, slot: int, table: SlotTable) -> int:
+        """How many of the pages held end before ``slot``."""
+        count = 0
+        while (last := PAGE_BLOCKS * (self.dropped_pages + count + 1) - 1) < self.blocks and (
+            table.first[last] + table.fill[last] <= slot
+        ):
+            count += 1
+        return count
+
+    def drop(self, count: int) -> None:
+        """Free the oldest ``count`` pages held."""
+        del self.pages[:count]
+        self.dropped_pages += count
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
@@ -418,13 +434,9 @@ class LayerStorage:
 
     def drop_before(self, slot: int, table: SlotTable) -> None:
         """Free the pages that hold only slots before ``slot``; their blocks stay listed in ``table``."""
-        page = self.key.dropped_pages
-        while (last := PAGE_BLOCKS * (page + 1) - 1) < self.key.blocks and (
-            table.first[last] + table.fill[last] <= slot
-        ):
-            page += 1
-        self.key.drop_before(page)
-        self.value.drop_before(page)
+        count = self.key.pages_before(slot, table)
+        self.key.drop(count)
+        self.value.drop(count)
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder sequences."""

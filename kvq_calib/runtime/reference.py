@@ -1,0 +1,559 @@
+"""Attention over packed storage in torch: the numbers every kernel must match, and the path without a GPU.
+
+Pages are decoded a few at a time into a work space, used, and forgotten; an online softmax joins them. Within
+the work space a tensor is ``[B, H, D, S]``: tokens stand last, as in the pages, so nothing is transposed.
+
+What can be applied to the query or to the output once is not applied to the cache: the scale of the scores,
+the attention scaling of RoPE and the phases act on the query (all three commute with RoPE), value rotations on
+the mixed output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.packing import (
+    BLOCK_TOKENS,
+    COORDINATE_BITS,
+    PAGE_BLOCKS,
+    PAGE_TOKENS,
+    slice_bytes,
+    unpack_units,
+)
+from kvq_calib.quantizer import Quantizer
+from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
+from kvq_calib.spec import RopeSpec
+
+__all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
+
+#: Decoded elements of one work space; a few of them fit into a core's second-level cache.
+WORK_ELEMENTS = 1 << 18
+#: Attention scores computed at a time.
+SCORE_ELEMENTS = 1 << 22
+#: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
+MAX_BYTE_TABLES = 4
+#: Below every real score, and finite, so that differences of running maxima are never NaN.
+_FLOOR = -1e30
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which slots each query may see.
+
+    Attributes:
+        mask: what the model prepared. ``[B, 1 or Hq, T, S]``, bool (true is visible) or additive, for the last
+            ``S`` slots; ``[B, S]`` (nonzero is a real token), causal besides; or ``None``, causal.
+        length: slots in use, the queries being the last ``tokens`` of them.
+        tokens: ``T``.
+        window: slots a query sees, itself included, or ``None`` for all. Only used where the mask is not
+            four-dimensional: otherwise the mask says it.
+    """
+
+    mask: Tensor | None
+    length: int
+    tokens: int
+    window: int | None
+
+    @property
+    def first_slot(self) -> int:
+        """No query sees a slot before this one."""
+        if self.mask is not None and self.mask.ndim == 4:
+            first = self.length - self.mask.shape[-1]
+        elif self.window is None:
+            first = 0
+        else:
+            first = self.length - self.tokens - self.window + 1
+        return max(first, 0)
+
+    def real(self) -> Tensor | None:
+        """Which of the new slots are tokens and not padding: bool ``[B or 1, T]``, ``None`` if all are."""
+        if self.mask is None:
+            return None
+        if self.mask.ndim == 2:
+            return self.mask[:, -self.tokens :] != 0
+        own = self.mask[:, 0, :, -self.tokens :].diagonal(dim1=-2, dim2=-1)  # each query and itself
+        return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+    def sees_all(self, low: int, high: int) -> bool:
+        """Whether every query sees slots ``low`` to ``high - 1`` for certain; reads no tensor."""
+        return (
+            self.mask is None
+            and high <= self.length - self.tokens + 1
+            and (self.window is None or low > self.length - 1 - self.window)
+        )
+
+    def additive(self, slots: Tensor) -> Tensor:
+        """What to add to scores: float32, broadcastable to ``[B, Hq, T, S]``.
+
+        Args:
+            slots: int64 ``[S]`` or ``[B, S]``, -1 for "no such slot".
+        """
+        rows = slots if slots.ndim == 2 else slots[None]
+        hidden = (rows < 0)[:, None, None]
+        if self.mask is None or self.mask.ndim == 2:
+            query = torch.arange(self.length - self.tokens, self.length, device=slots.device)[:, None]
+            hidden = hidden | (rows[:, None, None] > query)
+            if self.window is not None:
+                hidden = hidden | (rows[:, None, None] <= query - self.window)
+        if self.mask is None:
+            return _additive(~hidden)
+        columns = rows - (self.length - self.mask.shape[-1])
+        hidden = hidden | (columns < 0)[:, None, None]
+        columns = columns.clamp(min=0)
+        if slots.ndim == 1:
+            chosen = self.mask[..., columns[0]]
+        else:
+            shape = (*self.mask.shape[:-1], columns.shape[-1])
+            index = columns.view(columns.shape[0], *[1] * (self.mask.ndim - 2), columns.shape[1])
+            batch = max(self.mask.shape[0], len(columns))
+            mask = self.mask.expand(batch, *self.mask.shape[1:])
+            chosen = mask.gather(-1, index.expand(batch, *shape[1:]))
+        if chosen.ndim == 2:
+            chosen = (chosen != 0)[:, None, None]
+        return _additive(chosen).masked_fill(hidden, -torch.inf)
+
+
+def _additive(visible: Tensor) -> Tensor:
+    if visible.dtype != torch.bool:
+        return visible.float()
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """One call of the attention function.
+
+    Attributes:
+        query: ``[B, Hq, T, D]``, rotated, of the newest ``T`` slots.
+        visibility: which slots they see.
+        scaling: factor on the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax without a value (gpt-oss); or ``None``.
+    """
+
+    query: Tensor
+    visibility: Visibility
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class RopeTable:
+    """A rotary embedding as tensors.
+
+    Angles are the float32 product of position and frequency, which is what models compute: far into a text its
+    rounding is larger than that of any other step here.
+
+    Args:
+        rope: the rotary embedding.
+        device: of the tensors.
+    """
+
+    def __init__(self, rope: RopeSpec, device: torch.device) -> None:
+        self.inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
+        self.scaling = rope.attention_scaling
+        self._first = _as_slice([pair[0] for pair in rope.pairs], device)
+        self._second = _as_slice([pair[1] for pair in rope.pairs], device)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of int32 ``[B, S]`` positions, each float32 ``[B, 1, P, S]``, without scaling."""
+        angle = positions[:, None, None].float() * self.inv_freq[:, None]
+        return angle.cos(), angle.sin()
+
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn ``x [..., D, S]`` in place by angles given as broadcastable ``[..., P, S]``; no scaling."""
+        a, b = x[..., self._first, :], x[..., self._second, :]
+        a_sin, b_sin = a * sin, b * sin
+        a.mul_(cos).sub_(b_sin)
+        b.mul_(cos).add_(a_sin)
+        if isinstance(self._first, Tensor):
+            x[..., self._first, :] = a
+        if isinstance(self._second, Tensor):
+            x[..., self._second, :] = b
+        return x
+
+    def scale_(self, x: Tensor) -> Tensor:
+        """Multiply the rotated channels of ``x [..., D, S]`` by the attention scaling, in place."""
+        if self.scaling != 1.0:
+            for channels in (self._first, self._second):
+                x[..., channels, :] *= self.scaling
+        return x
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [t for t in (self.inv_freq, self._first, self._second) if isinstance(t, Tensor)]
+
+
+def _as_slice(channels: list[int], device: torch.device) -> slice | Tensor:
+    """Channel numbers as a slice where they are evenly spaced: slices are views."""
+    step = channels[1] - channels[0] if len(channels) > 1 else 1
+    if channels and step > 0 and channels == list(range(channels[0], channels[-1] + 1, step)):
+        return slice(channels[0], channels[-1] + 1, step)
+    return torch.tensor(channels, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Channels of one width, and how their codes become levels.
+
+    Attributes:
+        width: bits.
+        channels: int64 ``[n]``, or ``None`` for all channels in order.
+        rows: int64 ``[n, width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
+        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32 ``[L * r]``, levels.
+        offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
+    """
+
+    width: int
+    channels: Tensor | None
+    rows: Tensor | None
+    table: Tensor
+    offset: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.channels, self.rows, self.table, self.offset) if t is not None]
+
+
+class PageReader:
+    """Decodes pages of one layer's keys or values.
+
+    Levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one float64.
+
+    Args:
+        quantizer: of the tensor.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.layout = quantizer.layout
+        params = quantizer.params
+        self.device = params.bits.device
+        self.groups = [self._group(*group) for group in self._widths()]
+
+    def _widths(self) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
+        widths = set(self.layout.widths)
+        if len(widths) == 1 and 0 not in widths:
+            yield widths.pop(), None, None
+            return
+        yield from self.layout.groups(self.device)
+        if 0 in widths:
+            bits = self.quantizer.params.bits
+            yield 0, (bits == 0).nonzero().flatten(), None
+
+    def _group(self, width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
+        codebook, index = self.quantizer.params.codebook, self.quantizer.params.codebook_index.to(torch.int64)
+        used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
+        levels = codebook[used, : 1 << width]
+        if 0 < width <= 4 and len(used) <= MAX_BYTE_TABLES:
+            byte = torch.arange(256, device=self.device)
+            mask = (1 << width) - 1
+            table = torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1)
+            table = table.contiguous().view(torch.float64).flatten()
+            size = 256
+        else:
+            table, size = levels.flatten().clone(), 1 << width
+        offset = (part * size).to(torch.int32)[:, None] if len(used) > 1 else None
+        return _Group(width, channels, rows, table, offset)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held beside the quantizer's parameters."""
+        return [tensor for group in self.groups for tensor in group.tensors()]
+
+    def read(self, pages: Sequence[Page]) -> Tensor:
+        """Decode whole pages: float32 ``[B, H, D, 256 * n]``, in the quantizer's (phase, rotation) space.
+
+        Places that hold no token yet come out finite but meaningless.
+        """
+        batch, layout = pages[0].codes.shape[0], self.layout
+        parts = [self._levels(group, pages) for group in self.groups]
+        if len(parts) == 1 and self.groups[0].channels is None:
+            y = parts[0]
+        else:
+            y = torch.empty(batch, layout.channels, len(pages) * PAGE_TOKENS, device=self.device)
+            for group, part in zip(self.groups, parts, strict=True):
+                assert group.channels is not None
+                y[:, group.channels] = part
+        params = self.quantizer.params
+        if layout.token_params:
+            pairs = [page.token_params for page in pages]
+            token = torch.cat([pair.float() for pair in pairs if pair is not None], dim=1)
+            y.mul_(token[:, None, :, 0]).add_(token[:, None, :, 1])
+        else:
+            assert params.scale is not None
+            assert params.zero_point is not None
+            y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+        if layout.outliers:
+            self._add_outliers(y, pages)
+        if self.quantizer.spec.channel_normalized:
+            assert params.scale is not None
+            assert params.zero_point is not None
+            y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+        return y.view(batch, layout.heads, layout.head_dim, -1)
+
+    def _levels(self, group: _Group, pages: Sequence[Page]) -> Tensor:
+        """Levels of one width's channels, float32 ``[B, n or 1, 256 * pages]``."""
+        batch, width = pages[0].codes.shape[0], group.width
+        if width == 0:
+            row = group.table if group.offset is None else group.table[group.offset]
+            return row.view(1, -1, 1).expand(batch, -1, len(pages) * PAGE_TOKENS)
+        words = []
+        for page in pages:
+            region = page.codes.view(batch, -1, PAGE_BLOCKS)
+            if group.rows is not None:
+                region = region[:, group.rows]
+            words.append(region.view(batch, -1, PAGE_BLOCKS, width))
+        region = words[0] if len(words) == 1 else torch.cat(words, dim=2)
+        if width > 4:
+            index = unpack_units(region, width).flatten(2).to(torch.int32)
+        else:
+            data = slice_bytes(region, width).flatten(2)
+            if group.table.dtype == torch.float64:
+                index = data.to(torch.int32)
+            else:
+                mask = (1 << width) - 1
+                index = torch.stack((data & mask, data >> 4 & mask), dim=-1).flatten(2).to(torch.int32)
+        if group.offset is not None:
+            index += group.offset
+        found = group.table.index_select(0, index.flatten())
+        return found.view(torch.float32).view(batch, -1, len(pages) * PAGE_TOKENS)
+
+    def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
+        """Add the residuals of ``pages`` to ``y [B, C, S]``."""
+        batch, channels, places = y.shape
+        heads, size = self.layout.heads, self.layout.head_dim
+        starts = [page.outlier_start for page in pages]
+        counts = torch.cat([start.diff() for start in starts if start is not None])
+        total = sum(page.entries for page in pages)
+        if total == 0:
+            return
+        block = torch.arange(len(pages) * PAGE_BLOCKS, dtype=torch.int32, device=y.device)[:, None, None]
+        row = torch.arange(batch, dtype=torch.int32, device=y.device)[:, None]
+        head = torch.arange(heads, dtype=torch.int32, device=y.device)
+        base = (row * channels + head * size) * places + block * BLOCK_TOKENS  # [blocks, B, H]
+        index = torch.cat([page.outlier_index for page in pages if page.outlier_index is not None])
+        index = index.to(torch.int32)
+        coordinate = index & ((1 << COORDINATE_BITS) - 1)
+        token = index >> COORDINATE_BITS & (BLOCK_TOKENS - 1)  # the sign bit is the token's highest
+        target = torch.repeat_interleave(base.flatten(), counts, output_size=total)
+        target += coordinate * places + token
+        residual = torch.cat([page.outlier_residual for page in pages if page.outlier_residual is not None])
+        y.view(-1).index_add_(0, target, residual.float())
+
+
+class _Softmax:
+    """Online softmax over segments of slots.
+
+    Args:
+        request: the queries.
+        heads: key-value heads ``H``; ``Hq / H`` queries share one.
+    """
+
+    def __init__(self, request: AttentionRequest, heads: int) -> None:
+        query = request.query
+        batch, query_heads, tokens, size = query.shape
+        self.request = request
+        self.shape = (batch, heads, query_heads // heads, tokens)
+        rows = (batch, heads, query_heads // heads * tokens, 1)
+        if request.sinks is None:
+            self.highest = torch.full(rows, _FLOOR, device=query.device)
+            self.total = torch.zeros(rows, device=query.device)
+        else:
+            sinks = request.sinks.float().view(1, heads, -1, 1).expand(self.shape)
+            self.highest = sinks.reshape(rows).clamp(min=_FLOOR)
+            self.total = torch.ones(rows, device=query.device)
+        self.mixed = torch.zeros(*rows[:3], size, device=query.device)
+        #: A second sum for values that are still to be turned by the value rotation.
+        self.mixed_packed = self.mixed
+
+    def split_packed(self) -> None:
+        """Keep packed values apart from exact ones from now on."""
+        self.mixed_packed = self.mixed.clone()
+
+    def add(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, packed: bool) -> None:
+        """Attend to a segment.
+
+        Args:
+            query: float32 ``[B, H, G * T, D]``.
+            keys, values: float32 ``[B, H, D, S]``.
+            mask: additive, broadcastable to ``[B, Hq, T, S]``; or ``None``.
+            packed: which sum the values belong to.
+        """
+        scores = query @ keys
+        if self.request.softcap is not None:
+            scores.div_(self.request.softcap).tanh_().mul_(self.request.softcap)
+        if mask is not None:
+            by_group = scores.view(*self.shape, -1)
+            if mask.shape[1] == 1:
+                by_group += mask[:, :, None]
+            else:
+                by_group += mask.view(len(mask), *self.shape[1:3], *mask.shape[2:])
+        highest = torch.maximum(self.highest, scores.amax(-1, keepdim=True))
+        weights = scores.sub_(highest).exp_()
+        shrink = (self.highest - highest).exp_()
+        self.highest = highest
+        self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        self.mixed.mul_(shrink)
+        if self.mixed_packed is not self.mixed:
+            self.mixed_packed.mul_(shrink)
+        (self.mixed_packed if packed else self.mixed).add_(weights @ values.mT)
+
+    def result(self, rotation: Tensor | None) -> Tensor:
+        """The mixed values, ``[B, T, Hq, D]`` in the dtype of the query; zero where nothing was visible."""
+        mixed = self.mixed
+        if rotation is not None:
+            mixed = mixed + self.mixed_packed @ rotation.mT
+        mixed = mixed / self.total.clamp(min=torch.finfo(torch.float32).tiny)
+        return mixed.view(*self.shape, -1).flatten(1, 2).transpose(1, 2).to(self.request.query.dtype)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Slots of a run of packed places: ``low`` to ``high - 1``, with ``slots`` (int64, -1 for a hole) if some are."""
+
+    low: int
+    high: int
+    slots: Tensor | None
+
+    def positions(self, table: SlotTable) -> Tensor:
+        """RoPE positions, int32 ``[B, S]``."""
+        positions = table.positions(self.low, self.high)
+        return positions if self.slots is None else positions[:, (self.slots - self.low).clamp(min=0)]
+
+
+class ReferenceOps:
+    """Packing and attention for one layer, in torch on any device.
+
+    A faster implementation overrides :meth:`append` or :meth:`attend` and keeps the storage.
+
+    Args:
+        key, value: quantizers of the layer, on the device of the model.
+    """
+
+    #: Name of the path, as ``KVQCache.backend`` reports it.
+    name = "reference"
+
+    def __init__(self, key: Quantizer, value: Quantizer) -> None:
+        self.key = key
+        self.value = value
+        self.geometry = key.geometry
+        self.device = key.params.bits.device
+        self.rope: RopeTable | None = None
+        if key.rope is not None and key.spec.pre_rope:
+            self.rope = RopeTable(key.rope, self.device)
+
+    @cached_property
+    def readers(self) -> tuple[PageReader, PageReader]:
+        """Decoders of keys and values."""
+        return PageReader(self.key), PageReader(self.value)
+
+    def tables(self) -> list[Tensor]:
+        """Tensors held besides the artifact's parameters, for the accounting of memory."""
+        found = [tensor for reader in self.readers for tensor in reader.tensors()]
+        for quantizer in (self.key, self.value):
+            for _, channels, rows in quantizer.layout.groups(torch.device("cpu")):
+                found += [channels, rows]
+        return found + (self.rope.tensors() if self.rope is not None else [])
+
+    def append(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
+        """Store ``[B, H, T, D]`` keys (un-rotated where the spec says so) and values of the newest slots."""
+        storage.append(keys, values, table)
+
+    def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
+        """Attention of ``request.query`` over everything stored, ``[B, T, Hq, D]`` in the dtype of the query."""
+        exact_query, packed_query = self._queries(request)
+        softmax = _Softmax(request, self.geometry.num_kv_heads)
+        if self.value.params.rotation is not None:
+            softmax.split_packed()
+        for span, keys, values in self._segments(request, storage, table):
+            if self.rope is not None:
+                self.rope.rotate_(keys, *self.rope.cos_sin(span.positions(table)))
+            mask = self._packed_mask(request.visibility, span, table)
+            softmax.add(packed_query, keys, values, mask, packed=True)
+        keys, values, positions, mask = self._exact(request.visibility, storage, table)
+        if keys.shape[-1]:
+            if self.rope is not None:
+                self.rope.rotate_(keys, *self.rope.cos_sin(positions))
+            softmax.add(exact_query, keys, values, mask, packed=False)
+        return softmax.result(self.value.params.rotation)
+
+    def _queries(self, request: AttentionRequest) -> tuple[Tensor, Tensor]:
+        """Scaled queries ``[B, H, G * T, D]`` for exact and for packed keys."""
+        query = request.query.float() * request.scaling
+        query = query.reshape(query.shape[0], self.geometry.num_kv_heads, -1, query.shape[-1])
+        if self.rope is None:
+            return query, query
+        query = self.rope.scale_(query.mT).mT
+        phase = self.key.params.phase
+        if phase is None:
+            return query, query
+        turned = self.rope.rotate_(query.mT.clone(), phase.cos()[..., None], phase.sin()[..., None])
+        return query, turned.mT
+
+    def _segments(
+        self, request: AttentionRequest, storage: LayerStorage, table: SlotTable
+    ) -> Iterator[tuple[_Span, Tensor, Tensor]]:
+        """Visible pages, a few at a time, with keys and values ``[B, H, D, S]``."""
+        key, value = storage.key, storage.value
+        batch, query_heads, tokens, _ = request.query.shape
+        group = min(
+            WORK_ELEMENTS // (PAGE_TOKENS * batch * self.geometry.channels),
+            SCORE_ELEMENTS // (PAGE_TOKENS * batch * query_heads * tokens),
+        )
+        group = max(group, 1)
+        key_reader, value_reader = self.readers
+        for start in range(key.pages_before(request.visibility.first_slot, table), len(key.pages), group):
+            first = (key.dropped_pages + start) * PAGE_BLOCKS
+            last = min(first + group * PAGE_BLOCKS, key.blocks)
+            low, high = table.first[first], table.first[last - 1] + table.fill[last - 1]
+            holes = table.ragged and high - low < (last - first) * BLOCK_TOKENS
+            span = _Span(low, high, table.block_slots(first, last) if holes else None)
+            keys = key_reader.read(key.pages[start : start + group])
+            values = value_reader.read(value.pages[start : start + group])
+            places = (last - first) * BLOCK_TOKENS if holes else high - low
+            yield span, keys[..., :places], values[..., :places]
+
+    def _packed_mask(self, visibility: Visibility, span: _Span, table: SlotTable) -> Tensor | None:
+        """What hides slots of a packed segment: the model's mask, holes, and sinks, which are attended exactly."""
+        first, stop = table.sink_range
+        has_sinks = first < stop and span.low < stop and first < span.high
+        visible = visibility.sees_all(span.low, span.high) and span.slots is None
+        if visible and not has_sinks:
+            return None
+        slots = span.slots
+        if slots is None:
+            slots = torch.arange(span.low, span.high, device=self.device)
+        mask = None if visible else visibility.additive(slots)
+        if has_sinks:
+            sink = (slots[None, None] == table.sink_slots[..., None]).any(1)[:, None, None]
+            mask = _additive(~sink) if mask is None else mask.masked_fill(sink, -torch.inf)
+        return mask
+
+    def _exact(
+        self, visibility: Visibility, storage: LayerStorage, table: SlotTable
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Sinks whose slots are packed, then the tail: keys, values ``[B, H, D, S]``, positions, mask."""
+        start = table.packed_slots
+        keys, values = storage.tail_key.mT.float(), storage.tail_value.mT.float()
+        positions = table.positions(start, table.length)
+        first, stop = table.sink_range
+        if first >= min(stop, start):
+            if visibility.sees_all(start, table.length):
+                return keys, values, positions, None
+            slots = torch.arange(start, table.length, device=self.device)
+            return keys, values, positions, visibility.additive(slots)
+        sinks = table.sink_slots.to(torch.int64)
+        keys = torch.cat((storage.sink_key.mT.float(), keys), dim=-1)
+        values = torch.cat((storage.sink_value.mT.float(), values), dim=-1)
+        of_sinks = table.positions(first, stop).gather(1, (sinks - first).clamp(min=0))
+        positions = torch.cat((of_sinks, positions), dim=1)
+        if stop <= start and not table.missing_sinks and visibility.sees_all(first, table.length):
+            return keys, values, positions, None
+        sinks = sinks.masked_fill(sinks >= start, -1)  # those are in the tail
+        tail = torch.arange(start, table.length, device=self.device)
+        slots = torch.cat((sinks, tail.expand(len(sinks), -1)), dim=1)
+        return keys, values, positions, visibility.additive(slots)
