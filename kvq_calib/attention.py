@@ -38,7 +38,9 @@ __all__ = [
     "LayerKV",
     "ModelGeometry",
     "Transform",
+    "attention_configs",
     "attention_function",
+    "call_argument",
     "inspect_model",
     "intercept",
     "intercept_calls",
@@ -96,7 +98,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
-def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the argument `name` of a call of `module.forward`, however it was passed; None where it was not."""
     if name in kwargs:
         return kwargs[name]
     parameters = _parameters(type(module).forward)
@@ -105,7 +108,8 @@ def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[
     return None
 
 
-def _attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
+    """Return the distinct configurations in `model` that name an attention implementation."""
     configs = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -123,7 +127,7 @@ def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     position_embeddings: dict[int, Any] = {}
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _argument(module, "position_embeddings", args, kwargs)
+        found = call_argument(module, "position_embeddings", args, kwargs)
         if found is not None:
             position_embeddings[id(module)] = found
 
@@ -149,7 +153,7 @@ def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     with ExitStack() as stack:
         names: dict[str, str] = {}
         serial = next(_SERIAL)
-        for config in _attention_configs(model):
+        for config in attention_configs(model):
             original = config._attn_implementation_internal
             if original not in names:
                 # The original name stays a part of ours, for code that looks for "flash" in it.
@@ -400,7 +404,7 @@ def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, 
         calls[call.layer] = call
 
     def level(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = _argument(module, "hidden_states", args, kwargs)
+        hidden = call_argument(module, "hidden_states", args, kwargs)
         if not (isinstance(hidden, Tensor) and hidden.ndim == 3):
             return None
         # Noise of unit variance, as after a norm; a token's own state can be zero (padding tokens are).

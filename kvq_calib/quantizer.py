@@ -216,17 +216,19 @@ class Quantizer:
             "float16" if self.storage == torch.float16 else "bfloat16",
         )
 
-    @cached_property
+    # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
+
+    @property
     def levels(self) -> Tensor:
         """Levels per channel, float32 ``[C, L]``."""
         return self.params.codebook[self.params.codebook_index.to(torch.int64)]
 
-    @cached_property
+    @property
     def boundaries(self) -> Tensor:
         """Decision boundaries per channel, float32 ``[C, L - 1]``."""
         return codebook_boundaries(self.levels, self.params.bits)
 
-    @cached_property
+    @property
     def _phase_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert self.params.phase is not None and self.rope is not None
         pairs = torch.tensor(self.rope.pairs, dtype=torch.int64, device=self.params.phase.device)
