@@ -199,8 +199,8 @@ def discover_rope(
 
     Args:
         rotation: of a forward pass over one sequence; `cos` and `sin` are [1, T, width].
-        positions: int64 [T], holding 0 and powers of two from 1 on without a gap. Doubling positions settle
-            the frequencies to float32's last bit, because a float32 product with a power of two is exact.
+        positions: int64 [T], holding 0 and powers of two from 1 on without a gap. Each doubling halves the
+            error of the frequencies, and adds none: a product with a power of two is exact.
         head_dim: channels of a head.
         candidates: one-dimensional tensors of the model; one that agrees with the frequencies found replaces
             them, which makes them exact where `cos` and `sin` are rounded to half precision.
@@ -258,12 +258,13 @@ def discover_rope(
     while (power := 2 * power) in index:
         error = torch.remainder(angle[index[power]] - power * inv_freq + math.pi, 2 * math.pi) - math.pi
         inv_freq = inv_freq + error / power
-    single = inv_freq.float().double()  # the models hold frequencies in float32
     if rounding <= torch.finfo(torch.float32).eps:
-        inv_freq = single
+        inv_freq = inv_freq.float().double()  # the models hold frequencies in float32
     for candidate in candidates:
         exact = candidate.detach().cpu().double()
-        if exact.shape == inv_freq.shape and torch.allclose(exact, inv_freq, rtol=rounding, atol=0.0):
+        if exact.shape == inv_freq.shape and torch.allclose(
+            exact, inv_freq, rtol=1e-6, atol=8 * rounding / power
+        ):
             inv_freq = exact
             break
 

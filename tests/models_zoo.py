@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import string
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _COMMON = {
     "vocab_size": 128,
@@ -85,3 +91,21 @@ def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedMod
 def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Return random token ids [batch, tokens]."""
     return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are single ASCII characters; it fits the vocabulary of `tiny_model`."""
+    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *string.printable])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=64,
+    )

@@ -1,0 +1,27 @@
+"""Settings for all tests: no network, one thread, quiet libraries."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+
+import pytest
+import torch
+from models_zoo import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that adds no beginning-of-sequence token."""
+    return tiny_tokenizer(bos=False)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokenizer, adding a beginning-of-sequence token."""
+    return tiny_tokenizer(bos=True)
