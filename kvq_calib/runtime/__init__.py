@@ -1,1 +1,6 @@
 """The packed key-value cache and attention over it."""
+
+from kvq_calib.runtime.attention import attach, attached, detach
+from kvq_calib.runtime.cache import KVQCache
+
+__all__ = ["KVQCache", "attach", "attached", "detach"]

@@ -4,8 +4,8 @@ Pages are decoded a few at a time into a work space, used, and forgotten; an onl
 the work space a tensor is ``[B, H, D, S]``: tokens stand last, as in the pages, so nothing is transposed.
 
 What can be applied to the query or to the output once is not applied to the cache: the scale of the scores,
-the attention scaling of RoPE and the phases act on the query (all three commute with RoPE), value rotations on
-the mixed output.
+the attention scaling of RoPE and the phases act on the query (all three commute with RoPE), value rotations
+on the mixed output.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Visibility:
     """Which slots each query may see.
 
     Attributes:
-        mask: what the model prepared. ``[B, 1 or Hq, T, S]``, bool (true is visible) or additive, for the last
-            ``S`` slots; ``[B, S]`` (nonzero is a real token), causal besides; or ``None``, causal.
+        mask: what the model prepared. ``[B, 1 or Hq, T, S]``, bool (true is visible) or additive, for the
+            last ``S`` slots; ``[B, S]`` (nonzero is a real token), causal besides; or ``None``, causal.
         length: slots in use, the queries being the last ``tokens`` of them.
         tokens: ``T``.
         window: slots a query sees, itself included, or ``None`` for all. Only used where the mask is not
@@ -133,7 +133,8 @@ class AttentionRequest:
         visibility: which slots they see.
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
-        sinks: ``[Hq]``, a logit per head that takes part in the softmax without a value (gpt-oss); or ``None``.
+        sinks: ``[Hq]``, a logit per head that takes part in the softmax without a value (gpt-oss); or
+            ``None``.
     """
 
     query: Tensor
@@ -146,8 +147,8 @@ class AttentionRequest:
 class RopeTable:
     """A rotary embedding as tensors.
 
-    Angles are the float32 product of position and frequency, which is what models compute: far into a text its
-    rounding is larger than that of any other step here.
+    Angles are the float32 product of position and frequency, which is what models compute: far into a text
+    its rounding is larger than that of any other step here.
 
     Args:
         rope: the rotary embedding.
@@ -205,7 +206,8 @@ class _Group:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
         rows: int64 ``[n, width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
-        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32 ``[L * r]``, levels.
+        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32
+            ``[L * r]``, levels.
         offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
     """
 
@@ -222,7 +224,8 @@ class _Group:
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one float64.
+    Levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one
+    float64.
 
     Args:
         quantizer: of the tensor.
@@ -413,7 +416,12 @@ class _Softmax:
 
 @dataclass(frozen=True)
 class _Span:
-    """Slots of a run of packed places: ``low`` to ``high - 1``, with ``slots`` (int64, -1 for a hole) if some are."""
+    """Slots of a run of packed places.
+
+    Attributes:
+        low, high: the run is slots ``low`` to ``high - 1``.
+        slots: int64 ``[S]``, the slot of every place, -1 for a hole; ``None`` where there are no holes.
+    """
 
     low: int
     high: int
@@ -464,7 +472,7 @@ class ReferenceOps:
         storage.append(keys, values, table)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attention of ``request.query`` over everything stored, ``[B, T, Hq, D]`` in the dtype of the query."""
+        """Attend to everything stored: ``[B, T, Hq, D]`` in the dtype of the query."""
         exact_query, packed_query = self._queries(request)
         softmax = _Softmax(request, self.geometry.num_kv_heads)
         if self.value.params.rotation is not None:
@@ -518,7 +526,7 @@ class ReferenceOps:
             yield span, keys[..., :places], values[..., :places]
 
     def _packed_mask(self, visibility: Visibility, span: _Span, table: SlotTable) -> Tensor | None:
-        """What hides slots of a packed segment: the model's mask, holes, and sinks, which are attended exactly."""
+        """What hides slots of a packed segment: mask, holes, and sinks, which are attended exactly."""
         first, stop = table.sink_range
         has_sinks = first < stop and span.low < stop and first < span.high
         visible = visibility.sees_all(span.low, span.high) and span.slots is None

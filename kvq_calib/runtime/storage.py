@@ -123,6 +123,20 @@ class SlotTable:
         self.sink_range = (int(found.min()), int(found.max()) + 1) if len(found) else (0, 0)
         self.missing_sinks = found.numel() < self.sink_slots.numel()
 
+    def restore(
+        self,
+        length: int,
+        first: array[int],
+        fill: array[int],
+        position_pages: list[Tensor],
+        sink_slots: Tensor,
+    ) -> None:
+        """Become the table with these attributes."""
+        self.length, self.first, self.fill = length, first, fill
+        self.position_pages, self.sink_slots = position_pages, sink_slots
+        self._ragged = any(count < BLOCK_TOKENS for count in fill[:-1])
+        self._update_sink_range()
+
     def positions(self, start: int, stop: int) -> Tensor:
         """Positions of slots ``start`` to ``stop - 1``, int32 ``[B, stop - start]``."""
         pages = range(start // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
