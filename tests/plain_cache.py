@@ -1,0 +1,161 @@
+"""The oracle of the runtime: an unpacked cache whose keys and values went through the reference quantizer.
+
+It keeps every token, un-rotated, and computes with the model's own attention, masks and rotary function.
+What is quantized when follows the rule of the packed cache, stated once more in the fewest words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.quantizer import STORAGE_DTYPES, Quantizer
+from kvq_calib.rope import Rotation, find_apply_rotary
+from kvq_calib.runtime import KVQCache
+
+#: Per layer, the (un-rotated keys, values) of every call.
+Recording = list[list[tuple[Tensor, Tensor]]]
+
+
+def record(cache: KVQCache) -> Recording:
+    """Keep a copy of whatever ``cache`` stores from now on."""
+    recording: Recording = [[] for _ in cache.layers]
+    for layer in cache.layers:
+
+        def append(storage, keys, values, table, calls=recording[layer.index], inner=layer.ops.append):
+            calls.append((keys.clone(), values.clone()))
+            inner(storage, keys, values, table)
+
+        layer.ops.append = append
+    return recording
+
+
+class PlainLayer(DynamicLayer):
+    def __init__(self, cache: PlainCache, index: int, pair: dict[str, Quantizer], rotary: object) -> None:
+        super().__init__()
+        self.cache, self.index, self.rotary = cache, index, rotary
+        self.key, self.value = pair["key"], pair["value"]
+        self.exact: tuple[Tensor, Tensor] | None = None
+        self.cos = self.sin = None
+        self.packed = 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.exact is None else self.exact[0].shape[2]
+
+    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        cache, dtype = self.cache, keys.dtype
+        rotation = Rotation()
+        if self.rotary is not None and self.key.spec.pre_rope:
+            cos, sin = (part.expand(keys.shape[0], -1, -1) for part in cache.embeddings)
+            keys = Rotation(self.rotary, cos, sin).unrotate(keys)
+            self.cos = cos if self.cos is None else torch.cat((self.cos, cos), 1)
+            self.sin = sin if self.sin is None else torch.cat((self.sin, sin), 1)
+            rotation = Rotation(self.rotary, self.cos, self.sin)
+        if cache.recording is not None:
+            recorded = cache.recording[self.index].pop(0)
+            start = self.get_seq_length()
+            real = torch.arange(start, start + keys.shape[2]) >= cache.padding[:, None]
+            for ours, theirs in zip((keys, values), recorded, strict=True):
+                difference = (ours - theirs).abs().amax((1, 3))[real]
+                assert difference.numel() == 0 or difference.max() < 1e-4 * theirs.abs().max()
+            keys, values = recorded
+        new = [x.to(cache.storage).float() for x in (keys, values)]
+        self.exact = (
+            tuple(new)
+            if self.exact is None
+            else tuple(torch.cat(pair, 2) for pair in zip(self.exact, new, strict=True))
+        )
+        length = self.get_seq_length()
+        while length - cache.recent - self.packed >= 32:
+            self.packed += 32
+        slots = torch.arange(length)
+        rank = slots - cache.padding[:, None]
+        quantized = (slots < self.packed) & ~((rank >= 0) & (rank < cache.sinks))
+        quantized = quantized[:, None, :, None]
+        k, v = (
+            torch.where(quantized, quantizer(x), x)
+            for quantizer, x in zip((self.key, self.value), self.exact, strict=True)
+        )
+        return rotation.rotate(k).to(dtype), v.to(dtype)
+
+    def crop_to(self, length: int) -> None:
+        self.exact = tuple(x[:, :, :length] for x in self.exact)
+        if self.cos is not None:
+            self.cos, self.sin = self.cos[:, :length], self.sin[:, :length]
+        self.packed = min(self.packed, length)
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        self.exact = tuple(x[rows] for x in self.exact)
+        if self.cos is not None:
+            self.cos, self.sin = self.cos[rows], self.sin[rows]
+
+
+class PlainCache(Cache):
+    """Use inside ``plain_cache(...)``, which tells it the angles of each call."""
+
+    def __init__(
+        self,
+        artifact: KVArtifact,
+        model: nn.Module,
+        padding: Tensor,
+        recent: int | None,
+        recording: Recording | None,
+    ) -> None:
+        self.recording = recording
+        self.storage = STORAGE_DTYPES[artifact.spec.storage_dtype]
+        self.sinks = artifact.spec.sink_tokens
+        self.recent = artifact.spec.recent_tokens if recent is None else recent
+        self.padding = padding
+        self.embeddings: tuple[Tensor, Tensor] | None = None
+        modules = {m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+        layers = []
+        for index, pair in enumerate(artifact.quantizers()):
+            rotary = (
+                None if artifact.geometry.layers[index].rope is None else find_apply_rotary(modules[index])
+            )
+            layers.append(PlainLayer(self, index, pair, rotary))
+        super().__init__(layers=layers)
+
+    def crop_to(self, length: int) -> None:
+        for layer in self.layers:
+            layer.crop_to(length)
+
+
+@contextmanager
+def plain_cache(
+    artifact: KVArtifact,
+    model: nn.Module,
+    padding: Tensor,
+    recent: int | None = None,
+    recording: Recording | None = None,
+) -> Iterator[PlainCache]:
+    """The oracle for ``model``.
+
+    Args:
+        artifact, model: as for the packed cache; the model must not be attached.
+        padding: int64 ``[B]``, pad slots at the left of each row.
+        recent: exact window; the artifact's by default.
+        recording: of :func:`record`.
+    """
+    cache = PlainCache(artifact, model, padding, recent, recording)
+
+    def remember(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        found = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        if isinstance(found, tuple):
+            cache.embeddings = found
+
+    hooks = [
+        module.register_forward_pre_hook(remember, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    ]
+    try:
+        yield cache
+    finally:
+        for hook in hooks:
+            hook.remove()
