@@ -99,7 +99,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def call_argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the argument `name` of a call of `module.forward`, however it was passed; None where it was not."""
+    """Return the argument `name` of a call of `module.forward`, however passed; None where it was not."""
     if name in kwargs:
         return kwargs[name]
     parameters = _parameters(type(module).forward)

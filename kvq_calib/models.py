@@ -92,7 +92,7 @@ def load_model(
             on_cpu = device_map is None and target.type == "cpu"
             arguments["dtype"] = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
             model, loading = AutoModelForCausalLM.from_pretrained(
-                location, device_map=device_map, output_loading_info=True, **arguments
+                location, config=config, device_map=device_map, output_loading_info=True, **arguments
             )
             tokenizer = AutoTokenizer.from_pretrained(location, **source)
         except Exception as error:
