@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvq_calib.errors import KVQError
 from kvq_calib.files import write_atomically
-from kvq_calib.packing import storage_bytes
+from kvq_calib.packing import packed_tokens, shared_bytes, storage_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, expected_tensors
 
@@ -150,21 +150,26 @@ class KVArtifact:
         """
         recent = self.spec.recent_tokens if recent_tokens is None else recent_tokens
         rates = self.outliers_per_token if outliers_per_token is None else outliers_per_token
+        sinks = self.spec.sink_tokens
         total: dict[str, float] = {}
         for index, quantizers in enumerate(self.quantizers()):
+            window = self.geometry.layers[index].sliding_window
+            first, stop = packed_tokens(context, recent, window)
             for kind, quantizer in quantizers.items():
                 rate = rates[kind][index] if kind in rates else 0.0
                 sizes = storage_bytes(
                     quantizer.layout,
                     context=context,
                     batch=batch,
-                    sink_tokens=self.spec.sink_tokens,
+                    sink_tokens=sinks,
                     recent_tokens=recent,
-                    outliers=rate * context * batch,
+                    sliding_window=window,
+                    outliers=rate * (stop - first) * batch,
                 )
                 sizes["parameters"] = sum(t.nbytes for t in quantizer.params.tensors().values())
                 for name, size in sizes.items():
                     total[name] = total.get(name, 0.0) + size
+        total.update(shared_bytes(context, batch, sinks, recent))
         return total
 
     def elements(self, context: int, batch: int = 1) -> int:
@@ -248,7 +253,9 @@ class KVArtifact:
             )
         stated = metadata.pop("digest", None)
         if stated != _digest(metadata, tensors):
-            raise ArtifactDigestError(f"{name} is damaged: its content does not match its digest; copy it again")
+            raise ArtifactDigestError(
+                f"{name} is damaged: its content does not match its digest; copy it again"
+            )
         try:
             spec = KVCacheSpec.model_validate(metadata.get("spec"))
             geometry = KVGeometry.model_validate(metadata.get("geometry"))

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -120,8 +120,8 @@ def slice_bytes(words: Tensor, bits: int) -> Tensor:
         bits: width, 1 to 4.
 
     Returns:
-        uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` holds token ``8 * s + 2 * j`` in its low nibble and the next
-        one in its high nibble. The bits of a nibble above the code are undefined.
+        uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` holds token ``8 * s + 2 * j`` in its low nibble and
+        the next one in its high nibble. The bits of a nibble above the code are undefined.
     """
     data = words.contiguous().view(torch.uint8).unflatten(-1, (bits, 4))
     if bits == 4:
@@ -131,6 +131,18 @@ def slice_bytes(words: Tensor, bits: int) -> Tensor:
         return torch.cat((data, last.unsqueeze(-2)), dim=-2)
     shifts = range(0, 4, bits)
     return torch.stack([data >> shift for shift in shifts], dim=-2).flatten(-3, -2)
+
+
+@lru_cache(maxsize=4096)
+def _width_groups(widths: tuple[int, ...]) -> tuple[tuple[int, Tensor, Tensor], ...]:
+    """Per width in use: (width, channels ``[n]``, rows ``[n, width]`` of the page as ``[W, 8]`` words)."""
+    of_channel = torch.tensor(widths, dtype=torch.int64)
+    offsets = of_channel.cumsum(0) - of_channel
+    groups = []
+    for width in sorted(set(widths) - {0}):
+        channels = torch.nonzero(of_channel == width).flatten()
+        groups.append((width, channels, offsets[channels, None] + torch.arange(width)))
+    return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -173,23 +185,12 @@ class PageLayout:
             total += width
         return tuple(offsets)
 
-    @cached_property
-    def _groups(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
-        """Per width in use: (width, channels [n], rows [n, width] of the page seen as ``[W, 8]`` words)."""
-        groups = []
-        offsets = torch.tensor(self.word_offsets, dtype=torch.int64)
-        widths = torch.tensor(self.widths, dtype=torch.int64)
-        for width in sorted(set(self.widths) - {0}):
-            channels = torch.nonzero(widths == width).flatten()
-            groups.append((width, channels, offsets[channels, None] + torch.arange(width)))
-        return tuple(groups)
-
     def groups(self, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Channels by width: ``(width, channels int64 [n], rows int64 [n, width])``.
 
         ``page.view(B, W, 8)[:, rows]`` holds the words of these channels, in order of block and word.
         """
-        for width, channels, rows in self._groups:
+        for width, channels, rows in _width_groups(self.widths):
             yield width, channels.to(device), rows.to(device)
 
     def new_page(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -219,7 +220,9 @@ class PageLayout:
         """Unpack the first ``blocks`` blocks: int32 ``[B, 8 * W]`` to uint8 ``[B, C, 32 * blocks]``."""
         batch = page.shape[0]
         rows_view = page.view(batch, self.words_per_block, PAGE_BLOCKS)
-        codes = torch.zeros(batch, self.channels, blocks * BLOCK_TOKENS, dtype=torch.uint8, device=page.device)
+        codes = torch.zeros(
+            batch, self.channels, blocks * BLOCK_TOKENS, dtype=torch.uint8, device=page.device
+        )
         for width, channels, rows in self.groups(page.device):
             region = rows_view[:, rows].view(batch, len(channels), PAGE_BLOCKS, width)[:, :, :blocks]
             codes[:, channels] = unpack_units(region, width).flatten(-2)
@@ -285,6 +288,18 @@ def unpack_outliers(lists: OutlierLists, head_dim: int) -> tuple[Tensor, Tensor]
     return flat, lists.residual
 
 
+def packed_tokens(context: int, recent_tokens: int = 0, sliding_window: int | None = None) -> tuple[int, int]:
+    """Which tokens of a text stand in packed blocks: ``(first, stop)``.
+
+    Whole blocks older than the recent window are packed. A layer with a sliding window has freed the whole
+    pages that its newest query did not see.
+    """
+    stop = max(context - recent_tokens, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+    if sliding_window is None:
+        return 0, stop
+    return min(max(context - sliding_window, 0), stop) // PAGE_TOKENS * PAGE_TOKENS, stop
+
+
 def storage_bytes(
     layout: PageLayout,
     *,
@@ -292,19 +307,32 @@ def storage_bytes(
     batch: int = 1,
     sink_tokens: int = 0,
     recent_tokens: int = 0,
+    sliding_window: int | None = None,
     outliers: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes of one layer's keys or values that hold ``context`` tokens of ``batch`` sequences, by kind of buffer.
+    """Bytes of one layer's keys or values after ``context`` tokens of ``batch`` sequences, by kind of buffer.
 
-    Whole blocks older than the recent window are packed, pages are allocated whole, the rest of the tokens is
-    exact. ``outliers`` is the number of outlier entries of all packed tokens (a measured count, or an expectation).
+    Pages are allocated whole; tokens that fill no block are exact. ``outliers`` is the number of outlier
+    entries of all packed tokens held (a measured count, or an expectation for :func:`packed_tokens`).
     """
-    packed = max(context - recent_tokens, 0) // BLOCK_TOKENS * BLOCK_TOKENS
-    pages = -(-packed // PAGE_TOKENS)
+    first, stop = packed_tokens(context, recent_tokens, sliding_window)
+    pages = -(-stop // PAGE_TOKENS) - first // PAGE_TOKENS
     token_bytes = STORAGE_BYTES * layout.channels * batch
     sizes: dict[str, float] = {name: pages * size for name, size in layout.page_bytes(batch).items()}
     if layout.outliers:
         sizes["outlier_entries"] = (OUTLIER_INDEX_BYTES + STORAGE_BYTES) * outliers
-    sizes["exact_sinks"] = min(context, sink_tokens) * token_bytes
-    sizes["exact_recent"] = (context - packed) * token_bytes
+    sizes["exact_sinks"] = sink_tokens * token_bytes
+    sizes["exact_recent"] = (context - stop) * token_bytes
     return sizes
+
+
+def shared_bytes(
+    context: int, batch: int = 1, sink_tokens: int = 0, recent_tokens: int = 0
+) -> dict[str, int]:
+    """Bytes that all layers of a cache share: a position per slot, place and fill of each block, sinks."""
+    _, packed = packed_tokens(context, recent_tokens)
+    return {
+        "positions": 4 * PAGE_TOKENS * -(-context // PAGE_TOKENS) * batch,
+        "block_table": 2 * 4 * (packed // BLOCK_TOKENS),
+        "sink_slots": 4 * batch * sink_tokens,
+    }

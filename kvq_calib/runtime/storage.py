@@ -361,10 +361,12 @@ class PackedTensor:
             "outlier_index": "outlier_entries",
             "outlier_residual": "outlier_entries",
         }
-        sizes: dict[str, int] = {}
+        sizes = dict.fromkeys(self.layout.page_bytes(), 0)
+        if self.layout.outliers:
+            sizes["outlier_entries"] = 0
         for page in self.pages:
             for name, tensor in page.tensors().items():
-                sizes[kinds[name]] = sizes.get(kinds[name], 0) + tensor.nbytes
+                sizes[kinds[name]] += tensor.nbytes
         return sizes
 
 

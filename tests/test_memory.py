@@ -1,0 +1,135 @@
+"""Honest bits: the formula equals the bytes of filled buffers, and nothing that is stored goes uncounted."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+from artifact_factory import RECIPES, artifact_for, recipe
+from models_zoo import tiny_model, token_ids
+from torch import Tensor, nn
+
+from kvq_calib.packing import packed_tokens
+from kvq_calib.runtime import KVQCache
+
+pytestmark = pytest.mark.model
+
+
+def filled(model, artifact, tokens: int, batch: int = 1, **options) -> KVQCache:
+    """A cache of ``tokens`` tokens; the last comes alone, as in generation."""
+    cache = KVQCache(artifact, model, **options)
+    with torch.no_grad():
+        ids = token_ids(batch, tokens)
+        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, -1:], past_key_values=cache)
+    return cache
+
+
+def measured_rates(cache: KVQCache) -> dict[str, list[float]]:
+    """Outliers per packed token and layer."""
+    rates = {}
+    for kind, counts in cache.outliers().items():
+        rates[kind] = []
+        for layer, count in zip(cache.layers, counts, strict=True):
+            first, stop = packed_tokens(cache.get_seq_length(), cache.recent_tokens, layer.sliding_window)
+            rates[kind].append(count / max(1, (stop - first) * cache.table.batch))
+    return rates
+
+
+@pytest.mark.parametrize("tokens", [40, 257, 512, 700])
+@pytest.mark.parametrize("name", RECIPES)
+def test_formula_equals_the_bytes_of_filled_buffers(name, tokens):
+    model = tiny_model("llama")
+    artifact = artifact_for(model, RECIPES[name])
+    cache = filled(model, artifact, tokens, batch=2)
+    held = cache.memory()
+    tables = held.pop("tables")
+    formula = artifact.storage(tokens, batch=2, outliers_per_token=measured_rates(cache))
+    assert {kind: pytest.approx(size) for kind, size in formula.items()} == held
+    assert cache.nbytes == pytest.approx(sum(formula.values()) + tables)
+    bits = artifact.bits_per_element(tokens, 2, measured_rates(cache))
+    assert bits == pytest.approx(8 * (cache.nbytes - tables) / artifact.elements(tokens, 2))
+
+
+@pytest.mark.parametrize("tokens", [200, 530, 1100])
+@pytest.mark.parametrize("recent", [0, 300])
+def test_formula_knows_sliding_windows_and_the_recent_window(tokens, recent):
+    model = tiny_model("gemma3_text")
+    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    cache = filled(model, artifact, tokens, recent_tokens=recent)
+    held = cache.memory()
+    del held["tables"]
+    formula = artifact.storage(tokens, recent_tokens=recent, outliers_per_token=measured_rates(cache))
+    assert {kind: pytest.approx(size) for kind, size in formula.items()} == held
+
+
+def reachable(root: object) -> tuple[dict[int, Tensor], dict[int, array]]:
+    """Every tensor (by storage) and array that ``root`` leads to, modules of the model left out."""
+    tensors: dict[int, Tensor] = {}
+    arrays: dict[int, array] = {}
+    seen: set[int] = set()
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, nn.Module | type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if item.numel():
+                tensors[item.untyped_storage().data_ptr()] = item
+        elif isinstance(item, array):
+            arrays[id(item)] = item
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set | frozenset):
+            todo += item
+        elif hasattr(item, "__dict__"):
+            todo += vars(item).values()
+    return tensors, arrays
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("codebooks", [1, 9])
+def test_everything_reachable_from_the_cache_is_counted(name, codebooks):
+    model = tiny_model("mistral")
+    artifact = artifact_for(model, RECIPES[name], codebooks=codebooks)
+    cache = filled(model, artifact, 600, batch=2)
+    cache.crop(590)
+    tensors, arrays = reachable(cache)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    found += sum(len(item) * item.itemsize for item in arrays.values())
+    # Index tensors of the layout are shared by all caches; they are counted, but hang on no cache.
+    assert cache.nbytes >= found > 0.9 * cache.nbytes
+    layouts = {op.layout for layer in cache.layers for op in (layer.ops.key, layer.ops.value)}
+    shared = {
+        tensor.untyped_storage().data_ptr(): tensor.nbytes
+        for layout in layouts
+        for _, *pair in layout.groups(torch.device("cpu"))
+        for tensor in pair
+    }
+    held_by_readers = shared.keys() & tensors.keys()
+    assert cache.nbytes - found == sum(shared.values()) - sum(shared[key] for key in held_by_readers)
+
+
+def test_the_walk_finds_what_is_not_counted():
+    model = tiny_model("llama")
+    cache = filled(model, artifact_for(model, RECIPES["nuq4-1p"]), 60)
+    before = sum(t.untyped_storage().nbytes() for t in reachable(cache)[0].values())
+    cache.layers[1].storage.key.pages[0].forgotten = torch.zeros(10)
+    after = sum(t.untyped_storage().nbytes() for t in reachable(cache)[0].values())
+    assert after == before + 40
+
+
+def test_memory_shrinks_as_promised():
+    model = tiny_model("llama", max_position_embeddings=8192)
+    spec = recipe(
+        key={"bits": 3, "outliers": {}},
+        value={"bits": 3, "granularity": "channel", "dynamic": False, "outliers": {}},
+    )
+    artifact = artifact_for(model, spec)
+    tokens = 4096 + 1
+    cache = filled(model, artifact, tokens)
+    bits = 8 * cache.nbytes / artifact.elements(tokens)
+    # 3 bits of codes; positions cost 32 bits a token, which only a model as tiny as this one notices.
+    assert 3.0 < bits < 3.0 + 32 / (4 * 32) + 0.4
