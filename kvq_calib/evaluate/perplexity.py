@@ -118,18 +118,18 @@ def measure_perplexity(
     total = len(windows.ids) * (len(artifacts) + 1)
     done = 0
 
-    def step(what: str) -> None:
+    def step() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(what, done, total)
+            progress("forward passes", done, total)
 
     for index in range(len(windows.ids)):
         ids = windows.ids[index : index + 1].to(model.device)
         baseline = model(input_ids=ids, use_cache=False).logits[0]
         if not bool(torch.isfinite(baseline.sum())):
             raise KVQError("the unquantized model's predictions are not finite; try --dtype float32")
-        step("baseline")
+        step()
         for name, artifact in artifacts.items():
             started = time.monotonic()
             if config.mode == "prefill":
@@ -143,7 +143,7 @@ def measure_perplexity(
             comparisons[name].add(baseline, quantized, ids[0])
             comparisons[name].seconds += time.monotonic() - started
             del quantized
-            step(name)
+            step()
     return [
         comparisons[name].result(
             name,

@@ -1,0 +1,216 @@
+"""The reference numerics: nearest levels, exact outliers, caps, token thresholds, transforms."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvq_calib.quantizer import (
+    Quantizer,
+    QuantParams,
+    cap_per_token,
+    codebook_boundaries,
+    reciprocal,
+    token_thresholds,
+)
+from kvq_calib.spec import LayerGeometry, OutlierSpec, QuantSpec, RopeSpec
+
+HEADS, DIM = 2, 8
+CHANNELS = HEADS * DIM
+SHAPE = LayerGeometry(num_query_heads=4, num_kv_heads=HEADS, head_dim=DIM)
+ROPE = RopeSpec(pairs=tuple((i, i + 4) for i in range(4)), inv_freq=(1.0, 0.5, 0.25, 0.125))
+CHANNEL = {"granularity": "channel"}
+TOKEN = {"granularity": "token", "dynamic": True}
+
+
+def params(bits, *, static=True, seed=0, phase=False, rotation=False):
+    """Random sorted codebooks for channels of the given widths (a number, or one for each channel)."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = torch.tensor([bits] * CHANNELS if isinstance(bits, int) else bits, dtype=torch.uint8)
+    distinct = sorted(set(widths.tolist()))
+    codebook = torch.zeros(len(distinct), 1 << max(distinct))
+    for row, width in enumerate(distinct):
+        levels = (torch.rand(1 << width, generator=generator) * 2 - 1).sort().values
+        codebook[row] = levels[-1]
+        codebook[row, : 1 << width] = levels
+    index = torch.tensor([distinct.index(w) for w in widths.tolist()], dtype=torch.int32)
+    return QuantParams(
+        widths,
+        codebook,
+        index,
+        scale=torch.rand(CHANNELS, generator=generator) + 0.5 if static else None,
+        zero_point=torch.randn(CHANNELS, generator=generator) if static else None,
+        phase=torch.randn(HEADS, 4, generator=generator) if phase else None,
+        rotation=torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0] if rotation else None,
+    )
+
+
+def values(tokens=50, seed=1, batch=2):
+    return torch.randn(batch, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6]])
+def test_codes_are_the_nearest_levels(bits):
+    spec = QuantSpec(bits=8 if isinstance(bits, list) else bits, variable_bits=isinstance(bits, list), **CHANNEL)
+    quantizer = Quantizer(spec, params(bits), SHAPE)
+    x = values()
+    got = quantizer.quantize(x)
+    u = quantizer.normalise(x).normalised
+    for channel in range(CHANNELS):
+        width = int(quantizer.params.bits[channel])
+        levels = quantizer.levels[channel, : 1 << width]
+        distance = (u[..., channel, None] - levels).abs()
+        chosen = distance.gather(-1, got.codes[..., channel, None].long())[..., 0]
+        assert int(got.codes[..., channel].max()) < 1 << width
+        torch.testing.assert_close(chosen, distance.amin(-1), atol=1e-6, rtol=0)
+
+
+def test_boundary_values_take_the_lower_code():
+    codebook, bits = torch.tensor([[-1.0, 0.0, 1.0, 1.0]]), torch.tensor([1])
+    assert codebook_boundaries(codebook, bits).tolist() == [[-0.5, torch.inf, torch.inf]]
+    spec = QuantSpec(bits=1, **CHANNEL)
+    p = QuantParams(
+        torch.ones(CHANNELS, dtype=torch.uint8),
+        torch.tensor([[-1.0, 0.0]]),
+        torch.zeros(CHANNELS, dtype=torch.int32),
+        torch.ones(CHANNELS),
+        torch.zeros(CHANNELS),
+    )
+    x = torch.full((1, HEADS, 1, DIM), -0.5)
+    assert not Quantizer(spec, p, SHAPE).quantize(x).codes.any()
+    assert Quantizer(spec, p, SHAPE).quantize(x + 1e-3).codes.all()
+
+
+def test_dequantize_follows_the_formula():
+    quantizer = Quantizer(QuantSpec(bits=3, **CHANNEL), params(3), SHAPE)
+    q = quantizer.quantize(values())
+    y = quantizer.params.zero_point + quantizer.params.scale * quantizer.params.codebook[0][q.codes.long()]
+    expected = y.view(2, 50, HEADS, DIM).transpose(1, 2)
+    torch.testing.assert_close(quantizer.dequantize(q), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", [CHANNEL, TOKEN])
+def test_outliers_come_back_to_storage_precision(granularity):
+    spec = QuantSpec(bits=2, outliers=OutlierSpec(fraction=0.05, max_per_token=CHANNELS), **granularity)
+    quantizer = Quantizer(spec, params(2, static=granularity is CHANNEL), SHAPE)
+    x = values()
+    x[0, 1, 3, 2] = 37.0
+    q = quantizer.quantize(x)
+    found = q.outliers.view(2, 50, HEADS, DIM).transpose(1, 2)
+    assert bool(found[0, 1, 3, 2])
+    restored = quantizer.dequantize(q)
+    residual = q.residual.float().abs().view(2, 50, HEADS, DIM).transpose(1, 2)[found]
+    assert bool(((restored[found] - x[found]).abs() <= residual * 2**-11 + 1e-5).all())
+    assert not q.residual[~q.outliers].any()
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-1000, 1000, width=32), min_size=8, max_size=8), min_size=1, max_size=5
+    ),
+    per_side=st.integers(0, 3),
+)
+def test_token_thresholds_leave_out_no_more_than_asked(storage, rows, per_side):
+    x = torch.tensor(rows)
+    scale, zero_point = token_thresholds(x, per_side, storage)
+    assert scale.dtype == zero_point.dtype == storage
+    beyond = (x - zero_point.float()[:, None]).abs() > scale.float()[:, None]
+    assert int(beyond.sum(-1).max()) <= 2 * per_side
+    ordered = x.sort(-1).values
+    kept = ordered[:, per_side : 8 - per_side]
+    assert not ((kept - zero_point.float()[:, None]).abs() > scale.float()[:, None]).any()
+
+
+def test_trimming_a_whole_token_is_refused():
+    with pytest.raises(ValueError, match="cannot trim"):
+        token_thresholds(torch.zeros(1, 4), 2, torch.float16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    magnitudes=st.lists(st.lists(st.integers(0, 4), min_size=10, max_size=10), min_size=1, max_size=4),
+    cap=st.integers(1, 6),
+)
+def test_ties_never_select_more_outliers_than_the_cap(magnitudes, cap):
+    magnitude = torch.tensor(magnitudes, dtype=torch.float32)
+    marked = magnitude > 1
+    kept = cap_per_token(marked, magnitude, cap)
+    assert not (kept & ~marked).any()
+    for row, row_kept, row_marked in zip(magnitude, kept, marked, strict=True):
+        candidates = [(-m, channel) for channel, m in enumerate(row.tolist()) if row_marked[channel]]
+        assert row_kept.nonzero().flatten().tolist() == sorted(channel for _, channel in sorted(candidates)[:cap])
+
+
+def test_a_tie_at_the_threshold_is_no_outlier():
+    spec = QuantSpec(bits=2, outliers=OutlierSpec(fraction=0.05, max_per_token=2), **CHANNEL)
+    p = params(2)
+    quantizer = Quantizer(spec, p, SHAPE)
+    at_threshold = (p.zero_point + p.scale).view(HEADS, 1, DIM)[None]
+    exactly = ((at_threshold[0].view(-1) - p.zero_point).abs() == p.scale).view(1, 1, -1)
+    assert exactly.any()
+    assert not (quantizer.quantize(at_threshold).outliers & exactly).any()
+
+
+@pytest.mark.parametrize("granularity", [CHANNEL, TOKEN])
+def test_tokens_are_quantized_one_by_one(granularity):
+    spec = QuantSpec(bits=3, outliers=OutlierSpec(fraction=0.02), **granularity)
+    quantizer = Quantizer(spec, params(3, static=granularity is CHANNEL), SHAPE)
+    x = values(tokens=12)
+    whole = quantizer(x)
+    parts = torch.cat([quantizer(part) for part in x.split([5, 1, 6], dim=2)], dim=2)
+    assert torch.equal(whole, parts)
+    assert torch.equal(whole[1:], quantizer(x[1:]))
+
+
+def test_equal_elements_have_scale_zero_and_survive():
+    spec = QuantSpec(bits=2, **TOKEN)
+    quantizer = Quantizer(spec, params(2, static=False), SHAPE)
+    x = torch.full((1, HEADS, 3, DIM), 1.5)
+    assert torch.equal(quantizer(x), x)
+    assert reciprocal(torch.tensor([0.0, 4.0])).tolist() == [0.0, 0.25]
+
+
+def test_phase_turns_each_pair_and_back():
+    spec = QuantSpec(bits=8, phase=True, **CHANNEL)
+    quantizer = Quantizer(spec, params(8, phase=True), SHAPE, ROPE)
+    x = values()
+    y = quantizer.transform(x)
+    torch.testing.assert_close(quantizer.inverse_transform(y), x, atol=1e-5, rtol=1e-5)
+    angle = quantizer.params.phase[1, 2]
+    x0, x1 = x[0, 1, 7, 2], x[0, 1, 7, 6]
+    torch.testing.assert_close(y[0, 7, DIM + 2], angle.cos() * x0 - angle.sin() * x1)
+    torch.testing.assert_close(y[0, 7, DIM + 6], angle.sin() * x0 + angle.cos() * x1)
+
+
+def test_rotation_is_undone_and_concerns_each_head_alone():
+    spec = QuantSpec(bits=8, rotation=True, **TOKEN)
+    quantizer = Quantizer(spec, params(8, static=False, rotation=True), SHAPE)
+    x = values()
+    y = quantizer.transform(x)
+    torch.testing.assert_close(quantizer.inverse_transform(y), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y[0, 7, DIM:], x[0, 1, 7] @ quantizer.params.rotation[1], atol=1e-5, rtol=1e-5)
+
+
+def test_channel_normalisation_precedes_token_thresholds():
+    spec = QuantSpec(bits=8, channel_normalized=True, **TOKEN)
+    p = params(8)
+    uniform = QuantParams(
+        p.bits, torch.linspace(-1, 1, 256)[None], torch.zeros_like(p.codebook_index), p.scale, p.zero_point
+    )
+    quantizer = Quantizer(spec, uniform, SHAPE)
+    x = values()
+    error = ((quantizer(x) - x).transpose(1, 2).flatten(2) / p.scale).abs()
+    span = quantizer.normalise(x).scale
+    assert bool((error <= span / 255 * 1.01 + 1e-5).all())
+
+
+def test_dynamic_channels_use_the_sequence_itself():
+    spec = QuantSpec(bits=4, dynamic=True, outliers=OutlierSpec(fraction=0.05), **CHANNEL)
+    quantizer = Quantizer(spec, params(4, static=False), SHAPE)
+    x = values(tokens=200)
+    q = quantizer.quantize(x)
+    low, high = torch.quantile(x[1, 0, :, 3], torch.tensor([0.025, 0.975]))
+    torch.testing.assert_close(q.channel_scale[1, 0, 3], (high - low) / 2)
+    assert torch.equal(quantizer.quantize(x[1:]).codes, q.codes[1:])
