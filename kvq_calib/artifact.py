@@ -25,7 +25,15 @@ from kvq_calib.errors import KVQError
 from kvq_calib.files import write_atomically
 from kvq_calib.packing import packed_tokens, shared_bytes, storage_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, expected_tensors
+from kvq_calib.spec import (
+    KINDS,
+    Kind,
+    KVCacheSpec,
+    KVGeometry,
+    LayerGeometry,
+    QuantSpec,
+    expected_tensors,
+)
 
 FORMAT_VERSION = 1
 METADATA_KEY = "kvq"
@@ -166,7 +174,7 @@ class KVArtifact:
                     sliding_window=window,
                     outliers=rate * (stop - first) * batch,
                 )
-                sizes["parameters"] = sum(t.nbytes for t in quantizer.params.tensors().values())
+                sizes["parameters"] = quantizer.params.held_bytes
                 for name, size in sizes.items():
                     total[name] = total.get(name, 0.0) + size
         total.update(shared_bytes(context, batch, sinks, recent))
@@ -189,12 +197,21 @@ class KVArtifact:
     # ---------------------------------------------------------------- write
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"layers.{index}.{kind}.{name}": tensor.detach().cpu().contiguous()
-            for index, params in enumerate(self.layers)
-            for kind in KINDS
-            for name, tensor in params.of(kind).tensors().items()
-        }
+        tensors = {}
+        specs = self.spec.resolved(len(self.layers))
+        for index, params in enumerate(self.layers):
+            for kind in KINDS:
+                stored = params.of(kind).tensors()
+                spec = specs[index].of(kind)
+                if not spec.variable_bits:
+                    bits, row = stored.pop("bits"), stored.pop("codebook_index")
+                    if bool((bits != spec.bits).any()) or bool(row.any()):
+                        raise ArtifactValueError(
+                            f"layers.{index}.{kind} needs variable_bits: its channels have widths or codebooks of their own"
+                        )
+                for name, tensor in stored.items():
+                    tensors[f"layers.{index}.{kind}.{name}"] = tensor.detach().cpu().contiguous()
+        return tensors
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -274,22 +291,19 @@ class KVArtifact:
             _validate(spec, geometry, tensors)
         except ArtifactError as error:
             raise type(error)(f"{name}: {error}") from None
+        specs = spec.resolved(len(geometry.layers))
         layers = tuple(
-            LayerParams(
-                **{
-                    kind: QuantParams(
-                        **{
-                            tensor_name.rsplit(".", 1)[1]: tensor
-                            for tensor_name, tensor in tensors.items()
-                            if tensor_name.startswith(f"layers.{index}.{kind}.")
-                        }
-                    )
-                    for kind in KINDS
-                }
-            )
-            for index in range(len(geometry.layers))
+            LayerParams(**{kind: _params(specs[index].of(kind), layer, f"layers.{index}.{kind}.", tensors) for kind in KINDS})
+            for index, layer in enumerate(geometry.layers)
         )
         return cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
+
+
+def _params(spec: QuantSpec, geometry: LayerGeometry, prefix: str, tensors: Mapping[str, Tensor]) -> QuantParams:
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if spec.variable_bits:
+        return QuantParams(**own)
+    return QuantParams.uniform(spec.bits, geometry.channels, **own)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -400,20 +414,18 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
         tensor = tensors.get(prefix + name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise problem(name, "has values that are not finite")
-    bits, codebook = tensors[prefix + "bits"], tensors[prefix + "codebook"]
-    index = tensors[prefix + "codebook_index"]
-    if spec.variable_bits:
-        if int(bits.max()) > spec.bits:
-            raise problem("bits", f"has widths over {spec.bits}")
-    elif bool((bits != spec.bits).any()):
-        raise problem("bits", f"must be {spec.bits} everywhere")
-    levels = 1 << int(bits.max())
-    if codebook.shape[1] < levels or codebook.shape[1] > 256:
-        raise problem("codebook", f"has {codebook.shape[1]} columns for {levels} levels")
+    codebook = tensors[prefix + "codebook"]
     if bool((codebook[:, 1:] < codebook[:, :-1]).any()):
         raise problem("codebook", "has unsorted levels")
-    if int(index.min()) < 0 or int(index.max()) >= codebook.shape[0]:
-        raise problem("codebook_index", f"points outside the {codebook.shape[0]} codebooks")
+    if spec.variable_bits:
+        bits, index = tensors[prefix + "bits"], tensors[prefix + "codebook_index"]
+        if int(bits.max()) > spec.bits:
+            raise problem("bits", f"has widths over {spec.bits}")
+        levels = 1 << int(bits.max())
+        if codebook.shape[1] < levels or codebook.shape[1] > 256:
+            raise problem("codebook", f"has {codebook.shape[1]} columns for {levels} levels")
+        if int(index.min()) < 0 or int(index.max()) >= codebook.shape[0]:
+            raise problem("codebook_index", f"points outside the {codebook.shape[0]} codebooks")
     scale = tensors.get(prefix + "scale")
     if scale is not None and bool((scale <= 0).any()):
         raise problem("scale", "must be positive")

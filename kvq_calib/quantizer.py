@@ -14,6 +14,7 @@ changes a code (dynamic channel thresholds, an evaluation-only setting, are the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -47,13 +48,39 @@ class QuantParams:
     phase: Tensor | None = None
     rotation: Tensor | None = None
 
+    @classmethod
+    def uniform(
+        cls, bits: int, channels: int, codebook: Tensor, scale: Tensor | None = None, **others: Tensor | None
+    ) -> QuantParams:
+        """One width and one codebook for all channels; the per-channel tensors are views of a single number."""
+        return cls(
+            torch.tensor([bits], dtype=torch.uint8, device=codebook.device).expand(channels),
+            codebook,
+            torch.zeros(1, dtype=torch.int32, device=codebook.device).expand(channels),
+            scale,
+            **others,
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes these tensors take in memory; what a view repeats is held once."""
+        return sum(
+            tensor.element_size() * math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
+            for tensor in self.tensors().values()
+        )
+
     def to(self, device: torch.device | str) -> QuantParams:
         """The same on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+        def move(tensor: Tensor) -> Tensor:
+            repeated = tensor.ndim == 1 and tensor.stride(0) == 0
+            return tensor[:1].to(device).expand(tensor.shape) if repeated else tensor.to(device)
+
+        return replace(self, **{name: move(tensor) for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True)

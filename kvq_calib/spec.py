@@ -72,7 +72,7 @@ class QuantSpec(_Frozen):
     Attributes:
         bits: nominal bits per element, 1 to 8. With ``variable_bits`` the widths of the single channels, 0 to 8,
             stand in the artifact and ``bits`` is the widest one allowed.
-        variable_bits: channels have widths of their own.
+        variable_bits: channels have widths, and rows of the codebook, of their own.
         granularity: one scale and zero point per ``channel``, or per ``token`` (over all channels of the layer).
         dynamic: thresholds from the data being quantized rather than from calibration. Always true per token.
             Per channel it is an evaluation-only setting, since a stream has no such statistics in advance.
@@ -267,14 +267,15 @@ def expected_tensors(spec: QuantSpec, geometry: LayerGeometry, rope: RopeSpec | 
     """Names, shapes and dtypes of the tensors that describe one layer's keys or values.
 
     ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels of the channels
-    whose ``codebook_index`` is ``g``, then repeats its last level.
+    whose ``codebook_index`` is ``g``, then repeats its last level. Without ``variable_bits`` there is one row of
+    ``2 ** bits`` levels for all channels, and neither ``bits`` nor ``codebook_index``.
     """
     channels = geometry.channels
-    tensors: dict[str, TensorShape] = {
-        "bits": ((channels,), "uint8"),
-        "codebook": ((None, None), "float32"),
-        "codebook_index": ((channels,), "int32"),
-    }
+    tensors: dict[str, TensorShape] = {"codebook": ((1, 1 << spec.bits), "float32")}
+    if spec.variable_bits:
+        tensors["codebook"] = ((None, None), "float32")
+        tensors["bits"] = ((channels,), "uint8")
+        tensors["codebook_index"] = ((channels,), "int32")
     if spec.static_channels:
         tensors["scale"] = ((channels,), "float32")
         tensors["zero_point"] = ((channels,), "float32")

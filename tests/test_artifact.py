@@ -56,10 +56,10 @@ def tiny() -> KVArtifact:
             zero_point=torch.arange(8) / 16,
             phase=torch.tensor([[0.5, -0.25], [0.0, 1.0]]) if index == 0 else None,
         )
-        value = QuantParams(
-            bits=torch.full((8,), 2, dtype=torch.uint8),
-            codebook=torch.tensor([[-1, -0.25, 0.25, 1.0]]),
-            codebook_index=torch.zeros(8, dtype=torch.int32),
+        value = QuantParams.uniform(
+            2,
+            8,
+            torch.tensor([[-1, -0.25, 0.25, 1.0]]),
             rotation=torch.eye(4)[[1, 0, 3, 2]].expand(2, 4, 4).contiguous(),
         )
         layers.append(LayerParams(key, value))
@@ -142,7 +142,7 @@ def put(name, index, value):
         (lambda t: t.pop("layers.0.key.scale"), ArtifactTensorError, "layers.0.key.scale is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), ArtifactTensorError, "extra is unknown"),
         (lambda t: t.update({"layers.9.key.bits": torch.zeros(1)}), ArtifactTensorError, "unknown"),
-        (set_tensor("layers.1.value.bits", lambda x: x[:-1]), ArtifactTensorError, "not uint8 \\[8\\]"),
+        (set_tensor("layers.1.key.bits", lambda x: x[:-1]), ArtifactTensorError, "not uint8 \\[8\\]"),
         (set_tensor("layers.0.key.scale", lambda x: x.double()), ArtifactTensorError, "not float32"),
         (set_tensor("layers.0.key.codebook", lambda x: x[0]), ArtifactTensorError, "any"),
         (put("layers.0.key.scale", 0, float("nan")), ArtifactValueError, "not finite"),
@@ -150,7 +150,8 @@ def put(name, index, value):
         (put("layers.0.key.scale", 3, 0.0), ArtifactValueError, "must be positive"),
         (put("layers.0.key.codebook", (0, 0), 0.9), ArtifactValueError, "unsorted"),
         (put("layers.0.key.bits", 0, 4), ArtifactValueError, "widths over 3"),
-        (put("layers.0.value.bits", 0, 1), ArtifactValueError, "must be 2 everywhere"),
+        (lambda t: t.update({"layers.0.value.bits": torch.full((8,), 2)}), ArtifactTensorError, "unknown"),
+        (set_tensor("layers.0.value.codebook", lambda x: x.repeat(2, 1)), ArtifactTensorError, "not float32 \\[1, 4\\]"),
         (set_tensor("layers.0.key.codebook", lambda x: x[:, :4]), ArtifactValueError, "4 columns for 8"),
         (put("layers.0.key.codebook_index", 2, 1), ArtifactValueError, "outside the 1 codebooks"),
         (put("layers.0.key.codebook_index", 2, -1), ArtifactValueError, "outside the 1 codebooks"),
@@ -258,6 +259,21 @@ def test_an_illegal_artifact_cannot_be_written(tmp_path):
     with pytest.raises(ArtifactValueError, match="unsorted"):
         broken.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_channels_with_widths_of_their_own_need_variable_bits():
+    made = tiny()
+    mixed = replace(made.layers[0].value, bits=torch.tensor([2, 2, 2, 2, 2, 2, 2, 1], dtype=torch.uint8))
+    layers = (replace(made.layers[0], value=mixed), made.layers[1])
+    with pytest.raises(ArtifactValueError, match="needs variable_bits"):
+        replace(made, layers=layers).to_bytes()
+
+
+def test_what_is_the_same_for_all_channels_is_held_once():
+    loaded = KVArtifact.load(GOLDEN)
+    assert loaded.layers[0].value.held_bytes == 1 + 4 + 4 * 4 + 2 * 16 * 4
+    assert loaded.layers[0].key.held_bytes == 8 + 8 * 4 + 8 * 4 + 2 * 8 * 4 + 4 * 4
+    assert loaded.layers[0].value.to("cpu").held_bytes == loaded.layers[0].value.held_bytes
 
 
 def test_another_model_is_refused_by_the_field_that_differs():

@@ -92,7 +92,9 @@ def test_geometry_is_checked():
 
 
 def test_expected_tensors_follow_the_spec():
-    assert set(expected_tensors(VALUE, SHAPE, ROPE)) == {"bits", "codebook", "codebook_index"}
+    assert expected_tensors(VALUE, SHAPE, ROPE) == {"codebook": ((1, 8), "float32")}
+    mixed = expected_tensors(QuantSpec(bits=3, variable_bits=True), SHAPE, ROPE)
+    assert set(mixed) == {"bits", "codebook", "codebook_index", "scale", "zero_point"}
     full = expected_tensors(QuantSpec(bits=3, phase=True), SHAPE, ROPE)
     assert full["phase"] == ((2, 2), "float32")
     assert full["scale"] == ((16,), "float32")

@@ -432,7 +432,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         sizes = {"parameters": 0, "tables": 0}
         for layer in self.layers:
             for quantizer in (layer.ops.key, layer.ops.value):
-                sizes["parameters"] += count(list(quantizer.params.tensors().values()))
+                sizes["parameters"] += quantizer.params.held_bytes
+                counted.update(t.untyped_storage().data_ptr() for t in quantizer.params.tensors().values())
         for layer in self.layers:
             sizes["tables"] += count(layer.ops.tables())
         return sizes
