@@ -123,14 +123,12 @@ def slice_bytes(words: Tensor, bits: int) -> Tensor:
         uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` holds token ``8 * s + 2 * j`` in its low nibble and
         the next one in its high nibble. The bits of a nibble above the code are undefined.
     """
-    data = words.contiguous().view(torch.uint8).unflatten(-1, (bits, 4))
-    if bits == 4:
-        return data
     if bits == 3:
-        last = (data[..., 0, :] >> 3 & 0x11) | (data[..., 1, :] >> 2 & 0x22) | (data[..., 2, :] >> 1 & 0x44)
-        return torch.cat((data, last.unsqueeze(-2)), dim=-2)
-    shifts = range(0, 4, bits)
-    return torch.stack([data >> shift for shift in shifts], dim=-2).flatten(-3, -2)
+        top = [words[..., p, None] >> (3 - p) & (0x11111111 << p) for p in range(3)]
+        words = torch.cat((words, top[0] | top[1] | top[2]), dim=-1)
+    elif bits < 4:
+        words = torch.stack([words >> shift for shift in range(0, 4, bits)], dim=-1).flatten(-2)
+    return words.contiguous().view(torch.uint8).view(*words.shape, 4)
 
 
 @lru_cache(maxsize=4096)

@@ -283,9 +283,9 @@ class PageReader:
                 y[:, group.channels] = part
         params = self.quantizer.params
         if layout.token_params:
-            pairs = [page.token_params for page in pages]
-            token = torch.cat([pair.float() for pair in pairs if pair is not None], dim=1)
-            y.mul_(token[:, None, :, 0]).add_(token[:, None, :, 1])
+            pairs = [page.token_params.mT for page in pages if page.token_params is not None]
+            scale, zero_point = torch.cat(pairs, dim=-1).float().chunk(2, dim=1)  # contiguous along the tokens
+            y.mul_(scale).add_(zero_point)
         else:
             assert params.scale is not None
             assert params.zero_point is not None
