@@ -112,9 +112,12 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+        raise ModelError(f"no device {device!r}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return found
 
 
 def _explain(name: str, source: dict[str, Any], error: Exception) -> str:

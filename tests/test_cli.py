@@ -1,0 +1,260 @@
+"""The commands as users run them: results on stdout, one line and the right status on errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from models_zoo import tiny_model, tiny_tokenizer
+
+from kvq_calib import cli
+from kvq_calib.artifact import KVArtifact
+
+pytestmark = pytest.mark.model
+
+TEXT = "".join(chr(97 + (i * i + i // 7) % 26) if i % 6 else " " for i in range(4000))
+ARGUMENTS = ["--samples", "3", "--seqlen", "32", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, another model and text."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, overrides in (("model", {}), ("other", {"num_key_value_heads": 1})):
+        tiny_model("llama", **overrides).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "short.txt").write_text("too short")
+    assert call("calibrate", str(folder / "model"), "-o", str(folder / "a.kvq.safetensors"), "--dataset",
+                str(folder / "text.txt"), *ARGUMENTS)[0] == 0  # fmt: skip
+    return folder
+
+
+def call(command, *arguments):
+    """Run an entry point in this process; return exit status, stdout and stderr."""
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    previous = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [f"kvq-{command}", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                getattr(cli, command)()
+            except SystemExit as stop:
+                status = stop.code
+    finally:
+        sys.argv = previous[0]
+        signal.signal(signal.SIGTERM, previous[1])
+    return status, out.getvalue(), err.getvalue()
+
+
+def calibrate(place, *arguments, model="model", dataset="text.txt", output="new.kvq.safetensors"):
+    return call("calibrate", str(place / model), "-o", str(place / output), "--dataset", str(place / dataset),
+                *ARGUMENTS, *arguments)  # fmt: skip
+
+
+def files(place):
+    return sorted(path.name for path in place.iterdir())
+
+
+def assert_one_line(err, *words):
+    line = err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    assert line.lower().startswith("error: "), err
+    for word in words:
+        assert word in line
+
+
+def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
+    status, out, _ = calibrate(place, "--profile", output="b.kvq.safetensors")
+    assert status == 0
+    assert "bits per element" in out
+    assert KVArtifact.load(place / "b.kvq.safetensors").calibration["recipe"] == "nuq3-1p"
+
+    report = tmp_path / "report.json"
+    status, out, _ = call(
+        "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"),
+        "--artifact", str(place / "b.kvq.safetensors"), "--dataset", str(place / "text.txt"), "--seqlen", "32",
+        "--windows", "2", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0
+    assert "unquantized" in out
+    content = json.loads(report.read_text())
+    first, second = content["artifacts"]
+    assert [first["name"], second["name"]] == ["a", "b"]
+    assert set(first) == {
+        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement",
+        "tokens", "seconds",
+    }  # fmt: skip
+    assert {**first, "name": "", "seconds": 0} == {**second, "name": "", "seconds": 0}
+    assert content["config"]["data"]["windows"] == 2
+    assert content["config"]["mode"] == "prefill"
+    assert len(content["config"]["artifact_sha256"]["a"]) == 64
+
+    facts = tmp_path / "facts.json"
+    status, out, _ = call(
+        "artifact", "inspect", str(place / "a.kvq.safetensors"), "--layers", "--context", "4096", "--json", str(facts)
+    )
+    assert status == 0
+    assert "bits/element" in out
+    loaded = KVArtifact.load(place / "a.kvq.safetensors")
+    assert json.loads(facts.read_text())["bits_per_element"]["4096"] == loaded.bits_per_element(4096)
+
+
+def test_the_same_seed_gives_the_same_bytes(place):
+    assert calibrate(place, output="c.kvq.safetensors")[0] == 0
+    assert (place / "a.kvq.safetensors").read_bytes() == (place / "c.kvq.safetensors").read_bytes()
+
+
+def test_several_recipes_in_one_run(place):
+    status, out, _ = calibrate(
+        place, "--config", "nuq4", "--config", "nuq2-1p", "--set", "cache.sink_tokens=2", output="{recipe}.kvq.safetensors"
+    )
+    assert status == 0
+    for recipe, bits in (("nuq4", 4), ("nuq2-1p", 2)):
+        loaded = KVArtifact.load(place / f"{recipe}.kvq.safetensors")
+        assert (loaded.spec.key.bits, loaded.spec.sink_tokens) == (bits, 2)
+        assert f"{recipe}.kvq.safetensors" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({"arguments": ["--set", "cache.key.bits=17"]}, 1, ["cache.key.bits"]),
+        ({"arguments": ["--set", "cache.key.colour=1"]}, 1, ["no such key"]),
+        ({"arguments": ["--config", "nuq9"]}, 1, ["no recipe or file 'nuq9'"]),
+        ({"arguments": ["--config", "nuq4", "--config", "nuq3"]}, 2, ["{recipe}"]),
+        ({"arguments": ["--config", "nuq4", "--config", "nuq4"], "output": "{recipe}"}, 2, ["twice"]),
+        ({"arguments": ["--samples", "0"]}, 2, ["--samples"]),
+        ({"arguments": ["--no-such-option"]}, 2, ["--no-such-option"]),
+        ({"arguments": ["--device", "cuda:77"]}, 1, ["cuda"]),
+        ({"model": "nowhere"}, 1, ["nowhere"]),
+        ({"model": "text.txt"}, 1, ["text.txt"]),
+        ({"dataset": "nowhere.txt"}, 1, ["nowhere.txt"]),
+        ({"dataset": "short.txt"}, 1, ["short.txt"]),
+        ({"dataset": "model"}, 1, []),
+        ({"output": "missing/a.kvq.safetensors"}, 1, ["missing", "No such file"]),
+        ({"output": "model"}, 1, ["it is a folder"]),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_line(place, options, status, words):
+    before = files(place)
+    arguments = options.pop("arguments", [])
+    got, out, err = calibrate(place, *arguments, **options)
+    assert got == status, err
+    assert_one_line(err, *words)
+    assert not out
+    assert files(place) == before
+
+
+def test_hub_datasets_without_network_name_the_local_ones(place):
+    status, _, err = call("calibrate", str(place / "model"), "-o", str(place / "x"), "--dataset", "c4", *ARGUMENTS)
+    assert status == 1
+    assert_one_line(err, "python-docs")
+
+
+def test_an_artifact_for_another_model_is_refused(place):
+    status, _, err = call(
+        "evaluate", "perplexity", str(place / "other"), "--artifact", str(place / "a.kvq.safetensors"),
+        "--dataset", str(place / "text.txt"), "--seqlen", "32",
+    )  # fmt: skip
+    assert status == 1
+    assert_one_line(err, "num_key_value_heads", "calibrate this model first")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", None])
+def test_a_broken_artifact_is_refused(place, tmp_path, content):
+    file = tmp_path / "broken.kvq.safetensors"
+    data = (place / "a.kvq.safetensors").read_bytes()
+    file.write_bytes(data[: len(data) // 2] if content is None else content)
+    for command in (("artifact", "inspect", str(file)), ("evaluate", "perplexity", str(place / "model"), "--artifact", str(file))):
+        status, _, err = call(*command)
+        assert status == 1
+        assert_one_line(err, "broken.kvq.safetensors")
+    status, _, err = call("artifact", "inspect", str(tmp_path / "none"))
+    assert status == 1
+    assert_one_line(err, "No such file")
+
+
+def test_a_full_disk_leaves_nothing_behind(place, monkeypatch):
+    before = files(place)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvq_calib.files.os.fsync", full)
+    status, _, err = calibrate(place, output="full.kvq.safetensors")
+    assert status == 1
+    assert_one_line(err, "No space left on device")
+    assert files(place) == before
+
+
+def test_unforeseen_errors_are_one_line_unless_debugging(place, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("kvq_calib.calibrate.pipeline.calibrate", broken)
+    status, _, err = calibrate(place)
+    assert status == 1
+    assert_one_line(err, "RuntimeError: first line second line", "--debug")
+    status, _, err = calibrate(place, "--debug")
+    assert status == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_path, stop):
+    output = tmp_path / "a.kvq.safetensors"
+    command = [
+        sys.executable, "-c",
+        "import sys, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
+        "from kvq_calib.cli import calibrate; calibrate()",
+        str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    checkpoint = tmp_path / "a.kvq.safetensors.checkpoint"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert_one_line(err, "interrupted")
+    assert not out
+    assert files(tmp_path) == [checkpoint.name]
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert files(tmp_path) == [output.name]
+    uninterrupted = tmp_path / "b.kvq.safetensors"
+    assert calibrate(place, "--samples", "100", output=str(uninterrupted))[0] == 0
+    assert uninterrupted.read_bytes() == output.read_bytes()
+
+
+def test_help_is_immediate():
+    for command in ("calibrate", "evaluate", "artifact"):
+        status, out, _ = call(command, "--help")
+        assert status == 0
+        assert "Usage" in out
+
+
+def test_no_remote_code_runs_unless_asked(place, tmp_path):
+    model = tmp_path / "remote"
+    shutil.copytree(place / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    config.update(model_type="surprise", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text("open('ran', 'w')\nraise SystemExit('ran')\n")
+    status, _, err = call(
+        "calibrate", str(model), "-o", str(tmp_path / "x"), "--dataset", str(place / "text.txt"), *ARGUMENTS
+    )
+    assert status == 1
+    assert_one_line(err)
+    assert not (tmp_path / "ran").exists()

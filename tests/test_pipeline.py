@@ -1,0 +1,230 @@
+"""Calibration end to end on tiny models: determinism, resuming, sharing, and every switch of the method."""
+
+import logging
+
+import pytest
+import torch
+from models_zoo import FAMILIES, tiny_model, token_ids
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.attention import intercept
+from kvq_calib.calibrate import pipeline
+from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.config import CalibrationConfig, calibration_config
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.models import model_fingerprint
+from kvq_calib.spec import QuantSpec
+
+pytestmark = pytest.mark.model
+
+
+def windows(samples=3, seqlen=24, seed=0):
+    return TokenWindows(token_ids(samples, seqlen, seed), {"dataset": "random", "sha256": str(seed)})
+
+
+def config(recipe="nuq3-1p", *assignments):
+    return calibration_config(recipe, assignments=assignments)
+
+
+def run(model, configs, data=None, **options):
+    result = calibrate(
+        model,
+        windows() if data is None else data,
+        {"only": configs} if isinstance(configs, CalibrationConfig) else configs,
+        model_id="tiny",
+        model_config=model_fingerprint(model),
+        **options,
+    )
+    return result.artifacts["only"] if isinstance(configs, CalibrationConfig) else result.artifacts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_calibrated_and_quantized(family):
+    model = tiny_model(family)
+    artifact = run(model, config())
+    KVArtifact.from_bytes(artifact.to_bytes()).check_model(model_fingerprint(model))
+    assert len(artifact.layers) == len(artifact.geometry.layers)
+    for layer, params in zip(artifact.quantizers(), artifact.layers, strict=True):
+        assert bool((params.key.scale > 0).all())
+        assert layer["value"].spec.granularity == "token"
+        for kind in ("key", "value"):
+            levels = params.of(kind).codebook[0]
+            assert bool((levels.diff() >= 0).all())
+            assert levels.abs().max() <= 1
+
+
+def test_the_same_inputs_give_the_same_bytes(model):
+    assert run(model, config()).to_bytes() == run(model, config()).to_bytes()
+    other = run(model, config(), windows(seed=1))
+    assert other.to_bytes() != run(model, config()).to_bytes()
+
+
+def test_recipes_calibrated_together_are_those_calibrated_alone(model):
+    configs = {name: config(name) for name in ("nuq4-1p", "nuq2-1p", "nuq3", "nf3", "uniform2")}
+    together = run(model, configs)
+    for name, settings in configs.items():
+        alone = run(model, {name: settings})[name]
+        assert alone.to_bytes() == together[name].to_bytes(), name
+
+
+def test_recipes_share_their_passes(model, monkeypatch):
+    seen = []
+    configs = {name: config(name) for name in ("nuq4-1p", "nuq3-1p", "nuq2-1p")}
+    run(model, configs, progress=lambda *step: seen.append(step))
+    assert seen == [(what, done, 3) for what in ("thresholds", "codebooks") for done in (1, 2, 3)]
+
+
+def test_data_free_levels_need_one_pass(model):
+    seen = []
+    run(model, config("nf3"), progress=lambda what, *_: seen.append(what))
+    assert set(seen) == {"thresholds"}
+
+
+def test_thresholds_are_quantiles_of_pre_rope_keys(model):
+    collected = {}
+
+    def observe(kv):
+        collected.setdefault(kv.layer, []).append(kv.keys[:, :, 1:].transpose(1, 2).flatten(2)[0])
+
+    data = windows(samples=8, seqlen=64)
+    with torch.no_grad(), intercept(model, observe):
+        for row in data.ids:
+            model(input_ids=row[None], use_cache=False)
+    artifact = run(model, config("nuq3"), data)
+    for layer, parts in collected.items():
+        keys = torch.cat(parts)
+        low, high = keys.amin(0), keys.amax(0)
+        torch.testing.assert_close(artifact.layers[layer].key.scale, (high - low) / 2, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(artifact.layers[layer].key.zero_point, (high + low) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("cache.key.granularity=token", "cache.key.dynamic=true"),
+        ("cache.key.pre_rope=false",),
+        ("cache.key.dynamic=true",),
+        ("cache.value.granularity=channel", "cache.value.dynamic=false"),
+        ("cache.value.channel_normalized=true",),
+        ("cache.key.datatype=uniform", "cache.value.datatype=normal_float"),
+        ("fit.weights=uniform",),
+        ("fit.solver=lloyd",),
+        ("cache.key.outliers.fraction=0.05", "cache.value.outliers.fraction=0"),
+        ("cache.key.outliers.max_per_token=1",),
+        ("cache.sink_tokens=4",),
+        ("cache.sink_tokens=0",),
+        ("cache.key.q_norm=true", "cache.value.q_norm=true"),
+        ("cache.key.bits=4", "cache.value.bits=2"),
+        ("cache.layers={-1: {key: {bits: 8}, value: {bits: 8}}}",),
+        ("cache.storage_dtype=bfloat16",),
+        ("recompute=true",),
+    ],
+    ids=lambda assignments: ",".join(assignments),
+)
+def test_every_switch_makes_a_usable_artifact(model, assignments):
+    artifact = KVArtifact.from_bytes(run(model, config("nuq3-1p", *assignments)).to_bytes())
+    x = torch.randn(1, 2, 9, artifact.geometry.layers[0].head_dim, generator=torch.Generator().manual_seed(0))
+    for layer in artifact.quantizers():
+        for quantizer in layer.values():
+            quantized = quantizer.quantize(x)
+            assert torch.isfinite(quantizer.dequantize(quantized)).all()
+            if quantized.outliers is not None:
+                assert int(quantized.outliers.sum(-1).max()) <= quantizer.outlier_cap
+
+
+def test_recomputing_layers_changes_nothing(model):
+    plain = run(model, config("nuq3-1p", "seed=1"))
+    again = run(model, config("nuq3-1p", "seed=1", "recompute=true"))
+    for a, b in zip(plain.layers, again.layers, strict=True):
+        torch.testing.assert_close(a.key.codebook, b.key.codebook, atol=1e-3, rtol=0)
+
+
+def test_fisher_weights_matter(model):
+    weighted = run(model, config("nuq2"))
+    plain = run(model, config("nuq2", "fit.weights=uniform"))
+    assert not torch.equal(weighted.layers[0].key.codebook, plain.layers[0].key.codebook)
+    assert torch.equal(weighted.layers[0].key.scale, plain.layers[0].key.scale)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [("thresholds", 2), ("thresholds", 3), ("codebooks", 1), ("codebooks", 3)])
+def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "run.checkpoint"
+    data, settings = windows(samples=4), config()
+
+    def interrupt(what, done, total):
+        if (what, done) == stop_at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, settings, data, checkpoint=checkpoint, progress=interrupt)
+    steps = []
+    resumed = run(
+        model, settings, data, checkpoint=checkpoint, resume=True, progress=lambda *step: steps.append(step[:2])
+    )
+    assert resumed.to_bytes() == run(model, settings, data).to_bytes()
+    assert not checkpoint.exists()
+    # The checkpoint is written after the callback, so the window at which the run stopped is done again.
+    before = stop_at[1] - 1 + (4 if stop_at[0] == "codebooks" else 0)
+    assert len(steps) == 8 - before
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "run.checkpoint"
+
+    def interrupt(what, done, total):
+        if what == "codebooks":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, config(), checkpoint=checkpoint, progress=interrupt)
+    kept = checkpoint.read_bytes()
+    for settings, data in ((config("nuq2-1p"), None), (config(), windows(seed=1))):
+        with pytest.raises(CalibrationError, match="other settings, data or model"):
+            run(model, settings, data, checkpoint=checkpoint, resume=True)
+        assert checkpoint.read_bytes() == kept
+    checkpoint.write_bytes(b"nonsense")
+    with pytest.raises(CalibrationError, match="not a checkpoint"):
+        run(model, config(), checkpoint=checkpoint, resume=True)
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
+    with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite"):
+        run(model, config("nuq3-1p", "cache.value.granularity=channel", "cache.value.dynamic=false"))
+    with pytest.raises(CalibrationError, match="not finite"):
+        run(model, config("nuq3-1p", "fit.weights=uniform"))
+
+
+def test_settings_that_do_not_fit_are_refused(model):
+    with pytest.raises(ConfigError, match="at least one recipe"):
+        run(model, {})
+    with pytest.raises(ConfigError, match="agree on recompute"):
+        run(model, {"a": config(), "b": config("nuq3-1p", "recompute=true")})
+    with pytest.raises(ConfigError, match="layer override 99"):
+        run(model, config("nuq3-1p", "cache.layers={99: {key: {bits: 8}, value: {bits: 8}}}"))
+
+
+def test_what_the_artifact_records(model, caplog):
+    caplog.set_level(logging.WARNING)
+    artifact = run(model, config())
+    assert artifact.model["id"] == "tiny"
+    assert artifact.calibration["recipe"] == "only"
+    assert artifact.calibration["data"]["sha256"] == "0"
+    assert artifact.calibration["settings"]["fit"] == {"weights": "fisher", "solver": "exact"}
+    assert "time" not in str(artifact.calibration).lower().replace("runtime", "")
+    assert all(rate > 0 for rate in artifact.outliers_per_token["key"])
+    assert isinstance(artifact.spec.key, QuantSpec)
