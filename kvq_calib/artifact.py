@@ -293,13 +293,20 @@ class KVArtifact:
             raise type(error)(f"{name}: {error}") from None
         specs = spec.resolved(len(geometry.layers))
         layers = tuple(
-            LayerParams(**{kind: _params(specs[index].of(kind), layer, f"layers.{index}.{kind}.", tensors) for kind in KINDS})
+            LayerParams(
+                **{
+                    kind: _params(specs[index].of(kind), layer, f"layers.{index}.{kind}.", tensors)
+                    for kind in KINDS
+                }
+            )
             for index, layer in enumerate(geometry.layers)
         )
         return cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
 
 
-def _params(spec: QuantSpec, geometry: LayerGeometry, prefix: str, tensors: Mapping[str, Tensor]) -> QuantParams:
+def _params(
+    spec: QuantSpec, geometry: LayerGeometry, prefix: str, tensors: Mapping[str, Tensor]
+) -> QuantParams:
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if spec.variable_bits:
         return QuantParams(**own)

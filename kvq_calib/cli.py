@@ -91,7 +91,9 @@ _model_options = _options(
         show_default=True,
         help="auto is float32 on a CPU, else the checkpoint's.",
     ),
-    click.option("--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."),
+    click.option(
+        "--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
 )
 
@@ -122,14 +124,20 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
     if len(set(names)) != len(names):
         raise click.UsageError("a recipe is named twice")
     if len(names) > 1 and "{recipe}" not in output:
-        raise click.UsageError("several recipes need {recipe} in the output, e.g. -o 'model-{recipe}.kvq.safetensors'")
+        raise click.UsageError(
+            "several recipes need {recipe} in the output, e.g. -o 'model-{recipe}.kvq.safetensors'"
+        )
     return {name: Path(output.replace("{recipe}", name)) for name in names}
 
 
 @click.command("kvq-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option(
-    "-o", "--output", required=True, metavar="ARTIFACT", help="File to write; {recipe} stands for the recipe's name."
+    "-o",
+    "--output",
+    required=True,
+    metavar="ARTIFACT",
+    help="File to write; {recipe} stands for the recipe's name.",
 )
 @click.option(
     "--config",
@@ -138,13 +146,19 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
     metavar="NAME|FILE",
     help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
 )
-@click.option("--dataset", metavar="NAME|PATH", help="wikitext2, c4, python-docs, or a text or .jsonl file or folder.")
+@click.option(
+    "--dataset", metavar="NAME|PATH", help="wikitext2, c4, python-docs, or a text or .jsonl file or folder."
+)
 @click.option("--samples", type=click.IntRange(1), help="Windows of text, default 16.")
 @click.option("--seqlen", type=click.IntRange(8), help="Tokens of a window, default 2048.")
 @click.option("--seed", type=click.IntRange(0), help="Of every random choice, default 0.")
 @click.option("--weights", type=click.Choice(["fisher", "uniform"]), help="Weights of the codebook fit.")
-@click.option("--recompute", is_flag=True, default=None, help="Recompute layers in the backward pass: less memory.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
+@click.option(
+    "--recompute", is_flag=True, default=None, help="Recompute layers in the backward pass: less memory."
+)
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe."
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
 @click.option("--profile", is_flag=True, help="Say where time and memory went.")
 @_model_options
@@ -220,7 +234,9 @@ def calibrate_command(
     for name, file in outputs.items():
         finished = result.artifacts[name]
         finished.save(file)
-        click.echo(f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
+        click.echo(
+            f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context"
+        )
     if profile:
         for line in _profile_lines(result.seconds):
             click.echo(line, err=True)
@@ -257,15 +273,28 @@ def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
 
 @eval_group.command("perplexity")
 @click.argument("model")
-@click.option("--artifact", "artifacts", multiple=True, required=True, metavar="FILE", help="May be given several times.")
+@click.option(
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="May be given several times.",
+)
 @click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH")
 @click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
 @click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--mode", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
-@click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per step of decode mode.")
 @click.option(
-    "--context", type=click.IntRange(1), default=4096, show_default=True, help="Context at which bits are stated."
+    "--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per step of decode mode."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Context at which bits are stated.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
 @_model_options
@@ -348,7 +377,9 @@ def artifact_group() -> None:
 @click.option("--layers", is_flag=True, help="Also a line per layer.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the same as JSON.")
 @_debug
-def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None, debug: bool) -> None:
+def inspect_command(
+    file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None, debug: bool
+) -> None:
     """Content of ARTIFACT, and its bits per element at chosen context lengths."""
     from kvq_calib.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table

@@ -34,7 +34,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary = None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise WriteError(f"cannot write {target}: {reason}; choose another place or free some space") from error
+        raise WriteError(
+            f"cannot write {target}: {reason}; choose another place or free some space"
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -54,7 +56,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise WriteError(f"cannot write {target}: {reason}; name a folder that exists and can be written") from error
+        raise WriteError(
+            f"cannot write {target}: {reason}; name a folder that exists and can be written"
+        ) from error
 
 
 def shipped_folder(name: str) -> Path:

@@ -69,7 +69,8 @@ class QuantParams:
     def held_bytes(self) -> int:
         """Bytes these tensors take in memory; what a view repeats is held once."""
         return sum(
-            tensor.element_size() * math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
+            tensor.element_size()
+            * math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
             for tensor in self.tensors().values()
         )
 
@@ -281,7 +282,7 @@ class Quantizer:
 
     def inverse_transform(self, y: Tensor) -> Tensor:
         """Invert :meth:`transform`: ``[B, T, C]`` to float32 ``[B, H, T, D]``."""
-        x = y.unflatten(-1, (self.geometry.num_kv_heads, self.geometry.head_dim)).transpose(1, 2)
+        x: Tensor = y.unflatten(-1, (self.geometry.num_kv_heads, self.geometry.head_dim)).transpose(1, 2)
         if self.params.rotation is not None:
             x = x @ self.params.rotation.mT
         if self.params.phase is not None:

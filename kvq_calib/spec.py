@@ -100,7 +100,9 @@ class QuantSpec(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> QuantSpec:
         if self.granularity == "token" and not self.dynamic:
-            raise ValueError("granularity 'token' needs dynamic: true (a token's scale is only known with the token)")
+            raise ValueError(
+                "granularity 'token' needs dynamic: true (a token's scale is only known with the token)"
+            )
         if self.granularity == "channel" and self.channel_normalized:
             raise ValueError("channel_normalized is only meaningful with granularity 'token'")
         if self.phase and self.rotation:
@@ -248,7 +250,9 @@ class KVGeometry(_Frozen):
             if layer.rope is None:
                 continue
             if layer.rope >= len(self.ropes):
-                raise ValueError(f"layer {index} names rotary embedding {layer.rope}, there are {len(self.ropes)}")
+                raise ValueError(
+                    f"layer {index} names rotary embedding {layer.rope}, there are {len(self.ropes)}"
+                )
             if any(channel >= layer.head_dim for pair in self.ropes[layer.rope].pairs for channel in pair):
                 raise ValueError(f"layer {index}: a RoPE pair lies outside the head of {layer.head_dim}")
         return self
@@ -263,7 +267,9 @@ class KVGeometry(_Frozen):
 TensorShape = tuple[tuple[int | None, ...], str]
 
 
-def expected_tensors(spec: QuantSpec, geometry: LayerGeometry, rope: RopeSpec | None) -> dict[str, TensorShape]:
+def expected_tensors(
+    spec: QuantSpec, geometry: LayerGeometry, rope: RopeSpec | None
+) -> dict[str, TensorShape]:
     """Names, shapes and dtypes of the tensors that describe one layer's keys or values.
 
     ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels of the channels

@@ -151,7 +151,11 @@ def put(name, index, value):
         (put("layers.0.key.codebook", (0, 0), 0.9), ArtifactValueError, "unsorted"),
         (put("layers.0.key.bits", 0, 4), ArtifactValueError, "widths over 3"),
         (lambda t: t.update({"layers.0.value.bits": torch.full((8,), 2)}), ArtifactTensorError, "unknown"),
-        (set_tensor("layers.0.value.codebook", lambda x: x.repeat(2, 1)), ArtifactTensorError, "not float32 \\[1, 4\\]"),
+        (
+            set_tensor("layers.0.value.codebook", lambda x: x.repeat(2, 1)),
+            ArtifactTensorError,
+            "not float32 \\[1, 4\\]",
+        ),
         (set_tensor("layers.0.key.codebook", lambda x: x[:, :4]), ArtifactValueError, "4 columns for 8"),
         (put("layers.0.key.codebook_index", 2, 1), ArtifactValueError, "outside the 1 codebooks"),
         (put("layers.0.key.codebook_index", 2, -1), ArtifactValueError, "outside the 1 codebooks"),

@@ -99,7 +99,14 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
 
     facts = tmp_path / "facts.json"
     status, out, _ = call(
-        "artifact", "inspect", str(place / "a.kvq.safetensors"), "--layers", "--context", "4096", "--json", str(facts)
+        "artifact",
+        "inspect",
+        str(place / "a.kvq.safetensors"),
+        "--layers",
+        "--context",
+        "4096",
+        "--json",
+        str(facts),
     )
     assert status == 0
     assert "bits/element" in out
@@ -114,7 +121,14 @@ def test_the_same_seed_gives_the_same_bytes(place):
 
 def test_several_recipes_in_one_run(place):
     status, out, _ = calibrate(
-        place, "--config", "nuq4", "--config", "nuq2-1p", "--set", "cache.sink_tokens=2", output="{recipe}.kvq.safetensors"
+        place,
+        "--config",
+        "nuq4",
+        "--config",
+        "nuq2-1p",
+        "--set",
+        "cache.sink_tokens=2",
+        output="{recipe}.kvq.safetensors",
     )
     assert status == 0
     for recipe, bits in (("nuq4", 4), ("nuq2-1p", 2)):
@@ -155,7 +169,9 @@ def test_bad_input_gets_one_line(place, options, status, words):
 
 
 def test_hub_datasets_without_network_name_the_local_ones(place):
-    status, _, err = call("calibrate", str(place / "model"), "-o", str(place / "x"), "--dataset", "c4", *ARGUMENTS)
+    status, _, err = call(
+        "calibrate", str(place / "model"), "-o", str(place / "x"), "--dataset", "c4", *ARGUMENTS
+    )
     assert status == 1
     assert_one_line(err, "python-docs")
 
@@ -174,7 +190,10 @@ def test_a_broken_artifact_is_refused(place, tmp_path, content):
     file = tmp_path / "broken.kvq.safetensors"
     data = (place / "a.kvq.safetensors").read_bytes()
     file.write_bytes(data[: len(data) // 2] if content is None else content)
-    for command in (("artifact", "inspect", str(file)), ("evaluate", "perplexity", str(place / "model"), "--artifact", str(file))):
+    for command in (
+        ("artifact", "inspect", str(file)),
+        ("evaluate", "perplexity", str(place / "model"), "--artifact", str(file)),
+    ):
         status, _, err = call(*command)
         assert status == 1
         assert_one_line(err, "broken.kvq.safetensors")
@@ -219,7 +238,9 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     checkpoint = tmp_path / "a.kvq.safetensors.checkpoint"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:

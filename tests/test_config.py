@@ -32,7 +32,11 @@ def test_file_then_command_line_then_set(tmp_path):
     config = calibration_config(
         str(file),
         command_line={"samples": 5, "seqlen": None},
-        assignments=["samples=6", "cache.value.outliers.fraction=0.02", "cache.layers={0: {key: {bits: 8}, value: {bits: 8}}}"],
+        assignments=[
+            "samples=6",
+            "cache.value.outliers.fraction=0.02",
+            "cache.layers={0: {key: {bits: 8}, value: {bits: 8}}}",
+        ],
     )
     assert (config.samples, config.seed, config.seqlen) == (6, 7, 2048)
     assert config.cache.value.outliers.fraction == 0.02

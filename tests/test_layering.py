@@ -24,7 +24,9 @@ FORBIDDEN = [
 
 def modules():
     return {
-        ".".join(("kvq_calib", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+        ".".join(("kvq_calib", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): file
         for file in PACKAGE.rglob("*.py")
     }
 
@@ -69,7 +71,19 @@ def test_parts_do_not_reach_each_other(part, other):
 
 
 def test_no_module_names_a_model_family():
-    families = ("llama", "mistral", "qwen", "gemma", "phi3", "neox", "olmo", "granite", "cohere", "smollm", "ernie")
+    families = (
+        "llama",
+        "mistral",
+        "qwen",
+        "gemma",
+        "phi3",
+        "neox",
+        "olmo",
+        "granite",
+        "cohere",
+        "smollm",
+        "ernie",
+    )
     allowed = {"memory"}  # shapes of published models, by name, for its tables
     for name, file in modules().items():
         if name.rsplit(".", 1)[-1] in allowed:

@@ -69,7 +69,9 @@ def test_every_code_bit_stands_where_the_table_says(bits):
 )
 def test_pages_hold_mixed_widths_whatever_the_appends(widths, first, batch, seed):
     layout = PageLayout(tuple(widths), heads=2, head_dim=3, token_params=False, outliers=False)
-    codes = torch.stack([random_codes(w, batch, PAGE_TOKENS, seed=seed + i) for i, w in enumerate(widths)], -1)
+    codes = torch.stack(
+        [random_codes(w, batch, PAGE_TOKENS, seed=seed + i) for i, w in enumerate(widths)], -1
+    )
     page = layout.new_page(batch)
     assert page.nbytes == layout.page_bytes(batch)["codes"] == batch * PAGE_TOKENS * sum(widths) // 8
     split = first * BLOCK_TOKENS

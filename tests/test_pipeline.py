@@ -101,7 +101,9 @@ def test_thresholds_are_quantiles_of_pre_rope_keys(model):
         keys = torch.cat(parts)
         low, high = keys.amin(0), keys.amax(0)
         torch.testing.assert_close(artifact.layers[layer].key.scale, (high - low) / 2, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(artifact.layers[layer].key.zero_point, (high + low) / 2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            artifact.layers[layer].key.zero_point, (high + low) / 2, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,9 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [("thresholds", 2), ("thresholds", 3), ("codebooks", 1), ("codebooks", 3)])
+@pytest.mark.parametrize(
+    "stop_at", [("thresholds", 2), ("thresholds", 3), ("codebooks", 1), ("codebooks", 3)]
+)
 def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, stop_at):
     monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "run.checkpoint"
@@ -170,7 +174,12 @@ def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, sto
         run(model, settings, data, checkpoint=checkpoint, progress=interrupt)
     steps = []
     resumed = run(
-        model, settings, data, checkpoint=checkpoint, resume=True, progress=lambda *step: steps.append(step[:2])
+        model,
+        settings,
+        data,
+        checkpoint=checkpoint,
+        resume=True,
+        progress=lambda *step: steps.append(step[:2]),
     )
     assert resumed.to_bytes() == run(model, settings, data).to_bytes()
     assert not checkpoint.exists()

@@ -51,7 +51,9 @@ def values(tokens=50, seed=1, batch=2):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6]])
 def test_codes_are_the_nearest_levels(bits):
-    spec = QuantSpec(bits=8 if isinstance(bits, list) else bits, variable_bits=isinstance(bits, list), **CHANNEL)
+    spec = QuantSpec(
+        bits=8 if isinstance(bits, list) else bits, variable_bits=isinstance(bits, list), **CHANNEL
+    )
     quantizer = Quantizer(spec, params(bits), SHAPE)
     x = values()
     got = quantizer.quantize(x)
@@ -107,9 +109,7 @@ def test_outliers_come_back_to_storage_precision(granularity):
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(
-        st.lists(st.floats(-1000, 1000, width=32), min_size=8, max_size=8), min_size=1, max_size=5
-    ),
+    rows=st.lists(st.lists(st.floats(-1000, 1000, width=32), min_size=8, max_size=8), min_size=1, max_size=5),
     per_side=st.integers(0, 3),
 )
 def test_token_thresholds_leave_out_no_more_than_asked(storage, rows, per_side):
@@ -140,7 +140,9 @@ def test_ties_never_select_more_outliers_than_the_cap(magnitudes, cap):
     assert not (kept & ~marked).any()
     for row, row_kept, row_marked in zip(magnitude, kept, marked, strict=True):
         candidates = [(-m, channel) for channel, m in enumerate(row.tolist()) if row_marked[channel]]
-        assert row_kept.nonzero().flatten().tolist() == sorted(channel for _, channel in sorted(candidates)[:cap])
+        assert row_kept.nonzero().flatten().tolist() == sorted(
+            channel for _, channel in sorted(candidates)[:cap]
+        )
 
 
 def test_a_tie_at_the_threshold_is_no_outlier():

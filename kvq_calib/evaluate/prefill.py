@@ -25,7 +25,9 @@ class OutlierCounts:
     def per_token(self) -> dict[Kind, list[float]]:
         """Mean outliers of a token, per kind and layer."""
         return {
-            kind: [found / max(tokens, 1) for found, tokens in zip(self.found[kind], self.tokens, strict=True)]
+            kind: [
+                found / max(tokens, 1) for found, tokens in zip(self.found[kind], self.tokens, strict=True)
+            ]
             for kind in KINDS
         }
 

@@ -117,7 +117,8 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     facts.add_row("model", str(artifact.model.get("id", "")))
     facts.add_row("recipe", str(artifact.calibration.get("recipe", "")))
     facts.add_row(
-        "calibrated on", ", ".join(f"{name} {value}" for name, value in sorted(data.items()) if name != "sha256")
+        "calibrated on",
+        ", ".join(f"{name} {value}" for name, value in sorted(data.items()) if name != "sha256"),
     )
     facts.add_row(
         "layers", ", ".join(f"{n} of {heads} key-value heads x {dim}" for (heads, dim), n in shapes.items())

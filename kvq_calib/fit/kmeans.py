@@ -15,7 +15,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def _row(previous: Floats, sums: tuple[Floats, Floats, Floats], first: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+def _row(
+    previous: Floats, sums: tuple[Floats, Floats, Floats], first: int
+) -> tuple[Floats, npt.NDArray[np.int64]]:
     """One row of the dynamic programme: best cost and split for every number of points ``i`` from ``first`` on.
 
     Entries below ``first`` are infinite: fewer points than clusters.
@@ -118,7 +120,9 @@ def _check(points: Floats, weights: Floats, k: int) -> None:
     if k < 1:
         raise ValueError(f"k-means needs at least one level, not {k}")
     if points.ndim != 1 or points.shape != weights.shape:
-        raise ValueError(f"points {points.shape} and weights {weights.shape} must be two vectors of one length")
+        raise ValueError(
+            f"points {points.shape} and weights {weights.shape} must be two vectors of one length"
+        )
     if not (np.isfinite(points).all() and np.isfinite(weights).all()) or (weights < 0).any():
         raise ValueError("points must be finite, and weights finite and not negative")
     if not weights.sum() > 0:

