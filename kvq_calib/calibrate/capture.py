@@ -103,5 +103,5 @@ def _report_gradients(kv: LayerKV, held: list[LayerKV], on_backward: OnBackward)
             grad_values = gradients.pop("values")
             on_backward(layer, layer.rotation.adjoint(gradients.pop("keys")), grad_values)
 
-    kv.rotated_keys.register_hook(lambda grad: arrive("keys", grad))  # type: ignore[no-untyped-call]
-    kv.values.register_hook(lambda grad: arrive("values", grad))  # type: ignore[no-untyped-call]
+    kv.rotated_keys.register_hook(lambda grad: arrive("keys", grad))
+    kv.values.register_hook(lambda grad: arrive("values", grad))

@@ -100,7 +100,7 @@ def _finite(total: float) -> float:
 def _plain_backward(model: nn.Module, ids: Tensor) -> float:
     loss = _loss_sum(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
     total = _finite(float(loss.detach()))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return total
 
 
@@ -120,7 +120,7 @@ def _split_backward(model: nn.Module, ids: Tensor) -> float:
         total += float(loss.detach())
         (gradient[:, start:stop],) = torch.autograd.grad(loss, piece)
     _finite(total)
-    hidden.backward(gradient)  # type: ignore[no-untyped-call]
+    hidden.backward(gradient)
     return total
 
 
