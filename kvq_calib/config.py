@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvq_calib.artifact import first_problem
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import shipped_folder
-from kvq_calib.spec import KVCacheSpec
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
 
 DEFAULT_RECIPE = "nuq3-1p"
 
@@ -37,6 +37,41 @@ class FitConfig(_Settings):
     solver: Literal["exact", "lloyd"] = "exact"
 
 
+class AllocationConfig(_Settings):
+    """How many bits every channel gets (``docs/method.md``, rate and distortion).
+
+    Attributes:
+        bits_per_element: what the artifact may take, everything counted, at ``context`` tokens.
+        context: tokens of context at which the budget holds.
+        scope: one budget for the whole ``model``, an equal one for keys and values of each ``layer``, or
+            ``uniform``: every channel has the width that the cache section says.
+        min_key_bits, min_value_bits: least width of a channel. The error of a channel without any bits is large,
+            and the estimate by gradients holds for small ones.
+        codebooks: most codebooks that channels of one width share, per layer and kind.
+    """
+
+    bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
+    context: Annotated[int, Field(ge=1)] = 4096
+    scope: Literal["model", "layer", "uniform"] = "model"
+    min_key_bits: Annotated[int, Field(ge=0, le=8)] = 1
+    min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
+    codebooks: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class LearnConfig(_Settings):
+    """Gradient descent on levels, scales, zero points and phases (``docs/method.md``, learning).
+
+    Attributes:
+        steps: updates, one piece of text each.
+        seqlen: tokens of a piece.
+        learning_rate: of Adam, in units of a channel's level spacing, and in radians.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 64
+    seqlen: Annotated[int, Field(ge=8)] = 512
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
+
+
 class CalibrationConfig(_Settings):
     """Everything that decides the content of an artifact, but for the model.
 
@@ -44,6 +79,8 @@ class CalibrationConfig(_Settings):
         description: one line for people.
         cache: what is quantized how.
         fit: how codebooks are fitted.
+        allocation: widths per channel from one budget; needs static channel thresholds for keys and values.
+        learn: training of what is stored, after the fit; needs the same.
         dataset: name or path of the calibration text.
         samples: windows of ``seqlen`` tokens.
         seed: of every random choice.
@@ -53,11 +90,39 @@ class CalibrationConfig(_Settings):
     description: str = ""
     cache: KVCacheSpec
     fit: FitConfig = FitConfig()
+    allocation: AllocationConfig | None = None
+    learn: LearnConfig | None = None
     dataset: str = "wikitext2"
     samples: Annotated[int, Field(ge=1)] = 16
     seqlen: Annotated[int, Field(ge=8)] = 2048
     seed: Annotated[int, Field(ge=0)] = 0
     recompute: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationConfig:
+        specs = [LayerSpec(key=self.cache.key, value=self.cache.value), *self.cache.layers.values()]
+        for layer in specs:
+            for kind in KINDS:
+                self._check_spec(kind, layer.of(kind))
+        return self
+
+    def _check_spec(self, kind: Kind, spec: QuantSpec) -> None:
+        if spec.rotation:
+            raise ValueError(f"{kind}.rotation: calibration fits no rotations; leave it out")
+        if self.allocation is None:
+            if spec.variable_bits or spec.phase:
+                raise ValueError(f"{kind}: variable_bits and phase need an allocation section")
+        elif not spec.variable_bits:
+            raise ValueError(f"allocation needs {kind}.variable_bits: true")
+        for section in ("allocation", "learn"):
+            if getattr(self, section) is None:
+                continue
+            if spec.granularity != "channel" or spec.dynamic or spec.outliers.fraction or spec.q_norm:
+                raise ValueError(
+                    f"{section} needs {kind}s with static thresholds per channel, without outliers and q_norm"
+                )
+            if kind == "key" and not spec.pre_rope:
+                raise ValueError(f"{section} needs key.pre_rope: true")
 
 
 class EvalConfig(_Settings):

@@ -26,7 +26,10 @@ from torch import Tensor
 from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.attention import LayerKV
 from kvq_calib.calibrate.capture import capture
+from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.calibrate.learn import learn
+from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Statistics
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
@@ -123,8 +126,15 @@ class _Subject:
     spec: QuantSpec
 
     @property
+    def allocated(self) -> bool:
+        """Whether widths and levels come from the weighted distribution of every channel."""
+        return self.config.allocation is not None
+
+    @property
     def sketch(self) -> str:
-        """Name of the channel sketch its thresholds come from."""
+        """Name of the statistics of pass one: channel moments, or the sketch its thresholds come from."""
+        if self.allocated:
+            return f"moments.{self.layer}.{self.kind}.{self.config.cache.sink_tokens}"
         pre_rope = self.spec.pre_rope if self.kind == "key" else True
         return f"channels.{self.layer}.{self.kind}.{'pre' if pre_rope else 'post'}.{self.config.cache.sink_tokens}"
 
@@ -136,15 +146,19 @@ class _Subject:
     @property
     def fitted(self) -> bool:
         """Whether its codebook depends on the data."""
-        return self.spec.datatype not in ("uniform", "normal_float")
+        return self.allocated or self.spec.datatype not in ("uniform", "normal_float")
 
     @property
     def histogram(self) -> str:
-        """Name of the histogram of its normalised values: everything that decides them, in one string."""
+        """Name of the statistics of pass two: everything that decides them, in one string."""
+        weights = "fisher" if self.weighted else "uniform"
+        if self.allocated:
+            turned = "turned" if self.spec.phase else "plain"
+            return f"weighted.{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}.{weights}"
         spec = self.spec.model_dump(exclude={"bits", "datatype", "q_norm"})
-        facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype, self.weighted]
+        facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        return f"levels.{self.layer}.{self.kind}.{digest}"
+        return f"levels.{self.layer}.{self.kind}.{digest}.{weights}"
 
     @property
     def needs_histogram(self) -> bool:
@@ -205,7 +219,9 @@ class _Run:
         """This rank's checkpoint."""
         assert self.checkpoint is not None
         rank, world = _world()
-        return self.checkpoint if world == 1 else self.checkpoint.with_name(f"{self.checkpoint.name}.rank{rank}")
+        return (
+            self.checkpoint if world == 1 else self.checkpoint.with_name(f"{self.checkpoint.name}.rank{rank}")
+        )
 
     def resume(self) -> None:
         """Take up the statistics of an interrupted run, if there is one."""
@@ -217,7 +233,9 @@ class _Run:
                 header = json.loads((opened.metadata() or {})["kvq_checkpoint"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise CalibrationError(f"{file} is not a checkpoint; remove it, or run without --resume") from error
+            raise CalibrationError(
+                f"{file} is not a checkpoint; remove it, or run without --resume"
+            ) from error
         if header["identity"] != self.identity:
             raise CalibrationError(
                 f"{file} belongs to a run with other settings, data or model; remove it, or run without --resume"
@@ -248,10 +266,18 @@ class _Run:
 
     def _new(self, name: str) -> Statistics:
         """An empty accumulator for a name that a subject gave."""
-        family, layer, _ = name.split(".", 2)
+        family, layer, rest = name.split(".", 2)
+        geometry = self.geometry.layers[int(layer)]
         if family == "channels":
-            return ChannelHistogram(self.geometry.layers[int(layer)].channels)
-        return LevelHistogram()
+            return ChannelHistogram(geometry.channels)
+        if family == "moments":
+            rope = self.geometry.rope_of(int(layer)) if rest.startswith("key") else None
+            return ChannelMoments(
+                geometry.channels, *pair_channels(rope, geometry.num_kv_heads, geometry.head_dim)
+            )
+        if family == "weighted":
+            return WeightedHistogram(geometry.channels)
+        return LevelHistogram(weighted=rest.endswith(".fisher"))
 
     def _each_window(self, what: str, step: Callable[[Tensor], None]) -> None:
         """Run ``step`` on this rank's windows that are not done yet, then add up over ranks."""
@@ -270,7 +296,7 @@ class _Run:
             self._save()
         if world > 1:
             for name in sorted(self.statistics):
-                if name.startswith("channels" if what == "thresholds" else "levels"):
+                if name.startswith(("channels", "moments")) == (what == "thresholds"):
                     self.statistics[name].all_reduce()
         self.done[what] = len(mine) + 1
         self.seconds[what] = time.monotonic() - started
@@ -278,7 +304,8 @@ class _Run:
     def first_pass(self) -> None:
         """Sketch every channel whose thresholds are static."""
         subjects = _unique(
-            (subject for subject in self.subjects if subject.spec.static_channels), lambda subject: subject.sketch
+            (subject for subject in self.subjects if subject.spec.static_channels),
+            lambda subject: subject.sketch,
         )
         if not subjects:
             return
@@ -288,7 +315,7 @@ class _Run:
             for subject in by_layer.get(kv.layer, ()):
                 x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, subject.config.cache.sink_tokens :]
                 statistics = self.statistics[subject.sketch]
-                assert isinstance(statistics, ChannelHistogram)
+                assert isinstance(statistics, ChannelHistogram | ChannelMoments)
                 try:
                     statistics.update(x.float().transpose(1, 2).flatten(2).flatten(0, 1).cpu())
                 except CalibrationError as error:
@@ -305,16 +332,22 @@ class _Run:
     def second_pass(self) -> None:
         """Collect the distribution of normalised values, weighted by squared gradients where wanted."""
         subjects = _unique(
-            (subject for subject in self.subjects if subject.needs_histogram), lambda subject: subject.histogram
+            (subject for subject in self.subjects if subject.needs_histogram),
+            lambda subject: subject.histogram,
         )
         if not subjects:
             return
-        quantizers = {subject: self._quantizer(subject) for subject in subjects}
+        quantizers = {subject: self._quantizer(subject) for subject in subjects if not subject.allocated}
+        weigh = {subject: self._weigh(subject) for subject in subjects if subject.allocated}
         forward = _by_layer(subject for subject in subjects if not subject.weighted)
         backward = _by_layer(subject for subject in subjects if subject.weighted)
 
         def collect(kv: LayerKV, subject: _Subject, gradient: Tensor | None) -> None:
             sinks = subject.config.cache.sink_tokens
+            if subject.allocated:
+                x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, sinks:]
+                weigh[subject](x, None if gradient is None else gradient[:, :, sinks:])
+                return
             quantizer = quantizers[subject].to(kv.values.device)
             values = quantizer.normalise(_select(kv, subject.kind, subject.spec.pre_rope)[:, :, sinks:])
             if not bool(torch.isfinite(values.normalised.sum())):
@@ -349,14 +382,37 @@ class _Run:
         if backward:
 
             def step(ids: Tensor) -> None:
-                fisher_pass(
-                    self.model, ids, observe_gradients, on_forward=observe, recompute=self.recompute
-                )
+                fisher_pass(self.model, ids, observe_gradients, on_forward=observe, recompute=self.recompute)
 
             self._each_window("codebooks", step)
         else:
             with torch.no_grad(), capture(self.model, observe):
                 self._each_window("codebooks", self._forward)
+
+    def _weigh(self, subject: _Subject) -> Callable[[Tensor, Tensor | None], None]:
+        """Adds ``[B, H, T, D]`` values and their gradients to the weighted distribution of the subject's channels."""
+        geometry = self.geometry.layers[subject.layer]
+        rope = self.geometry.rope_of(subject.layer)
+        moments = self.statistics[subject.sketch]
+        assert isinstance(moments, ChannelMoments)
+        phase = phase_of(moments, subject.spec, rope)
+        mean, deviation = moments.turned(phase)
+        idle = torch.zeros(geometry.channels, dtype=torch.int32)  # only the transform is used
+        params = QuantParams(idle.to(torch.uint8), torch.zeros(1, 1), idle, phase=phase)
+        transform = Quantizer(subject.spec, params, geometry, rope).transform
+
+        def add(x: Tensor, gradient: Tensor | None) -> None:
+            y = transform(x.cpu()).flatten(0, 1)
+            if not bool(torch.isfinite(y.sum())):
+                raise _not_finite(subject.layer, subject.kind)
+            weights = torch.ones_like(y)
+            if gradient is not None:
+                weights = transform(gradient.cpu()).flatten(0, 1).double().square()
+            statistics = self.statistics[subject.histogram]
+            assert isinstance(statistics, WeightedHistogram)
+            statistics.update(y, weights, mean, deviation)
+
+        return add
 
     def _prepare(self, names: Iterable[str]) -> None:
         for name in names:
@@ -375,15 +431,17 @@ class _Run:
         low, high = sketch.quantile(tail), sketch.quantile(1 - tail)
         return ((high - low) / 2).clamp(min=_SMALLEST_SCALE), (high + low) / 2
 
-    def _quantizer(self, subject: _Subject, levels: np.ndarray[Any, np.dtype[np.float64]] | None = None) -> Quantizer:
+    def _quantizer(
+        self, subject: _Subject, levels: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    ) -> Quantizer:
         """The subject's quantizer; without ``levels`` it normalises only."""
         geometry = self.geometry.layers[subject.layer]
         scale, zero_point = self._thresholds(subject)
         codebook = np.zeros((1, 1 << subject.spec.bits)) if levels is None else levels[None]
-        params = QuantParams(
-            bits=torch.full((geometry.channels,), subject.spec.bits, dtype=torch.uint8),
-            codebook=torch.tensor(codebook, dtype=torch.float32),
-            codebook_index=torch.zeros(geometry.channels, dtype=torch.int32),
+        params = QuantParams.uniform(
+            subject.spec.bits,
+            geometry.channels,
+            torch.tensor(codebook, dtype=torch.float32),
             scale=scale,
             zero_point=zero_point,
         )
@@ -405,7 +463,7 @@ class _Run:
             seed=config.seed,
         )
         if subject.spec.q_norm:
-            levels = storable(q_norm(levels, histogram.centres.cpu().numpy(), histogram.counts.cpu().numpy()))
+            levels = storable(q_norm(levels, histogram.points.cpu().numpy(), histogram.counts.cpu().numpy()))
         return levels
 
     def _outliers_per_token(self, subject: _Subject) -> float:
@@ -415,23 +473,64 @@ class _Run:
         assert isinstance(histogram, LevelHistogram)
         return histogram.outliers_per_token
 
+    def _fit_layers(
+        self, config: CalibrationConfig, subjects: Mapping[tuple[int, Kind], _Subject]
+    ) -> tuple[LayerParams, ...]:
+        """What every layer stores, from the statistics alone."""
+        if config.allocation is None:
+            params = {at: self._quantizer(s, self._levels(s)).params for at, s in subjects.items()}
+            return tuple(
+                LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(self.geometry.layers))
+            )
+        moments, histograms = {}, {}
+        for at, subject in subjects.items():
+            first, second = self.statistics[subject.sketch], self.statistics[subject.histogram]
+            assert isinstance(first, ChannelMoments)
+            assert isinstance(second, WeightedHistogram)
+            moments[at], histograms[at] = first, second
+        return fit_layers(config.cache, config.allocation, self.geometry, moments, histograms)
+
+    def _learn(
+        self, config: CalibrationConfig, layers: tuple[LayerParams, ...]
+    ) -> tuple[tuple[LayerParams, ...], dict[str, Any]]:
+        """Train what was fitted, and what that brought on the calibration window that was not trained on."""
+        assert config.learn is not None
+        learned = learn(
+            self.model,
+            self.windows.ids,
+            config.cache,
+            self.geometry,
+            layers,
+            steps=config.learn.steps,
+            seqlen=config.learn.seqlen,
+            learning_rate=config.learn.learning_rate,
+            seed=config.seed,
+            recompute=self.recompute,
+            progress=self.progress,
+        )
+        return learned.layers, {"learning": {"kl_before": learned.before, "kl_after": learned.after}}
+
     def fit(self, model_id: str, model_config: Mapping[str, Any]) -> dict[str, KVArtifact]:
         """Codebooks from the statistics, and the artifacts."""
         started = time.monotonic()
         artifacts = {}
         for name, config in self.configs.items():
             subjects = {(s.layer, s.kind): s for s in self.subjects if s.config is config}
-            params = {at: self._quantizer(s, self._levels(s)).params for at, s in subjects.items()}
             layers = range(len(self.geometry.layers))
+            fitted = self._fit_layers(config, subjects)
+            learning: dict[str, Any] = {}
+            if config.learn is not None:
+                fitted, learning = self._learn(config, fitted)
             artifacts[name] = KVArtifact(
                 spec=config.cache,
                 geometry=self.geometry,
-                layers=tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in layers),
+                layers=fitted,
                 model={"id": model_id, "config": dict(model_config)},
                 calibration={
                     "recipe": name,
                     "settings": config.model_dump(mode="json", exclude={"cache"}),
                     "data": dict(self.windows.source),
+                    **learning,
                     "versions": {
                         "kvq-calib": _version("kvq-calib"),
                         "torch": torch.__version__,
@@ -439,7 +538,8 @@ class _Run:
                     },
                 },
                 outliers_per_token={
-                    kind: [self._outliers_per_token(subjects[layer, kind]) for layer in layers] for kind in KINDS
+                    kind: [self._outliers_per_token(subjects[layer, kind]) for layer in layers]
+                    for kind in KINDS
                 },
             )
         self.seconds["fit"] = time.monotonic() - started

@@ -86,8 +86,10 @@ class ChannelHistogram:
             raise CalibrationError("activations are not finite")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._widen(self._exponent_for(low, high))
-        bins = torch.ldexp(y.double(), -self.exponent.double()).floor().to(torch.int64)
-        flat = (bins + CHANNEL_BINS // 2) + torch.arange(y.shape[1], device=y.device) * CHANNEL_BINS
+        # Exact: float64 holds every float32 times a power of two.
+        step = torch.exp2(-self.exponent.double())
+        first = torch.arange(y.shape[1], device=y.device) * CHANNEL_BINS + CHANNEL_BINS // 2
+        flat = (y.double() * step).floor_().to(torch.int64) + first
         self.counts += torch.bincount(flat.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def quantile(self, q: float) -> Tensor:
@@ -135,17 +137,18 @@ class ChannelHistogram:
 
 
 class LevelHistogram:
-    """Weighted distribution of normalised values over ``[-1, 1]`` in equal bins.
+    """Distribution of normalised values over ``[-1, 1]`` in equal bins: how many fell in each, and their weight.
 
-    Per bin: the count, the weight, and the weighted sum of values, so that the centre of any run of bins is exact.
-    Also counts tokens and outliers, which stay out of the bins.
+    A bin stands for its middle, which is off by at most 1/4096 of the scale: less than float16 levels resolve.
+    Tokens and outliers are counted; outliers stay out of the bins.
 
     Args:
+        weighted: values have weights; else a count serves as both.
         device: where to accumulate.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(3, LEVEL_BINS, dtype=torch.float64, device=device)
+    def __init__(self, weighted: bool, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(2 if weighted else 1, LEVEL_BINS, dtype=torch.float64, device=device)
         self.seen = torch.zeros(2, dtype=torch.float64, device=device)
 
     def update(self, normalised: Tensor, outliers: Tensor | None, weights: Tensor | None) -> None:
@@ -154,31 +157,28 @@ class LevelHistogram:
         Args:
             normalised: float32 ``[N, C]``.
             outliers: bool ``[N, C]`` or ``None``: values that the codebook does not serve.
-            weights: float ``[N, C]``, not negative, or ``None`` for 1 each.
+            weights: float ``[N, C]``, not negative; ``None`` where the histogram has none.
         """
         tokens = normalised.shape[0]
         found = 0 if outliers is None else int(outliers.sum())
         self.seen += torch.tensor([tokens, found], dtype=torch.float64, device=self.seen.device)
-        inside = slice(None) if outliers is None else ~outliers
         # Values beyond the cap of outliers are clamped, as the quantizer's end levels clamp them.
-        u = normalised[inside].flatten().double().clamp(-1, 1)
-        bins = ((u + 1) * (LEVEL_BINS / 2)).to(torch.int64).clamp(max=LEVEL_BINS - 1)
-        counts = torch.bincount(bins, minlength=LEVEL_BINS).double()
-        self.sums[0] += counts
-        if weights is None:
-            self.sums[1] += counts
-            self.sums[2] += torch.bincount(bins, weights=u, minlength=LEVEL_BINS)
-        else:
-            w = weights[inside].flatten().double()
-            self.sums[1] += torch.bincount(bins, weights=w, minlength=LEVEL_BINS)
-            self.sums[2] += torch.bincount(bins, weights=w * u, minlength=LEVEL_BINS)
+        half = LEVEL_BINS // 2
+        bins = (normalised * half).floor_().clamp_(-half, half - 1).add_(half).to(torch.int64)
+        if outliers is not None:
+            bins.masked_fill_(outliers, LEVEL_BINS)  # a bin of their own, dropped below
+        bins = bins.flatten()
+        counts = torch.bincount(bins, minlength=LEVEL_BINS)[:LEVEL_BINS]
+        self.sums[0] += counts.to(self.sums.device)
+        if weights is not None:
+            sums = torch.bincount(bins, weights=weights.flatten(), minlength=LEVEL_BINS)[:LEVEL_BINS]
+            self.sums[1] += sums.to(self.sums.device)
 
     @property
-    def centres(self) -> Tensor:
+    def points(self) -> Tensor:
         """Middle of each bin, float64 ``[bins]``."""
-        return (torch.arange(LEVEL_BINS, device=self.sums.device, dtype=torch.float64) + 0.5) * (
-            2 / LEVEL_BINS
-        ) - 1
+        bins = torch.arange(LEVEL_BINS, device=self.sums.device, dtype=torch.float64)
+        return (bins + 0.5) * (2 / LEVEL_BINS) - 1
 
     @property
     def counts(self) -> Tensor:
@@ -188,16 +188,7 @@ class LevelHistogram:
     @property
     def weights(self) -> Tensor:
         """Weight of each bin, float64 ``[bins]``."""
-        return self.sums[1]
-
-    @property
-    def points(self) -> Tensor:
-        """Weighted mean of each bin, float64 ``[bins]``, sorted; the middle of bins without weight."""
-        weight = self.sums[1]
-        mean = torch.where(weight > 0, self.sums[2] / weight.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        half = 1 / LEVEL_BINS  # rounding must not move a mean out of its bin: points stay sorted
-        inside = torch.maximum(torch.minimum(mean, self.centres + half), self.centres - half)
-        return torch.where(weight > 0, inside, self.centres)
+        return self.sums[-1]
 
     @property
     def outliers_per_token(self) -> float:

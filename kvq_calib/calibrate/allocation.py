@@ -1,0 +1,327 @@
+"""Rate and distortion of every channel: how many bits each gets, and the levels it gets for them.
+
+KVQuant gives all channels the same width and the same levels. Here the weighted error of every channel is
+computed for every width (:func:`fit_curves`), one budget is spent where a bit removes most of it
+(:func:`allocate`, reverse water-filling on measured curves), and channels of one width share a few codebooks
+(:func:`share_codebooks`), since a table per channel would cost bits that buy more elsewhere. Everything is
+computed from the weighted distributions of channels, so it needs no activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvq_calib.errors import ConfigError
+from kvq_calib.quantizer import QuantParams
+
+#: Lloyd iterations of one channel's levels; the start is near the optimum.
+_LLOYD_ROUNDS = 30
+#: Rounds of assigning channels to codebooks and refitting both.
+_SHARE_ROUNDS = 10
+#: Two allocations whose Lagrange multipliers differ by less than this factor are the same.
+_MULTIPLIER_STEPS = 100
+_SMALLEST_SCALE = 1e-8
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What every width costs every channel of one layer's keys or values.
+
+    Attributes:
+        points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
+        levels: by width ``b``, float64 ``[C, 2 ** b]``: levels of least weighted squared error.
+        distortion: float64 ``[C, widths]``, the weighted squared error of those levels, for one token.
+    """
+
+    points: Tensor
+    weights: Tensor
+    levels: tuple[Tensor, ...]
+    distortion: Tensor
+
+
+def nearest(levels: Tensor, points: Tensor) -> Tensor:
+    """Index of the nearest level of each point: ``[C, L]``, ``[C, n]`` to int64 ``[C, n]``."""
+    return torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, points)
+
+
+def weighted_error(levels: Tensor, points: Tensor, weights: Tensor) -> Tensor:
+    """Weighted squared error of the nearest level, ``[C]``."""
+    return (weights * (points - levels.gather(1, nearest(levels, points))).square()).sum(1)
+
+
+def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Levels of every row by Lloyd's iteration from the high-resolution optimum.
+
+    The start follows the point density that is optimal for many levels, proportional to the cube root of the
+    weighted density (Panter and Dite, 1951), so no seed is needed and few rounds suffice.
+
+    Args:
+        points, weights: float64 ``[C, n]``, ``points`` sorted. A row without weight counts as evenly
+        weighted. k: number of levels.
+
+    Returns:
+        float64 ``[C, k]``, sorted.
+    """
+    total = weights.sum(1, keepdim=True)
+    weights = torch.where(total > 0, weights, 1.0)
+    zero = torch.zeros_like(weights[:, :1])
+    mass = torch.cat([zero, weights.cumsum(1)], 1)
+    moment = torch.cat([zero, (weights * points).cumsum(1)], 1)
+    # Cube root of density times width, with a bin's width from its neighbours.
+    width = torch.cat([points[:, 1:] - points[:, :-1], zero], 1).clamp(min=0)
+    density = (weights * (width + width.roll(1, 1)).square()).pow(1 / 3)
+    share = density.cumsum(1)
+    share = share / share[:, -1:].clamp(min=torch.finfo(share.dtype).tiny)
+    wanted = ((torch.arange(k, device=points.device, dtype=points.dtype) + 0.5) / k).expand(len(points), k)
+    levels = points.gather(1, torch.searchsorted(share, wanted.contiguous()).clamp(max=points.shape[1] - 1))
+    for _ in range(_LLOYD_ROUNDS):
+        inner = torch.searchsorted(points, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous())
+        edges = (
+            torch.cat(
+                [torch.zeros_like(inner[:, :1]), inner, torch.full_like(inner[:, :1], points.shape[1])], 1
+            )
+            if k > 1
+            else torch.tensor([[0, points.shape[1]]], device=points.device).expand(len(points), 2)
+        )
+        cell = mass.gather(1, edges).diff(dim=1)
+        centre = moment.gather(1, edges).diff(dim=1) / cell.clamp(min=torch.finfo(cell.dtype).tiny)
+        moved = torch.where(cell > 1e-12 * mass[:, -1:], centre, levels).sort(1).values
+        if torch.equal(moved, levels):
+            break
+        levels = moved
+    return levels
+
+
+def fit_curves(points: Tensor, weights: Tensor, max_bits: int) -> Curves:
+    """Levels and weighted error of every channel at every width from 0 to ``max_bits``.
+
+    Args:
+        points, weights: float64 ``[C, n]``, from
+            :meth:`kvq_calib.calibrate.distribution.WeightedHistogram.distribution`.
+        max_bits: largest width.
+    """
+    levels = tuple(lloyd(points, weights, 1 << bits) for bits in range(max_bits + 1))
+    distortion = torch.stack([weighted_error(row, points, weights) for row in levels], dim=1)
+    # Lloyd's optima are local: a wider code is never worse, since it could leave levels unused.
+    return Curves(points, weights, levels, distortion.cummin(1).values)
+
+
+def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float) -> list[Tensor]:
+    """Widths that minimise the summed distortion at a mean width of at most ``budget``.
+
+    Each channel takes the width of least ``distortion + multiplier * bits``; the multiplier, found by
+    bisection, is the same for all, so that the last bit of every channel is worth the same (reverse
+    water-filling).
+
+    Args:
+        distortion: one float64 ``[C, widths]`` for each layer and kind.
+        floors: least width of the channels of each.
+        budget: bits per channel, on average over all channels.
+
+    Returns:
+        uint8 ``[C]`` for each.
+
+    Raises:
+        ConfigError: the budget is below the floors.
+    """
+    curves = [
+        table.masked_fill(torch.arange(table.shape[1]) < floor, torch.inf)
+        for table, floor in zip(distortion, floors, strict=True)
+    ]
+    sizes = [len(table) for table in curves]
+    least = sum(size * floor for size, floor in zip(sizes, floors, strict=True)) / sum(sizes)
+    if budget < least:
+        raise ConfigError(
+            f"{budget:.3f} bits are left for codes, but the least widths take {least:.3f}; raise "
+            "allocation.bits_per_element or lower allocation.min_key_bits and min_value_bits"
+        )
+
+    def widths(multiplier: float) -> list[Tensor]:
+        return [
+            (table + multiplier * torch.arange(table.shape[1], dtype=table.dtype)).argmin(1)
+            for table in curves
+        ]
+
+    def mean(chosen: list[Tensor]) -> float:
+        return sum(int(table.sum()) for table in chosen) / sum(sizes)
+
+    finite = torch.cat([table[torch.isfinite(table)] for table in curves])
+    high = max(float(finite.max()), 1e-300) * 2  # more than any bit can save
+    low = high * 1e-30
+    if mean(widths(low)) <= budget:
+        high = low
+    for _ in range(_MULTIPLIER_STEPS):
+        if high == low:
+            break
+        middle = math.sqrt(low * high)
+        if mean(widths(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return [table.to(torch.uint8) for table in widths(high)]
+
+
+def codebook_rows(widths: Tensor, most: int) -> int:
+    """Rows of the codebook table of one layer's keys or values; what :func:`share_codebooks` will build."""
+    counts = torch.bincount(widths.to(torch.int64), minlength=2).tolist()
+    # Zero or one bit need no shapes: scale and zero point reach every pair of levels.
+    return sum(min(most, count) if width > 1 else 1 for width, count in enumerate(counts) if count)
+
+
+def share_codebooks(curves: Curves, widths: Tensor, most: int) -> QuantParams:
+    """Scale and zero point per channel, and at most ``most`` codebooks for the channels of one width.
+
+    Alternates between three exact steps, none of which can increase the weighted error: each channel takes
+    the codebook that serves it best; scale and zero point follow by weighted least squares given the codes;
+    each level becomes the weighted mean of what it codes.
+
+    Args:
+        curves: the layer's, with widths up to the largest in ``widths``.
+        widths: uint8 ``[C]``.
+        most: codebooks of one width.
+
+    Returns:
+        Parameters without phases; levels are representable in float16.
+    """
+    channels = len(widths)
+    scale = torch.ones(channels, dtype=torch.float64)
+    zero_point = torch.zeros(channels, dtype=torch.float64)
+    index = torch.zeros(channels, dtype=torch.int64)
+    rows: list[Tensor] = []
+    for width in sorted(set(widths.tolist())):
+        members = (widths == width).nonzero().flatten()
+        levels = curves.levels[width][members]
+        middle, half = (levels[:, 0] + levels[:, -1]) / 2, (levels[:, -1] - levels[:, 0]) / 2
+        fit = _Shared(
+            curves.points[members], curves.weights[members], middle, half.clamp(min=_SMALLEST_SCALE)
+        )
+        if width <= 1:
+            books, chosen = (
+                torch.linspace(-1, 1, 2, dtype=torch.float64)[None] * bool(width),
+                fit.nothing_to_choose(),
+            )
+            books = books[:, : 1 << width]
+        else:
+            books, chosen = fit.run(
+                (levels - fit.zero_point[:, None]) / fit.scale[:, None], min(most, len(members))
+            )
+        scale[members], zero_point[members] = fit.scale, fit.zero_point
+        index[members] = chosen + len(rows)
+        rows.extend(books)
+    size = max(len(row) for row in rows)
+    table = torch.stack([torch.cat([row, row[-1:].expand(size - len(row))]) for row in rows])
+    return QuantParams(
+        bits=widths.to(torch.uint8),
+        codebook=storable_levels(table.float()),
+        codebook_index=index.to(torch.int32),
+        scale=scale.float().clamp(min=_SMALLEST_SCALE),
+        zero_point=zero_point.float(),
+    )
+
+
+def storable_levels(table: Tensor) -> Tensor:
+    """Sort levels ``[G, L]`` and round them to float16, so that look-ups in half precision lose nothing."""
+    return table.sort(1).values.half().float()
+
+
+class _Shared:
+    """Channels of one width on their way to shared codebooks."""
+
+    def __init__(self, points: Tensor, weights: Tensor, zero_point: Tensor, scale: Tensor) -> None:
+        total = weights.sum(1, keepdim=True)
+        self.points = points
+        self.weights = torch.where(total > 0, weights, 1.0)
+        self.zero_point, self.scale = zero_point, scale
+
+    def nothing_to_choose(self) -> Tensor:
+        return torch.zeros(len(self.points), dtype=torch.int64)
+
+    def run(self, shapes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Codebooks ``[count, L]`` and the codebook of each channel, from each channel's own ``shapes [n,
+        L]``."""
+        # Start: channels in order of how far out their inner levels lie, in runs of equal length.
+        spread = shapes.abs().mean(1)
+        order = spread.argsort(stable=True)
+        books = torch.stack([shapes[part].mean(0) for part in order.tensor_split(count)])
+        chosen = self.nothing_to_choose()
+        for _ in range(_SHARE_ROUNDS):
+            candidates = [self._follow(book) for book in books]
+            errors = torch.stack([error for _, _, _, error in candidates])
+            chosen = errors.argmin(0)
+            pick = chosen[None]
+            self.scale = torch.stack([scale for scale, _, _, _ in candidates]).gather(0, pick)[0]
+            self.zero_point = torch.stack([zero for _, zero, _, _ in candidates]).gather(0, pick)[0]
+            for number in range(count):
+                mine = chosen == number
+                if bool(mine.any()):
+                    books[number] = self._centres(books[number], candidates[number][2][mine], mine)
+        return books, chosen
+
+    def _follow(self, book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, zero point, codes and error of every channel if it used ``book``, from where it stands."""
+        scale, zero_point = self.scale, self.zero_point
+        total = self.weights.sum(1)
+        mean = (self.weights * self.points).sum(1) / total
+        for _ in range(2):
+            coded = book[nearest(zero_point[:, None] + scale[:, None] * book, self.points)]
+            level = (self.weights * coded).sum(1) / total
+            away = coded - level[:, None]
+            variance = (self.weights * away.square()).sum(1)
+            covariance = (self.weights * away * (self.points - mean[:, None])).sum(1)
+            usable = (variance > 0) & (covariance > 0)
+            slope = covariance / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+            scale = torch.where(usable, slope, scale).clamp(min=_SMALLEST_SCALE)
+            zero_point = torch.where(usable, mean - scale * level, zero_point)
+        levels = zero_point[:, None] + scale[:, None] * book
+        codes = nearest(levels, self.points)
+        error = (self.weights * (self.points - levels.gather(1, codes)).square()).sum(1)
+        return scale, zero_point, codes, error
+
+    def _centres(self, book: Tensor, codes: Tensor, mine: Tensor) -> Tensor:
+        """Weighted mean of the normalised values behind each level of ``book``."""
+        scale, zero_point = self.scale[mine, None], self.zero_point[mine, None]
+        weight = (self.weights[mine] * scale.square()).flatten()
+        value = ((self.points[mine] - zero_point) / scale).flatten()
+        mass = torch.zeros_like(book).index_add_(0, codes.flatten(), weight)
+        moment = torch.zeros_like(book).index_add_(0, codes.flatten(), weight * value)
+        return (
+            torch.where(mass > 0, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny), book).sort().values
+        )
+
+
+def spend(
+    target: float,
+    chosen_at: Callable[[float], list[Tensor]],
+    stored_bits: Callable[[list[Tensor]], float],
+    rounds: int = 8,
+) -> list[Tensor]:
+    """Widths whose artifact takes at most ``target`` bits per element, everything counted.
+
+    What is stored beside the codes (scales, codebooks, sinks) depends on the widths in turn, so the budget
+    for codes is corrected until the whole fits.
+
+    Args:
+        target: bits per element.
+        chosen_at: widths for a budget of code bits, :func:`allocate`.
+        stored_bits: bits per element of an artifact with these widths.
+        rounds: corrections to try.
+    """
+    budget, best = target, None
+    for _ in range(rounds):
+        widths = chosen_at(budget)
+        excess = stored_bits(widths) - target
+        if excess <= 0:
+            best = widths
+            if excess > -1e-3:
+                break
+        budget -= excess if excess <= 0 else excess + 1e-4
+    if best is None:
+        raise ConfigError(
+            f"no allocation fits into {target} bits per element; raise allocation.bits_per_element"
+        )
+    return best

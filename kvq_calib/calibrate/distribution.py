@@ -1,0 +1,209 @@
+"""Streaming statistics that rate-distortion fitting needs: moments per channel and RoPE pair, and the
+gradient-weighted distribution of every channel.
+
+State depends on channels and bins, never on tokens, and two states add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.errors import CalibrationError
+from kvq_calib.spec import RopeSpec
+
+#: Bins of a channel's weighted distribution.
+WEIGHTED_BINS = 512
+#: The outermost bins begin this many standard deviations from the mean.
+_REACH = 64.0
+
+
+def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Channel numbers of the two halves of every RoPE pair, each int64 ``[H, P]`` (``P`` is 0 without
+    RoPE)."""
+    pairs = torch.tensor(rope.pairs if rope is not None else (), dtype=torch.int64).view(-1, 2)
+    head = torch.arange(heads)[:, None] * head_dim
+    return head + pairs[:, 0], head + pairs[:, 1]
+
+
+class ChannelMoments:
+    """Count, mean and variance of every channel, and the covariance of RoPE pairs.
+
+    Args:
+        channels: number of channels ``C``.
+        first, second: channels of the pairs, int64 ``[H, P]``; see :func:`pair_channels`.
+        device: where to accumulate.
+    """
+
+    def __init__(
+        self, channels: int, first: Tensor, second: Tensor, device: torch.device | str = "cpu"
+    ) -> None:
+        self.first, self.second = first, second
+        self.count = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(first.shape, dtype=torch.float64, device=device)
+
+    def update(self, y: Tensor) -> None:
+        """Add values.
+
+        Args:
+            y: float32 ``[N, C]``.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        y = y.to(self.sums.device, torch.float64)
+        total = y.sum(0)
+        if not bool(torch.isfinite(total).all()):
+            raise CalibrationError("activations are not finite")
+        self.count += y.shape[0]
+        self.sums[0] += total
+        self.sums[1] += y.square().sum(0)
+        self.cross += (y[:, self.first] * y[:, self.second]).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 ``[C]``."""
+        return self.sums[0] / self.count.clamp(min=1)
+
+    @property
+    def variance(self) -> Tensor:
+        """float64 ``[C]``."""
+        return (self.sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the two halves of each pair, float64 ``[H, P]``."""
+        return self.cross / self.count.clamp(min=1) - self.mean[self.first] * self.mean[self.second]
+
+    def principal_phase(self) -> Tensor:
+        """Angle that turns each pair to its principal axes, so that its halves are uncorrelated.
+
+        Returns:
+            float32 ``[H, P]`` in radians, as :class:`kvq_calib.quantizer.QuantParams` has it.
+        """
+        spread = self.variance[self.first] - self.variance[self.second]
+        return (-0.5 * torch.atan2(2 * self.covariance, spread)).float()
+
+    def turned(self, phase: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel after turning each pair by ``phase``.
+
+        Args:
+            phase: float ``[H, P]``, or ``None`` for no turn.
+
+        Returns:
+            Two float64 ``[C]``; a channel that never moves has a deviation of 1.
+        """
+        mean, variance = self.mean.clone(), self.variance.clone()
+        if phase is not None and phase.numel():
+            cos, sin = phase.double().cos(), phase.double().sin()
+            a, b = self.first, self.second
+            va, vb, cov = self.variance[a], self.variance[b], self.covariance
+            mean[a], mean[b] = (
+                cos * self.mean[a] - sin * self.mean[b],
+                sin * self.mean[a] + cos * self.mean[b],
+            )
+            variance[a] = cos * cos * va + sin * sin * vb - 2 * sin * cos * cov
+            variance[b] = sin * sin * va + cos * cos * vb + 2 * sin * cos * cov
+        deviation = variance.clamp(min=0).sqrt()
+        return mean, torch.where(deviation > 1e-12, deviation, 1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"count": self.count, "sums": self.sums, "cross": self.cross}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        device = self.sums.device
+        self.count, self.sums, self.cross = (state[name].to(device) for name in ("count", "sums", "cross"))
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Add another of the same channels."""
+        self.count += other.count
+        self.sums += other.sums
+        self.cross += other.cross
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        for tensor in (self.count, self.sums, self.cross):
+            dist.all_reduce(tensor)
+
+
+class WeightedHistogram:
+    """Weighted distribution of every channel.
+
+    Bins are equal steps of ``asinh((y - mean) / deviation)``: fine where values are dense, and wide enough
+    far out that no value is lost. Each bin keeps its weight and the weighted sum of its values, so that the
+    centre of any run of bins is exact.
+
+    Args:
+        channels: number of channels ``C``.
+        device: where to accumulate.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(2, channels, WEIGHTED_BINS, dtype=torch.float64, device=device)
+        self.count = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def update(self, y: Tensor, weights: Tensor, mean: Tensor, deviation: Tensor) -> None:
+        """Add values.
+
+        Args:
+            y: float32 ``[N, C]``.
+            weights: float ``[N, C]``, not negative: squared gradients of the loss with respect to ``y``.
+            mean, deviation: float ``[C]``, the same in every call; they place the bins.
+        """
+        y, weights = y.double(), weights.double()
+        reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
+        place = torch.asinh((y - mean) / deviation) / reach  # -1 .. 1 within reach
+        bins = ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
+        flat = (bins + torch.arange(y.shape[1], device=y.device) * WEIGHTED_BINS).flatten()
+        size = y.shape[1] * WEIGHTED_BINS
+        for row, values in enumerate((weights, weights * y)):
+            found = torch.bincount(flat, weights=values.flatten(), minlength=size)
+            self.sums[row] += found.view(y.shape[1], -1).to(self.sums.device)
+        self.count += y.shape[0]
+
+    def distribution(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted distribution of one token.
+
+        Args:
+            mean, deviation: what :meth:`update` was given.
+
+        Returns:
+            ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C,
+            bins]``.
+        """
+        mean, deviation = mean[:, None], deviation[:, None]
+        edges = torch.linspace(-1, 1, WEIGHTED_BINS + 1, dtype=torch.float64)
+        edges = mean + deviation * torch.sinh(edges * torch.asinh(torch.tensor(_REACH, dtype=torch.float64)))
+        weight = self.sums[0]
+        middle = (edges[:, 1:] + edges[:, :-1]) / 2
+        points = torch.where(
+            weight > 0, self.sums[1] / weight.clamp(min=torch.finfo(torch.float64).tiny), middle
+        )
+        # Rounding must not move a mean out of its bin: points stay sorted. The end bins are open.
+        points[:, 1:] = torch.maximum(points[:, 1:], edges[:, 1:-1])
+        points[:, :-1] = torch.minimum(points[:, :-1], edges[:, 1:-1])
+        return points, weight / self.count.clamp(min=1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"sums": self.sums, "count": self.count}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.sums, self.count = (state[name].to(self.sums.device) for name in ("sums", "count"))
+
+    def merge(self, other: WeightedHistogram) -> None:
+        """Add another of the same channels and bins."""
+        self.sums += other.sums
+        self.count += other.count
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        dist.all_reduce(self.sums)
+        dist.all_reduce(self.count)

@@ -1,0 +1,108 @@
+"""From the weighted distributions of all channels to widths, scales, zero points and codebooks, under one
+budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.calibrate.allocation import (
+    Curves,
+    allocate,
+    codebook_rows,
+    fit_curves,
+    share_codebooks,
+    spend,
+)
+from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
+from kvq_calib.config import AllocationConfig
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, RopeSpec
+
+Place = tuple[int, Kind]
+"""Layer and kind."""
+
+
+def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
+    """The phases that keys are turned by, float32 ``[H, P]``; ``None`` where the spec or the layer has
+    none."""
+    return moments.principal_phase() if spec.phase and rope is not None else None
+
+
+def fit_layers(
+    cache: KVCacheSpec,
+    settings: AllocationConfig,
+    geometry: KVGeometry,
+    moments: Mapping[Place, ChannelMoments],
+    histograms: Mapping[Place, WeightedHistogram],
+) -> tuple[LayerParams, ...]:
+    """Fit everything a layer stores, for all layers.
+
+    Args:
+        cache: spec; ``bits`` is the largest width, or the width of all channels where the scope is
+            ``uniform``.
+        settings: budget and floors.
+        geometry: of the model.
+        moments, histograms: statistics of each layer and kind.
+
+    Raises:
+        ConfigError: the budget is too small.
+    """
+    specs = cache.resolved(len(geometry.layers))
+    places: list[Place] = [(layer, kind) for layer in range(len(specs)) for kind in KINDS]
+    phases = {
+        (layer, kind): phase_of(moments[layer, kind], specs[layer].of(kind), geometry.rope_of(layer))
+        for layer, kind in places
+    }
+    curves: dict[Place, Curves] = {}
+    for layer, kind in places:
+        mean, deviation = moments[layer, kind].turned(phases[layer, kind])
+        points, weights = histograms[layer, kind].distribution(mean, deviation)
+        curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind).bits)
+
+    floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
+    floor = [min(floors[kind], specs[layer].of(kind).bits) for layer, kind in places]
+    tables = [curves[place].distortion for place in places]
+
+    def chosen_at(budget: float) -> list[Tensor]:
+        if settings.scope == "model":
+            return allocate(tables, floor, budget)
+        single = [allocate([table], [least], budget) for table, least in zip(tables, floor, strict=True)]
+        return [widths for (widths,) in single]
+
+    def stored_bits(widths: list[Tensor]) -> float:
+        shapes = {
+            place: replace(_shapes(w, settings.codebooks), phase=phases[place])
+            for place, w in zip(places, widths, strict=True)
+        }
+        layers = tuple(LayerParams(shapes[n, "key"], shapes[n, "value"]) for n in range(len(specs)))
+        return KVArtifact(cache, geometry, layers).bits_per_element(settings.context)
+
+    if settings.scope == "uniform":
+        chosen = [
+            torch.full((geometry.layers[layer].channels,), specs[layer].of(kind).bits, dtype=torch.uint8)
+            for layer, kind in places
+        ]
+    else:
+        chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
+    params = {
+        place: replace(share_codebooks(curves[place], widths, settings.codebooks), phase=phases[place])
+        for place, widths in zip(places, chosen, strict=True)
+    }
+    return tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in range(len(specs)))
+
+
+def _shapes(widths: Tensor, codebooks: int) -> QuantParams:
+    """Parameters of the right shapes and arbitrary content, to count what they take."""
+    channels = len(widths)
+    return QuantParams(
+        bits=widths,
+        codebook=torch.zeros(codebook_rows(widths, codebooks), 1 << int(widths.max())),
+        codebook_index=torch.zeros(channels, dtype=torch.int32),
+        scale=torch.ones(channels),
+        zero_point=torch.zeros(channels),
+    )
