@@ -19,7 +19,7 @@ bit of a matrix product where values are rotated).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,8 @@ class SlotTable:
         self.sink_range = (0, 0)
         #: Whether some sequence has fewer real tokens than sinks.
         self.missing_sinks = sink_tokens > 0
+        #: Counts what changes slots already there: who keeps something derived from them compares it.
+        self.version = 0
         self._ragged = False
 
     @property
@@ -132,6 +134,7 @@ class SlotTable:
         sink_slots: Tensor,
     ) -> None:
         """Become the table with these attributes."""
+        self.version += 1
         self.length, self.first, self.fill = length, first, fill
         self.position_pages, self.sink_slots = position_pages, sink_slots
         self._ragged = any(count < BLOCK_TOKENS for count in fill[:-1])
@@ -156,6 +159,7 @@ class SlotTable:
 
     def crop(self, length: int) -> None:
         """Forget all slots from ``length`` on."""
+        self.version += 1
         while self.first and self.first[-1] >= length:
             self.first.pop()
             self.fill.pop()
@@ -169,6 +173,7 @@ class SlotTable:
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder sequences: row ``i`` becomes what row ``rows[i]`` was."""
+        self.version += 1
         self.batch = len(rows)
         self.position_pages = [page[rows] for page in self.position_pages]
         self.sink_slots = self.sink_slots[rows]
@@ -402,35 +407,53 @@ class LayerStorage:
         self.sink_value = torch.zeros(sinks, dtype=value.storage, device=device)
         self.length = 0
 
-    def append(self, keys: Tensor, values: Tensor, table: SlotTable) -> None:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        table: SlotTable,
+        pack: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
         """Add the tokens that ``table`` already knows, and pack the blocks it lists.
 
         Args:
             keys, values: ``[B, H, T, D]``, any float dtype.
             table: of the cache; its last ``T`` slots are these tokens.
+            pack: what to pack whole blocks with, ``[B, H, 32 * n, D]`` each; :meth:`PackedTensor.append` of
+                both by default.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype; nothing was changed.
         """
         storage = self.tail_key.dtype
         keys, values = keys.to(storage), values.to(storage)
-        if not bool(keys.isfinite().all() & values.isfinite().all()):
-            raise RuntimeMismatchError(
-                f"keys or values are not finite in {str(storage).removeprefix('torch.')}; "
-                "check the model's dtype, or calibrate with storage_dtype bfloat16"
-            )
+        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
+        # To look at the numbers a host must wait for its GPU, so there they are looked at block by block.
+        if packed or keys.device.type == "cpu":
+            for exact in (self.tail_key, self.tail_value, keys, values):
+                self._check_finite(exact)
         start = self.length
         if table.sinks_found_at == start and table.sink_slots.shape[1]:
             self._store_sinks(keys, values, table.sink_slots, start)
         keys = torch.cat((self.tail_key, keys), dim=2)
         values = torch.cat((self.tail_value, values), dim=2)
-        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
         if packed:
-            self.key.append(keys[:, :, :packed])
-            self.value.append(values[:, :, :packed])
+            if pack is None:
+                self.key.append(keys[:, :, :packed])
+                self.value.append(values[:, :, :packed])
+            else:
+                pack(keys[:, :, :packed], values[:, :, :packed])
             keys, values = keys[:, :, packed:].clone(), values[:, :, packed:].clone()
         self.tail_key, self.tail_value = keys, values
         self.length = table.length
+
+    @staticmethod
+    def _check_finite(x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            raise RuntimeMismatchError(
+                f"keys or values are not finite in {str(x.dtype).removeprefix('torch.')}; "
+                "check the model's dtype, or calibrate with storage_dtype bfloat16"
+            )
 
     def _store_sinks(self, keys: Tensor, values: Tensor, slots: Tensor, start: int) -> None:
         row, place = (slots >= start).nonzero(as_tuple=True)

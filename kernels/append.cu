@@ -1,0 +1,359 @@
+// Quantizes whole blocks of new tokens into pages: normalise, code, pack, collect outliers; keys and values in one
+// launch. The arithmetic is kvq_calib.quantizer's, operation by operation: separately rounded float32, no fused
+// multiply-add, so codes, token scales and residuals agree bit for bit. Then `place_outliers` moves the outliers to
+// where they stay, once the host knows how many there are.
+#include "common.cuh"
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+
+enum ElementType { kHalf = 0, kBFloat = 1, kFloat = 2 };
+
+// Keys or values of one layer.
+struct AppendSide {
+    const void *x;               // [B, H, T, D], T = 32 * blocks, elements of `type`; innermost stride 1
+    const PagePointers *pages;   // pages of the new blocks; the first may be partly filled
+    const float *cosine;         // [H, P] of the phases, or null: pairs are turned before quantization
+    const float *sine;
+    const uint32_t *phase_pair;  // [D]: partner | pair << 16, bit 15: the second of its pair; 0xffffffff: none
+    const float *scale;          // [C] of the channels, or null
+    const float *reciprocal;     // [C], 1 / scale
+    const float *zero_point;     // [C]
+    const float *levels;         // [C or 1, levels]
+    const float *boundaries;     // [C or 1, levels - 1]
+    const uint8_t *bits;         // [C]
+    const int *word_offset;      // [C], sum of the widths before
+    uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
+    uint16_t *outlier_residual;
+    int *outlier_count;          // [blocks, B, H]
+    int64_t stride[3];           // elements per sequence, head, token
+    int type, words;             // words of a sequence in a page
+    int level_count, level_stride;
+    int token, channel_normalized;
+    int per_side;                // elements trimmed at each end of a token
+    int cap;                     // outliers kept per token; 0: none are stored
+    int capacity;                // 32 * cap
+    int storage_bfloat;
+};
+
+struct AppendParams {
+    AppendSide side[2];
+    int batch, heads, head_dim, first_block;  // first_block: place of the first new block in its page
+};
+
+struct Token {  // thresholds and, where outliers are too many, the cut
+    float scale, reciprocal, zero_point;
+    uint32_t cut;      // bits of |u|: what is above is kept,
+    int last_channel;  // and what is equal up to this channel
+};
+
+// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, then masks [32, H, chunks] of 32
+// coordinates each.
+struct Work {
+    Token *token;
+    int *count;
+    uint32_t *mask;
+    int chunks;
+
+    KVQ_DEVICE Work(void *memory, int heads, int head_dim) {
+        token = static_cast<Token *>(memory);
+        count = reinterpret_cast<int *>(token + kBlockTokens);
+        mask = reinterpret_cast<uint32_t *>(count + heads * (kBlockTokens + 1));
+        chunks = (head_dim + kWarp - 1) / kWarp;
+    }
+};
+
+KVQ_DEVICE float load_element(const AppendSide &s, int64_t place) {
+    if (s.type == kFloat) return static_cast<const float *>(s.x)[place];
+    const uint16_t bits = static_cast<const uint16_t *>(s.x)[place];
+    return s.type == kHalf ? Half::to_float(bits) : BFloat::to_float(bits);
+}
+
+KVQ_DEVICE float from_storage(const AppendSide &s, uint16_t bits) {
+    return s.storage_bfloat ? BFloat::to_float(bits) : Half::to_float(bits);
+}
+
+KVQ_DEVICE uint16_t to_storage(const AppendSide &s, float x) {
+    return s.storage_bfloat ? BFloat::from_float(x) : Half::from_float(x);
+}
+
+// Element (head, coordinate) of a token as it is to be quantized: turned by its phase, normalised by its channel.
+KVQ_DEVICE float element(const AppendSide &s, int64_t token, int head, int head_dim, int coordinate) {
+    const int64_t row = token + s.stride[1] * head;
+    float y = load_element(s, row + coordinate);
+    if (s.cosine) {
+        const uint32_t pair = s.phase_pair[coordinate];
+        if (pair != 0xffffffffu) {
+            const float other = load_element(s, row + (pair & 0x7fffu));
+            const int pairs = int(s.phase_pair[head_dim]);
+            const float c = s.cosine[head * pairs + (pair >> 16)], sn = s.sine[head * pairs + (pair >> 16)];
+            y = pair & 0x8000u ? __fadd_rn(__fmul_rn(sn, other), __fmul_rn(c, y))
+                               : __fsub_rn(__fmul_rn(c, y), __fmul_rn(sn, other));
+        }
+    }
+    if (s.channel_normalized) {
+        const int c = head * head_dim + coordinate;
+        y = __fmul_rn(__fsub_rn(y, s.zero_point[c]), s.reciprocal[c]);
+    }
+    return y;
+}
+
+// Order-preserving bits of a float: -0 and 0 are told apart, which changes no threshold.
+KVQ_DEVICE uint32_t ordered(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+KVQ_DEVICE float from_ordered(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// The element of rank `rank` (0: the largest, or the smallest with `smallest`) of a token, duplicates counted.
+KVQ_DEVICE float ranked(const AppendSide &s, int64_t token, int heads, int head_dim, int rank, bool smallest) {
+    uint32_t previous = kAll;
+    int seen = 0;
+    while (true) {
+        uint32_t best = 0;
+        int count = 0;
+        for (int c = lane_id(); c < heads * head_dim; c += kWarp) {
+            uint32_t key = ordered(element(s, token, c / head_dim, head_dim, c % head_dim));
+            if (smallest) key = ~key;
+            if (key >= previous) continue;
+            if (key > best) best = key, count = 0;
+            count += key == best;
+        }
+        const uint32_t top = __reduce_max_sync(kAll, best);
+        seen += int(__reduce_add_sync(kAll, best == top ? count : 0));
+        if (seen > rank || top == 0) return from_ordered(smallest ? ~top : top);
+        previous = top;
+    }
+}
+
+// Thresholds from the data: the middle of what is left after trimming, rounded to storage; the distance, rounded up.
+KVQ_DEVICE void token_thresholds(const AppendSide &s, int64_t token, int heads, int head_dim, uint16_t *scale,
+                                 uint16_t *zero_point) {
+    const float high = ranked(s, token, heads, head_dim, s.per_side, false);
+    const float low = ranked(s, token, heads, head_dim, s.per_side, true);
+    *zero_point = to_storage(s, __fmul_rn(__fadd_rn(low, high), 0.5f));
+    const float middle = from_storage(s, *zero_point);
+    const float exact = fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low));
+    *scale = to_storage(s, exact);
+    if (from_storage(s, *scale) < exact) ++*scale;  // the next storage number: scales are not negative
+}
+
+struct Element {
+    float distance, normalised;
+    bool outlier;  // before the cap
+};
+
+KVQ_DEVICE Element examine(const Token &t, float y) {
+    Element e;
+    e.distance = __fsub_rn(y, t.zero_point);
+    e.normalised = __fmul_rn(e.distance, t.reciprocal);
+    e.outlier = fabsf(e.distance) > t.scale;
+    return e;
+}
+
+KVQ_DEVICE Token of_channel(const AppendSide &s, Token t, int channel) {
+    if (!s.token) t.scale = s.scale[channel], t.reciprocal = s.reciprocal[channel], t.zero_point = s.zero_point[channel];
+    return t;
+}
+
+// Keeps the `cap` outliers of largest |u|, ties to the lower channel: finds the bits of the last one kept, from the
+// top bit down, and the channel of the last tie.
+KVQ_DEVICE void cut_outliers(const AppendSide &s, int64_t token, int heads, int head_dim, Token *t) {
+    const int channels = heads * head_dim;
+    auto magnitude = [&](int c) {  // bits of |u| plus 1, 0 where there is no outlier
+        const Element e = examine(of_channel(s, *t, c), element(s, token, c / head_dim, head_dim, c % head_dim));
+        return e.outlier ? (__float_as_uint(e.normalised) & 0x7fffffffu) + 1u : 0u;
+    };
+    auto count_from = [&](uint32_t least) {
+        int count = 0;
+        for (int c = lane_id(); c < channels; c += kWarp) count += magnitude(c) >= least;
+        return int(__reduce_add_sync(kAll, unsigned(count)));
+    };
+    t->cut = 0;
+    t->last_channel = channels;
+    if (count_from(1u) <= s.cap) return;
+    uint32_t cut = 0;
+    for (uint32_t bit = 0x80000000u; bit; bit >>= 1)
+        if (count_from(cut | bit) >= s.cap) cut |= bit;
+    int ties = s.cap - count_from(cut + 1u);
+    t->cut = cut - 1u;
+    for (int base = 0; base < channels; base += kWarp) {
+        const int c = base + lane_id();
+        const unsigned equal = __ballot_sync(kAll, c < channels && magnitude(c) == cut);
+        if (__popc(equal) < ties) {
+            ties -= __popc(equal);
+            continue;
+        }
+        unsigned rest = equal;
+        for (int i = 1; i < ties; ++i) rest &= rest - 1u;
+        t->last_channel = base + __ffs(int(rest)) - 1;
+        return;
+    }
+}
+
+KVQ_DEVICE bool kept(const Token &t, const Element &e, int channel) {
+    const uint32_t magnitude = __float_as_uint(e.normalised) & 0x7fffffffu;
+    return e.outlier && (magnitude > t.cut || (magnitude == t.cut && channel <= t.last_channel));
+}
+
+// Number of boundaries below u.
+KVQ_DEVICE int encode(const float *boundaries, int bits, float u) {
+    int code = 0;
+    for (int step = 1 << bits >> 1; step; step >>= 1)
+        if (boundaries[code + step - 1] < u) code += step;
+    return code;
+}
+
+// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory.
+KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
+    KVQ_SHARED;
+    const AppendSide &s = p.side[blockIdx.z];
+    const Work work(kvq_shared, p.heads, p.head_dim);
+    const int block = blockIdx.x, row = blockIdx.y, lane = lane_id();
+    const int place = (p.first_block + block) % kPageBlocks;
+    const PagePointers &page = s.pages[(p.first_block + block) / kPageBlocks];
+    const int64_t first = s.stride[0] * row + s.stride[2] * block * kBlockTokens;
+
+    for (int t = warp_id(); t < kBlockTokens; t += kWarps) {
+        Token token;
+        token.scale = token.reciprocal = token.zero_point = 0.0f;
+        token.cut = 0;
+        token.last_channel = p.heads * p.head_dim;
+        const int64_t start = first + s.stride[2] * t;
+        if (s.token) {
+            uint16_t scale, zero_point;
+            token_thresholds(s, start, p.heads, p.head_dim, &scale, &zero_point);
+            token.scale = from_storage(s, scale);
+            token.zero_point = from_storage(s, zero_point);
+            token.reciprocal = token.scale > 0.0f ? __fdiv_rn(1.0f, token.scale) : 0.0f;
+            if (lane < 2)
+                page.token_params[(int64_t(row) * kPageTokens + place * kBlockTokens + t) * 2 + lane] =
+                    lane ? zero_point : scale;
+        }
+        if (s.cap) cut_outliers(s, start, p.heads, p.head_dim, &token);
+        if (lane == 0) work.token[t] = token;
+    }
+    __syncthreads();
+
+    // A warp takes 32 coordinates of a head, a lane the 32 codes of one.
+    uint32_t *codes = page.codes + int64_t(row) * s.words;
+    for (int task = warp_id(); task < p.heads * work.chunks; task += kWarps) {
+        const int head = task / work.chunks, coordinate = task % work.chunks * kWarp + lane;
+        const bool inside = coordinate < p.head_dim;
+        const int channel = head * p.head_dim + (inside ? coordinate : 0), bits = s.bits[channel];
+        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * (s.level_count - 1);
+        uint32_t low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int slice = 0; slice < 4; ++slice) {
+            for (int i = 0; i < 8; ++i) {
+                const int t = 8 * slice + i;
+                const Token token = of_channel(s, work.token[t], channel);
+                const float y =
+                    element(s, first + s.stride[2] * t, head, p.head_dim, inside ? coordinate : 0);
+                const Element e = examine(token, y);
+                const uint32_t code = encode(boundaries, bits, e.normalised);
+                low[slice] |= (code & 15u) << (4 * i);
+                high[slice] |= (code >> 4) << (4 * i);
+                if (s.cap) {
+                    const unsigned mask = __ballot_sync(kAll, inside && kept(token, e, channel));
+                    if (lane == 0) work.mask[t * p.heads * work.chunks + task] = mask;
+                }
+            }
+        }
+        if (inside) {
+            uint32_t words[8];
+            pack_unit(low, high, bits, words);
+            uint32_t *target = codes + kPageBlocks * s.word_offset[channel] + place * bits;
+            for (int i = 0; i < 8; ++i)
+                if (i < bits) target[i] = words[i];
+        }
+    }
+    if (!s.cap) return;
+    __syncthreads();
+
+    // Where each token's outliers of a head begin: after those of the heads before, and of the tokens before.
+    for (int head = warp_id(); head < p.heads; head += kWarps) {
+        int count = 0;
+        for (int i = 0; i < work.chunks; ++i) count += __popc(work.mask[(lane * p.heads + head) * work.chunks + i]);
+        int end = count;
+        for (int step = 1; step < kWarp; step *= 2) {
+            const int before = __shfl_up_sync(kAll, end, step);
+            if (lane >= step) end += before;
+        }
+        work.count[head * (kBlockTokens + 1) + lane] = end - count;
+        if (lane == kWarp - 1) {
+            work.count[head * (kBlockTokens + 1) + kBlockTokens] = end;
+            s.outlier_count[(int64_t(block) * gridDim.y + row) * p.heads + head] = end;
+        }
+    }
+    __syncthreads();
+    const int64_t list = (int64_t(block) * gridDim.y + row) * s.capacity;
+    for (int task = warp_id(); task < p.heads * work.chunks; task += kWarps) {
+        const int head = task / work.chunks, chunk = task % work.chunks, coordinate = chunk * kWarp + lane;
+        const int channel = head * p.head_dim + (coordinate < p.head_dim ? coordinate : 0);
+        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * (s.level_count - 1);
+        const float *levels = s.levels + int64_t(channel) * s.level_stride * s.level_count;
+        int before = 0;
+        for (int h = 0; h < head; ++h) before += work.count[h * (kBlockTokens + 1) + kBlockTokens];
+        for (int t = 0; t < kBlockTokens; ++t) {
+            const uint32_t *masks = work.mask + (t * p.heads + head) * work.chunks;
+            if (!(masks[chunk] >> lane & 1u)) continue;
+            int at = before + work.count[head * (kBlockTokens + 1) + t];
+            for (int i = 0; i < chunk; ++i) at += __popc(masks[i]);
+            at += __popc(masks[chunk] & ((1u << lane) - 1u));
+            const Token token = of_channel(s, work.token[t], channel);
+            const float y = element(s, first + s.stride[2] * t, head, p.head_dim, coordinate);
+            const float level = levels[encode(boundaries, s.bits[channel], examine(token, y).normalised)];
+            const float dense = __fadd_rn(token.zero_point, __fmul_rn(token.scale, level));
+            s.outlier_index[list + at] = uint16_t(t << kCoordinateBits | coordinate);
+            s.outlier_residual[list + at] = to_storage(s, __fsub_rn(y, dense));
+        }
+    }
+}
+
+struct PlaceParams {
+    const uint16_t *index, *residual;       // the work space of append_blocks
+    const int *count;                       // [blocks, B, H]
+    uint16_t *const *page_index;            // [pages] outlier_index of the pages, as large as needed
+    uint16_t *const *page_residual;
+    int *const *page_start;                 // [pages] outlier_start, [8 B H + 1]
+    int capacity, heads, blocks, first_block, batch, padding;
+};
+
+// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new lists, those of blocks still to come, and
+// the entries.
+KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
+    KVQ_SHARED;
+    const int batch = p.batch;
+    int *offset = reinterpret_cast<int *>(kvq_shared);  // [8 B + 1] entries before each (block, sequence)
+    int *counts = offset + kPageBlocks * batch + 1;     // [8 B H]
+    const int page = blockIdx.x;
+    const int from = page == 0 ? p.first_block : 0;  // places of this page that are new
+    const int block = page * kPageBlocks + from - p.first_block;
+    const int blocks = min(kPageBlocks - from, p.blocks - block), rows = blocks * batch;
+    int *start = p.page_start[page] + from * batch * p.heads;
+    for (int i = threadIdx.x; i < rows * p.heads; i += kThreads)
+        counts[i] = p.count[int64_t(block) * batch * p.heads + i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int total = from ? start[0] : 0;
+        for (int row = 0; row < rows; ++row) {
+            offset[row] = total;
+            for (int h = 0; h < p.heads; ++h) {
+                start[row * p.heads + h] = total;
+                total += counts[row * p.heads + h];
+            }
+        }
+        offset[rows] = total;
+    }
+    __syncthreads();
+    const int lists = (kPageBlocks - from) * batch * p.heads;
+    for (int i = rows * p.heads + threadIdx.x; i <= lists; i += kThreads) start[i] = offset[rows];
+    for (int row = warp_id(); row < rows; row += kWarps) {
+        const int64_t source = (int64_t(block) * batch + row) * p.capacity;
+        for (int i = lane_id(); i < offset[row + 1] - offset[row]; i += kWarp) {
+            p.page_index[page][offset[row] + i] = p.index[source + i];
+            p.page_residual[page][offset[row] + i] = p.residual[source + i];
+        }
+    }
+}

@@ -1,0 +1,23 @@
+# Included by the Makefile at the top level.
+#
+#   make kernels   compiles every variant for every architecture; needs nvcc, no GPU; fails on any spill
+#   make gpu       on a machine with a GPU: builds pycuda if it is missing, checks, times, and writes
+#                  benchmarks/results/gpu-*.json
+PYTHON ?= python3
+NVCC ?= nvcc
+ARCHS ?= sm_80 sm_90 sm_100
+KERNEL_JOBS ?= $(shell nproc)
+
+.PHONY: kernels gpu
+
+kernels:
+	$(PYTHON) kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
+
+gpu:
+	$(PYTHON) -c "import pycuda" 2>/dev/null || $(PYTHON) -m pip install "pycuda>=2024.1"
+	$(PYTHON) -m pytest tests -m gpu -q
+	if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/kernels.py --check-only; \
+	fi
+	$(PYTHON) benchmarks/kernels.py --json benchmarks/results/gpu-kernels.json
+	$(PYTHON) benchmarks/generate_gpu.py --json benchmarks/results/gpu-generate.json

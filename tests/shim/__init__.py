@@ -1,0 +1,1 @@
+"""Runs the CUDA kernels on the host: see ``cuda_shim.h``."""

@@ -1,0 +1,81 @@
+"""A launcher that compiles the kernels as C++ and runs them on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from kvq_calib.runtime.cuda import kernel_folder
+
+SHIM = Path(__file__).parent
+KERNELS = {
+    "append.cu": {"append_blocks": "AppendParams", "place_outliers": "PlaceParams"},
+    "decode.cu": {"decode_attention": "DecodeParams", "reduce_splits": "ReduceParams"},
+    "dequantize.cu": {"dequantize_blocks": "DequantizeParams"},
+}
+BUILDS = Path(tempfile.gettempdir()) / f"kvq-calib-shim-{os.getuid()}"
+
+
+def compiler() -> str | None:
+    """A C++ compiler, if there is one."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def build(source: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The shared library of a source; kept between runs under a key of all that goes into it."""
+    text = f'#include "{source}"\n' + "".join(
+        f"KVQ_HOST_LAUNCH({kernel}, {params})\n" for kernel, params in KERNELS[source].items()
+    )
+    # Products and sums must round separately, as they do on the device where the kernels ask for it.
+    options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
+    folder = kernel_folder()
+    digest = hashlib.sha256("\0".join([text, *options, *defines]).encode())
+    for path in (folder / source, folder / "common.cuh", SHIM / "cuda_shim.h"):
+        digest.update(path.read_bytes())
+    library = BUILDS / f"{Path(source).stem}-{digest.hexdigest()[:32]}.so"
+    if not library.exists():
+        BUILDS.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILDS) as scratch:
+            unit = Path(scratch) / "unit.cpp"
+            unit.write_text(text)
+            command = [compiler(), *options, f"-I{folder}", f"-I{SHIM}", *(f"-D{d}" for d in defines)]
+            done = subprocess.run(
+                [*command, str(unit), "-o", f"{scratch}/unit.so"], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            os.replace(f"{scratch}/unit.so", library)
+    return ctypes.CDLL(str(library))
+
+
+class HostLauncher:
+    """Runs kernels on the host, a thread block at a time. ``multiprocessors`` decides how work is split."""
+
+    def __init__(self, multiprocessors: int = 3) -> None:
+        self.multiprocessors = multiprocessors
+        self.launches: list[str] = []
+
+    def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
+        return ctypes.c_int.in_dll(build(source, defines), name).value
+
+    def launch(
+        self,
+        source: str,
+        defines: tuple[str, ...],
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        params: ctypes.Structure,
+    ) -> None:
+        library = build(source, defines)
+        size = getattr(library, f"size_{kernel}")()
+        assert size == ctypes.sizeof(params), f"{kernel}: {ctypes.sizeof(params)} bytes here, {size} in C++"
+        self.launches.append(kernel)
+        getattr(library, f"launch_{kernel}")(ctypes.byref(params), *grid, threads, shared_bytes)

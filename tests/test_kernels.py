@@ -1,0 +1,600 @@
+"""The CUDA kernels' own code against the quantizer and a float64 attention.
+
+Without a GPU the sources run as C++ (``shim/``); with one the compiled kernels run the same tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import pytest
+import torch
+from artifact_factory import RECIPES, random_artifact, recipe
+from shim.host import HostLauncher, compiler
+from torch import Tensor
+
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
+from kvq_calib.quantizer import Quantizer
+from kvq_calib.runtime import cuda
+from kvq_calib.runtime.reference import AttentionRequest, PageReader, ReferenceOps, Visibility
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor, SlotTable
+from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+
+#: Of ``||out - want|| / ||want||``, queries and keys of unit spread: rounding of keys, angles, queries and
+#: probabilities to half precision.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2.5e-3}  # bfloat16 results alone are rounded by 1.7e-3
+
+
+@dataclasses.dataclass
+class Machine:
+    launcher: cuda.Launcher
+    device: torch.device
+
+
+def machines():
+    yield pytest.param("host", id="host")
+    if torch.cuda.is_available():
+        yield pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=list(machines()), scope="module")
+def machine(request) -> Machine:
+    device = torch.device(request.param if request.param == "cuda" else "cpu")
+    return Machine(HostLauncher() if device.type == "cpu" else cuda.PyCudaLauncher(device), device)
+
+
+def geometry(size: int, heads: int, group: int, rope: str = "half", window: int | None = None) -> KVGeometry:
+    """One layer. ``rope``: half-split, interleaved, partial (and scaled), or none."""
+    count = size // 4 if rope == "partial" else size // 2
+    first = range(0, 2 * count, 2) if rope == "interleaved" else range(count)
+    pairs = tuple((i, i + (1 if rope == "interleaved" else count)) for i in first)
+    spec = RopeSpec(
+        pairs=pairs,
+        inv_freq=tuple(10000.0 ** (-i / count) for i in range(count)),
+        attention_scaling=1.2 if rope == "partial" else 1.0,
+    )
+    layer = LayerGeometry(
+        num_query_heads=heads * group,
+        num_kv_heads=heads,
+        head_dim=size,
+        rope=None if rope == "none" else 0,
+        sliding_window=window,
+    )
+    return KVGeometry(layers=(layer,), ropes=() if rope == "none" else (spec,))
+
+
+class Layer:
+    """Quantizers, tables and random tokens of one layer."""
+
+    def __init__(
+        self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, codebooks: int = 1, seed: int = 0
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        self.machine, self.generator, self.geometry = machine, generator, shape.layers[0]
+        heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
+        spread = 0.3 + torch.rand(2, 1, heads, 1, size, generator=generator)
+        center = 0.3 * torch.randn(2, 1, heads, 1, size, generator=generator)
+        self._spread, self._center = spread, center
+        samples = [{"key": self.tokens("key", 1, 256).float(), "value": self.tokens("value", 1, 256).float()}]
+        artifact = random_artifact(shape, spec, seed, samples, codebooks)
+        quantizers = artifact.quantizers(machine.device)[0]
+        self.key, self.value = quantizers["key"], quantizers["value"]
+        self.tables = cuda.KernelTables(self.key, "key"), cuda.KernelTables(self.value, "value")
+        self.storage_dtype = self.key.storage
+
+    def tokens(self, kind: str, batch: int, count: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        side = ("key", "value").index(kind)
+        shape = (batch, self.geometry.num_kv_heads, count, self.geometry.head_dim)
+        noise = torch.randn(shape, generator=self.generator)
+        return (self._center[side] + self._spread[side] * noise).to(self.machine.device, dtype)
+
+    def storage(self, batch: int, sinks: int = 0) -> LayerStorage:
+        return LayerStorage(self.key, self.value, batch, sinks, self.machine.device)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same_pages(ours: PackedTensor, theirs: PackedTensor) -> None:
+    assert ours.blocks == theirs.blocks
+    assert len(ours.pages) == len(theirs.pages)
+    for mine, other in zip(ours.pages, theirs.pages, strict=True):
+        assert mine.tensors().keys() == other.tensors().keys()
+        for name, tensor in mine.tensors().items():
+            assert same_bits(tensor, other.tensors()[name]), name
+
+
+# ---- append --------------------------------------------------------------------------------------------------
+
+APPEND = {
+    **RECIPES,
+    "crowded": recipe(
+        key={"bits": 3, "outliers": {"fraction": 0.05, "max_per_token": 3}},
+        value={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 2}},
+    ),
+    "token-no-outliers": recipe(value={"bits": 3, "outliers": {}}, storage_dtype="bfloat16"),
+    "wide": recipe(key={"bits": 8}, value={"bits": 7}),
+    "odd": recipe(key={"bits": 5, "variable_bits": True}, value={"bits": 6}),
+}
+
+
+@pytest.mark.parametrize("size", [64, 80])
+@pytest.mark.parametrize("name", APPEND)
+def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
+    """Codes, token scales, outlier lists and starts; also of pages filled in several calls."""
+    layer = Layer(
+        machine, APPEND[name], geometry(size, 2, 1), codebooks=3 if "mixed" in name or name == "odd" else 1
+    )
+    ours, theirs = layer.storage(2), layer.storage(2)
+    for blocks in (3, 1, 14, 1):
+        keys = layer.tokens("key", 2, blocks * BLOCK_TOKENS, layer.storage_dtype)
+        values = layer.tokens("value", 2, blocks * BLOCK_TOKENS, layer.storage_dtype)
+        cuda.append_blocks(machine.launcher, *layer.tables, ours, keys, values)
+        # The reference in the same calls, so that a rotation of values is the same matrix product.
+        for packed, tokens in ((theirs.key, keys), (theirs.value, values)):
+            y = (
+                tokens
+                if packed.quantizer.params.rotation is None
+                else rotated_alike(packed.quantizer, tokens)
+            )
+            append_reference(packed, y)
+    assert_same_pages(ours.key, theirs.key)
+    assert_same_pages(ours.value, theirs.value)
+    if theirs.key.layout.outliers:
+        assert theirs.key.outlier_entries > 0
+
+
+def rotated_alike(quantizer: Quantizer, x: Tensor) -> Tensor:
+    assert quantizer.params.rotation is not None
+    return x.float() @ quantizer.params.rotation
+
+
+def append_reference(packed: PackedTensor, x: Tensor) -> None:
+    """Like PackedTensor.append, with a rotation of values already applied."""
+    params = packed.quantizer.params
+    if params.rotation is None:
+        packed.append(x)
+        return
+    plain = packed.quantizer
+    packed.quantizer = Quantizer(
+        plain.spec,
+        dataclasses.replace(params, rotation=None),
+        plain.geometry,
+        plain.rope,
+        "float16" if plain.storage == torch.float16 else "bfloat16",
+    )
+    packed.append(x)
+    packed.quantizer = plain
+
+
+def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
+    spec = recipe(key={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 5}})
+    layer = Layer(machine, spec, geometry(64, 2, 1))
+    params = layer.key.params
+    layer.key = Quantizer(
+        layer.key.spec,
+        dataclasses.replace(
+            params, scale=torch.ones_like(params.scale), zero_point=torch.zeros_like(params.scale)
+        ),
+        layer.key.geometry,
+        layer.key.rope,
+    )
+    layer.tables = cuda.KernelTables(layer.key, "key"), layer.tables[1]
+    keys = torch.full((1, 2, BLOCK_TOKENS, 64), 2.0, dtype=torch.float16, device=machine.device)
+    keys[:, :, ::2, 7] = 3.0
+    keys[:, 1, 5:9, 40:] = 0.25
+    ours, theirs = layer.storage(1), layer.storage(1)
+    values = torch.zeros_like(keys)  # constant tokens: a scale of zero
+    cuda.append_blocks(machine.launcher, *layer.tables, ours, keys, values)
+    theirs.key.append(keys)
+    theirs.value.append(values)
+    assert_same_pages(ours.key, theirs.key)
+    assert_same_pages(ours.value, theirs.value)
+    assert theirs.key.outlier_entries == 5 * BLOCK_TOKENS
+
+
+# ---- decode and dequantize -----------------------------------------------------------------------------------
+
+
+def quant(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
+    return QuantSpec(bits=bits, outliers={"fraction": outliers}, **options)
+
+
+def token(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
+    return quant(bits, outliers, granularity="token", dynamic=True, **options)
+
+
+@dataclasses.dataclass
+class Case:
+    size: int
+    group: int
+    key: QuantSpec
+    value: QuantSpec
+    rope: str = "half"
+    dtype: torch.dtype = torch.float16
+    storage: str = "float16"
+    codebooks: int = 1
+    softcap: float | None = None
+    sink_logits: bool = False
+    tail: int = 5
+    heads: int = 2
+
+
+# Widths 1 to 8, head sizes 64 to 256, group sizes 1, 3, 4, 8 and every flag, each at least once in each company
+# that matters: uniform widths take byte permutes over 8 (to 3 bits) or 16 levels (4 bits), others a plain table.
+CASES = {
+    "1bit-64-mha": Case(64, 1, quant(1), token(1)),
+    "2bit-96-g8-dense": Case(96, 8, quant(2, 0.0), token(2, 0.0), "interleaved"),
+    "3bit-128-g4": Case(128, 4, quant(3), token(3), codebooks=3),
+    "3bit-128-g3-bfloat16": Case(128, 3, quant(3), token(3), dtype=torch.bfloat16, storage="bfloat16"),
+    "4bit-256-g3": Case(256, 3, quant(4), token(4, channel_normalized=True), heads=1),
+    "4bit-64-g8-channel-values": Case(64, 8, quant(4, 0.05), quant(4, 0.05), "partial"),
+    "5bit-64-g4": Case(64, 4, quant(5), token(5, 0.0)),
+    "6bit-96-mha": Case(96, 1, quant(6, 0.0), token(6), "none"),
+    "7bit-128-g8": Case(128, 8, quant(7), quant(7, 0.0)),
+    "8bit-256-g4": Case(256, 4, quant(8), token(8), heads=1),
+    "mixed4-64-g3-phase-rotation": Case(
+        64,
+        3,
+        quant(4, phase=True, variable_bits=True),
+        quant(3, variable_bits=True, rotation=True),
+        codebooks=2,
+    ),
+    "mixed6-96-g4-softcap-sink": Case(
+        96,
+        4,
+        quant(6, variable_bits=True),
+        token(5, variable_bits=True),
+        softcap=3.0,
+        sink_logits=True,
+        tail=100,
+    ),
+    "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
+}
+
+
+def attention_float64(
+    case: Case, query: Tensor, keys: Tensor, values: Tensor, keep: Tensor, sinks: Tensor | None
+):
+    """``[B, Hq, D]`` from keys and values ``[B, H, S, D]`` as attention uses them."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("bhd,bhsd->bhs", query.double(), keys) * case.size**-0.5
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    scores = scores.masked_fill(~keep[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().expand(len(scores), -1)[..., None]), dim=-1)
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.einsum("bhs,bhsd->bhd", weights, values)
+
+
+def turned(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
+    """``[B, H, S, D]`` rotated to ``positions [B, S]`` in float64."""
+    x = x.double().clone()
+    if rope is None:
+        return x
+    first, second = torch.tensor(rope.pairs, device=x.device).unbind(1)
+    frequency = torch.tensor(rope.inv_freq, dtype=torch.float64, device=x.device)
+    angle = positions.double()[:, None, :, None] * frequency
+    a, b = x[..., first], x[..., second]
+    x[..., first] = rope.attention_scaling * (angle.cos() * a - angle.sin() * b)
+    x[..., second] = rope.attention_scaling * (angle.sin() * a + angle.cos() * b)
+    return x
+
+
+def decoded(packed: PackedTensor) -> Tensor:
+    """What is packed, in float64 and without rotation or phase: ``[B, H, 256 * pages, D]``."""
+    quantizer = packed.quantizer
+    y = PageReader(quantizer).read(packed.pages).mT.double()
+    if quantizer.params.rotation is not None:
+        y = y @ quantizer.params.rotation.double().mT
+    if quantizer.params.phase is not None:
+        y = quantizer._turn(y, -1.0)
+    return y
+
+
+def as_words(keep: Tensor) -> Tensor:
+    bits = (keep.unflatten(1, (-1, BLOCK_TOKENS)).long() << torch.arange(32, device=keep.device)).sum(-1)
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode_and_dequantize(machine: Machine, name: str) -> None:
+    """An odd number of tokens at positions of their own, a tenth of them hidden, against float64."""
+    case, device, batch, blocks = CASES[name], machine.device, 2, 11
+    shape = geometry(case.size, case.heads, case.group, case.rope)
+    spec = KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage)
+    layer = Layer(machine, spec, shape, case.codebooks)
+    storage = layer.storage(batch)
+    packed = blocks * BLOCK_TOKENS
+    for packed_tensor, kind in ((storage.key, "key"), (storage.value, "value")):
+        packed_tensor.append(layer.tokens(kind, batch, packed, layer.storage_dtype))
+    places = len(storage.key.pages) * PAGE_TOKENS
+    tail = [layer.tokens(kind, batch, case.tail, layer.storage_dtype) for kind in ("key", "value")]
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randint(0, 100_000, (batch, 1), generator=generator).to(device)
+    positions = start + torch.arange(packed + case.tail, device=device)
+    positions = torch.cat(
+        (positions[:, :packed], positions.new_zeros(batch, places - packed), positions[:, packed:]), dim=1
+    )
+    keep = (torch.rand(batch, places + case.tail, generator=generator) > 0.1).to(device)
+    keep[:, packed:places] = False
+    keep[1, :96] = False  # whole blocks
+
+    query_heads = shape.layers[0].num_query_heads
+    query = torch.randn(batch, query_heads, case.size, generator=generator).to(device, case.dtype)
+    sinks = torch.randn(query_heads, generator=generator).to(device) if case.sink_logits else None
+    rope = layer.key.rope if case.key.pre_rope else None
+    stored = decoded(storage.key), decoded(storage.value)
+    keys = turned(torch.cat((stored[0], tail[0].double()), dim=2), positions, rope)
+    values = torch.cat((stored[1], tail[1].double()), dim=2)
+    want = attention_float64(case, query, keys, values, keep, sinks)
+
+    blocks_table = torch.stack((positions[:, :places:BLOCK_TOKENS], as_words(keep[:, :places])), dim=-1)
+    exact_positions = torch.where(keep[:, places:], positions[:, places:], -(2**31))
+    context = cuda.DecodeContext(blocks_table.int().contiguous(), exact_positions.int().contiguous())
+    pages = cuda.PageTable(storage.key).refresh(), cuda.PageTable(storage.value).refresh()
+    none = tail[0][:, :, :0]
+    out = cuda.decode_attention(
+        machine.launcher,
+        query,
+        *layer.tables,
+        *pages,
+        [(none, none), (tail[0], tail[1])],
+        context,
+        scaling=case.size**-0.5,
+        softcap=case.softcap,
+        sink_logits=sinks,
+    )
+    assert out.dtype == case.dtype
+    assert (out.double() - want).norm() <= TOLERANCE[case.dtype] * want.norm()
+    worst = (out.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert worst.max() <= 4 * TOLERANCE[case.dtype]
+
+    first, count = 3, 7  # a part of the blocks, over the end of a page
+    part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
+    where = positions[:, part].int().contiguous()
+    turn = where if rope is not None or layer.key.params.phase is not None else None
+    got = cuda.dequantize(
+        machine.launcher, layer.tables[0], pages[0], batch, first, count, torch.float32, turn
+    )
+    torch.testing.assert_close(got.double(), keys[:, :, part], rtol=1e-5, atol=2e-4 * float(keys.abs().max()))
+    got = cuda.dequantize(machine.launcher, layer.tables[1], pages[1], batch, first, count, torch.float32)
+    if layer.value.params.rotation is not None:
+        got = got.double() @ layer.value.params.rotation.double().mT
+    torch.testing.assert_close(got.double(), values[:, :, part], rtol=1e-5, atol=1e-5)
+    half = cuda.dequantize(machine.launcher, layer.tables[1], pages[1], batch, first, count, case.dtype)
+    assert half.dtype == case.dtype
+
+
+def test_nothing_visible_is_zero(machine: Machine) -> None:
+    layer = Layer(machine, RECIPES["nuq4-1p"], geometry(64, 1, 1))
+    storage = layer.storage(1)
+    storage.key.append(layer.tokens("key", 1, 64))
+    storage.value.append(layer.tokens("value", 1, 64))
+    pages = cuda.PageTable(storage.key).refresh(), cuda.PageTable(storage.value).refresh()
+    blocks = torch.zeros(1, PAGE_BLOCKS, 2, dtype=torch.int32, device=machine.device)
+    context = cuda.DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32, device=machine.device))
+    query = torch.randn(1, 1, 64, device=machine.device).half()
+    none = layer.tokens("key", 1, 0)
+    exact = [(none, none), (none, none)]
+    out = cuda.decode_attention(machine.launcher, query, *layer.tables, *pages, exact, context, scaling=1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+# ---- the operations of a cache -------------------------------------------------------------------------------
+
+
+class Cache:
+    """One layer of a cache, twice: the kernels and the reference over one storage each."""
+
+    def __init__(self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, batch: int):
+        self.layer = Layer(machine, spec, shape)
+        self.machine, self.spec, self.batch = machine, spec, batch
+        self.table = SlotTable(batch, spec.sink_tokens, spec.recent_tokens, machine.device)
+        self.storages = [self.layer.storage(batch, spec.sink_tokens) for _ in range(2)]
+        view = cuda.SlotView()
+        self.ours = cuda.CudaOps(self.layer.key, self.layer.value, machine.launcher, view)
+        self.theirs = ReferenceOps(self.layer.key, self.layer.value)
+
+    def step(
+        self, tokens: int, mask: Tensor | None = None, window: int | None = None, positions=None
+    ) -> None:
+        """Append and attend with both; what they find must agree."""
+        layer, batch = self.layer, self.batch
+        visibility = Visibility(mask, self.table.length + tokens, tokens, window)
+        if positions is None:
+            positions = torch.arange(self.table.length, self.table.length + tokens)[None]
+        self.table.append(positions, visibility.real())
+        keys, values = layer.tokens("key", batch, tokens), layer.tokens("value", batch, tokens)
+        heads, size = layer.geometry.num_query_heads, layer.geometry.head_dim
+        query = (
+            torch.randn(batch, heads, tokens, size, generator=layer.generator).to(self.machine.device).half()
+        )
+        found = []
+        for ops, storage in zip((self.ours, self.theirs), self.storages, strict=True):
+            ops.append(storage, keys, values, self.table)
+            request = AttentionRequest(query.float() if ops is self.theirs else query, visibility, size**-0.5)
+            found.append(ops.attend(request, storage, self.table).double())
+        for side in ("key", "value"):
+            assert_same_pages(getattr(self.storages[0], side), getattr(self.storages[1], side))
+        shown = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else visibility.real()
+        ours, theirs = (out[shown.to(out.device)] for out in found)
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+    def crop(self, length: int) -> None:
+        self.table.crop(length)
+        for storage in self.storages:
+            storage.crop(self.table)
+
+    def select(self, rows: list[int]) -> None:
+        self.batch = len(rows)
+        index = torch.tensor(rows, device=self.machine.device)
+        self.table.select(index)
+        for storage in self.storages:
+            storage.select(index)
+
+
+SMALL = recipe(key={"bits": 3}, value={"bits": 3}, sink_tokens=2, recent_tokens=7)
+
+
+def test_a_cache_in_many_steps(machine: Machine) -> None:
+    """A prompt, single tokens over block and page ends, several tokens at once, a crop, other sequences."""
+    cache = Cache(machine, SMALL, geometry(64, 2, 3), 2)
+    cache.step(230)
+    for _ in range(3):
+        cache.step(1)
+    cache.step(60)
+    cache.step(1)
+    cache.crop(150)  # into a block: it stays ragged
+    cache.step(1)
+    cache.step(90)
+    cache.step(1)
+    cache.select([1, 1, 0])
+    cache.step(1)
+    launches = getattr(machine.launcher, "launches", ["decode_attention"])
+    assert "decode_attention" in launches
+
+
+def test_masks(machine: Machine) -> None:
+    """Left padding as a two-dimensional and as an additive mask; a mask per head goes to the reference."""
+    cache = Cache(machine, SMALL, geometry(64, 2, 4), 2)
+    device, padding = machine.device, torch.tensor([0, 75], device=machine.device)
+    slots = torch.arange(400, device=device)
+    real = slots >= padding[:, None]
+    positions = (real.long().cumsum(1) - 1).clamp(min=1)
+
+    def at(start: int, stop: int) -> Tensor:
+        return positions[:, start:stop]
+
+    cache.step(300, real[:, :300].long(), positions=at(0, 300))
+    cache.step(1, real[:, :301].long(), positions=at(300, 301))
+    hidden = torch.finfo(torch.float16).min
+    additive = torch.zeros(2, 1, 1, 302, device=device).half().masked_fill(~real[:, None, None, :302], hidden)
+    cache.step(1, additive, positions=at(301, 302))
+    boolean = real[:, None, None, :303].clone()
+    boolean[..., 40:90] = False
+    cache.step(1, boolean, positions=at(302, 303))
+    per_head = real[:, None, None, :304].expand(2, 8, 1, 304).clone()
+    per_head[:, 3, :, 100:200] = False
+    cache.step(1, per_head, positions=at(303, 304))
+
+
+def test_sliding_window(machine: Machine) -> None:
+    cache = Cache(machine, SMALL, geometry(64, 1, 2, window=300), 1)
+    cache.step(640, window=300)
+    for _ in range(2):
+        for storage in cache.storages:
+            storage.drop_before(cache.table.length + 1 - 300, cache.table)
+        assert cache.storages[0].key.dropped_pages == 1
+        cache.step(1, window=300)
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call():
+    """Arguments of a decode that would work."""
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    layer = Layer(machine, SMALL, geometry(64, 2, 2))
+    storage = layer.storage(1)
+    storage.key.append(layer.tokens("key", 1, 64))
+    storage.value.append(layer.tokens("value", 1, 64))
+    blocks = torch.zeros(1, PAGE_BLOCKS, 2, dtype=torch.int32)
+    none = layer.tokens("key", 1, 0)
+    return {
+        "launcher": machine.launcher,
+        "query": torch.randn(1, 4, 64).half(),
+        "key": layer.tables[0],
+        "value": layer.tables[1],
+        "key_pages": cuda.PageTable(storage.key).refresh(),
+        "value_pages": cuda.PageTable(storage.value).refresh(),
+        "exact": [(none, none), (none, none)],
+        "context": cuda.DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32)),
+        "scaling": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"query": a["query"].float()}, "float32"),
+        (lambda a: {"query": a["query"].transpose(0, 1).expand(4, 4, 64).transpose(0, 1)}, "strides|shape"),
+        (lambda a: {"query": a["query"].to("meta")}, "meta"),
+        (lambda a: {"query": torch.zeros(1, 3, 64).half()}, "no multiple"),
+        (lambda a: {"query": torch.zeros(1, 4, 32).half()}, "shape"),
+        (lambda a: {"key_pages": a["key_pages"].int()}, "int32"),
+        (lambda a: {"first_page": 1}, "block table"),
+        (
+            lambda a: {"exact": [a["exact"][0], (torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 64))]},
+            "exact keys",
+        ),
+        (lambda a: {"exact": [a["exact"][0], (torch.zeros(1, 2, 64, 3).half().mT,) * 2]}, "strides"),
+        (
+            lambda a: {
+                "context": cuda.DecodeContext(a["context"].blocks, torch.zeros(1, 4, dtype=torch.int32))
+            },
+            "exact_positions",
+        ),
+    ],
+)
+def test_wrong_tensors_are_refused_before_a_launch(call, change, message) -> None:
+    arguments = {**call, **change(call)}
+    with pytest.raises(RuntimeMismatchError, match=message) as caught:
+        cuda.decode_attention(**arguments)
+    assert "\n" not in str(caught.value)
+    assert call["launcher"].launches == []
+
+
+def test_layers_without_a_kernel_say_so_once() -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    layers = [
+        Layer(machine, RECIPES["post-rope-token"], geometry(64, 2, 1)),
+        Layer(machine, RECIPES["post-rope-token"], geometry(64, 2, 1)),
+        Layer(machine, SMALL, geometry(72, 1, 1)),
+    ]
+    pairs = [{"key": layer.key, "value": layer.value} for layer in layers]
+    with pytest.warns(RuntimeWarning) as caught:
+        ops = cuda.ops_with(pairs, machine.launcher)
+    assert [str(w.message) for w in caught] == [
+        "layer 2: heads of 72 channels have no kernel; multiples of 16 up to 256 do; the reference decodes it",
+        "layer 0: keys with a scale per token have no kernel; the reference decodes it",
+    ] or len(caught) == 2
+    assert all(isinstance(op, cuda.CudaOps) and op.reason for op in ops)
+
+
+def test_without_a_kernel_the_reference_decodes() -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    spec = recipe(key={"bits": 3, "granularity": "token", "dynamic": True}, value={"bits": 3}, sink_tokens=0)
+    cache = Cache(machine, spec, geometry(64, 2, 2), 1)
+    cache.step(70)
+    cache.step(1)
+    assert "decode_attention" not in machine.launcher.launches
+    assert "append_blocks" in machine.launcher.launches
+
+
+def test_positions_that_jump_within_a_block_go_to_the_reference() -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    cache = Cache(machine, SMALL, geometry(64, 2, 2), 1)
+    cache.step(100, positions=torch.arange(100)[None] * 2)
+    cache.step(1, positions=torch.tensor([[200]]))
+    assert "decode_attention" not in machine.launcher.launches
+
+
+def test_parameter_structures_match_the_sources() -> None:
+    from shim.host import KERNELS, build
+
+    variant = cuda.DecodeVariant(64, 1, 3, 3, 8, 8, False, False, True, True, False, False, False)
+    for source, kernels in KERNELS.items():
+        library = build(source, variant.defines if source == "decode.cu" else ())
+        for kernel, name in kernels.items():
+            assert getattr(library, f"size_{kernel}")() == ctypes.sizeof(getattr(cuda, f"_{name}"))
