@@ -164,7 +164,8 @@ class LevelHistogram:
         self.seen += torch.tensor([tokens, found], dtype=torch.float64, device=self.seen.device)
         # Values beyond the cap of outliers are clamped, as the quantizer's end levels clamp them.
         half = LEVEL_BINS // 2
-        bins = (normalised * half).floor_().clamp_(-half, half - 1).add_(half).to(torch.int64)
+        # Narrow integers: the passes over them are bound by memory.
+        bins = (normalised * half).floor_().clamp_(-half, half - 1).add_(half).to(torch.int16)
         if outliers is not None:
             bins.masked_fill_(outliers, LEVEL_BINS)  # a bin of their own, dropped below
         bins = bins.flatten()

@@ -1,0 +1,253 @@
+"""What calibration costs beside the model's own passes: resident memory by the number of samples, and wall time.
+
+    python benchmarks/calibration_memory.py MODEL --text FILE
+
+Memory: the same recipe is calibrated on few and on many windows, each in a process of its own, and the highest
+resident memory above the loaded model is reported. Time: one process measures the bare forward passes and the bare
+forward and backward passes that the recipe needs, and the calibration of the same windows, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from torch import Tensor, nn
+
+from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.config import CalibrationConfig, calibration_config
+from kvq_calib.data import TokenWindows, load_windows
+from kvq_calib.models import load_model, model_fingerprint
+
+#: Tokens whose logits exist at one time, as in calibration.
+_CHUNK = 256
+_MIB = 2**20
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """Highest resident memory while the context is open, sampled every 20 ms."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.highest = resident_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.highest = max(self.highest, resident_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.highest = max(self.highest, resident_bytes())
+
+
+def run_calibration(model: Any, windows: TokenWindows, config: CalibrationConfig) -> dict[str, float]:
+    """Calibrate, and let the artifact go; wall time by part."""
+    fingerprint = model_fingerprint(model)
+    return calibrate(
+        model, windows, {"recipe": config}, model_id="benchmark", model_config=fingerprint
+    ).seconds
+
+
+def memory(model: Any, windows: TokenWindows, config: CalibrationConfig) -> dict[str, Any]:
+    """Highest resident memory above the loaded model that has run once."""
+    with torch.no_grad():
+        model(windows.ids[:1, : min(64, windows.ids.shape[1])], use_cache=False)
+    with Peak() as peak:
+        seconds = run_calibration(model, windows, config)
+    return {
+        "samples": len(windows.ids),
+        "seqlen": windows.ids.shape[1],
+        "model_bytes": peak.before,
+        "above_model_bytes": peak.highest - peak.before,
+        "seconds": sum(seconds.values()),
+    }
+
+
+def memory_in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
+    """The same in a fresh process, so that no allocator remembers another run."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--worker"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def bare_forward(model: Any, ids: Tensor) -> None:
+    """Pass one without calibration: the model's body."""
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+
+
+def bare_backward(model: Any, ids: Tensor) -> None:
+    """Pass two without calibration: the loss, and its gradients with respect to activations alone.
+
+    As lean as calibration's own pass: parameters are frozen and logits exist for a piece of the text at a time.
+    """
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    gradient = torch.zeros_like(hidden)
+    last = ids.shape[1] - 1
+    for start in range(0, last, _CHUNK):
+        stop = min(start + _CHUNK, last)
+        piece = hidden[:, start:stop].detach().requires_grad_()
+        logits = model.get_output_embeddings()(piece)
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, start + 1 : stop + 1].flatten(), reduction="sum"
+        )
+        (gradient[:, start:stop],) = torch.autograd.grad(loss, piece)
+    hidden.backward(gradient)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def overhead(model: Any, windows: TokenWindows, config: CalibrationConfig, rounds: int) -> dict[str, Any]:
+    """Wall time of calibration and of the bare passes over the same windows, in turns; medians over rounds."""
+    first = windows.ids[:1, : min(64, windows.ids.shape[1])]
+    bare_forward(model, first)
+    bare_backward(model, first)
+    times: dict[str, list[float]] = {"forward": [], "forward_backward": [], "calibration": []}
+    parts: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        times["forward"].append(seconds_of(lambda: [bare_forward(model, ids[None]) for ids in windows.ids]))
+        times["forward_backward"].append(
+            seconds_of(lambda: [bare_backward(model, ids[None]) for ids in windows.ids])
+        )
+        started = time.perf_counter()
+        for part, spent in run_calibration(model, windows, config).items():
+            parts.setdefault(part, []).append(spent)
+        times["calibration"].append(time.perf_counter() - started)
+    bare = [
+        forward + backward
+        for forward, backward in zip(times["forward"], times["forward_backward"], strict=True)
+    ]
+    return {
+        "samples": len(windows.ids),
+        "seqlen": windows.ids.shape[1],
+        "rounds": rounds,
+        **{f"{name}_seconds": statistics.median(spent) for name, spent in times.items()},
+        "parts_seconds": {part: statistics.median(spent) for part, spent in parts.items()},
+        "ratio": statistics.median(c / b for c, b in zip(times["calibration"], bare, strict=True)),
+        "ratios": [c / b for c, b in zip(times["calibration"], bare, strict=True)],
+    }
+
+
+def report(content: dict[str, Any]) -> list[str]:
+    """The tables in Markdown."""
+    settings = content["settings"]
+    lines = [
+        "# Cost of calibration",
+        "",
+        f"{settings['model']}, float32, recipe {settings['recipe']}, text {settings['text']}.",
+        "",
+        "Resident memory above the loaded model, each row in a process of its own:",
+        "",
+        *markdown_table(
+            ["samples", "tokens each", "loaded model, MiB", "above it, MiB"],
+            [
+                [
+                    str(row["samples"]),
+                    f"{row['seqlen']:,}",
+                    f"{row['model_bytes'] / _MIB:,.0f}",
+                    f"{row['above_model_bytes'] / _MIB:,.0f}",
+                ]
+                for row in content["memory"]
+            ],
+        ),
+        "",
+    ]
+    if content["time"] is not None:
+        row = content["time"]
+        parts = ", ".join(f"{part} {spent:.1f} s" for part, spent in row["parts_seconds"].items())
+        lines += [
+            f"Wall time over {row['samples']} windows of {row['seqlen']:,} tokens, in one process, medians of {row['rounds']} "
+            "rounds in turns:",
+            "",
+            *markdown_table(
+                ["", "seconds"],
+                [
+                    ["bare forward passes", f"{row['forward_seconds']:.1f}"],
+                    ["bare forward and backward passes", f"{row['forward_backward_seconds']:.1f}"],
+                    [f"calibration ({parts})", f"{row['calibration_seconds']:.1f}"],
+                    ["calibration / bare passes", f"{row['ratio']:.2f}"],
+                ],
+            ),
+            "",
+        ]
+    return [*lines, *environment_lines(content["environment"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True, metavar="NAME|FILE")
+    parser.add_argument("--recipe", default="nuq3-1p", metavar="NAME|FILE")
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 64], help="of the memory runs")
+    parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window in the memory runs")
+    parser.add_argument(
+        "--time-samples", type=int, default=2, help="windows of the time runs; 0 leaves them out"
+    )
+    parser.add_argument("--time-seqlen", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "calibration_memory.json")
+    parser.add_argument("--note", default="", help="about the machine, for the record")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+
+    def load(samples: int, seqlen: int) -> tuple[str, Any, TokenWindows, CalibrationConfig]:
+        loaded = load_model(options.model, dtype="float32", device="cpu")
+        windows = load_windows(options.text, loaded.tokenizer, samples=samples, seqlen=seqlen)
+        settings = {"dataset": options.text, "samples": samples, "seqlen": seqlen}
+        return loaded.name, loaded.model, windows, calibration_config(options.recipe, command_line=settings)
+
+    if options.worker:
+        _, model, windows, config = load(options.samples[0], options.seqlen)
+        print(json.dumps(memory(model, windows, config)))
+        return
+    content: dict[str, Any] = {
+        "settings": {
+            "recipe": options.recipe,
+            "model": Path(options.model).name,
+            "text": Path(options.text).name,
+        },
+        "environment": environment(options.note),
+        "memory": [],
+        "time": None,
+    }
+    for samples in options.samples:
+        shared = [options.model, "--text", options.text, "--recipe", options.recipe]
+        row = memory_in_own_process([*shared, "--samples", str(samples), "--seqlen", str(options.seqlen)])
+        content["memory"].append(row)
+        write_results(options.output, content, report(content))
+    if options.time_samples:
+        _, model, windows, config = load(options.time_samples, options.time_seqlen)
+        content["time"] = overhead(model, windows, config, options.rounds)
+        write_results(options.output, content, report(content))
+    print("\n".join(report(content)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The benchmark scripts run: seconds on a tiny model, so that they cannot rot."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_zoo import tiny_model, tiny_tokenizer
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.config import calibration_config
+from kvq_calib.data import load_windows
+from kvq_calib.models import LoadedModel
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable() -> Iterator[None]:
+    """Scripts import each other by name, as they do when they run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return LoadedModel(tiny_model("llama"), tiny_tokenizer(), "tiny")
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_every_row_of_the_ablation_changes_the_base_recipe() -> None:
+    import ablation
+
+    rows = ablation.variants()
+    configs = [row.config() for row in rows]
+    assert rows[0].name == "base"
+    assert len({row.name for row in rows}) == len(rows)
+    settings = [config.model_dump_json(exclude={"description"}) for config in configs]
+    assert len(set(settings)) == len(rows)
+
+
+def test_the_ablation_covers_every_switch() -> None:
+    """Each field of the specs that KVQuant's recipes may set takes more than one value over the rows."""
+    import ablation
+
+    configs = [row.config() for row in ablation.variants()]
+
+    def values(get: Any) -> set[Any]:
+        return {get(config) for config in configs}
+
+    for kind in ("key", "value"):
+        assert values(lambda c, k=kind: getattr(c.cache, k).granularity) == {"channel", "token"}
+        assert values(lambda c, k=kind: getattr(c.cache, k).datatype) == {"uniform", "normal_float", "kmeans"}
+        assert {0.0, 0.005, 0.01, 0.02, 0.05} <= values(
+            lambda c, k=kind: getattr(c.cache, k).outliers.fraction
+        )
+        assert len(values(lambda c, k=kind: getattr(c.cache, k).outliers.max_per_token)) > 1
+        assert values(lambda c, k=kind: getattr(c.cache, k).q_norm) == {False, True}
+        assert values(lambda c, k=kind: getattr(c.cache, k).bits) == {2, 3, 4}
+    assert values(lambda c: c.cache.key.pre_rope) == {False, True}
+    assert values(lambda c: c.cache.key.granularity == "channel" and c.cache.key.dynamic) == {False, True}
+    assert values(lambda c: c.cache.value.channel_normalized) == {False, True}
+    assert values(lambda c: c.fit.weights) == {"fisher", "uniform"}
+    assert values(lambda c: c.fit.solver) == {"exact", "lloyd"}
+    assert values(lambda c: c.cache.sink_tokens) == {0, 1, 4}
+    assert any(config.cache.layers for config in configs)
+
+
+def test_overrides_of_the_edges_change_nothing_but_the_width() -> None:
+    import ablation
+
+    cache = next(row for row in ablation.variants() if row.name == "edges-4").config().cache
+    layers = cache.resolved(4)
+    for edge in (layers[0], layers[3]):
+        assert edge.key == cache.key.model_copy(update={"bits": 4})
+        assert edge.value == cache.value.model_copy(update={"bits": 4})
+    assert layers[1].key.bits == 3
+
+
+def test_ablation_goes_on_where_it_stopped(
+    model_folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ablation
+
+    output, work = tmp_path / "out.json", tmp_path / "work"
+    arguments = [str(model_folder), "--calibration", str(text), "--evaluation", str(text), "--samples", "2"]
+    arguments += ["--seqlen", "48", "--windows", "1", "--work", str(work), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ablation.py", *arguments])
+    ablation.main([*arguments, "--only", "base", "plain"])
+    first = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["name"] for row in first["rows"]] == ["base", "plain"]
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+    made = {file.name: file.stat().st_mtime_ns for file in work.iterdir()}
+    ablation.main([*arguments, "--only", "base", "sink-0", "plain"])
+    second = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["name"] for row in second["rows"]] == ["base", "sink-0", "plain"]
+    assert [second["rows"][0], second["rows"][2]] == first[
+        "rows"
+    ]  # with the seconds they took: not measured again
+    assert made.items() <= {file.name: file.stat().st_mtime_ns for file in work.iterdir()}.items()
+
+    table = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"{second['rows'][1]['perplexity']:.3f}" in table
+    assert "no exact sink token" in table
+    assert "nuq3-1p" in capsys.readouterr().out
+
+
+def test_ablation_refuses_an_unknown_row(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ablation
+
+    with pytest.raises(SystemExit) as stopped:
+        ablation.main(["m", "--calibration", str(text), "--evaluation", str(text), "--only", "nothing"])
+    assert stopped.value.code == 2
+    assert "the rows are base" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def artifact(loaded: LoadedModel, text: Path) -> KVArtifact:
+    from kvq_calib.calibrate.pipeline import calibrate
+    from kvq_calib.models import model_fingerprint
+
+    windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)
+    config = calibration_config("nuq3-1p", command_line={"samples": 3, "seqlen": 64})
+    fingerprint = model_fingerprint(loaded.model)
+    result = calibrate(loaded.model, windows, {"nuq3-1p": config}, model_id="tiny", model_config=fingerprint)
+    return result.artifacts["nuq3-1p"]
+
+
+def test_fit_captures_what_calibration_fits(
+    loaded: LoadedModel, artifact: KVArtifact, text: Path, tmp_path: Path
+) -> None:
+    """The captured histograms give the very codebooks of the artifact, and the captured values the histogram."""
+    import fit
+
+    windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)
+    captured = fit.capture(loaded.model, artifact, windows.ids, layer=1)
+    fit.save_captured(captured, tmp_path / "captured.safetensors")
+    captured = fit.load_captured(tmp_path / "captured.safetensors")
+    levels = [fit.fit_histogram(histogram, 8) for histogram in captured.histograms]
+    stored = [params.of(kind).codebook[0] for params in artifact.layers for kind in ("key", "value")]
+    for ours, theirs in zip(levels, stored, strict=True):
+        assert np.allclose(ours, theirs.numpy(), atol=1e-3)
+    for kind, histogram in zip(("key", "value"), captured.histograms[2:], strict=True):
+        again = fit.build_histogram(captured.values[kind], captured.weights[kind], threads=2)
+        assert torch.equal(again.counts, histogram.counts)
+        assert torch.allclose(again.weights, histogram.weights, rtol=1e-4)
+
+
+def test_fit_compares_and_draws() -> None:
+    import fit
+
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(20000, generator=generator) * 2 - 1
+    weights = torch.rand(20000, generator=generator) ** 4
+    result = fit.compare("random", values, weights, 8, threads=2)
+    assert result["distortion"] == pytest.approx(4 / 8**2 / 12, rel=0.1)  # uniform values: width ** 2 / 12
+    assert result["distortion_excess"] > -0.001
+    for name in ("sklearn_seconds", "histogram_seconds", "histogram_seconds_threads", "fit_seconds"):
+        assert result[name] > 0
+
+    captured = fit.Captured({"key": values, "value": values}, {"key": weights, "value": weights}, [])
+    more_values, more_weights = fit.drawn(captured, "key", 50000)
+    pairs = set(zip(values.tolist(), weights.tolist(), strict=True))
+    assert set(zip(more_values.tolist(), more_weights.tolist(), strict=True)) <= pairs
+    assert len(more_values) == 50000
+
+
+def test_fit_runs(
+    model_folder: Path, artifact: KVArtifact, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fit
+
+    artifact.save(tmp_path / "a.kvq.safetensors")
+    output = tmp_path / "fit.json"
+    arguments = [str(model_folder), "--artifact", str(tmp_path / "a.kvq.safetensors"), "--text", str(text)]
+    arguments += [
+        "--samples",
+        "2",
+        "--seqlen",
+        "64",
+        "--levels",
+        "4",
+        "--large",
+        "9000",
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/fit.py", *arguments])
+    fit.main(arguments)
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["data"] for row in content["comparisons"]] == ["keys", "values", "keys, drawn"]
+    assert content["comparisons"][2]["values"] == 9000
+    assert content["codebooks"][0]["codebooks"] == 4
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+
+def test_bare_backward_computes_the_gradients_that_calibration_needs(loaded: LoadedModel, text: Path) -> None:
+    """The bare pass is no cheaper than it may be: its gradients are those of the Fisher pass."""
+    import calibration_memory
+
+    from kvq_calib.attention import LayerKV, intercept
+    from kvq_calib.calibrate.fisher import fisher_pass
+
+    ids = load_windows(str(text), loaded.tokenizer, samples=1, seqlen=300).ids
+    want: dict[int, torch.Tensor] = {}
+    fisher_pass(loaded.model, ids, lambda kv, keys, values: want.update({kv.layer: values}))
+    got: dict[int, torch.Tensor] = {}
+
+    def watch(kv: LayerKV) -> None:
+        kv.values.register_hook(lambda gradient: got.update({kv.layer: gradient.clone()}))
+
+    with intercept(loaded.model, watch):
+        calibration_memory.bare_backward(loaded.model, ids)
+    assert got.keys() == want.keys() == {0, 1}
+    for layer, gradient in want.items():
+        assert torch.allclose(got[layer] / (ids.shape[1] - 1), gradient, atol=1e-6)
+
+
+def test_overhead_is_a_ratio_of_the_same_passes(loaded: LoadedModel, text: Path) -> None:
+    import calibration_memory
+
+    windows = load_windows(str(text), loaded.tokenizer, samples=2, seqlen=32)
+    config = calibration_config("nuq3-1p", command_line={"samples": 2, "seqlen": 32})
+    result = calibration_memory.overhead(loaded.model, windows, config, rounds=2)
+    assert set(result["parts_seconds"]) == {"thresholds", "codebooks", "fit"}
+    assert len(result["ratios"]) == 2
+    assert min(result["ratios"]) > 0
+    assert math.isfinite(result["ratio"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_calibration_memory_runs(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import calibration_memory
+
+    output = tmp_path / "memory.json"
+    arguments = [str(model_folder), "--text", str(text), "--samples", "2", "--seqlen", "32"]
+    arguments += ["--time-samples", "0", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/calibration_memory.py", *arguments])
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    calibration_memory.main(arguments)
+    (row,) = json.loads(output.read_text(encoding="utf-8"))["memory"]
+    assert row["samples"] == 2
+    assert row["model_bytes"] > row["above_model_bytes"] >= 0
+    assert "above it, MiB" in output.with_suffix(".md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_peak_sees_memory_that_is_gone_again() -> None:
+    import calibration_memory
+
+    with calibration_memory.Peak() as peak:
+        block = bytearray(b"x" * (64 << 20))
+        time.sleep(0.1)
+        del block
+    assert peak.highest - peak.before > 48 << 20
