@@ -31,8 +31,8 @@ from kvq_calib.spec import RopeSpec
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
-#: Decoded elements of one work space; a few of them fit into a core's second-level cache.
-WORK_ELEMENTS = 1 << 18
+#: Decoded elements of one work space: small enough for the caches, large enough to hide the cost of calls.
+WORK_ELEMENTS = 1 << 19
 #: Attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
 #: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
@@ -284,7 +284,9 @@ class PageReader:
         params = self.quantizer.params
         if layout.token_params:
             pairs = [page.token_params.mT for page in pages if page.token_params is not None]
-            scale, zero_point = torch.cat(pairs, dim=-1).float().chunk(2, dim=1)  # contiguous along the tokens
+            scale, zero_point = (
+                torch.cat(pairs, dim=-1).float().chunk(2, dim=1)
+            )  # contiguous along the tokens
             y.mul_(scale).add_(zero_point)
         else:
             assert params.scale is not None
@@ -327,23 +329,26 @@ class PageReader:
 
     def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
         """Add the residuals of ``pages`` to ``y [B, C, S]``."""
-        batch, channels, places = y.shape
-        heads, size = self.layout.heads, self.layout.head_dim
-        starts = [page.outlier_start for page in pages]
-        counts = torch.cat([start.diff() for start in starts if start is not None])
-        total = sum(page.entries for page in pages)
+        batch, _, places = y.shape
+        counts = [page.entries for page in pages]
+        total = sum(counts)
         if total == 0:
             return
-        block = torch.arange(len(pages) * PAGE_BLOCKS, dtype=torch.int32, device=y.device)[:, None, None]
-        row = torch.arange(batch, dtype=torch.int32, device=y.device)[:, None]
-        head = torch.arange(heads, dtype=torch.int32, device=y.device)
-        base = (row * channels + head * size) * places + block * BLOCK_TOKENS  # [blocks, B, H]
+        head = self.layout.head_dim * places
+        heads = torch.arange(0, batch * self.layout.heads * head, head, dtype=torch.int32, device=y.device)
+        blocks = torch.arange(0, places, BLOCK_TOKENS, dtype=torch.int32, device=y.device)
+        base = (blocks[:, None] + heads).flatten()  # where in y each list's block and head begin
+        start = torch.stack([page.outlier_start for page in pages if page.outlier_start is not None])
+        before = torch.tensor([sum(counts[:page]) for page in range(len(pages))], device=y.device)
+        first = (start[:, :-1] + before[:, None]).flatten()
+        # Each entry needs the base of its list: steps at the lists' first entries, summed up.
+        target = torch.zeros(total + 1, dtype=torch.int32, device=y.device)
+        target.index_add_(0, first, base.diff(prepend=base.new_zeros(1)))
+        target = target.cumsum(0, dtype=torch.int32)[:-1]
         index = torch.cat([page.outlier_index for page in pages if page.outlier_index is not None])
         index = index.to(torch.int32)
-        coordinate = index & ((1 << COORDINATE_BITS) - 1)
-        token = index >> COORDINATE_BITS & (BLOCK_TOKENS - 1)  # the sign bit is the token's highest
-        target = torch.repeat_interleave(base.flatten(), counts, output_size=total)
-        target += coordinate * places + token
+        target += (index & ((1 << COORDINATE_BITS) - 1)) * places
+        target += index >> COORDINATE_BITS & (BLOCK_TOKENS - 1)  # the sign bit is the token's highest
         residual = torch.cat([page.outlier_residual for page in pages if page.outlier_residual is not None])
         y.view(-1).index_add_(0, target, residual.float())
 
