@@ -104,7 +104,7 @@ def variants() -> list[Variant]:
         Variant(
             f"outliers-{percent}",
             "outliers",
-            f"{percent}% outliers",
+            f"{percent}% outliers" if percent else "no outliers",
             _both("outliers.fraction", percent / 100),
         )
         for percent in (0, 0.5, 2, 5)
