@@ -1,0 +1,306 @@
+"""KL divergence against bits: our recipes, KVQuant's, two rivals, and what each step of ours buys.
+
+    python benchmarks/frontier.py MODEL --calibration FILE --evaluation FILE [--windows 3]
+
+All recipes are calibrated in one run, which shares the passes over the text. Artifacts go to ``--work`` and results
+are written as they come; the same command goes on where it was interrupted. The rivals are re-implemented here
+from their papers' descriptions, in their simplest form; their bits count codes and scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation import CONTEXT, Variant, calibrated, evaluated
+from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from torch import Tensor
+
+from kvq_calib.attention import LayerKV, intercept
+from kvq_calib.calibrate.allocation import lloyd
+from kvq_calib.data import TokenWindows, load_windows
+from kvq_calib.evaluate.perplexity import Comparison
+from kvq_calib.models import LoadedModel, load_model
+from kvq_calib.progress import ProgressReporter
+
+OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
+
+
+def variants() -> list[Variant]:
+    """Every artifact: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
+    uniform = ("cache.key.bits=3", "cache.value.bits=3", "allocation.scope=uniform")
+    no_phase, no_learning = "cache.key.phase=false", "learn=null"
+    rows = [
+        Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
+        for name, bits in (("kvq2", 2.4), ("kvq3-lean", 3.0), ("kvq3", 3.4), ("kvq4", 4.4))
+    ]
+    rows += [
+        Variant(name, KVQUANT, f"{name}: KVQuant with 1% outliers, one sink token", recipe=name)
+        for name in ("nuq2-1p", "nuq3-1p", "nuq4-1p")
+    ]
+    lean = "kvq3-lean"
+    rows += [
+        Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
+        Variant(
+            "step-1",
+            STEPS,
+            "static levels per channel for keys and values, from gradient-weighted distributions",
+            (*uniform, no_phase, no_learning),
+            lean,
+        ),
+        Variant(
+            "step-2",
+            STEPS,
+            "and widths per channel, every layer's keys and values with the same budget",
+            ("allocation.scope=layer", no_phase, no_learning),
+            lean,
+        ),
+        Variant("step-3", STEPS, "and one budget for the model", (no_phase, no_learning), lean),
+        Variant("step-4", STEPS, "and phases", (no_learning,), lean),
+        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", no_learning), lean),
+        Variant("kvq2-fit", STEPS, "kvq2 without learning", (no_learning,), "kvq2"),
+        Variant("kvq3-fit", STEPS, "kvq3 without learning", (no_learning,), "kvq3"),
+        Variant("kvq4-fit", STEPS, "kvq4 without learning", (no_learning,), "kvq4"),
+    ]  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------------- rivals
+
+
+def uniform_groups(x: Tensor, bits: int, dim: int, size: int = 32) -> Tensor:
+    """Asymmetric uniform quantization in groups of ``size`` along ``dim``."""
+    moved = x.transpose(dim, -1)
+    length = moved.shape[-1]
+    padded = torch.nn.functional.pad(moved.flatten(0, -2)[None], (0, -length % size), mode="replicate")[0]
+    groups = padded.unflatten(-1, (-1, size))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = ((high - low) / ((1 << bits) - 1)).clamp(min=1e-8)
+    seen = (((groups - low) / step).round() * step + low).flatten(-2)[:, :length]
+    return seen.view(moved.shape).transpose(dim, -1)
+
+
+def kivi(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
+    """KIVI (arXiv 2402.02750): keys per channel in groups of 32 tokens, values per token in groups of 32 channels."""
+
+    def transform(kv: LayerKV) -> tuple[Tensor, Tensor]:
+        keys = uniform_groups(kv.rotated_keys.float(), bits, dim=2)
+        return kv.rotation.unrotate(keys), uniform_groups(kv.values.float(), bits, dim=3)
+
+    return transform
+
+
+def rotated_normal(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
+    """TurboQuant's first stage (arXiv 2504.19874): random rotation, norm per token and head, Lloyd-Max levels."""
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)[None]
+    levels = lloyd(grid, torch.exp(-grid.square() / 2), 1 << bits)[0].float()
+    rotations: dict[int, Tensor] = {}
+
+    def seen(x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        if size not in rotations:
+            generator = torch.Generator().manual_seed(0)
+            rotations[size] = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+        y = x.float() @ rotations[size]
+        norm = y.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
+        codes = torch.bucketize(y / norm, (levels[1:] + levels[:-1]) / 2)
+        return (levels[codes] * norm) @ rotations[size].T
+
+    return lambda kv: (kv.rotation.unrotate(seen(kv.rotated_keys)), seen(kv.values))
+
+
+def rivals(head_dim: int) -> dict[str, tuple[str, float, Callable[[LayerKV], tuple[Tensor, Tensor]]]]:
+    """Text, bits per element and transform of each rival, by name."""
+    rows = {}
+    for bits in (2, 3, 4):
+        rows[f"kivi-{bits}"] = (
+            f"KIVI-style groups of 32, {bits} bits, no exact window",
+            bits + 1.0,
+            kivi(bits),
+        )
+    for bits in (2, 3, 4):
+        text = f"rotation and Lloyd-Max levels, {bits} bits"
+        rows[f"rotation-{bits}"] = (text, bits + 16 / head_dim, rotated_normal(bits))
+    return rows
+
+
+@torch.no_grad()
+def measure_rivals(
+    loaded: LoadedModel, windows: TokenWindows, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Results of the rivals, the first token of every window exact, as for everything else here."""
+    config = loaded.model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    table = {name: row for name, row in rivals(head_dim).items() if name in names}
+    comparisons = {name: Comparison() for name in table}
+    for index in range(len(windows.ids)) if table else ():
+        ids = windows.ids[index : index + 1]
+        baseline = loaded.model(input_ids=ids, use_cache=False).logits[0]
+        for name, (_, _, transform) in table.items():
+            started = time.monotonic()
+
+            def first_exact(kv: LayerKV, transform: Any = transform) -> tuple[Tensor, Tensor]:
+                keys, values = transform(kv)
+                return (
+                    torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
+                    torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
+                )
+
+            with intercept(loaded.model, first_exact):
+                logits = loaded.model(input_ids=ids, use_cache=False).logits[0]
+            comparisons[name].add(baseline, logits, ids[0])
+            comparisons[name].seconds += time.monotonic() - started
+    return {
+        name: {**comparison.result(name, table[name][1]).to_json(), "switch": RIVALS, "text": table[name][0]}
+        for name, comparison in comparisons.items()
+    }
+
+
+# ------------------------------------------------------------------------------- report
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> None:
+    """KL against bits, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    lines = {
+        "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
+        "kvq without learning": ["kvq2-fit", "step-4", "kvq3-fit", "kvq4-fit"],
+        "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
+        "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
+        "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],
+    }
+    for (label, names), style in zip(lines.items(), ("o-", "o:", "s-", "^--", "v--"), strict=True):
+        there = [results[name] for name in names if name in results]
+        if there:
+            axes.plot(
+                [r["bits_per_element"] for r in there], [r["kl_mean"] for r in there], style, label=label
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel(f"bits per element, everything stored at {CONTEXT:,} tokens")
+    axes.set_ylabel("KL divergence, nats per token")
+    axes.set_title(caption, fontsize=9)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=130, metadata={"Software": None})
+
+
+def report(content: Mapping[str, Any]) -> list[str]:
+    """The tables in Markdown."""
+    settings = content["settings"]
+    calibration, evaluation = settings["calibration"], settings["evaluation"]
+    lines = [
+        "# KL divergence against bits",
+        "",
+        f"{settings['model']}, float32. Calibrated on {calibration['dataset']}, {calibration['windows']} windows of "
+        f"{calibration['seqlen']} tokens; evaluated on {evaluation['dataset']}, {evaluation['windows']} windows of "
+        f"{evaluation['seqlen']}, every key and value quantized in one forward pass but for the first token. Bits of "
+        f"artifacts count everything stored at {CONTEXT:,} tokens; KL in nats per token.",
+        "",
+    ]
+    titles = {
+        OURS: "Recipes",
+        KVQUANT: "KVQuant",
+        STEPS: "What each step buys",
+        RIVALS: "Rivals, re-implemented",
+    }
+    for switch, title in titles.items():
+        table = [
+            [
+                row["text"],
+                f"{row['bits_per_element']:.3f}",
+                f"{row['kl_mean']:.5f}",
+                f"{row['kl_p99']:.3f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['top1_agreement']:.4f}",
+            ]
+            for row in content["rows"]
+            if row["switch"] == switch
+        ]
+        if table:
+            head = ["", "bits/element", "KL", "KL p99", "perplexity", "top-1"]
+            lines += [f"## {title}", "", *markdown_table(head, table), ""]
+    return [*lines, *environment_lines(content["environment"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, metavar="NAME|FILE")
+    parser.add_argument("--evaluation", required=True, metavar="NAME|FILE")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=3, help="evaluation windows")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows; all by default")
+    parser.add_argument("--work", type=Path, default=Path("build/frontier"), help="folder for the artifacts")
+    parser.add_argument("--output", type=Path, default=RESULTS / "frontier.json")
+    parser.add_argument("--note", default="", help="about the machine, for the record")
+    options = parser.parse_args(arguments)
+
+    rows = [row for row in variants() if not options.only or row.name in options.only]
+    facts = environment(options.note)
+    options.work.mkdir(parents=True, exist_ok=True)
+    run = {"dataset": options.calibration, "samples": options.samples, "seqlen": options.seqlen}
+    configs = {row.name: row.config(**run) for row in rows}
+    loaded = load_model(options.model, dtype="float32")
+    calibration = load_windows(
+        options.calibration,
+        loaded.tokenizer,
+        samples=options.samples,
+        seqlen=options.seqlen,
+        split="calibration",
+    )
+    evaluation = load_windows(
+        options.evaluation,
+        loaded.tokenizer,
+        samples=options.windows,
+        seqlen=options.seqlen,
+        split="evaluation",
+    )
+    content: dict[str, Any] = {
+        "settings": {
+            "model": loaded.name,
+            "calibration": calibration.source,
+            "evaluation": evaluation.source,
+        },
+        "environment": facts,
+        "rows": [],
+    }
+    known: dict[str, dict[str, Any]] = {}
+    if options.output.exists():
+        known = {row["name"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
+    others = {
+        name: row
+        for name, row in known.items()
+        if row["switch"] == RIVALS and row["inputs"] == ["", evaluation.source["sha256"]]
+    }
+
+    def keep(results: Mapping[str, dict[str, Any]]) -> None:
+        content["rows"] = [
+            {"switch": row.switch, "text": row.text, "recipe": row.recipe, "changes": row.assignments, **results[row.name]}
+            for row in rows
+            if row.name in results
+        ] + list(others.values())  # fmt: skip
+        write_results(options.output, content, report(content))
+        caption = f"{loaded.name}, {len(evaluation.ids)} windows of {options.seqlen}"
+        plot({row["name"]: row for row in content["rows"]}, options.output.with_suffix(".png"), caption)
+
+    with ProgressReporter() as progress:
+        files = calibrated(loaded, calibration, configs, options.work, progress)
+        results = evaluated(loaded, evaluation, files, known, max(len(rows), 1), progress, keep)
+    names = [name for name in rivals(64) if name not in others and (not options.only or name in options.only)]
+    for name, row in measure_rivals(loaded, evaluation, names).items():
+        others[name] = {**row, "inputs": ["", evaluation.source["sha256"]]}
+    keep(results)
+    print("\n".join(report(content)))
+
+
+if __name__ == "__main__":
+    main()
