@@ -204,39 +204,40 @@ def calibrate_command(
     for file in outputs.values():
         check_writable(file)
 
+    from kvq_calib.calibrate.distributed import local_device, process_group
     from kvq_calib.calibrate.pipeline import calibrate, shared_setting
     from kvq_calib.data import load_windows
     from kvq_calib.models import model_fingerprint
     from kvq_calib.progress import ProgressReporter
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
-    loaded = _load(model, device, dtype, device_map, trust_remote_code)
-    windows = load_windows(
-        run["dataset"],
-        loaded.tokenizer,
-        samples=run["samples"],
-        seqlen=run["seqlen"],
-        seed=run["seed"],
-        split="calibration",
-    )
-    first = next(iter(outputs.values()))
-    with ProgressReporter() as progress:
+    with process_group() as (rank, _), ProgressReporter(quiet=rank > 0) as progress:
+        loaded = _load(model, local_device(device), dtype, device_map, trust_remote_code)
+        windows = load_windows(
+            run["dataset"],
+            loaded.tokenizer,
+            samples=run["samples"],
+            seqlen=run["seqlen"],
+            seed=run["seed"],
+            split="calibration",
+        )
+        first = next(iter(outputs.values()))
         result = calibrate(
             loaded.model,
             windows,
             configs,
             model_id=loaded.name,
             model_config=model_fingerprint(loaded.model),
-            checkpoint=first.with_name(f"{first.name.replace('{recipe}', 'all')}.checkpoint"),
+            checkpoint=first.with_name(f"{first.name}.checkpoint"),
             resume=resume,
             progress=progress,
         )
+    if rank > 0:  # one rank writes and speaks
+        return
     for name, file in outputs.items():
         finished = result.artifacts[name]
         finished.save(file)
-        click.echo(
-            f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context"
-        )
+        click.echo(f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
     if profile:
         for line in _profile_lines(result.seconds):
             click.echo(line, err=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from kvq_calib.artifact import LayerParams
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.calibrate.allocation import storable_levels
+from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import _activations_only, _is_splittable, _logits, _recomputed_layers
 from kvq_calib.errors import CalibrationError
 from kvq_calib.quantizer import Quantizer, QuantParams, codebook_boundaries, reciprocal, roundtrip_storage
@@ -249,7 +250,7 @@ def learn(
     held_out, training = (windows[-1:], windows[:-1]) if len(windows) > 1 else (None, windows)
     pieces = training[:, : training.shape[1] // seqlen * seqlen].reshape(-1, seqlen)
     order = _orders(len(pieces), seed)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = world()
     offsets = [offset for layer in trained for part in layer.values() for offset in part.offsets.values()]
     optimizer = torch.optim.Adam(offsets, lr=learning_rate, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -280,15 +281,15 @@ def learn(
             stack.enter_context(_recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         for step in range(steps):
-            piece = pieces[next_of(order, step * world + rank)]
+            piece = pieces[next_of(order, step * ranks + rank)]
             optimizer.zero_grad()
             divergence(model, piece[None].to(device), cache, trained, backward=True)
-            if world > 1:
+            if ranks > 1:
                 for offset in offsets:
                     if offset.grad is None:
                         offset.grad = torch.zeros_like(offset)
                     dist.all_reduce(offset.grad)
-                    offset.grad /= world
+                    offset.grad /= ranks
             optimizer.step()
             schedule.step()
             if progress is not None:

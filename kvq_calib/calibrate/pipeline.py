@@ -20,12 +20,12 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.attention import LayerKV
 from kvq_calib.calibrate.capture import capture
+from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.learn import learn
@@ -100,13 +100,6 @@ def calibrate(
     if checkpoint is not None:
         run.checkpoint_file().unlink(missing_ok=True)
     return Calibrated(artifacts, run.seconds)
-
-
-def _world() -> tuple[int, int]:
-    """Rank and number of ranks."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _select(kv: LayerKV, kind: Kind, pre_rope: bool) -> Tensor:
@@ -192,9 +185,11 @@ class _Run:
             for kind in KINDS
         ]
         self.statistics: dict[str, Statistics] = {}
+        self.totals: dict[str, Statistics] = {}
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.identity = self._identity(model_config)
+        check_agreement(self.identity, len(windows.ids))
         self.saved_at = time.monotonic()
 
     def _resolved(self, config: CalibrationConfig) -> tuple[LayerSpec, ...]:
@@ -211,16 +206,16 @@ class _Run:
             "configs": {name: config.model_dump(mode="json") for name, config in self.configs.items()},
             "data": self.windows.source,
             "model": dict(model_config),
-            "world": _world()[1],
+            "ranks": world()[1],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def checkpoint_file(self) -> Path:
         """This rank's checkpoint."""
         assert self.checkpoint is not None
-        rank, world = _world()
+        rank, ranks = world()
         return (
-            self.checkpoint if world == 1 else self.checkpoint.with_name(f"{self.checkpoint.name}.rank{rank}")
+            self.checkpoint if ranks == 1 else self.checkpoint.with_name(f"{self.checkpoint.name}.rank{rank}")
         )
 
     def resume(self) -> None:
@@ -279,27 +274,34 @@ class _Run:
             return WeightedHistogram(geometry.channels)
         return LevelHistogram(weighted=rest.endswith(".fisher"))
 
-    def _each_window(self, what: str, step: Callable[[Tensor], None]) -> None:
-        """Run ``step`` on this rank's windows that are not done yet, then add up over ranks."""
-        rank, world = _world()
-        mine = range(rank, len(self.windows.ids), world)
-        done = self.done.get(what, 0)
-        if done > len(mine):  # complete, and added up already
-            return
+    def _each_window(self, what: str, names: Iterable[str], step: Callable[[Tensor], None]) -> None:
+        """Run ``step`` on this rank's windows that are not done yet, then add up what ``names`` lists over ranks."""
+        rank, ranks = world()
+        mine = range(rank, len(self.windows.ids), ranks)
         started = time.monotonic()
         for number, index in enumerate(mine):
-            if number < done:
+            if number < self.done.get(what, 0):
                 continue
             step(self.windows.ids[index : index + 1].to(self.model.device))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
             self._save()
-        if world > 1:
-            for name in sorted(self.statistics):
-                if name.startswith(("channels", "moments")) == (what == "thresholds"):
-                    self.statistics[name].all_reduce()
-        self.done[what] = len(mine) + 1
+        self._add_up(names)
         self.seconds[what] = time.monotonic() - started
+
+    def _add_up(self, names: Iterable[str]) -> None:
+        """Totals over all ranks.
+
+        What a rank has seen itself stays apart, so that a checkpoint means the same whichever rank died when.
+        """
+        _, ranks = world()
+        for name in sorted(names):
+            total = self.statistics[name]
+            if ranks > 1:
+                total = self._new(name)
+                total.load({part: tensor.clone() for part, tensor in self.statistics[name].state().items()})
+                total.all_reduce()
+            self.totals[name] = total
 
     def first_pass(self) -> None:
         """Sketch every channel whose thresholds are static."""
@@ -321,9 +323,9 @@ class _Run:
                 except CalibrationError as error:
                     raise _not_finite(kv.layer, subject.kind) from error
 
-        self._prepare(subject.sketch for subject in subjects)
+        names = self._prepare(subject.sketch for subject in subjects)
         with torch.no_grad(), capture(self.model, observe):
-            self._each_window("thresholds", self._forward)
+            self._each_window("thresholds", names, self._forward)
 
     def _forward(self, ids: Tensor) -> None:
         """A forward pass for the hooks alone: the body suffices, logits are nobody's business."""
@@ -378,22 +380,22 @@ class _Run:
                     gradient = rotated
                 collect(kv, subject, gradient)
 
-        self._prepare(subject.histogram for subject in subjects)
+        names = self._prepare(subject.histogram for subject in subjects)
         if backward:
 
             def step(ids: Tensor) -> None:
                 fisher_pass(self.model, ids, observe_gradients, on_forward=observe, recompute=self.recompute)
 
-            self._each_window("codebooks", step)
+            self._each_window("codebooks", names, step)
         else:
             with torch.no_grad(), capture(self.model, observe):
-                self._each_window("codebooks", self._forward)
+                self._each_window("codebooks", names, self._forward)
 
     def _weigh(self, subject: _Subject) -> Callable[[Tensor, Tensor | None], None]:
         """Adds ``[B, H, T, D]`` values and their gradients to the weighted distribution of the subject's channels."""
         geometry = self.geometry.layers[subject.layer]
         rope = self.geometry.rope_of(subject.layer)
-        moments = self.statistics[subject.sketch]
+        moments = self.totals[subject.sketch]
         assert isinstance(moments, ChannelMoments)
         phase = phase_of(moments, subject.spec, rope)
         mean, deviation = moments.turned(phase)
@@ -414,10 +416,13 @@ class _Run:
 
         return add
 
-    def _prepare(self, names: Iterable[str]) -> None:
-        for name in names:
+    def _prepare(self, names: Iterable[str]) -> list[str]:
+        """Make the accumulators that are not there from a checkpoint."""
+        wanted = list(names)
+        for name in wanted:
             if name not in self.statistics:
                 self.statistics[name] = self._new(name)
+        return wanted
 
     # ------------------------------------------------------------------ fit
 
@@ -425,7 +430,7 @@ class _Run:
         """Static scale and zero point per channel, or ``None`` where the spec has none."""
         if not subject.spec.static_channels:
             return None, None
-        sketch = self.statistics[subject.sketch]
+        sketch = self.totals[subject.sketch]
         assert isinstance(sketch, ChannelHistogram)
         tail = subject.spec.outliers.fraction / 2
         low, high = sketch.quantile(tail), sketch.quantile(1 - tail)
@@ -452,7 +457,7 @@ class _Run:
         config = subject.config
         if not subject.needs_histogram:
             return fit_levels(subject.spec.datatype, subject.spec.bits, np.zeros(1), np.zeros(1))
-        histogram = self.statistics[subject.histogram]
+        histogram = self.totals[subject.histogram]
         assert isinstance(histogram, LevelHistogram)
         levels = fit_levels(
             subject.spec.datatype,
@@ -469,7 +474,7 @@ class _Run:
     def _outliers_per_token(self, subject: _Subject) -> float:
         if subject.spec.outliers.fraction == 0:
             return 0.0
-        histogram = self.statistics[subject.histogram]
+        histogram = self.totals[subject.histogram]
         assert isinstance(histogram, LevelHistogram)
         return histogram.outliers_per_token
 
@@ -484,7 +489,7 @@ class _Run:
             )
         moments, histograms = {}, {}
         for at, subject in subjects.items():
-            first, second = self.statistics[subject.sketch], self.statistics[subject.histogram]
+            first, second = self.totals[subject.sketch], self.totals[subject.histogram]
             assert isinstance(first, ChannelMoments)
             assert isinstance(second, WeightedHistogram)
             moments[at], histograms[at] = first, second
