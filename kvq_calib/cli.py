@@ -108,6 +108,17 @@ def _load(
     )
 
 
+def _load_fitting(model: str, artifacts: dict[str, KVArtifact], *options: Any) -> LoadedModel:
+    """The model, which every artifact must be for."""
+    from kvq_calib.models import model_fingerprint
+
+    loaded = _load(model, *options)
+    fingerprint = model_fingerprint(loaded.model)
+    for artifact in artifacts.values():
+        artifact.check_model(fingerprint)
+    return loaded
+
+
 def _write_json(file: str | None, content: dict[str, Any]) -> None:
     if file is not None:
         from kvq_calib.files import write_atomically
@@ -237,7 +248,9 @@ def calibrate_command(
     for name, file in outputs.items():
         finished = result.artifacts[name]
         finished.save(file)
-        click.echo(f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
+        click.echo(
+            f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context"
+        )
     if profile:
         for line in _profile_lines(result.seconds):
             click.echo(line, err=True)
@@ -331,13 +344,9 @@ def perplexity_command(
     from kvq_calib.data import load_windows
     from kvq_calib.evaluate.perplexity import measure_perplexity
     from kvq_calib.evaluate.tables import perplexity_table, print_table, run_facts
-    from kvq_calib.models import model_fingerprint
     from kvq_calib.progress import ProgressReporter
 
-    loaded = _load(model, device, dtype, device_map, trust_remote_code)
-    fingerprint = model_fingerprint(loaded.model)
-    for loaded_artifact in loaded_artifacts.values():
-        loaded_artifact.check_model(fingerprint)
+    loaded = _load_fitting(model, loaded_artifacts, device, dtype, device_map, trust_remote_code)
     text = load_windows(
         dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
     )
@@ -352,6 +361,173 @@ def perplexity_command(
                 **config.model_dump(mode="json"),
                 **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
             },
+        },
+    )
+
+
+@eval_group.command("memory")
+@click.option("--artifact", "artifacts", multiple=True, metavar="FILE", help="May be given several times.")
+@click.option(
+    "--shape",
+    metavar="NAME",
+    help="A model's shape alone (llama-7b, llama-3-8b, mistral-7b, ...), with --config.",
+)
+@click.option(
+    "--config",
+    "recipes",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Recipes for --shape, default the paper's three.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(4096, 32768, 131072),
+    show_default=True,
+    help="Tokens of context; may be given several times.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="GPUs of 80 GB, for the longest context.",
+)
+@click.option("--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@_debug
+def memory_command(
+    artifacts: tuple[str, ...],
+    shape: str | None,
+    recipes: tuple[str, ...],
+    contexts: tuple[int, ...],
+    batch: int,
+    gpus: int,
+    paper: bool,
+    json_file: str | None,
+    debug: bool,
+) -> None:
+    """Bytes of the packed cache by kind, at any context, for artifacts or for a model's shape alone."""
+    if not (artifacts or shape or paper):
+        raise click.UsageError("name an --artifact, a --shape, or --paper")
+    from kvq_calib.config import calibration_config
+    from kvq_calib.evaluate import memory
+    from kvq_calib.evaluate.tables import memory_table, paper_table, print_table
+    from kvq_calib.files import check_writable
+
+    if json_file is not None:
+        check_writable(json_file)
+    recipes = recipes or ("nuq4-1p", "nuq3-1p", "nuq2-1p")
+    content: dict[str, Any] = {}
+    reports = {
+        name: [memory.artifact_report(loaded, context, batch) for context in contexts]
+        for name, loaded in _load_artifacts(artifacts).items()
+    }
+    longest: dict[str, int] = {}
+    if shape is not None:
+        model_shape = memory.model_shape(shape)
+        for recipe in recipes:
+            spec = calibration_config(recipe).cache
+            name = f"{model_shape.name} {recipe}"
+            reports[name] = [memory.shape_report(model_shape, spec, context, batch) for context in contexts]
+            longest[name] = memory.longest_context(model_shape, spec, gpus)
+    if reports:
+        print_table(memory_table(reports, longest, gpus))
+        content["reports"] = {name: [report.as_dict() for report in rows] for name, rows in reports.items()}
+        content["longest_context"] = longest
+    if paper:
+        rows = memory.paper_comparison(
+            {recipe: calibration_config(recipe).cache for recipe in (*recipes, *({"nuq2"} - set(recipes)))}
+        )
+        print_table(paper_table(rows))
+        content["paper"] = rows
+    _write_json(json_file, content)
+
+
+@eval_group.command("passkey")
+@click.argument("model")
+@click.option(
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="May be given several times.",
+)
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(64),
+    multiple=True,
+    default=(512, 1024, 2048),
+    show_default=True,
+    help="Tokens of the text; may be given several times.",
+)
+@click.option(
+    "--depth",
+    "depths",
+    type=click.FloatRange(0, 1),
+    multiple=True,
+    default=(0.0, 0.25, 0.5, 0.75, 1.0),
+    show_default=True,
+    help="Where the number is hidden, 0 beginning to 1 end.",
+)
+@click.option(
+    "--trials", type=click.IntRange(1), default=5, show_default=True, help="Texts per length and depth."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per call.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@_model_options
+@_debug
+def passkey_command(
+    model: str,
+    artifacts: tuple[str, ...],
+    lengths: tuple[int, ...],
+    depths: tuple[float, ...],
+    trials: int,
+    seed: int,
+    chunk: int,
+    json_file: str | None,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    debug: bool,
+) -> None:
+    """Retrieval of a hidden number through the packed cache, where the unquantized model can do it."""
+    from kvq_calib.files import check_writable
+
+    loaded_artifacts = _load_artifacts(artifacts)
+    if json_file is not None:
+        check_writable(json_file)
+
+    from kvq_calib.evaluate.passkey import measure_passkey
+    from kvq_calib.evaluate.tables import passkey_table, print_table
+    from kvq_calib.progress import ProgressReporter
+
+    loaded = _load_fitting(model, loaded_artifacts, device, dtype, device_map, trust_remote_code)
+    with ProgressReporter() as progress:
+        cells = measure_passkey(
+            loaded.model,
+            loaded.tokenizer,
+            loaded_artifacts,
+            lengths=lengths,
+            depths=depths,
+            trials=trials,
+            seed=seed,
+            chunk=chunk,
+            progress=lambda _, done, total: progress("texts", done, total),
+        )
+    print_table(passkey_table(cells))
+    _write_json(
+        json_file,
+        {
+            "cells": [cell.as_dict() for cell in cells],
+            "config": {"model": loaded.name, "trials": trials, "seed": seed, "chunk": chunk},
         },
     )
 

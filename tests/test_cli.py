@@ -279,3 +279,47 @@ def test_no_remote_code_runs_unless_asked(place, tmp_path):
     assert status == 1
     assert_one_line(err)
     assert not (tmp_path / "ran").exists()
+
+
+def test_memory_of_artifacts_shapes_and_the_paper(place, tmp_path):
+    report = tmp_path / "memory.json"
+    status, out, _ = call(
+        "evaluate", "memory", "--artifact", str(place / "a.kvq.safetensors"), "--shape", "llama-3-8b", "--config", "nuq3-1p",
+        "--context", "4096", "--paper", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0
+    content = json.loads(report.read_text())
+    loaded = KVArtifact.load(place / "a.kvq.safetensors")
+    assert content["reports"]["a"][0]["bits_per_element"] == pytest.approx(loaded.bits_per_element(4096))
+    assert 3.3 < content["reports"]["llama-3-8b nuq3-1p"][0]["bits_per_element"] < 3.4
+    beside = [(row["gb"], row["paper_gb"]) for row in content["paper"] if row["paper_gb"]]
+    assert len(beside) >= 4
+    assert all(ours == pytest.approx(theirs, rel=0.01) for ours, theirs in beside)
+    assert "LLaMA-7B" in out
+    assert call("evaluate", "memory")[0] == 2
+    status, _, err = call("evaluate", "memory", "--shape", "gpt-9")
+    assert status == 1
+    assert_one_line(err, "gpt-9", "llama-7b")
+
+
+def test_passkey_reports_only_what_the_model_can_do(place, tmp_path):
+    report = tmp_path / "passkey.json"
+    status, out, err = call(
+        "evaluate", "passkey", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--length", "400",
+        "--depth", "0.5", "--trials", "1", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, err
+    (cell,) = json.loads(report.read_text())["cells"]
+    assert cell["length"] == 400
+    assert cell["passed"]["a"] <= cell["baseline"] <= 1
+    assert "unquantized" in out
+
+
+def test_decode_mode_from_the_command_line(place, tmp_path):
+    report = tmp_path / "decode.json"
+    status, _, err = call(
+        "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--dataset",
+        str(place / "text.txt"), "--seqlen", "64", "--windows", "1", "--mode", "decode", "--chunk", "32", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(report.read_text())["config"]["mode"] == "decode"

@@ -21,6 +21,8 @@ from kvq_calib.spec import KINDS
 
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
+    from kvq_calib.evaluate.memory import MemoryReport
+    from kvq_calib.evaluate.passkey import PasskeyCell
     from kvq_calib.models import LoadedModel
 
 
@@ -50,6 +52,74 @@ def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) ->
             f"{result.kl_p99:.4f}",
             f"{result.top1_agreement:.4f}",
         )
+    return table
+
+
+def memory_table(
+    reports: Mapping[str, Sequence[MemoryReport]], longest: Mapping[str, int], gpus: int
+) -> Table:
+    """One row per artifact or recipe and context."""
+    table = Table(title="key-value cache, everything counted (1 GB = 2^30 bytes)")
+    table.add_column("cache")
+    for heading in ("context", "batch", "bits/element", "GB", "float16 GB", "smaller", "largest parts"):
+        table.add_column(heading, justify="left" if heading == "largest parts" else "right")
+    if longest:
+        table.add_column(f"longest on {gpus} x 80 GB", justify="right")
+    for name, rows in reports.items():
+        for report in rows:
+            parts = sorted(report.by_kind.items(), key=lambda part: -part[1])[:3]
+            cells = [
+                name,
+                f"{report.context:,}",
+                str(report.batch),
+                f"{report.bits_per_element:.3f}",
+                f"{report.total / 2**30:.3f}",
+                f"{report.fp16 / 2**30:.3f}",
+                f"{report.fp16 / report.total:.2f}x",
+                ", ".join(f"{kind.replace('_', ' ')} {size / report.total:.1%}" for kind, size in parts),
+            ]
+            if longest:
+                cells.append(f"{longest[name]:,}" if name in longest else "")
+            table.add_row(*cells)
+    return table
+
+
+def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """LLaMA-7B beside the paper's figures."""
+    table = Table(title="LLaMA-7B, cache in GB beside KVQuant's published figures (1 GB = 2^30 bytes)")
+    for heading in (
+        "recipe",
+        "context",
+        "bits/element",
+        "ours",
+        "paper",
+        "with weights",
+        "1 x 80 GB",
+        "8 x 80 GB",
+    ):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            f"{row['context']:,}",
+            f"{row['bits_per_element']:.2f}",
+            f"{row['gb']:.1f}",
+            "" if row["paper_gb"] is None else f"{row['paper_gb']:.1f}",
+            f"{row['gb_with_weights']:.1f}",
+            "fits" if row["fits_1_gpu"] else "-",
+            "fits" if row["fits_8_gpus"] else "-",
+        )
+    return table
+
+
+def passkey_table(cells: Sequence[PasskeyCell]) -> Table:
+    """Passed trials by length and depth."""
+    table = Table(title="passkey: passed of those that the unquantized model passes")
+    for heading in ("length", "depth", "unquantized", *(cells[0].passed if cells else ())):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        passed = (f"{n} of {cell.baseline}" if cell.baseline else "-" for n in cell.passed.values())
+        table.add_row(f"{cell.length:,}", f"{cell.depth:.2f}", f"{cell.baseline} of {cell.trials}", *passed)
     return table
 
 
