@@ -1,0 +1,63 @@
+"""The GPU benchmarks' own code, as far as it runs without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models_zoo import tiny_model
+from shim.host import HostLauncher, compiler
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script by its file: the folder of the CUDA sources has the name of one."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def by_name(name: str):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return by_name
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_the_check_before_timing(load, monkeypatch) -> None:
+    kernels = load("kernels")
+
+    monkeypatch.setattr(kernels, "SHAPES", {"small": kernels.Shape(32, 8, 64)})
+    monkeypatch.setattr(kernels, "BITS", (3,))
+    launcher = HostLauncher()
+    kernels.check(launcher, torch.device("cpu"))
+    assert "decode_attention" in launcher.launches
+
+
+@pytest.mark.model
+def test_the_caches_that_are_compared(load) -> None:
+    from kvq_calib.runtime import KVQCache
+
+    generate_gpu = load("generate_gpu")
+    model = tiny_model("llama")
+    cache = KVQCache(generate_gpu.build_artifact(model, 3), model)
+    generate_gpu.fill(cache, model, 300, torch.device("cpu"))
+    assert cache.get_seq_length() == 300
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["kernels", "generate_gpu"])
+def test_without_a_gpu_nothing_is_claimed(name, load, monkeypatch, capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    module = load(name)
+    monkeypatch.setattr(sys, "argv", [name])
+    assert module.main() == 1
+    assert "nothing was measured" in capsys.readouterr().err
