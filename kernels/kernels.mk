@@ -17,7 +17,7 @@ gpu:
 	$(PYTHON) -c "import pycuda" 2>/dev/null || $(PYTHON) -m pip install "pycuda>=2024.1"
 	$(PYTHON) -m pytest tests -m gpu -q
 	if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/kernels.py --check-only; \
+	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/kernels_gpu.py --check-only; \
 	fi
-	$(PYTHON) benchmarks/kernels.py --json benchmarks/results/gpu-kernels.json
+	$(PYTHON) benchmarks/kernels_gpu.py --json benchmarks/results/gpu-kernels.json
 	$(PYTHON) benchmarks/generate_gpu.py --json benchmarks/results/gpu-generate.json

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture
 def load(monkeypatch):
-    """Import a script by its file: the folder of the CUDA sources has the name of one."""
+    """Import a script by its file."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def by_name(name: str):
@@ -31,7 +31,7 @@ def load(monkeypatch):
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_the_check_before_timing(load, monkeypatch) -> None:
-    kernels = load("kernels")
+    kernels = load("kernels_gpu")
 
     monkeypatch.setattr(kernels, "SHAPES", {"small": kernels.Shape(32, 8, 64)})
     monkeypatch.setattr(kernels, "BITS", (3,))
@@ -53,7 +53,7 @@ def test_the_caches_that_are_compared(load) -> None:
         model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["kernels", "generate_gpu"])
+@pytest.mark.parametrize("name", ["kernels_gpu", "generate_gpu"])
 def test_without_a_gpu_nothing_is_claimed(name, load, monkeypatch, capsys) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
