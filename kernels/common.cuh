@@ -159,6 +159,19 @@ KVQ_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
     return bytes;
 }
+
+// x & mask, and x & mask | bits in one instruction: opaque, so that the compiler shifts the results for the upper
+// four tokens instead of masking twice.
+KVQ_DEVICE uint32_t masked(uint32_t x, uint32_t mask) {
+    uint32_t result;
+    asm("and.b32 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(mask));
+    return result;
+}
+KVQ_DEVICE uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+    return result;
+}
 #endif
 
 // ---- level lookup --------------------------------------------------------------------------------------------
@@ -191,10 +204,10 @@ template <> struct Levels<16> {
     }
 
     KVQ_DEVICE void lookup(uint32_t selectors, int half, uint32_t *pair) const {
-        const uint32_t select = half ? selectors >> 16 : selectors;
-        const uint32_t within = select & 0x7777u;
-        // Byte i of the first or second result, by the top bit of code i.
-        const uint32_t choose = ((select >> 1) & 0x4444u) | 0x3210u;
+        // Byte i of the first or second result, by the top bit of code i. Both words serve eight tokens.
+        uint32_t within = masked(selectors, 0x77777777u);
+        uint32_t choose = masked_or(selectors >> 1, 0x44444444u, 0x32103210u);
+        if (half) within >>= 16, choose >>= 16;
         const uint32_t low = permute(permute(low_plane.x, low_plane.y, within),
                                      permute(low_plane.z, low_plane.w, within), choose);
         const uint32_t high = permute(permute(high_plane.x, high_plane.y, within),

@@ -298,6 +298,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 
 // ---- what common.cuh writes in PTX ---------------------------------------------------------------------------
 
+inline uint32_t masked(uint32_t x, uint32_t mask) { return x & mask; }
+inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
     const uint64_t bytes = uint64_t(high) << 32 | low;
     uint32_t result = 0;
