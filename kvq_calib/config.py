@@ -67,7 +67,7 @@ class LearnConfig(_Settings):
         learning_rate: of Adam, in units of a channel's level spacing, and in radians.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 64
+    steps: Annotated[int, Field(ge=1)] = 96
     seqlen: Annotated[int, Field(ge=8)] = 512
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
 
