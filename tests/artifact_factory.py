@@ -150,7 +150,12 @@ def _params(
         y = y.transpose(1, 2).flatten(2).flatten(0, 1)
         low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
         zero_point, scale = (low + high) / 2, (high - low) / 2 + 1e-3
-    return QuantParams(bits, torch.stack(rows), codebook_index, scale, zero_point, phase, rotation)
+    codebook = torch.stack(rows)
+    if not spec.variable_bits and codebooks == 1:
+        return QuantParams.uniform(
+            spec.bits, channels, codebook, scale, zero_point=zero_point, phase=phase, rotation=rotation
+        )
+    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation)
 
 
 def _levels(count: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,21 @@ from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
+from kvq_calib.config import read_recipe
+from kvq_calib.errors import ConfigError
+from kvq_calib.evaluate.memory import (
+    PAPER_GB,
+    ModelShape,
+    _expected_outliers,
+    artifact_report,
+    longest_context,
+    model_shape,
+    paper_comparison,
+    shape_report,
+)
 from kvq_calib.packing import packed_tokens
 from kvq_calib.runtime import KVQCache
+from kvq_calib.spec import KVCacheSpec
 
 pytestmark = pytest.mark.model
 
@@ -133,3 +146,46 @@ def test_memory_shrinks_as_promised():
     bits = 8 * cache.nbytes / artifact.elements(tokens)
     # 3 bits of codes; positions cost 32 bits a token, which only a model as tiny as this one notices.
     assert 3.0 < bits < 3.0 + 32 / (4 * 32) + 0.4
+
+
+def test_shape_report_is_the_formula_of_an_artifact_of_that_shape():
+    model = tiny_model("gemma3_text")
+    spec = recipe(sink_tokens=2, recent_tokens=40)
+    artifact = artifact_for(model, spec)
+    shape = ModelShape("tiny", artifact.geometry.layers, 0.0)
+    for tokens in (100, 1000):
+        ours = shape_report(shape, spec, tokens, batch=3)
+        rates = {
+            kind: [_expected_outliers(spec.key if kind == "key" else spec.value, layer.channels)]
+            * len(shape.layers)
+            for kind in ("key", "value")
+            for layer in shape.layers[:1]
+        }
+        theirs = artifact_report(artifact, tokens, 3, rates)
+        assert dict(ours.by_kind) == pytest.approx(dict(theirs.by_kind))
+        assert ours.bits_per_element == pytest.approx(theirs.bits_per_element)
+
+
+@pytest.mark.parametrize(
+    ("name", "context"), [(name, context) for name, row in PAPER_GB.items() for context in row]
+)
+def test_the_papers_sizes_of_llama_7b(name, context):
+    specs = {name: KVCacheSpec.model_validate(read_recipe(name)["cache"])} if name != "fp16" else {}
+    rows = paper_comparison(specs, [context])
+    (row,) = [row for row in rows if row["recipe"] == name]
+    assert row["paper_gb"] == PAPER_GB[name][context]
+    assert row["gb"] == pytest.approx(row["paper_gb"], abs=0.15)
+
+
+def test_longest_context_is_the_last_that_fits():
+    shape, spec = model_shape("LLaMA-7B"), KVCacheSpec.model_validate(read_recipe("nuq2")["cache"])
+    longest = longest_context(shape, spec)
+    room = 80 * 2**30 - shape.weight_bytes
+    assert shape_report(shape, spec, longest).total <= room < shape_report(shape, spec, longest + 256).total
+    assert 1_000_000 < longest < 1_200_000  # the paper: a million tokens on one GPU
+    assert longest_context(model_shape("llama-65b"), spec) == 0
+
+
+def test_unknown_shape_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown shape 'gpt-5'; use one of llama-7b"):
+        model_shape("gpt-5")

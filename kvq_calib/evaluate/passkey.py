@@ -1,0 +1,172 @@
+"""Passkey retrieval: a number is hidden in a long text and asked for at its end.
+
+A trial passes when the model's greedy continuation is the number. Quantization can only be blamed for what the
+unquantized model can do, so an artifact is judged on the trials that the unquantized model passes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.errors import ConfigError
+from kvq_calib.runtime import KVQCache, attached
+
+__all__ = ["PasskeyCell", "Trial", "make_trial", "measure_passkey"]
+
+_FILLER = (
+    "The river runs past the mill and the old stone bridge. Farmers bring apples and bread to the market. "
+    "In the evening the lamps are lit and people walk home along the water. "
+)
+_NEEDLE = "Remember this: the pass key is {key}. The pass key is {key}, do not forget it. "
+_QUESTION = "What is the pass key that you were told to remember? The pass key is"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One text and its answer.
+
+    Attributes:
+        prompt: int64 ``[1, T]``.
+        answer: int64 ``[1, A]``, the tokens of the number.
+    """
+
+    prompt: Tensor
+    answer: Tensor
+
+
+@dataclass
+class PasskeyCell:
+    """What was found at one length and depth.
+
+    Attributes:
+        length: tokens of the prompt.
+        depth: where the number stands, 0 at the beginning and 1 at the end.
+        trials: texts tried.
+        baseline: how many of them the unquantized model passes.
+        passed: of those, how many pass with each artifact.
+    """
+
+    length: int
+    depth: float
+    trials: int
+    baseline: int = 0
+    passed: dict[str, int] = field(default_factory=dict)
+
+    def rate(self, name: str) -> float | None:
+        """Share of what the unquantized model passes; ``None`` where it passes nothing."""
+        return self.passed[name] / self.baseline if self.baseline else None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {**vars(self), "rates": {name: self.rate(name) for name in self.passed}}
+
+
+def make_trial(tokenizer: Any, length: int, depth: float, key: int) -> Trial:
+    """A text of exactly ``length`` tokens with ``key`` hidden at ``depth``.
+
+    Raises:
+        ConfigError: the length leaves no room for the key and the question, or the depth is not in [0, 1].
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise ConfigError(f"depth {depth} is not between 0 and 1")
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    needle, question = ids(_NEEDLE.format(key=key)), ids(_QUESTION)
+    whole = list(tokenizer(_QUESTION)["input_ids"])  # with what the tokenizer puts in front of a text
+    special = whole[: next(i for i in range(len(whole)) if whole[i : i + len(question)] == question)]
+    room = length - len(special) - len(needle) - len(question)
+    if room < 0:
+        raise ConfigError(f"{length} tokens are too few for a passkey text; use {length - room} or more")
+    filler = ids(_FILLER)
+    repeated = (filler * (room // len(filler) + 1))[:room]
+    before = round(depth * room)
+    prompt = special + repeated[:before] + needle + repeated[before:] + question
+    return Trial(torch.tensor([prompt]), torch.tensor([ids(f" {key}")]))
+
+
+@torch.no_grad()
+def passes(model: Any, cache: Any, trial: Trial, chunk: int) -> bool:
+    """Whether greedy decoding with ``cache`` gives the answer.
+
+    The prompt goes in ``chunk`` tokens per call. The answer is fed as if the model had said it: all its tokens being
+    the most likely ones is what greedy decoding needs.
+    """
+    device = model.device
+    for part in torch.split(trial.prompt[:, :-1].to(device), chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    last = torch.cat((trial.prompt[:, -1:], trial.answer[:, :-1]), dim=1).to(device)
+    said = model(input_ids=last, past_key_values=cache).logits.argmax(-1)
+    return bool((said.cpu() == trial.answer).all())
+
+
+def measure_passkey(
+    model: Any,
+    tokenizer: Any,
+    artifacts: Mapping[str, KVArtifact],
+    *,
+    lengths: Sequence[int] = (512, 1024, 2048),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    trials: int = 5,
+    seed: int = 0,
+    chunk: int = 256,
+    progress: Progress | None = None,
+) -> list[PasskeyCell]:
+    """Test retrieval over lengths and depths, through the packed cache.
+
+    Args:
+        model: the unquantized causal language model; left as it was.
+        tokenizer: its tokenizer.
+        artifacts: by name.
+        lengths: tokens of the prompt.
+        depths: 0 (beginning) to 1 (end).
+        trials: texts per length and depth, each with a number of five digits of its own.
+        seed: of the numbers.
+        chunk: tokens per call.
+        progress: told after every text and cache.
+
+    Returns:
+        One cell per length and depth, lengths outermost. An artifact is run where the unquantized model passes.
+
+    Raises:
+        ConfigError: a length the model does not allow or that is too short.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    numbers = random.Random(seed)
+    planned = []
+    for length in lengths:
+        for depth in depths:
+            texts = [
+                make_trial(tokenizer, length, depth, numbers.randint(10_000, 99_999)) for _ in range(trials)
+            ]
+            if limit is not None and length + texts[0].answer.shape[1] > limit:
+                raise ConfigError(f"{length} tokens and the answer are more than the model's {limit}")
+            planned.append((PasskeyCell(length, depth, trials, 0, dict.fromkeys(artifacts, 0)), texts))
+
+    total, done = len(planned) * trials * (len(artifacts) + 1), 0
+    for cell, texts in planned:
+        for trial in texts:
+            known = passes(model, DynamicCache(), trial, chunk)
+            cell.baseline += known
+            done += 1
+            if progress is not None:
+                progress("baseline", done, total)
+            for name, artifact in artifacts.items():
+                if known:
+                    with attached(model):
+                        cell.passed[name] += passes(model, KVQCache(artifact, model), trial, chunk)
+                done += 1
+                if progress is not None:
+                    progress(name, done, total)
+    return [cell for cell, _ in planned]
