@@ -239,6 +239,13 @@ KVQ_DEVICE void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uin
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same with A 16 x 8 (a0, a1) and B 8 x 8 (b0).
+KVQ_DEVICE void mma_16x8x8(float *d, uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+
 // Transposes an 8 x 8 matrix of halves whose row g, columns 2 j and 2 j + 1 each thread holds.
 KVQ_DEVICE uint32_t transpose_8x8(uint32_t row) {
     uint32_t column;

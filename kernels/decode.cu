@@ -255,14 +255,18 @@ KVQ_DEVICE void turn_pairs(const uint32_t *first, const uint32_t *second, uint32
     }
 }
 
-struct KeyStep {  // what a thread reads of four channels: pairs A and B
-    KeyUnit unit[4];
-    Channel channel[4];
+// Pairs of channels a thread decodes at a time. Two fill a matrix product; where widths differ, their code takes
+// the registers of one.
+constexpr int kPairs = KVQ_KEY_BITS ? 2 : 1;
+
+struct KeyStep {  // what a thread reads of its pairs
+    KeyUnit unit[2 * kPairs];
+    Channel channel[2 * kPairs];
 
     KVQ_DEVICE void load(const Shared &s, const uint32_t *codes, int step, int block, int column) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            channel[i] = s.key_channels[2 * (8 * step + 4 * (i / 2) + column) + i % 2];
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            channel[i] = s.key_channels[2 * (4 * kPairs * step + 4 * (i / 2) + column) + i % 2];
             unit[i].load(codes + kPageBlocks * channel[i].word, channel[i], block);
         }
     }
@@ -281,15 +285,15 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
     KeyStep next;
     if (KVQ_KEY_BITS) next.load(s, codes, 0, block, column);
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < 2 * kSteps / kPairs; ++step) {
         if (!KVQ_KEY_BITS) next.load(s, codes, step, block, column);
         const KeyStep now = next;
-        if (KVQ_KEY_BITS && step + 1 < kSteps) next.load(s, codes, step + 1, block, column);
-        uint32_t cosine[2][2], sine[2][2];  // [pair][token 0 or 16]
-        KeyUnit::Decoded unit[4];
+        if (KVQ_KEY_BITS && step + 1 < 2 * kSteps / kPairs) next.load(s, codes, step + 1, block, column);
+        uint32_t cosine[kPairs][2], sine[kPairs][2];  // of tokens 0 and 16
+        KeyUnit::Decoded unit[2 * kPairs];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int index = 2 * (8 * step + 4 * (i / 2) + column) + i % 2;
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            const int index = 2 * (4 * kPairs * step + 4 * (i / 2) + column) + i % 2;
             unit[i] = now.unit[i].decode(s.key_levels, levels, index, now.channel[i]);
             if (KVQ_ROPE && i % 2 == 0) {
                 const uint2 angle = s.key_angles[index / 2];
@@ -305,9 +309,9 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
         }
 #pragma unroll
         for (int four = 0; four < 4; ++four) {
-            uint32_t operand[4][4];
+            uint32_t operand[2 * kPairs][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {  // matrix register: pair i / 2, tokens from 0 or from 16
+            for (int i = 0; i < 2 * kPairs; ++i) {  // matrix register: pair i / 2, tokens from 0 or from 16
                 uint32_t first[2], second[2];
                 unit[2 * (i / 2)].four(0, four + 4 * (i % 2), first);
                 unit[2 * (i / 2) + 1].four(0, four + 4 * (i % 2), second);
@@ -315,9 +319,12 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
             }
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                const uint2 q = s.query[query_index(4 * four + t, step, head, column)];
-                mma_16x8x16(score[4 * four + t], operand[0][t], operand[1][t], operand[2][t], operand[3][t], q.x,
-                            q.y);
+                const uint2 q = s.query[query_index(4 * four + t, step * kPairs / 2, head, column)];
+                if constexpr (kPairs == 2)
+                    mma_16x8x16(score[4 * four + t], operand[0][t], operand[1][t], operand[2][t], operand[3][t], q.x,
+                                q.y);
+                else
+                    mma_16x8x8(score[4 * four + t], operand[0][t], operand[1][t], step % 2 ? q.y : q.x);
             }
         }
     }

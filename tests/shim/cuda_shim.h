@@ -336,6 +336,8 @@ inline void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_
     for (int i = 0; i < 4; ++i) d[i] += __uint_as_float(out[i]);
 }
 
+inline void mma_16x8x8(float *d, uint32_t a0, uint32_t a1, uint32_t b0) { mma_16x8x16(d, a0, a1, 0, 0, b0, 0); }
+
 inline uint32_t transpose_8x8(uint32_t row) {
     return *shim::exchange(shim::kTranspose, &row, 1, [](auto &from, auto &to) {
         for (int lane = 0; lane < shim::kLanes; ++lane) {
