@@ -260,7 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, help="whose values are fitted; the middle one by default")
     parser.add_argument("--levels", type=int, nargs="+", default=[8, 16])
     parser.add_argument(
-        "--large", type=int, default=LLAMA_7B_LAYER, help="size of the drawn layer; 0 leaves it out"
+        "--drawn",
+        type=int,
+        nargs="*",
+        default=[LLAMA_7B_LAYER],
+        metavar="SIZE",
+        help="sizes of layers drawn from the captured keys; LLaMA-7B's by default",
     )
     parser.add_argument(
         "--captured", type=Path, help="file that keeps the captured values; used if it is there"
@@ -301,10 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 result = compare(f"{kind}s", captured.values[kind], captured.weights[kind], levels, threads)
                 content["comparisons"].append(result)
                 write_results(options.output, content, report(content))
-        if options.large:
-            values, weights = drawn(captured, "key", options.large)
+        for size in options.drawn:
+            values, weights = drawn(captured, "key", size)
             for levels in options.levels:
-                progress.say(f"{len(values):,} values, {levels} levels")
+                progress.say(f"{size:,} values, {levels} levels")
                 content["comparisons"].append(compare("keys, drawn", values, weights, levels, threads))
                 write_results(options.output, content, report(content))
     print("\n".join(report(content)))
