@@ -296,3 +296,32 @@ def test_decode_logits_leave_the_model_as_it_was():
     assert model.config._attn_implementation == implementation
     cache = KVQCache(artifact, model)
     assert torch.equal(decoded, logits_through(model, cache, ids, [17, 17, 17, 17, 2]))
+
+
+def test_work_space_does_not_grow_with_the_text():
+    """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from kvq_calib.runtime import reference
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not result._is_view():
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    model = tiny("llama", max_position_embeddings=1 << 16)
+    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    largest = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "WORK_ELEMENTS", 4 * 256 * 32)
+        for tokens in (2500, 5000):
+            cache = KVQCache(artifact, model)
+            logits_through(model, cache, token_ids(1, tokens), [tokens - 4, 1, 1, 1])
+            with Largest() as mode:
+                logits_through(model, cache, token_ids(1, 1), [1])
+            largest.append(mode.elements)
+    assert largest[0] == largest[1] == 4 * 256 * 32
