@@ -590,6 +590,27 @@ def test_positions_that_jump_within_a_block_go_to_the_reference() -> None:
     assert "decode_attention" not in machine.launcher.launches
 
 
+@pytest.mark.parametrize("fault", ["compiler", "shared memory"])
+def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    cache = Cache(machine, SMALL, geometry(64, 2, 2), 1)
+    cache.step(70)
+    if fault == "compiler":
+
+        def constant(*arguments):
+            raise RuntimeMismatchError("nvcc could not compile decode.cu")
+
+        monkeypatch.setattr(machine.launcher, "constant", constant)
+    else:
+        machine.launcher.shared_limit = 1000
+    with pytest.warns(
+        RuntimeWarning, match=f"{fault if fault != 'compiler' else 'nvcc'}.*; the reference decodes"
+    ):
+        cache.step(1)
+    cache.step(1)  # a second warning would be an error
+    assert "decode_attention" not in machine.launcher.launches
+
+
 def test_parameter_structures_match_the_sources() -> None:
     from shim.host import KERNELS, build
 

@@ -62,6 +62,10 @@ class Launcher(Protocol):
     def multiprocessors(self) -> int:
         """How many thread blocks run side by side, about."""
 
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory a thread block can have."""
+
     def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
         """An ``int`` that the compiled ``source`` declares."""
 
@@ -174,10 +178,16 @@ class PyCudaLauncher:
         self._constants: dict[tuple[str, tuple[str, ...], str], int] = {}
         self._side: tuple[Any, torch.cuda.Stream] | None = None
 
-    @property
+    @cached_property
     def multiprocessors(self) -> int:
         """Of the device."""
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    @cached_property
+    def shared_limit(self) -> int:
+        """Of the device, for blocks that ask for more than the default."""
+        attribute = self._driver.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        return int(self._driver.Device(self.device.index).get_attribute(attribute))
 
     def _module(self, source: str, defines: tuple[str, ...]) -> Any:
         key = (source, defines)
@@ -565,6 +575,11 @@ class KernelTables:
         return by_head.gather(1, self.order[..., None].expand(-1, -1, by_head.shape[-1]))
 
     @cached_property
+    def largest_level(self) -> float:
+        """Of :attr:`_ordered_levels`, in magnitude; reads the device once."""
+        return float(self._ordered_levels.abs().max())
+
+    @cached_property
     def _pair_norm(self) -> Tensor:
         """float32 ``[H, D / 2]``: the largest level of a pair, which leaves its table in [-1, 1]."""
         norm = self._ordered_levels.abs().amax(-1).unflatten(-1, (-1, 2)).amax(-1)
@@ -812,6 +827,11 @@ def decode_attention(
     )
     defines = variant.defines
     shared = launcher.constant("decode.cu", defines, "decode_shared_bytes")
+    if shared > launcher.shared_limit:
+        raise RuntimeMismatchError(
+            f"{variant.group} queries of {size} channels per head need {shared} bytes of shared memory, "
+            f"this GPU has {launcher.shared_limit}"
+        )
     grid = (splits, heads * subgroups, batch)
     launcher.launch("decode.cu", defines, "decode_attention", grid, _DECODE_THREADS, shared, params)
     sinks = None if sink_logits is None else sink_logits.to(device, torch.float32).contiguous()
@@ -839,7 +859,7 @@ def unsupported(key: KernelTables, value: KernelTables) -> str:
         return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
     if key.token:
         return "keys with a scale per token have no kernel"
-    if max(float(table._ordered_levels.abs().max()) for table in (value,)) > torch.finfo(torch.float16).max:
+    if value.largest_level > torch.finfo(torch.float16).max:
         return "value thresholds beyond float16 have no kernel"
     return ""
 
@@ -1243,8 +1263,17 @@ class CudaOps(ReferenceOps):
         if one and not self.reason:
             context = self.view.context(request.visibility, table)
             if context is not None:
-                return self._decode(request, storage, context)
-        if request.softcap is None and request.sinks is None and request.query.shape[2] > 1:
+                try:
+                    return self._decode(request, storage, context)
+                except (
+                    RuntimeMismatchError
+                ) as error:  # nvcc fails, the GPU is too small: say so once and go on
+                    self.reason = str(error)
+                    warnings.warn(
+                        f"{error}; the reference decodes from here on", RuntimeWarning, stacklevel=2
+                    )
+        plain = request.softcap is None and request.sinks is None and request.query.dtype in _TYPES
+        if plain and request.query.shape[2] > 1:
             return self._attend_dense(request, storage, table)
         return super().attend(request, storage, table)
 
@@ -1388,8 +1417,8 @@ def make_ops(quantizers: Sequence[dict[Kind, Quantizer]], device: torch.device) 
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeMismatchError("there is no CUDA device")
     launcher = PyCudaLauncher(device)
-    # The smallest source shows early whether the compiler works.
-    launcher.prepare("append.cu")
+    for source in ("append.cu", "dequantize.cu"):  # shows early whether the compiler works
+        launcher.prepare(source)
     return ops_with(quantizers, launcher)
 
 

@@ -59,6 +59,7 @@ class HostLauncher:
 
     def __init__(self, multiprocessors: int = 3) -> None:
         self.multiprocessors = multiprocessors
+        self.shared_limit = 163 << 10  # what sm_80 has
         self.launches: list[str] = []
 
     def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
