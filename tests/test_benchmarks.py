@@ -214,7 +214,7 @@ def test_fit_runs(
         "64",
         "--levels",
         "4",
-        "--large",
+        "--drawn",
         "9000",
         "--output",
         str(output),
