@@ -116,7 +116,9 @@ def _device(device: str) -> torch.device:
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
     if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
-        raise ModelError(f"no device {device!r}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+        raise ModelError(
+            f"no device {device!r}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
     return found
 
 

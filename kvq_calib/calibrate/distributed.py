@@ -42,7 +42,9 @@ def process_group() -> Iterator[tuple[int, int]]:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CalibrationError(f"the ranks did not find each other ({reason}); start them with torchrun") from error
+        raise CalibrationError(
+            f"the ranks did not find each other ({reason}); start them with torchrun"
+        ) from error
     try:
         yield world()
     finally:
@@ -77,4 +79,6 @@ def check_agreement(identity: str, windows: int) -> None:
             f"rank {different[0]} has other settings, data or model than rank 0; start all ranks with the same command"
         )
     if windows < ranks:
-        raise CalibrationError(f"{windows} windows cannot be split over {ranks} ranks; use more samples or fewer ranks")
+        raise CalibrationError(
+            f"{windows} windows cannot be split over {ranks} ranks; use more samples or fewer ranks"
+        )

@@ -68,7 +68,9 @@ class ChannelHistogram:
         largest = torch.maximum(low.abs(), high.abs()).double()
         _, exponent = torch.frexp(largest)  # largest < 2 ** exponent
         needed = exponent - (CHANNEL_BINS // 2).bit_length() + 1
-        return torch.where(largest > 0, needed, _SMALLEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT).to(torch.int32)
+        return (
+            torch.where(largest > 0, needed, _SMALLEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT).to(torch.int32)
+        )
 
     def update(self, y: Tensor) -> None:
         """Add values.
