@@ -513,7 +513,13 @@ class _Run:
             recompute=self.recompute,
             progress=self.progress,
         )
-        return learned.layers, {"learning": {"kl_before": learned.before, "kl_after": learned.after}}
+        return learned.layers, {
+            "learning": {
+                "kl_before": learned.before,
+                "kl_after": learned.after,
+                "fraction": learned.fraction,
+            }
+        }
 
     def fit(self, model_id: str, model_config: Mapping[str, Any]) -> dict[str, KVArtifact]:
         """Codebooks from the statistics, and the artifacts."""
