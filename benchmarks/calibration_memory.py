@@ -16,13 +16,13 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
 from torch import Tensor, nn
 
 from kvq_calib.calibrate.pipeline import calibrate
@@ -118,40 +118,46 @@ def bare_backward(model: Any, ids: Tensor) -> None:
     hidden.backward(gradient)
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def overhead(model: Any, windows: TokenWindows, config: CalibrationConfig, rounds: int) -> dict[str, Any]:
-    """Wall time of calibration and of the bare passes over the same windows, in turns; medians over rounds."""
+    """Time of calibration and of the bare passes over the same windows, in turns; medians over rounds."""
     first = windows.ids[:1, : min(64, windows.ids.shape[1])]
     bare_forward(model, first)
     bare_backward(model, first)
-    times: dict[str, list[float]] = {"forward": [], "forward_backward": [], "calibration": []}
+    work: dict[str, Callable[[], Any]] = {
+        "forward": lambda: [bare_forward(model, ids[None]) for ids in windows.ids],
+        "forward_backward": lambda: [bare_backward(model, ids[None]) for ids in windows.ids],
+        "calibration": lambda: run_calibration(model, windows, config),
+    }
+    turns = []
     parts: dict[str, list[float]] = {}
     for _ in range(rounds):
-        times["forward"].append(seconds_of(lambda: [bare_forward(model, ids[None]) for ids in windows.ids]))
-        times["forward_backward"].append(
-            seconds_of(lambda: [bare_backward(model, ids[None]) for ids in windows.ids])
-        )
-        started = time.perf_counter()
-        for part, spent in run_calibration(model, windows, config).items():
+        measured = {name: timed(each) for name, each in work.items()}
+        for part, spent in measured["calibration"][0].items():
             parts.setdefault(part, []).append(spent)
-        times["calibration"].append(time.perf_counter() - started)
-    bare = [
-        forward + backward
-        for forward, backward in zip(times["forward"], times["forward_backward"], strict=True)
-    ]
+        turns.append({name: seconds for name, (_, seconds) in measured.items()})
+
+    def ratios(of: Callable[[Seconds], float]) -> list[float]:
+        return [of(turn["calibration"]) / of(turn["forward"] + turn["forward_backward"]) for turn in turns]
+
+    wall, cpu = ratios(lambda seconds: seconds.wall), ratios(lambda seconds: seconds.cpu)
     return {
         "samples": len(windows.ids),
         "seqlen": windows.ids.shape[1],
         "rounds": rounds,
-        **{f"{name}_seconds": statistics.median(spent) for name, spent in times.items()},
-        "parts_seconds": {part: statistics.median(spent) for part, spent in parts.items()},
-        "ratio": statistics.median(c / b for c, b in zip(times["calibration"], bare, strict=True)),
-        "ratios": [c / b for c, b in zip(times["calibration"], bare, strict=True)],
+        **{
+            name: asdict(
+                Seconds(
+                    statistics.median(turn[name].wall for turn in turns),
+                    statistics.median(turn[name].cpu for turn in turns),
+                )
+            )
+            for name in work
+        },
+        "parts_wall": {part: statistics.median(spent) for part, spent in parts.items()},
+        "ratio": statistics.median(wall),
+        "ratio_cpu": statistics.median(cpu),
+        "ratios": wall,
+        "ratios_cpu": cpu,
     }
 
 
@@ -181,18 +187,24 @@ def report(content: dict[str, Any]) -> list[str]:
     ]
     if content["time"] is not None:
         row = content["time"]
-        parts = ", ".join(f"{part} {spent:.1f} s" for part, spent in row["parts_seconds"].items())
+        parts = ", ".join(f"{part} {spent:.1f} s" for part, spent in row["parts_wall"].items())
+        texts = {
+            "forward": "bare forward passes",
+            "forward_backward": "bare forward and backward passes",
+            "calibration": f"calibration ({parts})",
+        }
         lines += [
-            f"Wall time over {row['samples']} windows of {row['seqlen']:,} tokens, in one process, medians of {row['rounds']} "
-            "rounds in turns:",
+            f"Time over {row['samples']} windows of {row['seqlen']:,} tokens, in one process, medians of {row['rounds']} "
+            "rounds in turns; processor time is over all threads, and hardly changes with other work on the machine:",
             "",
             *markdown_table(
-                ["", "seconds"],
+                ["", "wall time, s", "processor time, s"],
                 [
-                    ["bare forward passes", f"{row['forward_seconds']:.1f}"],
-                    ["bare forward and backward passes", f"{row['forward_backward_seconds']:.1f}"],
-                    [f"calibration ({parts})", f"{row['calibration_seconds']:.1f}"],
-                    ["calibration / bare passes", f"{row['ratio']:.2f}"],
+                    *(
+                        [text, f"{row[name]['wall']:.1f}", f"{row[name]['cpu']:.1f}"]
+                        for name, text in texts.items()
+                    ),
+                    ["calibration / bare passes", f"{row['ratio']:.2f}", f"{row['ratio_cpu']:.2f}"],
                 ],
             ),
             "",

@@ -8,7 +8,9 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,23 @@ from kvq_calib.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("kvq-calib", "torch", "transformers", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time, and processor time over all threads, which other work on the machine hardly changes."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, Seconds]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def environment(note: str = "") -> dict[str, Any]:

@@ -10,8 +10,7 @@ includes building the histogram; distortions are those of the single values, not
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -106,23 +105,6 @@ def load_captured(file: Path) -> Captured:
         {kind: tensors[f"weights.{kind}"] for kind in KINDS},
         histograms,
     )
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Wall time, and processor time over all threads, which other work on the machine hardly changes."""
-
-    wall: float
-    cpu: float
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, Seconds]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = work()
-    return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def fit_all_values(values: Tensor, weights: Tensor, levels: int) -> tuple[Floats, int]:
