@@ -339,24 +339,22 @@ KVQ_DEVICE void mix_page(const Shared &s, const uint4 *levels, const uint32_t *c
     const int row = lane_id() / 4, block = 2 * (lane_id() % 4);
     ValueUnits next[2];
     Channel next_channel[2];
+    auto load = [&](int tile) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        next_channel[i] = s.value_channels[8 * i + row];
-        next[i].load(codes + kPageBlocks * next_channel[i].word, next_channel[i], block);
-    }
+        for (int i = 0; i < 2; ++i) {
+            next_channel[i] = s.value_channels[16 * tile + 8 * i + row];
+            next[i].load(codes + kPageBlocks * next_channel[i].word, next_channel[i], block);
+        }
+    };
+    if (KVQ_VALUE_BITS) load(0);
 #pragma unroll 1
     for (int tile = 0; tile < kSteps; ++tile) {
+        if (!KVQ_VALUE_BITS) load(tile);
         ValueUnits::Decoded unit[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             unit[i] = next[i].decode(s.value_levels, levels, 16 * tile + 8 * i + row, next_channel[i]);
-        if (tile + 1 < kSteps) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                next_channel[i] = s.value_channels[16 * (tile + 1) + 8 * i + row];
-                next[i].load(codes + kPageBlocks * next_channel[i].word, next_channel[i], block);
-            }
-        }
+        if (KVQ_VALUE_BITS && tile + 1 < kSteps) load(tile + 1);
         const float4 before = tiles[tile][lane_id()];
         float out[4] = {before.x * rescale[0], before.y * rescale[1], before.z * rescale[0], before.w * rescale[1]};
 #pragma unroll
