@@ -69,7 +69,7 @@ class LearnConfig(_Settings):
 
     steps: Annotated[int, Field(ge=1)] = 96
     seqlen: Annotated[int, Field(ge=8)] = 512
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.005
 
 
 class CalibrationConfig(_Settings):
