@@ -238,8 +238,8 @@ def report(content: dict[str, Any]) -> list[str]:
         'outliers left out. Peer: scikit-learn `KMeans(n_init="auto", max_iter=50)` on all values in float32 with '
         f"`sample_weight`, {threads} threads. Ours: `LevelHistogram` built from the same values, then the exact fit. Larger "
         "layers are drawn from the captured values with replacement. Seconds are wall time, with processor time over all "
-        "threads in brackets; ours count the histogram and the fit. Distortion is the weighted mean squared error of "
-        "the single values.",
+        "threads in brackets, which is the one to compare where the machine was shared; ours count the histogram and the "
+        "fit. Distortion is the weighted mean squared error of the single values.",
         "",
         *markdown_table(headings, rows),
         "",
