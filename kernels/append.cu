@@ -316,13 +316,11 @@ struct PlaceParams {
     const int *count;                       // [blocks, B, H]
     uint16_t *const *page_index;            // [pages] outlier_index of the pages, as large as needed
     uint16_t *const *page_residual;
-    int *const *page_start;                 // [pages] outlier_start, [8 B H + 1]
-    int capacity, heads, blocks, first_block, batch, padding;
+    void *const *page_start;                // [pages] outlier_start, [8 B H + 1] of start_bytes each
+    int capacity, heads, blocks, first_block, batch, start_bytes;
 };
 
-// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new lists, those of blocks still to come, and
-// the entries.
-KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
+template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p) {
     KVQ_SHARED;
     const int batch = p.batch;
     int *offset = reinterpret_cast<int *>(kvq_shared);  // [8 B + 1] entries before each (block, sequence)
@@ -331,16 +329,16 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_const
     const int from = page == 0 ? p.first_block : 0;  // places of this page that are new
     const int block = page * kPageBlocks + from - p.first_block;
     const int blocks = min(kPageBlocks - from, p.blocks - block), rows = blocks * batch;
-    int *start = p.page_start[page] + from * batch * p.heads;
+    Start *start = static_cast<Start *>(p.page_start[page]) + from * batch * p.heads;
     for (int i = threadIdx.x; i < rows * p.heads; i += kThreads)
         counts[i] = p.count[int64_t(block) * batch * p.heads + i];
     __syncthreads();
     if (threadIdx.x == 0) {
-        int total = from ? start[0] : 0;
+        int total = from ? int(start[0]) : 0;
         for (int row = 0; row < rows; ++row) {
             offset[row] = total;
             for (int h = 0; h < p.heads; ++h) {
-                start[row * p.heads + h] = total;
+                start[row * p.heads + h] = Start(total);
                 total += counts[row * p.heads + h];
             }
         }
@@ -348,7 +346,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_const
     }
     __syncthreads();
     const int lists = (kPageBlocks - from) * batch * p.heads;
-    for (int i = rows * p.heads + threadIdx.x; i <= lists; i += kThreads) start[i] = offset[rows];
+    for (int i = rows * p.heads + threadIdx.x; i <= lists; i += kThreads) start[i] = Start(offset[rows]);
     for (int row = warp_id(); row < rows; row += kWarps) {
         const int64_t source = (int64_t(block) * batch + row) * p.capacity;
         for (int i = lane_id(); i < offset[row + 1] - offset[row]; i += kWarp) {
@@ -356,4 +354,13 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_const
             p.page_residual[page][offset[row] + i] = p.residual[source + i];
         }
     }
+}
+
+// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new lists, those of blocks still to come, and
+// the entries.
+KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
+    if (p.start_bytes == 2)
+        place_outliers_of<uint16_t>(p);
+    else
+        place_outliers_of<int>(p);
 }

@@ -58,8 +58,15 @@ struct PagePointers {
     uint16_t *token_params;
     const uint16_t *outlier_index;
     const uint16_t *outlier_residual;
-    const int *outlier_start;
+    const void *outlier_start;  // start_bytes each
+    int64_t start_bytes;        // 2 or 4
 };
+
+// Entries of a page before outlier list `list`.
+KVQ_DEVICE int list_start(const PagePointers &page, int list) {
+    return page.start_bytes == 2 ? __ldg(static_cast<const uint16_t *>(page.outlier_start) + list)
+                                 : __ldg(static_cast<const int *>(page.outlier_start) + list);
+}
 
 // A channel of a head: its coordinate, its width, and the sum of the widths before it in the layer.
 struct Channel {

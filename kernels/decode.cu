@@ -380,8 +380,8 @@ struct OutlierRange {
     KVQ_DEVICE OutlierRange(const DecodeParams &p, const PagePointers &page, int row, int head) {
         const int block = lane_id() / 4, part = lane_id() % 4;
         const int batch = gridDim.z;
-        const int *list = page.outlier_start + (block * batch + row) * p.kv_heads + head;
-        const int first = __ldg(list), count = __ldg(list + 1) - first;
+        const int list = (block * batch + row) * p.kv_heads + head;
+        const int first = list_start(page, list), count = list_start(page, list + 1) - first;
         begin = first + count * part / 4;
         end = first + count * (part + 1) / 4;
     }

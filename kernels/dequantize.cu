@@ -52,8 +52,8 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) dequantize_blocks(const __grid_co
     }
     __syncthreads();
     if (page.outlier_start) {
-        const int *start = page.outlier_start + (place * int(gridDim.z) + row) * p.heads + head;
-        for (int i = start[0] + int(threadIdx.x); i < start[1]; i += kThreads) {
+        const int list = (place * int(gridDim.z) + row) * p.heads + head, end = list_start(page, list + 1);
+        for (int i = list_start(page, list) + int(threadIdx.x); i < end; i += kThreads) {
             const int index = page.outlier_index[i];
             tile[(index >> kCoordinateBits) * p.head_dim + (index & ((1 << kCoordinateBits) - 1))] +=
                 stored(p, page.outlier_residual[i]);

@@ -21,7 +21,8 @@ width     token ``t`` (0..31) stands in
 ========  ==========================================================================================
 
 Outliers of a page are lists, one per (block, sequence, head) in this order: ``uint16`` index
-``token_in_block << 11 | coordinate`` and the residual in the storage dtype, with ``int32`` starts.
+``token_in_block << 11 | coordinate`` and the residual in the storage dtype, with starts in ``int16`` where a full page
+cannot have more entries than that holds, else in ``int32``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ WORD_BYTES = 4
 #: Bits of an outlier index that hold the coordinate within the head.
 COORDINATE_BITS = 11
 OUTLIER_INDEX_BYTES = 2
-OUTLIER_START_BYTES = 4
 #: Exact tokens, residuals and per-token scales are 16-bit floats of either kind.
 STORAGE_BYTES = 2
 
@@ -151,14 +151,14 @@ class PageLayout:
         widths: bits of each channel, ``C = heads * head_dim`` numbers from 0 to 8.
         heads, head_dim: shape of a token.
         token_params: a scale and a zero point per token are stored.
-        outliers: outlier lists are stored.
+        outlier_cap: most outliers of one token; 0 where no outlier lists are stored.
     """
 
     widths: tuple[int, ...]
     heads: int
     head_dim: int
     token_params: bool
-    outliers: bool
+    outlier_cap: int
 
     def __post_init__(self) -> None:
         if len(self.widths) != self.channels:
@@ -226,13 +226,20 @@ class PageLayout:
             codes[:, channels] = unpack_units(region, width).flatten(-2)
         return codes
 
+    def start_dtype(self, batch: int) -> torch.dtype:
+        """Of a page's list starts: as narrow as the most entries that the page could have allow."""
+        most = PAGE_TOKENS * batch * self.outlier_cap
+        return torch.int16 if most <= torch.iinfo(torch.int16).max else torch.int32
+
     def page_bytes(self, batch: int = 1) -> dict[str, int]:
         """Bytes of one page's buffers but for outlier entries, by kind of buffer."""
         sizes = {"codes": WORD_BYTES * PAGE_BLOCKS * self.words_per_block * batch}
         if self.token_params:
             sizes["token_scales"] = 2 * STORAGE_BYTES * PAGE_TOKENS * batch
-        if self.outliers:
-            sizes["outlier_starts"] = OUTLIER_START_BYTES * (PAGE_BLOCKS * batch * self.heads + 1)
+        if self.outlier_cap:
+            sizes["outlier_starts"] = self.start_dtype(batch).itemsize * (
+                PAGE_BLOCKS * batch * self.heads + 1
+            )
         return sizes
 
 
@@ -317,7 +324,7 @@ def storage_bytes(
     pages = -(-stop // PAGE_TOKENS) - first // PAGE_TOKENS
     token_bytes = STORAGE_BYTES * layout.channels * batch
     sizes: dict[str, float] = {name: pages * size for name, size in layout.page_bytes(batch).items()}
-    if layout.outliers:
+    if layout.outlier_cap:
         sizes["outlier_entries"] = (OUTLIER_INDEX_BYTES + STORAGE_BYTES) * outliers
     sizes["exact_sinks"] = sink_tokens * token_bytes
     sizes["exact_recent"] = (context - stop) * token_bytes

@@ -229,7 +229,7 @@ class Quantizer:
             heads=self.geometry.num_kv_heads,
             head_dim=self.geometry.head_dim,
             token_params=self.spec.granularity == "token",
-            outliers=self.outlier_cap > 0,
+            outlier_cap=self.outlier_cap,
         )
 
     def to(self, device: torch.device | str) -> Quantizer:

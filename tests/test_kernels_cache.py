@@ -8,6 +8,7 @@ from artifact_factory import artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from shim.host import HostLauncher, compiler
 
+from kvq_calib.packing import PageLayout
 from kvq_calib.runtime import KVQCache, detach
 from kvq_calib.runtime import cache as cache_module
 from kvq_calib.runtime.cuda import CudaOps, ops_with
@@ -36,8 +37,10 @@ def host_kernels(monkeypatch):
     return launcher
 
 
+@pytest.mark.parametrize("starts", [torch.int16, torch.int32])
 @pytest.mark.parametrize("padding", [(0,), (0, 19)])
-def test_logits_agree_with_the_reference(host_kernels, padding) -> None:
+def test_logits_agree_with_the_reference(host_kernels, monkeypatch, padding, starts) -> None:
+    monkeypatch.setattr(PageLayout, "start_dtype", lambda layout, batch: starts)
     model = tiny_model("llama", head_dim=16).half()
     artifact = artifact_for(model, SPEC)
     ids = token_ids(len(padding), 110, seed=2)

@@ -68,7 +68,7 @@ def test_every_code_bit_stands_where_the_table_says(bits):
     seed=st.integers(0, 2**31),
 )
 def test_pages_hold_mixed_widths_whatever_the_appends(widths, first, batch, seed):
-    layout = PageLayout(tuple(widths), heads=2, head_dim=3, token_params=False, outliers=False)
+    layout = PageLayout(tuple(widths), heads=2, head_dim=3, token_params=False, outlier_cap=0)
     codes = torch.stack(
         [random_codes(w, batch, PAGE_TOKENS, seed=seed + i) for i, w in enumerate(widths)], -1
     )
@@ -84,7 +84,7 @@ def test_pages_hold_mixed_widths_whatever_the_appends(widths, first, batch, seed
 
 
 def test_a_channels_region_starts_at_eight_times_its_offset():
-    layout = PageLayout((3, 0, 5, 2), heads=1, head_dim=4, token_params=False, outliers=False)
+    layout = PageLayout((3, 0, 5, 2), heads=1, head_dim=4, token_params=False, outlier_cap=0)
     codes = torch.zeros(1, PAGE_TOKENS, 4, dtype=torch.uint8)
     codes[..., 3] = random_codes(2, 1, PAGE_TOKENS)
     page = layout.new_page(1)
@@ -96,13 +96,13 @@ def test_a_channels_region_starts_at_eight_times_its_offset():
 
 
 def test_writes_beyond_a_page_are_refused():
-    layout = PageLayout((4,), heads=1, head_dim=1, token_params=False, outliers=False)
+    layout = PageLayout((4,), heads=1, head_dim=1, token_params=False, outlier_cap=0)
     with pytest.raises(ValueError, match="whole blocks of one page"):
         layout.write(layout.new_page(1), torch.zeros(1, 64, 1, dtype=torch.uint8), 7)
     with pytest.raises(ValueError, match="whole blocks of one page"):
         layout.write(layout.new_page(1), torch.zeros(1, 33, 1, dtype=torch.uint8), 0)
     with pytest.raises(ValueError, match="widths"):
-        PageLayout((4, 4), heads=1, head_dim=1, token_params=False, outliers=False)
+        PageLayout((4, 4), heads=1, head_dim=1, token_params=False, outlier_cap=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,14 +138,21 @@ def test_outlier_lists_are_sorted_by_block_sequence_head_token():
     assert lists.counts.flatten().tolist() == [2, 1, 1, 0, 1, 0, 0, 0]
 
 
+def test_starts_are_as_narrow_as_a_full_page_allows():
+    layout = PageLayout((3,) * 192, heads=3, head_dim=64, token_params=False, outlier_cap=48)
+    assert [layout.start_dtype(batch) for batch in (1, 2, 3)] == [torch.int16, torch.int16, torch.int32]
+    sizes = [layout.page_bytes(batch)["outlier_starts"] for batch in (2, 3)]
+    assert sizes == [2 * (8 * 2 * 3 + 1), 4 * (8 * 3 * 3 + 1)]
+
+
 def test_storage_formula_counts_pages_tail_and_sinks():
-    layout = PageLayout((3,) * 8, heads=2, head_dim=4, token_params=True, outliers=True)
+    layout = PageLayout((3,) * 8, heads=2, head_dim=4, token_params=True, outlier_cap=2)
     sizes = storage_bytes(layout, context=300, batch=2, sink_tokens=1, recent_tokens=4, outliers=10)
     # 296 tokens are older than the window, 288 of them fill 9 blocks on 2 pages, 12 tokens are exact.
     assert sizes == {
         "codes": 2 * (8 * 24 * 4) * 2,
         "token_scales": 2 * 256 * 4 * 2,
-        "outlier_starts": 2 * 4 * (8 * 2 * 2 + 1),
+        "outlier_starts": 2 * 2 * (8 * 2 * 2 + 1),
         "outlier_entries": 40,
         "exact_sinks": 1 * 8 * 2 * 2,
         "exact_recent": 12 * 8 * 2 * 2,

@@ -203,7 +203,7 @@ def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int 
                 heads=geometry.num_kv_heads,
                 head_dim=geometry.head_dim,
                 token_params=quant.granularity == "token",
-                outliers=quant.outliers.fraction > 0,
+                outlier_cap=quant.outliers.cap(quant.granularity, geometry.channels),
             )
             sizes = storage_bytes(
                 layout,

@@ -186,9 +186,9 @@ def _read_page(reader: _Reader, prefix: str, packed: PackedTensor) -> Page:
     page = Page(reader.take(prefix + "codes", (batch, PAGE_BLOCKS * layout.words_per_block), torch.int32))
     if layout.token_params:
         page.token_params = reader.take(prefix + "token_params", (batch, PAGE_TOKENS, 2), storage)
-    if layout.outliers:
+    if layout.outlier_cap:
         lists = PAGE_BLOCKS * batch * layout.heads
-        start = reader.take(prefix + "outlier_start", (lists + 1,), torch.int32)
+        start = reader.take(prefix + "outlier_start", (lists + 1,), layout.start_dtype(batch))
         entries = int(start[-1])
         if int(start[0]) != 0 or bool((start.diff() < 0).any()):
             raise reader.problem(f"{prefix}outlier_start is not sorted")

@@ -338,7 +338,7 @@ class _AppendParams(ctypes.Structure):
 class _PlaceParams(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("index", "residual", "count", "page_index", "page_residual", "page_start")),
-        *((name, _I) for name in ("capacity", "heads", "blocks", "first_block", "batch", "padding")),
+        *((name, _I) for name in ("capacity", "heads", "blocks", "first_block", "batch", "start_bytes")),
     )
 
 
@@ -619,35 +619,38 @@ class KernelTables:
 
 
 def _page_rows(pages: Sequence[Page]) -> Tensor:
-    """Addresses of the buffers of pages, int64 ``[n, 5]`` as ``PagePointers`` in ``common.cuh``; 0 for none."""
+    """Addresses of the buffers of pages and bytes of a list start, int64 ``[n, 6]``: ``PagePointers`` in ``common.cuh``."""
     rows = [
         [
-            _pointer(buffer) or 0
-            for buffer in (
-                page.codes,
-                page.token_params,
-                page.outlier_index,
-                page.outlier_residual,
-                page.outlier_start,
-            )
+            *(
+                _pointer(buffer) or 0
+                for buffer in (
+                    page.codes,
+                    page.token_params,
+                    page.outlier_index,
+                    page.outlier_residual,
+                    page.outlier_start,
+                )
+            ),
+            0 if page.outlier_start is None else page.outlier_start.element_size(),
         ]
         for page in pages
     ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
 
 
 class PageTable:
-    """Device pointers of a tensor's pages, int64 ``[n, 5]``, kept up to date page by page."""
+    """Device pointers of a tensor's pages, int64 ``[n, 6]``, kept up to date page by page."""
 
     def __init__(self, packed: PackedTensor) -> None:
         self.packed = packed
         self._pages: list[Page] = []
-        self._host = torch.empty(0, 5, dtype=torch.int64)
+        self._host = torch.empty(0, 6, dtype=torch.int64)
         self._state: tuple[Any, ...] = ()
         self.tensor = self._host
 
     def refresh(self) -> Tensor:
-        """The table, int64 ``[pages, 5]`` on the device."""
+        """The table, int64 ``[pages, 6]`` on the device."""
         pages = self.packed.pages
         last = pages[-1] if pages else None
         state = (
@@ -710,7 +713,7 @@ def decode_attention(
         launcher: runs the kernels.
         query: float16 or bfloat16 ``[B, Hq, D]``, contiguous, rotated by the model.
         key, value: the layer's tables.
-        key_pages, value_pages: int64 ``[n, 5]``, see :class:`PageTable`.
+        key_pages, value_pages: int64 ``[n, 6]``, see :class:`PageTable`.
         exact: two pairs of keys (un-rotated where they are rotated on read) and values: sinks, then tail;
             storage dtype ``[B, H, t, D]`` with contiguous ``D`` and ``t``.
         context: which tokens are attended, and where they stand.
@@ -736,8 +739,8 @@ def decode_attention(
     if query_heads % heads:
         raise RuntimeMismatchError(f"{query_heads} query heads are no multiple of {heads} key-value heads")
     pages = key_pages.shape[0]
-    _check("key_pages", key_pages, (pages, 5), torch.int64, device)
-    _check("value_pages", value_pages, (pages, 5), torch.int64, device)
+    _check("key_pages", key_pages, (pages, 6), torch.int64, device)
+    _check("value_pages", value_pages, (pages, 6), torch.int64, device)
     table_blocks = context.blocks.shape[1]
     if table_blocks < (first_page + pages) * PAGE_BLOCKS:
         raise RuntimeMismatchError(f"the block table lists {table_blocks} blocks, the pages hold more")
@@ -1014,6 +1017,7 @@ def _place_outliers(
         blocks=count.shape[0],
         first_block=place,
         batch=count.shape[1],
+        start_bytes=tensor.layout.start_dtype(count.shape[1]).itemsize,
     )
     shared = 4 * (PAGE_BLOCKS * count.shape[1] * (table.heads + 1) + 1)
     launcher.launch("append.cu", (), "place_outliers", (pages, 1, 1), _APPEND_THREADS, shared, params)
@@ -1034,7 +1038,7 @@ def dequantize(
     Args:
         launcher: runs the kernel.
         table: of the tensor.
-        pages: int64 ``[n, 5]``, see :class:`PageTable`.
+        pages: int64 ``[n, 6]``, see :class:`PageTable`.
         batch: sequences ``B``.
         first_block: the first block wanted, counted from the first of ``pages``.
         blocks: how many.
@@ -1051,7 +1055,7 @@ def dequantize(
         raise RuntimeMismatchError(f"block {first_block + blocks - 1} is beyond the {pages.shape[0]} pages")
     if heads > MAX_GRID or batch > MAX_GRID:
         raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch takes")
-    _check("pages", pages, (pages.shape[0], 5), torch.int64, table.device)
+    _check("pages", pages, (pages.shape[0], 6), torch.int64, table.device)
     if positions is not None:
         _check("positions", positions, (batch, BLOCK_TOKENS * blocks), torch.int32, table.device)
     out = torch.empty(batch, heads, BLOCK_TOKENS * blocks, size, dtype=dtype, device=table.device)

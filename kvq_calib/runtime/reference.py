@@ -292,7 +292,7 @@ class PageReader:
             assert params.scale is not None
             assert params.zero_point is not None
             y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
-        if layout.outliers:
+        if layout.outlier_cap:
             self._add_outliers(y, pages)
         if self.quantizer.spec.channel_normalized:
             assert params.scale is not None

@@ -197,7 +197,7 @@ class Page:
         token_params: storage dtype ``[B, 256, 2]``, scale and zero point of each token, allocated whole; or
             ``None``.
         outlier_index, outlier_residual: int16 and storage dtype ``[E]``, as many as there are; or ``None``.
-        outlier_start: int32 ``[8 * B * H + 1]``: list ``(block * B + sequence) * H + head`` is entries
+        outlier_start: ``layout.start_dtype(B)`` ``[8 * B * H + 1]``: list ``(block * B + sequence) * H + head`` is entries
             ``start[i]`` to ``start[i + 1] - 1``; lists of blocks not yet written are empty. Or ``None``.
     """
 
@@ -216,21 +216,21 @@ class Page:
         """The tensors that are there, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
-    def select(self, rows: Tensor, heads: int) -> Page:
+    def select(self, rows: Tensor, layout: PageLayout) -> Page:
         """The page of other sequences: row ``i`` is what row ``rows[i]`` was."""
         page = Page(self.codes[rows], None if self.token_params is None else self.token_params[rows])
         if self.outlier_start is not None:
             assert self.outlier_index is not None
             assert self.outlier_residual is not None
             start = self.outlier_start.to(torch.int64)
-            shape = (PAGE_BLOCKS, self.codes.shape[0], heads)
+            shape = (PAGE_BLOCKS, self.codes.shape[0], layout.heads)
             counts = start.diff().view(shape)[:, rows].flatten()
             begin = start[:-1].view(shape)[:, rows].flatten()
             new_start = torch.zeros(len(counts) + 1, dtype=torch.int64, device=start.device)
             torch.cumsum(counts, 0, out=new_start[1:])
             offset = torch.repeat_interleave(begin - new_start[:-1], counts)
             source = offset + torch.arange(len(offset), device=start.device)
-            page.outlier_start = new_start.to(torch.int32)
+            page.outlier_start = new_start.to(layout.start_dtype(len(rows)))
             page.outlier_index = self.outlier_index[source]
             page.outlier_residual = self.outlier_residual[source]
         return page
@@ -296,7 +296,7 @@ class PackedTensor:
             assert q.outliers is not None
             assert q.residual is not None
             lists = pack_outliers(q.outliers, q.residual, layout.heads)
-            ends = page.entries + lists.counts.flatten().cumsum(0).to(torch.int32)
+            ends = (page.entries + lists.counts.flatten().cumsum(0)).to(page.outlier_start.dtype)
             begin = place * self.batch * layout.heads + 1
             page.outlier_start[begin : begin + len(ends)] = ends
             page.outlier_start[begin + len(ends) :] = ends[-1]
@@ -309,11 +309,12 @@ class PackedTensor:
         page = Page(layout.new_page(self.batch, self.device))
         if layout.token_params:
             page.token_params = torch.zeros(self.batch, PAGE_TOKENS, 2, dtype=storage, device=self.device)
-        if layout.outliers:
+        if layout.outlier_cap:
             page.outlier_index = torch.empty(0, dtype=torch.int16, device=self.device)
             page.outlier_residual = torch.empty(0, dtype=storage, device=self.device)
             lists = PAGE_BLOCKS * self.batch * layout.heads
-            page.outlier_start = torch.zeros(lists + 1, dtype=torch.int32, device=self.device)
+            starts = layout.start_dtype(self.batch)
+            page.outlier_start = torch.zeros(lists + 1, dtype=starts, device=self.device)
         return page
 
     def truncate(self, blocks: int) -> None:
@@ -350,7 +351,7 @@ class PackedTensor:
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         self.batch = len(rows)
-        self.pages = [page.select(rows, self.layout.heads) for page in self.pages]
+        self.pages = [page.select(rows, self.layout) for page in self.pages]
 
     @property
     def outlier_entries(self) -> int:
@@ -367,7 +368,7 @@ class PackedTensor:
             "outlier_residual": "outlier_entries",
         }
         sizes = dict.fromkeys(self.layout.page_bytes(), 0)
-        if self.layout.outliers:
+        if self.layout.outlier_cap:
             sizes["outlier_entries"] = 0
         for page in self.pages:
             for name, tensor in page.tensors().items():
