@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kvq_calib.calibrate.capture import LayerKV, OnBackward, OnForward, capture
 from kvq_calib.errors import CalibrationError, ModelError
 
-__all__ = ["fisher_pass"]
+__all__ = ["activations_only", "fisher_pass", "head_logits", "is_splittable", "recomputed_layers"]
 
 _CHUNK = 256
 """Tokens whose logits exist at one time."""
@@ -70,12 +70,12 @@ def fisher_pass(
             raise CalibrationError(f"gradients of layer {kv.layer} are not finite; try --dtype float32")
         on_kv(kv, grad_keys, grad_values)
 
-    split = _is_splittable(model)
+    split = is_splittable(model)
     with ExitStack() as stack:
-        stack.enter_context(_activations_only(model))
+        stack.enter_context(activations_only(model))
         stack.enter_context(capture(model, on_forward, scale, recompute=recompute))
         if recompute:
-            stack.enter_context(_recomputed_layers(model))
+            stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         total = _split_backward(model, ids) if split else _plain_backward(model, ids)
     return total / (ids.shape[0] * predicted)
@@ -115,7 +115,7 @@ def _split_backward(model: nn.Module, ids: Tensor) -> float:
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
         piece = hidden[:, start:stop].detach().requires_grad_()
-        logits = _logits(model, type(output), piece, ids[:, start:stop])
+        logits = head_logits(model, type(output), piece, ids[:, start:stop])
         loss = _loss_sum(logits, ids[:, start + 1 : stop + 1])
         total += float(loss.detach())
         (gradient[:, start:stop],) = torch.autograd.grad(loss, piece)
@@ -124,7 +124,7 @@ def _split_backward(model: nn.Module, ids: Tensor) -> float:
     return total
 
 
-def _logits(model: nn.Module, output: Callable[..., Any], hidden: Tensor, ids: Tensor) -> Tensor:
+def head_logits(model: nn.Module, output: Callable[..., Any], hidden: Tensor, ids: Tensor) -> Tensor:
     """Return the model's logits for final hidden states.
 
     The model's own forward computes them, with its body replaced by one that returns `hidden`: so whatever a
@@ -150,7 +150,7 @@ def _instance_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None
             module.forward = previous
 
 
-def _is_splittable(model: nn.Module) -> bool:
+def is_splittable(model: nn.Module) -> bool:
     """Whether body and head called apart give the model's logits; tried once per model on a few tokens."""
     known = _SPLITTABLE.get(model)
     if known is None:
@@ -170,7 +170,7 @@ def _try_split(model: nn.Module) -> bool:
             output = body(input_ids=ids, use_cache=False)
             hidden = output.last_hidden_state
             pieces = [
-                _logits(model, type(output), hidden[:, s], ids[:, s]) for s in (slice(0, 3), slice(3, 7))
+                head_logits(model, type(output), hidden[:, s], ids[:, s]) for s in (slice(0, 3), slice(3, 7))
             ]
         except Exception:  # whatever a family's forward makes of it, the plain loss is right
             return False
@@ -180,7 +180,7 @@ def _try_split(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _activations_only(model: nn.Module) -> Iterator[None]:
+def activations_only(model: nn.Module) -> Iterator[None]:
     """Freeze the parameters and let gradients start at the embedded tokens."""
 
     def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _activations_only(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed_layers(model: nn.Module) -> Iterator[None]:
+def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Checkpoint every decoder layer.
 
     transformers' own switch works in training mode only, which would turn dropout on.

@@ -26,7 +26,7 @@ from kvq_calib.artifact import LayerParams
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
-from kvq_calib.calibrate.fisher import _activations_only, _is_splittable, _logits, _recomputed_layers
+from kvq_calib.calibrate.fisher import activations_only, head_logits, is_splittable, recomputed_layers
 from kvq_calib.errors import CalibrationError
 from kvq_calib.quantizer import Quantizer, QuantParams, codebook_boundaries, reciprocal, roundtrip_storage
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
@@ -174,7 +174,7 @@ def divergence(
             seen.append(torch.cat([exact, quantize[kv.layer][kind](x[:, :, sinks:])], dim=2))
         return seen[0], seen[1]
 
-    body = model.base_model if _is_splittable(model) else None
+    body = model.base_model if is_splittable(model) else None
     run = (lambda: body(input_ids=ids, use_cache=False)) if body is not None else None
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     total = 0.0
@@ -190,9 +190,9 @@ def divergence(
         with torch.set_grad_enabled(backward):
             changed, wanted = piece, reference[:, part]
             if run:
-                changed = _logits(model, type(output), piece, ids[:, part])
+                changed = head_logits(model, type(output), piece, ids[:, part])
                 with torch.no_grad():
-                    wanted = _logits(model, type(output), wanted, ids[:, part])
+                    wanted = head_logits(model, type(output), wanted, ids[:, part])
             log_p, log_q = wanted.float().log_softmax(-1), changed.float().log_softmax(-1)
             loss = (log_p.exp() * (log_p - log_q)).sum() / predicted
         total += float(loss.detach())
@@ -281,10 +281,10 @@ def learn(
         return divergence(model, held_out.to(device), cache, quantizers)
 
     with ExitStack() as stack:
-        stack.enter_context(_activations_only(model))
+        stack.enter_context(activations_only(model))
         before = measure(layers)
         if recompute:
-            stack.enter_context(_recomputed_layers(model))
+            stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         for step in range(steps):
             piece = pieces[next_of(order, step * ranks + rank)]
@@ -312,7 +312,7 @@ def learn(
         fraction, learned = choices[-1]
         return Learned(learned, fraction, None, None)
     found = [before]
-    with _activations_only(model):
+    with activations_only(model):
         for _, reached in choices[1:]:
             divergence_there = measure(reached)
             assert divergence_there is not None
