@@ -309,6 +309,7 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
         }
 #pragma unroll
         for (int four = 0; four < 4; ++four) {
+            if (KVQ_KEY_ENTRIES > 16) __syncwarp();  // keeps the compiler from fetching all levels at once
             uint32_t operand[2 * kPairs][4];
 #pragma unroll
             for (int i = 0; i < 2 * kPairs; ++i) {  // matrix register: pair i / 2, tokens from 0 or from 16
@@ -359,6 +360,7 @@ KVQ_DEVICE void mix_page(const Shared &s, const uint4 *levels, const uint32_t *c
         float out[4] = {before.x * rescale[0], before.y * rescale[1], before.z * rescale[0], before.w * rescale[1]};
 #pragma unroll
         for (int four = 0; four < 8; ++four) {
+            if (KVQ_VALUE_ENTRIES > 16) __syncwarp();  // keeps the compiler from fetching all levels at once
             uint32_t operand[4][2];
 #pragma unroll
             for (int i = 0; i < 4; ++i) unit[i % 2].four(i / 2, four, operand[i]);
