@@ -137,6 +137,7 @@ class PackedLayer:
             return tensor.data_ptr() + stride * torch.arange(count, dtype=torch.int64)
 
         columns = [address(tensor) for tensor in (codes, params, index, residual, starts)]
+        columns.append(torch.full((count,), starts.element_size(), dtype=torch.int64))
         return torch.stack(columns, dim=-1).to(device)
 
     @property

@@ -65,10 +65,9 @@ def test_a_spec_survives_json():
     ("fraction", "channels", "per_side", "token_cap", "channel_cap"),
     [
         (0.0, 192, 0, 0, 0),
-        (0.01, 192, 1, 2, 8),
-        (0.01, 1024, 5, 10, 41),
-        (0.03, 25, 1, 2, 3),
-        (0.01, 8, 1, 2, 1),
+        (0.01, 192, 1, 2, 48),
+        (0.01, 1024, 5, 10, 256),
+        (0.01, 8, 1, 2, 2),
     ],
 )
 def test_outlier_capacities(fraction, channels, per_side, token_cap, channel_cap):
