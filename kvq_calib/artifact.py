@@ -417,7 +417,7 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
     def problem(name: str, what: str) -> ArtifactValueError:
         return ArtifactValueError(f"tensor {prefix}{name} {what}")
 
-    for name in ("codebook", "scale", "zero_point", "phase", "rotation"):
+    for name in ("codebook", "scale", "zero_point", "phase", "rotation", "feedback_scale"):
         tensor = tensors.get(prefix + name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise problem(name, "has values that are not finite")
@@ -436,6 +436,9 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
     scale = tensors.get(prefix + "scale")
     if scale is not None and bool((scale <= 0).any()):
         raise problem("scale", "must be positive")
+    step = tensors.get(prefix + "feedback_scale")
+    if step is not None and bool((step < 0).any()):
+        raise problem("feedback_scale", "must not be negative")
     rotation = tensors.get(prefix + "rotation")
     if rotation is not None:
         identity = torch.eye(rotation.shape[-1])

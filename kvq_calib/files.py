@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -20,26 +21,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         WriteError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
     """
     target = Path(path)
-    temporary: str | None = None
+    # The name is known before the file is there, so that an interrupt at any point finds it.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-        temporary = None
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(
             f"cannot write {target}: {reason}; choose another place or free some space"
         ) from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -10,6 +10,9 @@ Outliers, ``|y - zero_point| > scale``, are coded like every other element (so b
 ``y - y'`` beside it in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing
 is stored twice. Every token is quantized by itself: how tokens are grouped into calls, pages or batches never
 changes a code (dynamic channel thresholds, an evaluation-only setting, are the exception).
+
+With error feedback, what is normalised is not ``y`` but ``y`` plus a linear combination of the errors ``y - y'`` of the
+coordinates before it in its head. Decoding knows nothing of it.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ class QuantParams:
         scale, zero_point: float32 ``[C]``, static thresholds ``zero_point -+ scale``.
         phase: float32 ``[H, P]``, radians by which each RoPE pair is turned before quantization.
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
+        feedback: int8 ``[H, D (D - 1) / 2]``, see :func:`kvq_calib.spec.expected_tensors`.
+        feedback_scale: float32 ``[H]``.
     """
 
     bits: Tensor
@@ -47,6 +52,8 @@ class QuantParams:
     zero_point: Tensor | None = None
     phase: Tensor | None = None
     rotation: Tensor | None = None
+    feedback: Tensor | None = None
+    feedback_scale: Tensor | None = None
 
     @classmethod
     def uniform(
@@ -89,7 +96,8 @@ class Normalised:
     """Keys or values on the codebook's scale.
 
     Attributes:
-        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and static normalisation.
+        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and static normalisation, with the
+            errors that are fed back.
         normalised: float32 ``[B, T, C]``, ``(y - zero_point) / scale``.
         scale, zero_point: float32, broadcast against ``y``.
         outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
@@ -318,9 +326,57 @@ class Quantizer:
         channel = torch.arange(codes.shape[-1], device=codes.device)
         return self.levels[channel, codes.to(torch.int64)]
 
+    @property
+    def feedback(self) -> Tensor:
+        """What share of an earlier coordinate's error a later one takes up, float32 ``[H, D, D]``; row ``i`` is coordinate
+        ``i``'s, and zero from the diagonal on."""
+        assert self.params.feedback is not None and self.params.feedback_scale is not None
+        size = self.geometry.head_dim
+        row, column = torch.tril_indices(size, size, -1, device=self.params.feedback.device)
+        matrix = self.params.feedback_scale.new_zeros(self.geometry.num_kv_heads, size, size)
+        matrix[:, row, column] = self.params.feedback_scale[:, None] * self.params.feedback.float()
+        return matrix
+
+    def with_feedback(self, y: Tensor) -> Tensor:
+        """Add to each coordinate its share of the errors that those before it in the head are quantized with.
+
+        Coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of feedback[i, j] (y[j] - y'[j])``. With
+        ``feedback = M - I`` and the weight of an error ``e`` of a head ``e^T M^T D M e``, ``M`` unit lower triangular and
+        ``D`` diagonal, what is left to weigh are the rounding errors ``t - y' = M e`` alone, by ``D``. (The rounding of
+        GPTQ, arXiv 2210.17323, and QuIP, arXiv 2307.13304, applied to the cache.) Sums run from ``j = 0`` on, products
+        and sums rounded one by one.
+
+        Args:
+            y: float32 ``[B, T, C]``.
+
+        Returns:
+            ``t``, float32 ``[B, T, C]``.
+        """
+        assert self.params.scale is not None and self.params.zero_point is not None
+        heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
+        batch, tokens, channels = y.shape
+
+        def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
+            return parameter.unflatten(0, (heads, size)).transpose(0, 1).contiguous()
+
+        levels, boundaries = by_coordinate(self.levels), by_coordinate(self.boundaries)
+        scale, zero_point = (by_coordinate(p)[..., None] for p in (self.params.scale, self.params.zero_point))
+        inverse = reciprocal(scale)
+        shares = self.feedback.permute(2, 1, 0)[..., None].contiguous()  # [from, to, H, 1]
+        exact = by_coordinate(y.reshape(batch * tokens, channels).T)
+        fed = exact.clone()
+        for i in range(size - 1):
+            code = torch.searchsorted(boundaries[i], (fed[i] - zero_point[i]) * inverse[i])
+            error = exact[i] - (zero_point[i] + scale[i] * levels[i].gather(1, code))
+            fed[i + 1 :] += shares[i, i + 1 :] * error
+        joined: Tensor = fed.transpose(0, 1).reshape(channels, -1).T.contiguous()
+        return joined.view(batch, tokens, channels)
+
     def normalise(self, x: Tensor) -> Normalised:
         """Bring ``[B, H, T, D]`` keys or values into the codebook's range and mark the outliers."""
         y = self._normalised_channels(self.transform(x))
+        if self.params.feedback is not None:
+            y = self.with_feedback(y)
         token = None
         if self.spec.granularity == "token":
             token = token_thresholds(y, self.spec.outliers.per_side(y.shape[-1]), self.storage)

@@ -82,6 +82,8 @@ class QuantSpec(_Frozen):
         pre_rope: keys only: quantized before the rotary embedding.
         phase: keys only: each RoPE pair is turned by an angle of its own before quantization.
         rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
+        feedback: the errors of a head's earlier coordinates are fed into its later ones before those are coded, so
+            that they partly cancel where the model looks (:meth:`kvq_calib.quantizer.Quantizer.with_feedback`).
         outliers: dense-and-sparse storage.
         q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
@@ -95,6 +97,7 @@ class QuantSpec(_Frozen):
     pre_rope: bool = True
     phase: bool = False
     rotation: bool = False
+    feedback: bool = False
     outliers: OutlierSpec = OutlierSpec()
     q_norm: bool = False
 
@@ -110,6 +113,8 @@ class QuantSpec(_Frozen):
             raise ValueError("phase is for keys and rotation for values: one tensor cannot have both")
         if self.phase and not self.pre_rope:
             raise ValueError("phase needs pre_rope: true")
+        if self.feedback and (self.granularity == "token" or self.dynamic or self.outliers.fraction > 0):
+            raise ValueError("feedback needs static thresholds per channel and no outliers")
         return self
 
     @property
@@ -276,6 +281,9 @@ def expected_tensors(
     ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels of the channels
     whose ``codebook_index`` is ``g``, then repeats its last level. Without ``variable_bits`` there is one row of
     ``2 ** bits`` levels for all channels, and neither ``bits`` nor ``codebook_index``.
+
+    ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
+    head's ``feedback_scale``.
     """
     channels = geometry.channels
     tensors: dict[str, TensorShape] = {"codebook": ((1, 1 << spec.bits), "float32")}
@@ -290,4 +298,8 @@ def expected_tensors(
         tensors["phase"] = ((geometry.num_kv_heads, len(rope.pairs)), "float32")
     if spec.rotation:
         tensors["rotation"] = ((geometry.num_kv_heads, geometry.head_dim, geometry.head_dim), "float32")
+    if spec.feedback:
+        entries = geometry.head_dim * (geometry.head_dim - 1) // 2
+        tensors["feedback"] = ((geometry.num_kv_heads, entries), "int8")
+        tensors["feedback_scale"] = ((geometry.num_kv_heads,), "float32")
     return tensors

@@ -94,6 +94,16 @@ RECIPES: dict[str, KVCacheSpec] = {
         },
         sink_tokens=2,
     ),
+    "feedback": recipe(
+        key={"bits": 4, "variable_bits": True, "phase": True, "feedback": True, "outliers": {}},
+        value={
+            "bits": 3,
+            "granularity": "channel",
+            "dynamic": False,
+            "feedback": True,
+            "outliers": {},
+        },
+    ),
     "post-rope-token": recipe(
         key={
             "bits": 4,
@@ -151,11 +161,23 @@ def _params(
         low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
         zero_point, scale = (low + high) / 2, (high - low) / 2 + 1e-3
     codebook = torch.stack(rows)
+    feedback: dict[str, Tensor] = {}
+    if spec.feedback:
+        entries = size * (size - 1) // 2
+        feedback["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
+        feedback["feedback_scale"] = 0.3 / size * (1 + torch.rand(heads, generator=generator)) / 127
     if not spec.variable_bits and codebooks == 1:
         return QuantParams.uniform(
-            spec.bits, channels, codebook, scale, zero_point=zero_point, phase=phase, rotation=rotation
+            spec.bits,
+            channels,
+            codebook,
+            scale,
+            zero_point=zero_point,
+            phase=phase,
+            rotation=rotation,
+            **feedback,
         )
-    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation)
+    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation, **feedback)
 
 
 def _levels(count: int, columns: int, generator: torch.Generator) -> Tensor:

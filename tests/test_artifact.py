@@ -27,7 +27,7 @@ from kvq_calib.artifact import (
 from kvq_calib.errors import KVQError
 from kvq_calib.files import WriteError
 from kvq_calib.quantizer import QuantParams
-from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, OutlierSpec, QuantSpec, RopeSpec
+from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, LayerSpec, OutlierSpec, QuantSpec, RopeSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.kvq.safetensors"
 GEOMETRY = KVGeometry(
@@ -40,6 +40,12 @@ GEOMETRY = KVGeometry(
 SPEC = KVCacheSpec(
     key=QuantSpec(bits=3, variable_bits=True, phase=True, outliers=OutlierSpec(fraction=0.01)),
     value=QuantSpec(bits=2, granularity="token", dynamic=True, rotation=True),
+    layers={
+        1: LayerSpec(
+            key=QuantSpec(bits=3, variable_bits=True, phase=True, feedback=True),
+            value=QuantSpec(bits=2, granularity="token", dynamic=True, rotation=True),
+        )
+    },
 )
 
 
@@ -55,6 +61,8 @@ def tiny() -> KVArtifact:
             scale=torch.arange(1, 9) / 8,
             zero_point=torch.arange(8) / 16,
             phase=torch.tensor([[0.5, -0.25], [0.0, 1.0]]) if index == 0 else None,
+            feedback=torch.arange(-6, 6).to(torch.int8).view(2, 6) if index == 1 else None,
+            feedback_scale=torch.tensor([0.125, 0.25]) if index == 1 else None,
         )
         value = QuantParams.uniform(
             2,
@@ -160,6 +168,7 @@ def put(name, index, value):
         (put("layers.0.key.codebook_index", 2, 1), ArtifactValueError, "outside the 1 codebooks"),
         (put("layers.0.key.codebook_index", 2, -1), ArtifactValueError, "outside the 1 codebooks"),
         (put("layers.0.key.phase", (0, 0), float("nan")), ArtifactValueError, "not finite"),
+        (put("layers.1.key.feedback_scale", 0, -1.0), ArtifactValueError, "must not be negative"),
         (put("layers.0.value.rotation", (0, 0, 0), 0.5), ArtifactValueError, "not orthogonal"),
     ],
 )

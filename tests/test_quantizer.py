@@ -1,5 +1,7 @@
 """The reference numerics: nearest levels, exact outliers, caps, token thresholds, transforms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,3 +218,75 @@ def test_dynamic_channels_use_the_sequence_itself():
     low, high = torch.quantile(x[1, 0, :, 3], torch.tensor([0.025, 0.975]))
     torch.testing.assert_close(q.channel_scale[1, 0, 3], (high - low) / 2)
     assert torch.equal(quantizer.quantize(x[1:]).codes, q.codes[1:])
+
+
+def with_feedback(bits, strength=1.0, seed=0):
+    """A quantizer with feedback and its twin without."""
+    plain = params(bits)
+    generator = torch.Generator().manual_seed(seed)
+    entries = torch.randint(-127, 128, (HEADS, DIM * (DIM - 1) // 2), generator=generator).to(torch.int8)
+    fed = replace(plain, feedback=entries, feedback_scale=torch.full((HEADS,), strength / (127 * DIM)))
+    return Quantizer(QuantSpec(bits=bits, feedback=True), fed, SHAPE), Quantizer(
+        QuantSpec(bits=bits), plain, SHAPE
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_feedback_follows_its_formula_token_by_token(bits, seed):
+    quantizer, plain = with_feedback(bits, strength=4.0, seed=seed)
+    x = torch.randn(2, HEADS, 3, DIM, generator=torch.Generator().manual_seed(seed))
+    codes = quantizer.quantize(x).codes.unflatten(-1, (HEADS, DIM))
+    levels = plain.levels.unflatten(0, (HEADS, DIM))
+    boundaries = plain.boundaries.unflatten(0, (HEADS, DIM))
+    scale, zero = (
+        plain.params.scale.unflatten(0, (HEADS, DIM)),
+        plain.params.zero_point.unflatten(0, (HEADS, DIM)),
+    )
+    for head in range(HEADS):
+        y, errors = x[1, head, 2], []
+        for i in range(DIM):
+            t = y[i].clone()
+            for j, error in enumerate(errors):
+                entry = int(quantizer.params.feedback[head, i * (i - 1) // 2 + j])
+                t = t + (quantizer.params.feedback_scale[head] * entry) * error
+            u = (t - zero[head, i]) * (1 / scale[head, i])
+            code = int((u > boundaries[head, i]).sum())
+            assert code == int(codes[1, 2, head, i])
+            errors.append(y[i] - (zero[head, i] + scale[head, i] * levels[head, i, code]))
+
+
+def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
+    weight = torch.full((DIM, DIM), 0.9) + 0.1 * torch.eye(DIM)  # errors of equal sign cost most
+    spec = QuantSpec(bits=3)
+    even = QuantParams.uniform(
+        3,
+        CHANNELS,
+        torch.linspace(-1, 1, 8)[None],
+        torch.full((CHANNELS,), 2.0),
+        zero_point=torch.zeros(CHANNELS),
+    )
+    lower = torch.linalg.cholesky(weight.flip(0, 1)).flip(0, 1)
+    matrix = (lower / lower.diagonal()).T
+    row, column = torch.tril_indices(DIM, DIM, -1)
+    entries = (
+        (matrix[row, column] * 127).round().clamp(-127, 127).to(torch.int8).expand(HEADS, -1).contiguous()
+    )
+    fed = replace(even, feedback=entries, feedback_scale=torch.full((HEADS,), 1 / 127))
+    x = 0.5 * torch.randn(1, HEADS, 500, DIM, generator=torch.Generator().manual_seed(1))
+
+    def cost(q):
+        error = q(x) - x
+        return float(torch.einsum("bhti,ij,bhtj->", error, weight, error))
+
+    quantizer = Quantizer(QuantSpec(bits=3, feedback=True), fed, SHAPE)
+    assert cost(quantizer) < 0.5 * cost(Quantizer(spec, even, SHAPE))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"granularity": "token", "dynamic": True}, {"dynamic": True}, {"outliers": {"fraction": 0.01}}],
+)
+def test_feedback_needs_static_channels_without_outliers(options):
+    with pytest.raises(ValueError, match="feedback needs"):
+        QuantSpec(bits=3, feedback=True, **options)

@@ -117,6 +117,8 @@ class Trainable:
         levels = live.codebook[live.codebook_index.to(torch.int64)]
         with torch.no_grad():
             y = quantizer.transform(x)
+            if live.feedback is not None:
+                y = quantizer.with_feedback(y)
             normalised = (y - live.zero_point) * reciprocal(live.scale)
             by_channel = normalised.flatten(0, 1).T.contiguous()
             codes = torch.searchsorted(codebook_boundaries(levels, live.bits), by_channel)

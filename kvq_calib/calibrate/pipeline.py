@@ -27,6 +27,7 @@ from kvq_calib.attention import LayerKV
 from kvq_calib.calibrate.capture import capture
 from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
+from kvq_calib.calibrate.feedback import GradientCovariance
 from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
@@ -146,12 +147,21 @@ class _Subject:
         """Name of the statistics of pass two: everything that decides them, in one string."""
         weights = "fisher" if self.weighted else "uniform"
         if self.allocated:
-            turned = "turned" if self.spec.phase else "plain"
-            return f"weighted.{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}.{weights}"
+            return f"weighted.{self._turned}.{weights}{'.fed' if self.spec.feedback else ''}"
         spec = self.spec.model_dump(exclude={"bits", "datatype", "q_norm"})
         facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return f"levels.{self.layer}.{self.kind}.{digest}.{weights}"
+
+    @property
+    def _turned(self) -> str:
+        turned = "turned" if self.spec.phase else "plain"
+        return f"{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}"
+
+    @property
+    def covariance(self) -> str:
+        """Name of the statistics of its gradients, where errors are fed back."""
+        return f"covariance.{self._turned}"
 
     @property
     def needs_histogram(self) -> bool:
@@ -272,6 +282,8 @@ class _Run:
             )
         if family == "weighted":
             return WeightedHistogram(geometry.channels)
+        if family == "covariance":
+            return GradientCovariance(geometry.num_kv_heads, geometry.head_dim)
         return LevelHistogram(weighted=rest.endswith(".fisher"))
 
     def _each_window(self, what: str, names: Iterable[str], step: Callable[[Tensor], None]) -> None:
@@ -380,7 +392,8 @@ class _Run:
                     gradient = rotated
                 collect(kv, subject, gradient)
 
-        names = self._prepare(subject.histogram for subject in subjects)
+        fed = [subject.covariance for subject in subjects if subject.spec.feedback]
+        names = self._prepare([*(subject.histogram for subject in subjects), *fed])
         if backward:
 
             def step(ids: Tensor) -> None:
@@ -409,7 +422,12 @@ class _Run:
                 raise _not_finite(subject.layer, subject.kind)
             weights = torch.ones_like(y)
             if gradient is not None:
-                weights = transform(gradient.cpu()).flatten(0, 1).double().square()
+                gradient = transform(gradient.cpu()).flatten(0, 1)
+                weights = gradient.double().square()
+                if subject.spec.feedback:
+                    covariance = self.statistics[subject.covariance]
+                    assert isinstance(covariance, GradientCovariance)
+                    covariance.update(gradient)
             statistics = self.statistics[subject.histogram]
             assert isinstance(statistics, WeightedHistogram)
             statistics.update(y, weights, mean, deviation)
@@ -487,13 +505,17 @@ class _Run:
             return tuple(
                 LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(self.geometry.layers))
             )
-        moments, histograms = {}, {}
+        moments, histograms, covariances = {}, {}, {}
         for at, subject in subjects.items():
             first, second = self.totals[subject.sketch], self.totals[subject.histogram]
             assert isinstance(first, ChannelMoments)
             assert isinstance(second, WeightedHistogram)
             moments[at], histograms[at] = first, second
-        return fit_layers(config.cache, config.allocation, self.geometry, moments, histograms)
+            if subject.spec.feedback:
+                third = self.totals[subject.covariance]
+                assert isinstance(third, GradientCovariance)
+                covariances[at] = third
+        return fit_layers(config.cache, config.allocation, self.geometry, moments, histograms, covariances)
 
     def _learn(
         self, config: CalibrationConfig, layers: tuple[LayerParams, ...]

@@ -19,12 +19,17 @@ from kvq_calib.calibrate.allocation import (
     spend,
 )
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
+from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
 from kvq_calib.config import AllocationConfig
 from kvq_calib.quantizer import QuantParams
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, RopeSpec
 
 Place = tuple[int, Kind]
 """Layer and kind."""
+
+#: How much of what feedback leaves of the weights (in logarithms) the allocation counts on: errors that are fed in
+#: widen what a coordinate has to code, so a narrow channel gains less than a wide one.
+_TRUST = 0.5
 
 
 def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
@@ -39,6 +44,7 @@ def fit_layers(
     geometry: KVGeometry,
     moments: Mapping[Place, ChannelMoments],
     histograms: Mapping[Place, WeightedHistogram],
+    covariances: Mapping[Place, GradientCovariance],
 ) -> tuple[LayerParams, ...]:
     """Fit everything a layer stores, for all layers.
 
@@ -48,6 +54,7 @@ def fit_layers(
         settings: budget and floors.
         geometry: of the model.
         moments, histograms: statistics of each layer and kind.
+        covariances: of the gradients, where errors are fed back.
 
     Raises:
         ConfigError: the budget is too small.
@@ -59,9 +66,16 @@ def fit_layers(
         for layer, kind in places
     }
     curves: dict[Place, Curves] = {}
+    apart: dict[Place, dict[str, Tensor]] = {}  # what does not depend on the widths
     for layer, kind in places:
         mean, deviation = moments[layer, kind].turned(phases[layer, kind])
         points, weights = histograms[layer, kind].distribution(mean, deviation)
+        phase = phases[layer, kind]
+        apart[layer, kind] = {} if phase is None else {"phase": phase}
+        if specs[layer].of(kind).feedback:
+            feedback, step, left = error_feedback(covariances[layer, kind].sums.cpu())
+            apart[layer, kind] |= {"feedback": feedback, "feedback_scale": step}
+            weights = weights * left.flatten().pow(_TRUST)[:, None]
         curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind).bits)
 
     floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
@@ -76,7 +90,7 @@ def fit_layers(
 
     def stored_bits(widths: list[Tensor]) -> float:
         shapes = {
-            place: replace(_shapes(w, settings.codebooks), phase=phases[place])
+            place: replace(_shapes(w, settings.codebooks), **apart[place])
             for place, w in zip(places, widths, strict=True)
         }
         layers = tuple(LayerParams(shapes[n, "key"], shapes[n, "value"]) for n in range(len(specs)))
@@ -90,7 +104,7 @@ def fit_layers(
     else:
         chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
     params = {
-        place: replace(share_codebooks(curves[place], widths, settings.codebooks), phase=phases[place])
+        place: replace(share_codebooks(curves[place], widths, settings.codebooks), **apart[place])
         for place, widths in zip(places, chosen, strict=True)
     }
     return tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in range(len(specs)))

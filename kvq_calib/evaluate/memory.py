@@ -182,6 +182,8 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
         size += 4 * channels // 2
     if spec.rotation:
         size += 4 * channels * geometry.head_dim
+    if spec.feedback:
+        size += geometry.num_kv_heads * (geometry.head_dim * (geometry.head_dim - 1) // 2 + 4)
     return size
 
 

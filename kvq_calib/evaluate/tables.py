@@ -243,7 +243,11 @@ def _describe(artifact: KVArtifact, kind: Any) -> str:
         parts.append("before RoPE" if spec.pre_rope else "after RoPE")
     if spec.outliers.fraction:
         parts.append(f"{spec.outliers.fraction:.1%} outliers")
-    parts += [name for name in ("phase", "rotation", "q_norm", "channel_normalized") if getattr(spec, name)]
+    parts += [
+        name
+        for name in ("phase", "rotation", "feedback", "q_norm", "channel_normalized")
+        if getattr(spec, name)
+    ]
     if len(set(map(str, specs))) > 1:
         parts.append("some layers differ")
     return ", ".join(parts)

@@ -917,8 +917,12 @@ def _append_chunk(
                 f"new {table.kind}s are {tuple(x.shape)} on {x.device}, expected "
                 f"{(batch, heads, blocks * BLOCK_TOKENS, size)} on {device}"
             )
-        rotation = table.quantizer.params.rotation
-        source = x if rotation is None else x.float() @ rotation
+        rotation, phase = table.quantizer.params.rotation, table.phase
+        if table.quantizer.params.feedback is not None:
+            fed = table.quantizer.with_feedback(table.quantizer.transform(x))
+            source, phase = fed.unflatten(-1, (heads, size)).transpose(1, 2), None
+        else:
+            source = x if rotation is None else x.float() @ rotation
         if source.stride(3) != 1 or source.dtype not in _TYPES:
             raise RuntimeMismatchError(
                 f"new {table.kind}s are {x.dtype} with strides {x.stride()}; make them contiguous"
@@ -926,7 +930,6 @@ def _append_chunk(
         new = pages if place == 0 else pages - 1
         tensor.pages.extend(tensor._new_page() for _ in range(new))
         page_table = _page_rows(tensor.pages[len(tensor.pages) - pages :]).to(device)
-        phase = table.phase
         side = _AppendSide(
             x=source.data_ptr(),
             pages=page_table.data_ptr(),
