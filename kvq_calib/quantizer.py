@@ -357,7 +357,8 @@ class Quantizer:
         batch, tokens, channels = y.shape
 
         def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
-            return parameter.unflatten(0, (heads, size)).transpose(0, 1).contiguous()
+            split: Tensor = parameter.unflatten(0, (heads, size))
+            return split.transpose(0, 1).contiguous()
 
         levels, boundaries = by_coordinate(self.levels), by_coordinate(self.boundaries)
         scale, zero_point = (by_coordinate(p)[..., None] for p in (self.params.scale, self.params.zero_point))
