@@ -565,3 +565,26 @@ def inspect_command(
     for table in artifact_tables(loaded, contexts, per_layer=layers):
         print_table(table)
     _write_json(json_file, artifact_facts(loaded, contexts))
+
+
+@artifact_group.command("shard")
+@click.argument("file", metavar="ARTIFACT")
+@click.option("--ranks", type=click.IntRange(2), required=True, help="Ranks that divide the key-value heads.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="With {rank} in its name.")
+@_debug
+def shard_command(file: str, ranks: int, output: str, debug: bool) -> None:
+    """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
+    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.files import check_writable
+    from kvq_calib.sharding import shard
+
+    if "{rank}" not in output:
+        raise click.UsageError("-o needs {rank} in the name, for example model.{rank}.kvq.safetensors")
+    whole = KVArtifact.load(file)
+    parts = [shard(whole, rank, ranks) for rank in range(ranks)]
+    targets = [output.replace("{rank}", str(rank)) for rank in range(ranks)]
+    for target in targets:
+        check_writable(target)
+    for part, target in zip(parts, targets, strict=True):
+        part.save(target)
+        click.echo(target)

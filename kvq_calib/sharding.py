@@ -1,0 +1,92 @@
+"""Parts of an artifact for runtimes that divide key-value heads over ranks (tensor parallelism).
+
+Rank ``r`` of ``n`` holds the heads ``r H / n`` to ``(r + 1) H / n - 1`` of every layer, and with more ranks than heads
+each head is held by ``n / H`` ranks, as the engines do. With thresholds per channel a shard gives bit for bit what
+the whole gives for its heads. With thresholds per token a rank takes them from its own heads, since a token's other
+heads are elsewhere: never coarser, but not the same numbers. So it is with the cap on a token's outliers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.errors import ConfigError
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, QuantSpec
+
+__all__ = ["shard"]
+
+
+def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
+    """One rank's part of an artifact.
+
+    Args:
+        artifact: of the whole model.
+        rank: 0 to ``ranks - 1``.
+        ranks: ranks that divide the heads.
+
+    Raises:
+        ConfigError: a layer's heads cannot be divided so, or there is no such rank.
+    """
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"there is no rank {rank} of {ranks}; ranks are counted from 0")
+    if "shard" in artifact.calibration:
+        raise ConfigError("the artifact is a shard already; divide the whole one")
+    specs = artifact.spec.resolved(len(artifact.layers))
+    shapes, layers, shares = [], [], []
+    for number, (geometry, params) in enumerate(zip(artifact.geometry.layers, artifact.layers, strict=True)):
+        first, count = _heads(number, geometry, rank, ranks)
+        part = geometry.model_copy(
+            update={"num_kv_heads": count, "num_query_heads": geometry.num_query_heads // ranks}
+        )
+        shapes.append(part)
+        shares.append(count / geometry.num_kv_heads)
+        sliced = {
+            kind: _slice(params.of(kind), specs[number].of(kind), geometry, first, count) for kind in KINDS
+        }
+        layers.append(LayerParams(**sliced))
+    return replace(
+        artifact,
+        geometry=KVGeometry(layers=tuple(shapes), ropes=artifact.geometry.ropes),
+        layers=tuple(layers),
+        calibration={**artifact.calibration, "shard": {"rank": rank, "ranks": ranks}},
+        # Counted per layer at calibration, so heads are taken to have equal parts.
+        outliers_per_token={
+            kind: [rate * share for rate, share in zip(rates, shares, strict=True)]
+            for kind, rates in artifact.outliers_per_token.items()
+        },
+    )
+
+
+def _heads(number: int, geometry: LayerGeometry, rank: int, ranks: int) -> tuple[int, int]:
+    """First head of a rank, and how many it has."""
+    heads, queries = geometry.num_kv_heads, geometry.num_query_heads
+    if queries % ranks or (heads % ranks and ranks % heads):
+        raise ConfigError(
+            f"layer {number} has {queries} query heads and {heads} key-value heads, which {ranks} ranks cannot "
+            "divide evenly; use another number of ranks"
+        )
+    return rank * heads // ranks, max(1, heads // ranks)
+
+
+def _slice(
+    params: QuantParams, spec: QuantSpec, geometry: LayerGeometry, first: int, count: int
+) -> QuantParams:
+    """Everything that belongs to these heads: channels, or rows by head."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in params.tensors().items():
+        if name == "codebook":
+            found[name] = tensor
+            continue
+        step = tensor.shape[0] // geometry.num_kv_heads  # channels of a head, or 1
+        found[name] = tensor[first * step : (first + count) * step]
+    if spec.variable_bits:  # rows that other heads use alone stay with them
+        used, index = torch.unique(found["codebook_index"], return_inverse=True)
+        levels = 1 << int(found["bits"].max())
+        found["codebook"] = found["codebook"][used.to(torch.int64), :levels].contiguous()
+        found["codebook_index"] = index.to(torch.int32)
+    return QuantParams(**found)

@@ -1,0 +1,147 @@
+"""Shards of an artifact: each rank's heads as the whole has them, and attention that two ranks put together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from artifact_factory import RECIPES, random_artifact, recipe
+from click.testing import CliRunner
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.cli import artifact_group
+from kvq_calib.errors import ConfigError
+from kvq_calib.sharding import shard
+from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, RopeSpec
+
+ROPE = RopeSpec(pairs=((0, 4), (1, 5), (2, 6), (3, 7)), inv_freq=(1.0, 0.3, 0.1, 0.03))
+LAYER = LayerGeometry(num_query_heads=8, num_kv_heads=4, head_dim=8, rope=0)
+GEOMETRY = KVGeometry(layers=(LAYER, LAYER.model_copy(update={"sliding_window": 40})), ropes=(ROPE,))
+CHANNELS = {"granularity": "channel", "dynamic": False, "outliers": {}, "variable_bits": True}
+STATIC = {
+    "phase-rotation": recipe(key={**CHANNELS, "phase": True}, value={**CHANNELS, "rotation": True}),
+    "feedback": recipe(key={**CHANNELS, "feedback": True, "phase": True}, value={**CHANNELS, "bits": 3}),
+    "one-width": recipe(key={"bits": 3, "outliers": {}}, value={**CHANNELS, "variable_bits": False}),
+}
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
+from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.sharding import shard
+
+def attention(artifact, query, keys, values):
+    outputs = []
+    for number, pair in enumerate(artifact.quantizers()):
+        ops = ReferenceOps(pair["key"], pair["value"])
+        sinks, cpu = artifact.spec.sink_tokens, torch.device("cpu")
+        table = SlotTable(1, sinks, artifact.spec.recent_tokens, cpu)
+        storage = LayerStorage(pair["key"], pair["value"], 1, sinks, cpu)
+        tokens = keys.shape[2]
+        table.append(torch.arange(tokens)[None], None)
+        ops.append(storage, keys, values, table)
+        seen = Visibility(None, tokens, tokens, artifact.geometry.layers[number].sliding_window)
+        outputs.append(ops.attend(AttentionRequest(query, seen, 8**-0.5), storage, table))
+    return torch.stack(outputs)
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+query, keys, values = torch.randn(1, 8, 300, 8), torch.randn(1, 4, 300, 8), torch.randn(1, 4, 300, 8)
+artifact = KVArtifact.load(sys.argv[1])
+mine = attention(shard(artifact, rank, ranks), *(x.chunk(ranks, 1)[rank] for x in (query, keys, values)))
+gathered = [torch.empty_like(mine) for _ in range(ranks)]
+dist.all_gather(gathered, mine.contiguous())
+whole = attention(artifact, query, keys, values)
+worst = float((torch.cat(gathered, dim=3) - whole).abs().max())
+assert torch.isfinite(whole).all() and whole.abs().max() > 0.1
+if rank == 0:
+    print("worst", worst)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("name", STATIC)
+def test_a_shard_sees_what_the_whole_sees_of_its_heads(name, ranks):
+    whole = random_artifact(GEOMETRY, STATIC[name], codebooks=1 if name == "one-width" else 3)
+    x = torch.randn(2, 4, 50, 8, generator=torch.Generator().manual_seed(1))
+    for rank in range(ranks):
+        part = KVArtifact.from_bytes(
+            shard(whole, rank, ranks).to_bytes()
+        )  # it is an artifact in its own right
+        heads = slice(rank * 4 // ranks, rank * 4 // ranks + max(1, 4 // ranks))
+        for ours, theirs in zip(part.quantizers(), whole.quantizers(), strict=True):
+            for kind in KINDS:
+                assert torch.equal(ours[kind](x[:, heads]), theirs[kind](x)[:, heads])
+
+
+def test_thresholds_per_token_come_from_the_ranks_own_heads():
+    whole = random_artifact(GEOMETRY, RECIPES["dense2"])
+    x = torch.randn(1, 4, 50, 8, generator=torch.Generator().manual_seed(1))
+    for rank in range(2):
+        ours = shard(whole, rank, 2).quantizers()[0]["value"].quantize(x[:, 2 * rank : 2 * rank + 2])
+        theirs = whole.quantizers()[0]["value"].quantize(x)
+        assert bool((ours.token_scale <= theirs.token_scale * 1.01).all())
+
+
+def test_shards_together_hold_what_the_whole_holds():
+    whole = random_artifact(GEOMETRY, RECIPES["feedback"])
+    parts = [shard(whole, rank, 2).storage(512) for rank in range(2)]
+    for buffer in ("codes", "sinks"):
+        names = [name for name in whole.storage(512) if buffer in name]
+        assert names
+        for name in names:
+            assert sum(part[name] for part in parts) == whole.storage(512)[name]
+
+
+def test_two_ranks_attend_as_one(tmp_path):
+    file = tmp_path / "a.kvq.safetensors"
+    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(tmp_path / "rank.py"), str(file)],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    word, worst = done.stdout.split()[-2:]
+    assert word == "worst"
+    assert float(worst) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "message"),
+    [(2, 2, "no rank 2"), (0, 3, "cannot divide evenly"), (0, 16, "cannot divide evenly")],
+)
+def test_what_cannot_be_divided_is_refused(rank, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        shard(random_artifact(GEOMETRY, RECIPES["dense2"]), rank, ranks)
+
+
+def test_command_writes_a_file_for_every_rank(tmp_path):
+    file = tmp_path / "a.kvq.safetensors"
+    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    pattern = str(tmp_path / "a.{rank}.kvq.safetensors")
+    result = CliRunner().invoke(artifact_group, ["shard", str(file), "--ranks", "2", "-o", pattern])
+    assert result.exit_code == 0, result.output
+    for rank in range(2):
+        part = KVArtifact.load(tmp_path / f"a.{rank}.kvq.safetensors")
+        assert part.to_bytes() == shard(KVArtifact.load(file), rank, 2).to_bytes()
+    with pytest.raises(ConfigError, match="a shard already"):
+        shard(part, 0, 2)
+
+
+def test_command_needs_a_place_for_the_rank(tmp_path):
+    file = tmp_path / "a.kvq.safetensors"
+    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    result = CliRunner().invoke(
+        artifact_group, ["shard", str(file), "--ranks", "2", "-o", str(tmp_path / "b")]
+    )
+    assert result.exit_code == 2
+    assert "{rank}" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
