@@ -218,12 +218,13 @@ def calibrate_command(
     from kvq_calib.calibrate.distributed import local_device, process_group
     from kvq_calib.calibrate.pipeline import calibrate, shared_setting
     from kvq_calib.data import load_windows
-    from kvq_calib.models import model_fingerprint
+    from kvq_calib.models import check_length, model_fingerprint
     from kvq_calib.progress import ProgressReporter
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
     with process_group() as (rank, _), ProgressReporter(quiet=rank > 0) as progress:
         loaded = _load(model, local_device(device), dtype, device_map, trust_remote_code)
+        check_length(loaded.model, run["seqlen"])
         windows = load_windows(
             run["dataset"],
             loaded.tokenizer,
@@ -394,7 +395,7 @@ def perplexity_command(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="GPUs of 80 GB, for the longest context.",
+    help="GPUs of 80 GB that share heads and layers of --shape.",
 )
 @click.option("--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
@@ -427,6 +428,7 @@ def memory_command(
         for name, loaded in _load_artifacts(artifacts).items()
     }
     longest: dict[str, int] = {}
+    on_one: dict[str, list[float]] = {}
     if shape is not None:
         model_shape = memory.model_shape(shape)
         for recipe in recipes:
@@ -434,10 +436,14 @@ def memory_command(
             name = f"{model_shape.name} {recipe}"
             reports[name] = [memory.shape_report(model_shape, spec, context, batch) for context in contexts]
             longest[name] = memory.longest_context(model_shape, spec, gpus)
+            on_one[name] = [
+                memory.per_gpu_report(model_shape, spec, context, batch, gpus).total for context in contexts
+            ]
     if reports:
-        print_table(memory_table(reports, longest, gpus))
+        print_table(memory_table(reports, longest, on_one, gpus))
         content["reports"] = {name: [report.as_dict() for report in rows] for name, rows in reports.items()}
         content["longest_context"] = longest
+        content["bytes_on_fullest_gpu"] = {"gpus": gpus, **on_one}
     if paper:
         rows = memory.paper_comparison(
             {recipe: calibration_config(recipe).cache for recipe in (*recipes, *({"nuq2"} - set(recipes)))}

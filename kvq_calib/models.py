@@ -155,6 +155,21 @@ _ROPE_FIELDS = (
 )
 
 
+def check_length(model: nn.Module, seqlen: int) -> None:
+    """Refuse windows longer than the model was made for: statistics of text it cannot read are of no use.
+
+    Raises:
+        ModelError: ``seqlen`` is above the configuration's ``max_position_embeddings``.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise ModelError(
+            f"windows of {seqlen} tokens are longer than the {limit} positions this model was trained for, and its "
+            f"keys and values there mean nothing; use --seqlen {limit} or less"
+        )
+
+
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return the configuration fields that decide what a model caches, and their digest.
 

@@ -1,5 +1,6 @@
 """The commands as users run them: results on stdout, one line and the right status on errors."""
 
+import errno
 import json
 import os
 import shutil
@@ -323,3 +324,32 @@ def test_decode_mode_from_the_command_line(place, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert json.loads(report.read_text())["config"]["mode"] == "decode"
+
+
+def test_windows_longer_than_the_model_are_refused_with_the_reason(place):
+    status, _, err = calibrate(place, "--seqlen", "100000")
+    assert status == 1
+    assert_one_line(err, "windows of 100000 tokens", "positions", "--seqlen")
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_resume_finishes(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvq_calib.calibrate.pipeline.CHECKPOINT_SECONDS", 0.0)
+    sync, calls = os.fsync, iter(range(3))
+
+    def full(handle):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    output = tmp_path / "a.kvq.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        status, out, err = calibrate(place, output=str(output))
+    assert status == 1
+    assert_one_line(err, "No space left on device", "free some space")
+    assert not out
+    assert files(tmp_path) == [f"{output.name}.checkpoint"]
+    assert calibrate(place, "--resume", output=str(output))[0] == 0
+    fresh = tmp_path / "b.kvq.safetensors"
+    assert calibrate(place, output=str(fresh))[0] == 0
+    assert fresh.read_bytes() == output.read_bytes()

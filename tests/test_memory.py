@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 import torch
-from artifact_factory import RECIPES, artifact_for, recipe
+from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
 from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
@@ -20,11 +20,15 @@ from kvq_calib.evaluate.memory import (
     longest_context,
     model_shape,
     paper_comparison,
+    per_gpu_report,
     shape_report,
+    stages,
 )
 from kvq_calib.packing import packed_tokens
 from kvq_calib.runtime import KVQCache
-from kvq_calib.spec import KVCacheSpec
+from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.sharding import shard
+from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, LayerSpec, QuantSpec
 
 pytestmark = pytest.mark.model
 
@@ -189,3 +193,53 @@ def test_longest_context_is_the_last_that_fits():
 def test_unknown_shape_lists_the_known_ones():
     with pytest.raises(ConfigError, match="unknown shape 'gpt-5'; use one of llama-7b"):
         model_shape("gpt-5")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpus_part_is_what_a_rank_really_holds(ranks):
+    """Two layers of heads on one GPU against the filled buffers of its shard."""
+    layer = LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=16)
+    spec = recipe(key={"bits": 3, "outliers": {}}, value={"bits": 2, "outliers": {}})
+    shape = ModelShape("two", (layer, layer), 1e6)
+    whole = random_artifact(KVGeometry(layers=(layer, layer)), spec)
+    tokens, cpu = 700, torch.device("cpu")
+    for rank in range(ranks):
+        held = 0.0
+        part = shard(whole, rank, ranks) if ranks > 1 else whole
+        for pair in part.quantizers():
+            table = SlotTable(1, spec.sink_tokens, 0, cpu)
+            storage = LayerStorage(pair["key"], pair["value"], 1, spec.sink_tokens, cpu)
+            heads = 2 // ranks
+            table.append(torch.arange(tokens)[None], None)
+            storage.append(*torch.randn(2, 1, heads, tokens, 16), table)
+            held += sum(size for _, size in storage.memory())
+            held += sum(quantizer.params.held_bytes for quantizer in pair.values())
+        held += sum(table.memory().values())
+        report = per_gpu_report(shape, spec, tokens, gpus=ranks)
+        assert report.total == pytest.approx(held)
+
+
+def test_gpus_divide_heads_first_and_then_layers():
+    llama = model_shape("llama-3-8b")
+    tensor, parts = stages(llama, 8)
+    assert (tensor, len(parts)) == (8, 1)
+    assert {layer.num_kv_heads for layer in parts[0].layers} == {1}
+    tensor, parts = stages(model_shape("smollm2-135m"), 4)  # 3 heads cannot be divided by 2
+    assert tensor == 1
+    assert [len(part.layers) for part in parts] == [8, 8, 7, 7]
+    assert sum(part.parameters for part in parts) == pytest.approx(model_shape("smollm2-135m").parameters)
+    tensor, parts = stages(llama, 16)
+    assert (tensor, [len(part.layers) for part in parts]) == (8, [16, 16])
+    with pytest.raises(ConfigError, match="use fewer"):
+        stages(model_shape("smollm2-135m"), 31)
+
+
+def test_the_fullest_gpu_takes_its_share_and_layer_overrides_stay_where_they_are():
+    llama, spec = model_shape("llama-3-8b"), recipe(value={"outliers": {}}, key={"outliers": {}})
+    whole = shape_report(llama, spec, 1_000_000)
+    one = per_gpu_report(llama, spec, 1_000_000, gpus=8)
+    assert whole.total / 8 <= one.total < 1.05 * whole.total / 8  # what belongs to a token is on each of them
+    wide = spec.model_copy(update={"layers": {31: LayerSpec(key=QuantSpec(bits=8), value=QuantSpec(bits=8))}})
+    last = per_gpu_report(llama, wide, 4096, gpus=16)
+    first = per_gpu_report(llama, spec, 4096, gpus=16)
+    assert last.total > first.total

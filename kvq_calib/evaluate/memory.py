@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = [
     "longest_context",
     "model_shape",
     "paper_comparison",
+    "per_gpu_report",
     "shape_report",
 ]
 
@@ -224,15 +226,72 @@ def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int 
     return MemoryReport(context, batch, total, elements)
 
 
+def stages(shape: ModelShape, gpus: int) -> tuple[int, list[ModelShape]]:
+    """How engines divide a model over GPUs: heads over as many as they can, layers over the rest.
+
+    Args:
+        shape: of the whole model.
+        gpus: to divide it over.
+
+    Returns:
+        GPUs that share each layer (tensor parallel: the largest divisor of ``gpus`` that divides the query heads
+        and the key-value heads of every layer), and what one GPU holds in each stage of the pipeline: runs of
+        layers as even as possible, the longer ones first.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    counts = {n for layer in shape.layers for n in (layer.num_kv_heads, layer.num_query_heads)}
+    tensor = max(n for n in range(1, gpus + 1) if gpus % n == 0 and not any(count % n for count in counts))
+    depth = gpus // tensor
+    if depth > len(shape.layers):
+        raise ConfigError(
+            f"{gpus} GPUs cannot divide {len(shape.layers)} layers whose heads go to {tensor} GPUs at most; use fewer"
+        )
+    split = [
+        layer.model_copy(
+            update={
+                "num_kv_heads": layer.num_kv_heads // tensor,
+                "num_query_heads": layer.num_query_heads // tensor,
+            }
+        )
+        for layer in shape.layers
+    ]
+    size, longer = divmod(len(split), depth)
+    ends = [number * size + min(number, longer) for number in range(depth + 1)]
+    parts = [
+        ModelShape(shape.name, tuple(split[first:stop]), shape.parameters / gpus)
+        for first, stop in pairwise(ends)
+    ]
+    return tensor, parts
+
+
+def per_gpu_report(
+    shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1, gpus: int = 1
+) -> MemoryReport:
+    """The cache on the GPU that holds most of it; see :func:`stages` and :func:`shape_report`.
+
+    Overrides of single layers count as in the whole model.
+    """
+    _, parts = stages(shape, gpus)
+    resolved = iter(spec.resolved(len(shape.layers)))
+    reports = []
+    for part in parts:
+        own = {number: next(resolved) for number in range(len(part.layers))}
+        reports.append(shape_report(part, spec.model_copy(update={"layers": own}), context, batch))
+    return max(reports, key=lambda report: report.total)
+
+
 def longest_context(shape: ModelShape, spec: KVCacheSpec, gpus: int = 1, gpu_bytes: int = 80 * GIB) -> int:
     """Most tokens, in whole pages, of one sequence that fit beside the 16-bit weights; 0 if none do.
 
-    Activations and work space are left out, as in the paper's table.
+    With several GPUs the one that holds most of the cache decides, weights divided evenly. Activations and work
+    space are left out, as in the paper's table.
     """
-    room = gpus * gpu_bytes - shape.weight_bytes
+    room = gpu_bytes - shape.weight_bytes / gpus
 
     def fits(pages: int) -> bool:
-        return shape_report(shape, spec, pages * PAGE_TOKENS).total <= room
+        return per_gpu_report(shape, spec, pages * PAGE_TOKENS, gpus=gpus).total <= room
 
     if not fits(1):
         return 0

@@ -56,17 +56,22 @@ def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) ->
 
 
 def memory_table(
-    reports: Mapping[str, Sequence[MemoryReport]], longest: Mapping[str, int], gpus: int
+    reports: Mapping[str, Sequence[MemoryReport]],
+    longest: Mapping[str, int],
+    on_one: Mapping[str, Sequence[float]],
+    gpus: int,
 ) -> Table:
-    """One row per artifact or recipe and context."""
+    """One row per artifact or recipe and context; ``on_one`` are bytes on the fullest of ``gpus``."""
     table = Table(title="key-value cache, everything counted (1 GB = 2^30 bytes)")
     table.add_column("cache")
     for heading in ("context", "batch", "bits/element", "GB", "float16 GB", "smaller", "largest parts"):
         table.add_column(heading, justify="left" if heading == "largest parts" else "right")
     if longest:
+        if gpus > 1:
+            table.add_column("GB per GPU", justify="right")
         table.add_column(f"longest on {gpus} x 80 GB", justify="right")
     for name, rows in reports.items():
-        for report in rows:
+        for number, report in enumerate(rows):
             parts = sorted(report.by_kind.items(), key=lambda part: -part[1])[:3]
             cells = [
                 name,
@@ -79,6 +84,8 @@ def memory_table(
                 ", ".join(f"{kind.replace('_', ' ')} {size / report.total:.1%}" for kind, size in parts),
             ]
             if longest:
+                if gpus > 1:
+                    cells.append(f"{on_one[name][number] / 2**30:.3f}" if name in on_one else "")
                 cells.append(f"{longest[name]:,}" if name in longest else "")
             table.add_row(*cells)
     return table
