@@ -594,3 +594,34 @@ def shard_command(file: str, ranks: int, output: str, debug: bool) -> None:
     for part, target in zip(parts, targets, strict=True):
         part.save(target)
         click.echo(target)
+
+
+@artifact_group.command("import-kvquant")
+@click.argument("file", metavar="PICKLE")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The artifact to write.")
+@click.option(
+    "--model", required=True, metavar="MODEL", help="Model it was made for; its configuration is read."
+)
+@click.option(
+    "--outliers",
+    type=click.FloatRange(0, 0.05),
+    default=0.01,
+    show_default=True,
+    help="Share of elements kept exact, which the pickle does not say.",
+)
+@click.option("--sink-tokens", type=click.IntRange(0, 1024), default=0, show_default=True)
+@_debug
+def import_command(
+    file: str, output: str, model: str, outliers: float, sink_tokens: int, debug: bool
+) -> None:
+    """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
+    from kvq_calib.files import check_writable
+    from kvq_calib.kvquant import geometry_of, import_kvquant
+
+    check_writable(output)
+    geometry, config = geometry_of(model)
+    made = import_kvquant(
+        file, geometry, {"id": model, "config": config}, outliers=outliers, sink_tokens=sink_tokens
+    )
+    made.save(output)
+    click.echo(f"{output}: {made.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")

@@ -101,5 +101,11 @@ def test_no_module_names_a_model_family():
 def test_nothing_unpickles():
     for name, file in modules().items():
         code = ast.parse(file.read_text(encoding="utf-8"))
-        called = {ast.unparse(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
+        calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
+        called = {
+            ast.unparse(node.func)
+            for node in calls
+            # The importer of another project's pickles may load tensors, with code forbidden.
+            if not (name.endswith(".kvquant") and "weights_only=True" in ast.unparse(node))
+        }
         assert not called & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, name

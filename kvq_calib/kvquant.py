@@ -1,0 +1,289 @@
+"""Artifacts from the pickles of KVQuant's own code (its ``quantizers.pickle``).
+
+Such a file maps ``model.layers.N.self_attn.{k_proj,v_proj}`` to ``(upper, lower, centroids)`` and, with Q-Norm,
+``(..., scale, offset)``: thresholds of every channel and the centroids of the values normalised by them. Its values
+take their thresholds from each token at run time, so only centroids of theirs are used.
+
+A pickle is a program. This one is run by an unpickler that knows numpy arrays, torch tensors and plain containers;
+whatever else it names is refused before it is called.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import ArtifactFileError, KVArtifact, LayerParams
+from kvq_calib.errors import ConfigError, ModelError
+from kvq_calib.fit.levels import storable
+from kvq_calib.geometry import model_geometry
+from kvq_calib.models import model_fingerprint
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import KVCacheSpec, KVGeometry, OutlierSpec, QuantSpec
+
+__all__ = ["geometry_of", "import_kvquant", "load_pickle"]
+
+#: Largest pickle that is read; that of a 65B model has some 10 MB.
+_MAX_BYTES = 1 << 30
+_SMALLEST_SCALE = 1e-8
+
+
+def _storage_from_bytes(data: bytes) -> Any:
+    """What torch would load here with code allowed, loaded without."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """How protocols before 3 write bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"unknown encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> Any:
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
+    found: dict[tuple[str, str], Callable[..., Any]] = {
+        ("_codecs", "encode"): _bytes,
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): np.ndarray,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
+    }
+
+    for core in ("core", "_core"):  # numpy 1 and 2 name it differently
+        found[f"numpy.{core}.multiarray", "_reconstruct"] = reconstruct
+        found[f"numpy.{core}.numeric", "_frombuffer"] = _from_buffer
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(file)
+        self._name = name
+        self._allowed = _allowed()
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = self._allowed.get((module, name))
+        if known is None:
+            raise ArtifactFileError(
+                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it was run"
+            )
+        return known
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ArtifactFileError(f"{self._name} refers to data outside itself: refused")
+
+
+def load_pickle(path: str | os.PathLike[str]) -> Any:
+    """Load a pickle of arrays, tensors and plain containers; nothing else is ever called.
+
+    Raises:
+        ArtifactFileError: not such a file, or one that asks for more.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise ArtifactFileError(f"{file} is too large to hold quantizers")
+        data = file.read_bytes()
+    except OSError as error:
+        raise ArtifactFileError(f"cannot read {file}: {error.strerror or error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its own old storages
+            return _Unpickler(io.BytesIO(data), str(file)).load()
+    except ArtifactFileError:
+        raise
+    except Exception as error:  # a broken or hostile program can fail anywhere
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ArtifactFileError(f"{file} is not a readable pickle of quantizers: {reason}") from error
+
+
+def geometry_of(model: str) -> tuple[KVGeometry, dict[str, Any]]:
+    """Geometry and fingerprint from a model's configuration alone; no weights are read.
+
+    One layer is built with random weights to see what the attention interface sees, which tells about all of them
+    where all are alike, as in the families that KVQuant's code knows.
+
+    Args:
+        model: hub id or folder.
+
+    Raises:
+        ModelError: no such configuration, or layers that differ.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model)
+        small: Any = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
+    layers = int(config.num_hidden_layers)
+    if len(set(getattr(config, "layer_types", None) or [""])) > 1:
+        raise ModelError(
+            f"the layers of {model!r} differ, which KVQuant's code does not know; calibrate it instead"
+        )
+    small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    found = model_geometry(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
+    fingerprint = model_fingerprint(_Configured(config))
+    return KVGeometry(layers=found.layers * layers, ropes=found.ropes), fingerprint
+
+
+class _Configured(torch.nn.Module):
+    """A configuration where a model is expected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def import_kvquant(
+    path: str | os.PathLike[str],
+    geometry: KVGeometry,
+    model: Mapping[str, Any],
+    *,
+    outliers: float,
+    sink_tokens: int = 0,
+    max_per_token: int | None = None,
+) -> KVArtifact:
+    """An artifact with the thresholds and centroids of a ``quantizers.pickle``.
+
+    Q-Norm is folded into the levels. KVQuant codes by the levels before Q-Norm and reads those after it; here codes are
+    always the nearest stored level's, so elements near a boundary may differ by a level there.
+
+    Args:
+        path: the pickle.
+        geometry: of the model it was made for.
+        model: ``id`` and ``config`` of that model.
+        outliers: share of elements kept exact, which the pickle does not say: 1 minus its
+            ``--sparsity-threshold``, 0 for dense ones.
+        sink_tokens: first tokens kept exact (``--first_few_fp16``).
+        max_per_token: cap on a token's outliers of the keys; ``None`` derives it.
+
+    Raises:
+        ArtifactFileError: not such a pickle, or nothing non-uniform in it.
+        ConfigError: it does not fit the geometry.
+    """
+    content = load_pickle(path)
+    if not isinstance(content, dict) or not content:
+        raise ArtifactFileError(f"{path} holds no quantizers by name")
+    normed, widths, layers = set(), set(), []
+    for number, shape in enumerate(geometry.layers):
+        centroids = {}
+        for kind, projection in (("key", "k_proj"), ("value", "v_proj")):
+            name = f"model.layers.{number}.self_attn.{projection}"
+            entry = content.get(name)
+            if not isinstance(entry, tuple) or len(entry) < 2:
+                raise ConfigError(f"{path} has no quantizer {name}; name the model it was made for")
+            if len(entry) < 3:
+                raise ArtifactFileError(
+                    f"{name} has no centroids: only non-uniform quantizers (--nuq) can be imported"
+                )
+            centroids[kind] = _levels(name, entry)
+            normed.add(len(entry) >= 5)
+            widths.add(len(centroids[kind]))
+            if kind == "key":
+                upper, lower = (_channels(name, part, shape.channels) for part in entry[:2])
+        if bool((upper < lower).any()):
+            raise ArtifactFileError(f"{path}: upper thresholds of layer {number} are below the lower ones")
+        bits = (len(centroids["key"]) - 1).bit_length()
+        scale = ((upper - lower) / 2).clamp(min=_SMALLEST_SCALE).float()
+        key = QuantParams.uniform(
+            bits,
+            shape.channels,
+            centroids["key"][None],
+            scale,
+            zero_point=((upper + lower) / 2).float(),
+        )
+        layers.append(LayerParams(key, QuantParams.uniform(bits, shape.channels, centroids["value"][None])))
+    extra = [n for n in content if n.startswith(f"model.layers.{len(geometry.layers)}.")]
+    if extra:
+        raise ConfigError(
+            f"{path} has more layers than the model's {len(geometry.layers)}; name the model it was made for"
+        )
+    if len(widths) != 1 or len(normed) != 1:
+        raise ArtifactFileError(f"{path} mixes quantizers of several kinds")
+    bits, q_norm = (widths.pop() - 1).bit_length(), normed.pop()
+    try:
+        spec = KVCacheSpec(
+            key=QuantSpec(
+                bits=bits,
+                q_norm=q_norm,
+                outliers=OutlierSpec(fraction=outliers, max_per_token=max_per_token if outliers else None),
+            ),
+            value=QuantSpec(
+                bits=bits,
+                granularity="token",
+                dynamic=True,
+                q_norm=q_norm,
+                outliers=OutlierSpec(fraction=outliers),
+            ),
+            sink_tokens=sink_tokens,
+        )
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    cap = [spec.key.outliers.cap("channel", shape.channels) for shape in geometry.layers]
+    channels = [shape.channels for shape in geometry.layers]
+    return KVArtifact(
+        spec,
+        geometry,
+        tuple(layers),
+        model=dict(model),
+        calibration={"recipe": "imported", "source": "KVQuant quantizers", "file": Path(path).name},
+        outliers_per_token={
+            "key": [min(outliers * count, float(most)) for count, most in zip(channels, cap, strict=True)],
+            "value": [float(2 * spec.value.outliers.per_side(count)) for count in channels],
+        },
+    )
+
+
+def _array(name: str, part: Any) -> Tensor:
+    try:
+        tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise ArtifactFileError(f"{name} holds something that is no array of numbers") from error
+    tensor = tensor.detach().double().flatten()
+    if not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+        raise ArtifactFileError(f"{name} holds numbers that are missing or not finite")
+    return tensor
+
+
+def _channels(name: str, part: Any, channels: int) -> Tensor:
+    thresholds = _array(name, part)
+    if len(thresholds) != channels:
+        raise ConfigError(
+            f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was made for"
+        )
+    return thresholds
+
+
+def _levels(name: str, entry: tuple[Any, ...]) -> Tensor:
+    """Centroids as stored levels, Q-Norm applied: float32, sorted, representable in float16."""
+    holder = entry[2]
+    if not isinstance(holder, list | tuple) or not holder:
+        raise ArtifactFileError(f"{name} has no centroids")
+    levels = _array(name, holder[0])
+    count = len(levels)
+    if count & (count - 1) or not 2 <= count <= 256:
+        raise ArtifactFileError(f"{name} has {count} centroids, not a power of two from 2 to 256")
+    if len(entry) >= 5:
+        scale, offset = (_array(name, part) for part in entry[3:5])
+        levels = levels * scale[0] + offset[0]
+    return torch.from_numpy(storable(levels.numpy())).float()
