@@ -428,7 +428,7 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
         bits, index = tensors[prefix + "bits"], tensors[prefix + "codebook_index"]
         if int(bits.max()) > spec.bits:
             raise problem("bits", f"has widths over {spec.bits}")
-        levels = 1 << int(bits.max())
+        levels = spec.level_count(int(bits.max()))
         if codebook.shape[1] < levels or codebook.shape[1] > 256:
             raise problem("codebook", f"has {codebook.shape[1]} columns for {levels} levels")
         if int(index.min()) < 0 or int(index.max()) >= codebook.shape[0]:

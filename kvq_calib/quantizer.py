@@ -9,7 +9,11 @@ is normalised, ``u = (y - zero_point) * (1 / scale)`` in float32, and coded by i
 Outliers, ``|y - zero_point| > scale``, are coded like every other element (so by an end level) and keep
 ``y - y'`` beside it in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing
 is stored twice. Every token is quantized by itself: how tokens are grouped into calls, pages or batches never
-changes a code (dynamic channel thresholds, an evaluation-only setting, are the exception).
+changes a code (dynamic channel thresholds, an evaluation-only setting, are the exception; a trellis is another: with it
+the tokens of a block, 32 from the start of what is given, are coded together).
+
+With a trellis, ``code`` is not that of the nearest level but a step of the path of least error through the block
+(:mod:`kvq_calib.trellis`), and stands for the level ``level_index``.
 
 With error feedback, what is normalised is not ``y`` but ``y`` plus a linear combination of the errors ``y - y'`` of the
 coordinates before it in its head. Decoding knows nothing of it.
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from kvq_calib.packing import PageLayout
 from kvq_calib.spec import KVCacheSpec, LayerGeometry, QuantSpec, RopeSpec, StorageDtype
+from kvq_calib.trellis import best_path, level_index
 
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -102,6 +107,7 @@ class Normalised:
         scale, zero_point: float32, broadcast against ``y``.
         outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
         token: scale and zero point per token ``[B, T]`` as stored; only with granularity ``token``.
+        codes: uint8 ``[B, T, C]`` where error feedback had to find them already, else ``None``.
     """
 
     y: Tensor
@@ -110,6 +116,7 @@ class Normalised:
     zero_point: Tensor
     outliers: Tensor | None
     token: tuple[Tensor, Tensor] | None
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -310,21 +317,36 @@ class Quantizer:
         assert self.params.scale is not None and self.params.zero_point is not None
         return (y - self.params.zero_point) * reciprocal(self.params.scale)
 
+    def _codes(self, levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
+        """Codes of some channels: levels ``[C, L]``, widths ``[C]`` and normalised elements ``[C, B, T]`` to uint8."""
+        if self.spec.trellis:
+            return best_path(levels, bits, u)
+        codes = torch.searchsorted(codebook_boundaries(levels, bits), u.flatten(1).contiguous())
+        return codes.to(torch.uint8).view(u.shape)
+
+    def _levels_of(self, levels: Tensor, codes: Tensor) -> Tensor:
+        """What codes of some channels stand for: levels ``[C, L]``, codes ``[C, B, T]`` to float32."""
+        index = level_index(codes) if self.spec.trellis else codes
+        return levels.gather(1, index.flatten(1).to(torch.int64)).view(codes.shape)
+
     def encode(self, normalised: Tensor) -> Tensor:
-        """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``."""
-        if self.params.codebook.shape[0] == 1 and bool((self.params.bits == self.params.bits[0]).all()):
+        """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``.
+
+        With a trellis, tokens are taken in blocks of 32 from the first on.
+        """
+        if not self.spec.trellis and self._one_table:
             return torch.bucketize(normalised, self.boundaries[0]).to(torch.uint8)
-        batch, tokens, channels = normalised.shape
-        by_channel = normalised.permute(2, 0, 1).reshape(channels, batch * tokens).contiguous()
-        codes = torch.searchsorted(self.boundaries, by_channel).to(torch.uint8)
-        return codes.view(channels, batch, tokens).permute(1, 2, 0)
+        return self._codes(self.levels, self.params.bits, normalised.permute(2, 0, 1)).permute(1, 2, 0)
+
+    @property
+    def _one_table(self) -> bool:
+        return self.params.codebook.shape[0] == 1 and bool((self.params.bits == self.params.bits[0]).all())
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes: uint8 ``[B, T, C]`` to float32 ``[B, T, C]``."""
-        if self.params.codebook.shape[0] == 1:
+        """Levels of codes: uint8 ``[B, T, C]`` to float32 ``[B, T, C]``; tokens as in :meth:`encode`."""
+        if not self.spec.trellis and self.params.codebook.shape[0] == 1:
             return self.params.codebook[0][codes.to(torch.int64)]
-        channel = torch.arange(codes.shape[-1], device=codes.device)
-        return self.levels[channel, codes.to(torch.int64)]
+        return self._levels_of(self.levels, codes.permute(2, 0, 1)).permute(1, 2, 0)
 
     @property
     def feedback(self) -> Tensor:
@@ -337,7 +359,7 @@ class Quantizer:
         matrix[:, row, column] = self.params.feedback_scale[:, None] * self.params.feedback.float()
         return matrix
 
-    def with_feedback(self, y: Tensor) -> Tensor:
+    def with_feedback(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Add to each coordinate its share of the errors that those before it in the head are quantized with.
 
         Coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of feedback[i, j] (y[j] - y'[j])``. With
@@ -350,34 +372,40 @@ class Quantizer:
             y: float32 ``[B, T, C]``.
 
         Returns:
-            ``t``, float32 ``[B, T, C]``.
+            ``t``, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
         """
         assert self.params.scale is not None and self.params.zero_point is not None
         heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
-        batch, tokens, channels = y.shape
 
         def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
             split: Tensor = parameter.unflatten(0, (heads, size))
             return split.transpose(0, 1).contiguous()
 
-        levels, boundaries = by_coordinate(self.levels), by_coordinate(self.boundaries)
-        scale, zero_point = (by_coordinate(p)[..., None] for p in (self.params.scale, self.params.zero_point))
+        levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
+        scale, zero_point = (
+            by_coordinate(p)[..., None, None] for p in (self.params.scale, self.params.zero_point)
+        )
         inverse = reciprocal(scale)
-        shares = self.feedback.permute(2, 1, 0)[..., None].contiguous()  # [from, to, H, 1]
-        exact = by_coordinate(y.reshape(batch * tokens, channels).T)
+        shares = self.feedback.permute(2, 1, 0)[..., None, None].contiguous()  # [from, to, H, 1, 1]
+        exact = by_coordinate(y.permute(2, 0, 1))
         fed = exact.clone()
-        for i in range(size - 1):
-            code = torch.searchsorted(boundaries[i], (fed[i] - zero_point[i]) * inverse[i])
-            error = exact[i] - (zero_point[i] + scale[i] * levels[i].gather(1, code))
+        codes = torch.empty(fed.shape, dtype=torch.uint8, device=y.device)
+        for i in range(size):
+            codes[i] = self._codes(levels[i], bits[i], (fed[i] - zero_point[i]) * inverse[i])
+            error = exact[i] - (zero_point[i] + scale[i] * self._levels_of(levels[i], codes[i]))
             fed[i + 1 :] += shares[i, i + 1 :] * error
-        joined: Tensor = fed.transpose(0, 1).reshape(channels, -1).T.contiguous()
-        return joined.view(batch, tokens, channels)
+
+        def by_channel(x: Tensor) -> Tensor:  # [D, H, B, T] to [B, T, C]
+            return x.transpose(0, 1).flatten(0, 1).permute(1, 2, 0).contiguous()
+
+        return by_channel(fed), by_channel(codes)
 
     def normalise(self, x: Tensor) -> Normalised:
         """Bring ``[B, H, T, D]`` keys or values into the codebook's range and mark the outliers."""
         y = self._normalised_channels(self.transform(x))
+        codes = None
         if self.params.feedback is not None:
-            y = self.with_feedback(y)
+            y, codes = self.with_feedback(y)
         token = None
         if self.spec.granularity == "token":
             token = token_thresholds(y, self.spec.outliers.per_side(y.shape[-1]), self.storage)
@@ -392,12 +420,12 @@ class Quantizer:
         outliers = None
         if self.outlier_cap:
             outliers = cap_per_token(distance.abs() > scale, normalised.abs(), self.outlier_cap)
-        return Normalised(y, normalised, scale, zero_point, outliers, token)
+        return Normalised(y, normalised, scale, zero_point, outliers, token, codes)
 
     def quantize(self, x: Tensor) -> Quantized:
         """Quantize ``[B, H, T, D]`` keys or values."""
         n = self.normalise(x)
-        codes = self.encode(n.normalised)
+        codes = self.encode(n.normalised) if n.codes is None else n.codes
         residual = None
         if n.outliers is not None:
             dense = n.zero_point + n.scale * self.decode(codes)

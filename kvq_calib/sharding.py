@@ -86,7 +86,7 @@ def _slice(
         found[name] = tensor[first * step : (first + count) * step]
     if spec.variable_bits:  # rows that other heads use alone stay with them
         used, index = torch.unique(found["codebook_index"], return_inverse=True)
-        levels = 1 << int(found["bits"].max())
+        levels = spec.level_count(int(found["bits"].max()))
         found["codebook"] = found["codebook"][used.to(torch.int64), :levels].contiguous()
         found["codebook_index"] = index.to(torch.int32)
     return QuantParams(**found)

@@ -84,6 +84,8 @@ class QuantSpec(_Frozen):
         rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
         feedback: the errors of a head's earlier coordinates are fed into its later ones before those are coded, so
             that they partly cancel where the model looks (:meth:`kvq_calib.quantizer.Quantizer.with_feedback`).
+        trellis: twice as many levels as codes; which half a code means depends on the codes before it in its block
+            (:mod:`kvq_calib.trellis`). Widths are then at most 7.
         outliers: dense-and-sparse storage.
         q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
@@ -98,6 +100,7 @@ class QuantSpec(_Frozen):
     phase: bool = False
     rotation: bool = False
     feedback: bool = False
+    trellis: bool = False
     outliers: OutlierSpec = OutlierSpec()
     q_norm: bool = False
 
@@ -113,9 +116,18 @@ class QuantSpec(_Frozen):
             raise ValueError("phase is for keys and rotation for values: one tensor cannot have both")
         if self.phase and not self.pre_rope:
             raise ValueError("phase needs pre_rope: true")
-        if self.feedback and (self.granularity == "token" or self.dynamic or self.outliers.fraction > 0):
-            raise ValueError("feedback needs static thresholds per channel and no outliers")
+        for name in ("feedback", "trellis"):
+            if getattr(self, name) and (
+                self.granularity == "token" or self.dynamic or self.outliers.fraction > 0
+            ):
+                raise ValueError(f"{name} needs static thresholds per channel and no outliers")
+        if self.trellis and self.bits == MAX_BITS:
+            raise ValueError(f"trellis doubles the levels: bits can be at most {MAX_BITS - 1}")
         return self
+
+    def level_count(self, bits: int) -> int:
+        """Levels of a channel of width ``bits``: a trellis has two for each code."""
+        return 1 << (bits + self.trellis if bits else 0)
 
     @property
     def static_channels(self) -> bool:
@@ -278,15 +290,15 @@ def expected_tensors(
 ) -> dict[str, TensorShape]:
     """Names, shapes and dtypes of the tensors that describe one layer's keys or values.
 
-    ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels of the channels
-    whose ``codebook_index`` is ``g``, then repeats its last level. Without ``variable_bits`` there is one row of
-    ``2 ** bits`` levels for all channels, and neither ``bits`` nor ``codebook_index``.
+    ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels (``2 ** (bits + 1)`` with a
+    trellis; one for width 0) of the channels whose ``codebook_index`` is ``g``, then repeats its last level. Without
+    ``variable_bits`` there is one row for all channels, and neither ``bits`` nor ``codebook_index``.
 
     ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
     head's ``feedback_scale``.
     """
     channels = geometry.channels
-    tensors: dict[str, TensorShape] = {"codebook": ((1, 1 << spec.bits), "float32")}
+    tensors: dict[str, TensorShape] = {"codebook": ((1, spec.level_count(spec.bits)), "float32")}
     if spec.variable_bits:
         tensors["codebook"] = ((None, None), "float32")
         tensors["bits"] = ((channels,), "uint8")

@@ -135,14 +135,14 @@ def _params(
     bits = torch.full((channels,), spec.bits, dtype=torch.uint8)
     if spec.variable_bits:
         bits = torch.randint(0, spec.bits + 1, (channels,), generator=generator).to(torch.uint8)
-    columns = 1 << int(bits.max())
+    columns = spec.level_count(int(bits.max()))
     rows, row_of = [], {}
     codebook_index = torch.empty(channels, dtype=torch.int32)
     for channel, width in enumerate(bits.tolist()):
         variant = (width, channel % codebooks)
         if variant not in row_of:
             row_of[variant] = len(rows)
-            rows.append(_levels(1 << width, columns, generator))
+            rows.append(_levels(spec.level_count(width), columns, generator))
         codebook_index[channel] = row_of[variant]
     phase = rotation = scale = zero_point = None
     if spec.phase and rope is not None:

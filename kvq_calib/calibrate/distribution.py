@@ -145,7 +145,8 @@ class WeightedHistogram:
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(2, channels, WEIGHTED_BINS, dtype=torch.float64, device=device)
+        # Weight and weighted value, then number and value.
+        self.sums = torch.zeros(4, channels, WEIGHTED_BINS, dtype=torch.float64, device=device)
         self.count = torch.zeros(1, dtype=torch.float64, device=device)
 
     def update(self, y: Tensor, weights: Tensor, mean: Tensor, deviation: Tensor) -> None:
@@ -162,7 +163,7 @@ class WeightedHistogram:
         bins = ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
         flat = (bins + torch.arange(y.shape[1], device=y.device) * WEIGHTED_BINS).flatten()
         size = y.shape[1] * WEIGHTED_BINS
-        for row, values in enumerate((weights, weights * y)):
+        for row, values in enumerate((weights, weights * y, torch.ones_like(y), y)):
             found = torch.bincount(flat, weights=values.flatten(), minlength=size)
             self.sums[row] += found.view(y.shape[1], -1).to(self.sums.device)
         self.count += y.shape[0]

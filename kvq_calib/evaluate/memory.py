@@ -175,7 +175,7 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
     Rotary pairs are taken to cover the head, which decides the number of phases.
     """
     channels = geometry.channels
-    size = 4 * (1 << spec.bits) + 1 + 4
+    size = 4 * spec.level_count(spec.bits) + 1 + 4
     if spec.variable_bits:
         size += (1 + 4) * (channels - 1)
     if spec.static_channels:

@@ -919,7 +919,7 @@ def _append_chunk(
             )
         rotation, phase = table.quantizer.params.rotation, table.phase
         if table.quantizer.params.feedback is not None:
-            fed = table.quantizer.with_feedback(table.quantizer.transform(x))
+            fed, _ = table.quantizer.with_feedback(table.quantizer.transform(x))
             source, phase = fed.unflatten(-1, (heads, size)).transpose(1, 2), None
         else:
             source = x if rotation is None else x.float() @ rotation

@@ -1,0 +1,109 @@
+"""Trellis-coded quantization: twice the levels for the same bits.
+
+Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest bits of
+the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
+four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer (IEEE Trans. Commun.
+38, 1990). Per channel, with ``u[t]`` the lowest bit of the code of token ``t`` of a block and ``u[t] = 0`` before it::
+
+    level index[t] = 4 * (code[t] >> 1) + 2 * (u[t] ^ u[t - 2]) + u[t - 1]
+
+Reading is therefore three bit operations and the look-up there was before; the work is in the encoder, which finds the
+path of least squared error with Viterbi's algorithm. A block starts in a known state and ends in any, so no bit is
+stored beside the codes, and blocks stay independent of each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_calib.packing import BLOCK_TOKENS
+
+__all__ = ["best_path", "level_index"]
+
+
+def level_index(codes: Tensor) -> Tensor:
+    """Which level each code stands for.
+
+    Args:
+        codes: integers ``[..., T]``, tokens in order from the first of a block on.
+
+    Returns:
+        The same dtype and shape.
+    """
+    free = codes & 1
+    before, long_before = torch.zeros_like(free), torch.zeros_like(free)
+    before[..., 1:], long_before[..., 2:] = free[..., :-1], free[..., :-2]
+    place = torch.arange(codes.shape[-1], device=codes.device) % BLOCK_TOKENS
+    before = before.masked_fill(place < 1, 0)
+    long_before = long_before.masked_fill(place < 2, 0)
+    return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
+
+
+def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest level of each of the four subsets ``levels[:, s::4]``, for ``u [C, n]``.
+
+    Returns:
+        Place in the subset, int64 ``[4, C, n]``, and the squared distance, float32 ``[4, C, n]``.
+    """
+    if levels.shape[1] < 4:  # every channel has width 0
+        levels = levels[:, :1].expand(-1, 4)
+    subsets = levels.unflatten(1, (-1, 4)).permute(2, 0, 1).contiguous()  # [4, C, L / 4]
+    boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
+    used = (1 << bits.to(torch.int64)) >> 1
+    unused = torch.arange(1, subsets.shape[-1], device=u.device) >= used[:, None]
+    boundaries = boundaries.masked_fill(unused, torch.inf)
+    place = torch.searchsorted(boundaries, u.expand(4, *u.shape).contiguous())
+    distance = u - subsets.gather(-1, place)
+    return place, distance * distance
+
+
+def _pair_subsets() -> tuple[list[int], list[int]]:
+    """Subsets of two successive tokens on the only way between two states, ``[before * 4 + after]`` each."""
+    first, second = [], []
+    for before in range(4):
+        for after in range(4):
+            last, long_ago = before & 1, before >> 1
+            now, between = after & 1, after >> 1
+            first.append(2 * (between ^ long_ago) + last)
+            second.append(2 * (now ^ last) + between)
+    return first, second
+
+
+def best_path(levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
+    """Codes whose path through the trellis has the least squared error.
+
+    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
+    them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation rounded.
+    Ties go to the predecessor, and in the end to the state, of the lower number.
+
+    Args:
+        levels: float32 ``[C, L]``, sorted in each row; the first ``2 ** (bits + 1)`` of a row are used.
+        bits: integer ``[C]``, widths of the codes; a channel of width 0 gets code 0.
+        u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
+
+    Returns:
+        uint8 ``[C, B, T]``.
+    """
+    channels, batch, tokens = u.shape
+    place, distance = _nearest_in_subsets(levels, bits, u.flatten(1))
+    place = place.view(4, channels, batch, tokens)
+    # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
+    distance = torch.nn.functional.pad(distance.view_as(place), (0, -tokens % BLOCK_TOKENS))
+    first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 2, 0, 1)  # [16, 4, N] each
+    subsets = _pair_subsets()
+    pair = (first[:, subsets[0]] + second[:, subsets[1]]).unflatten(1, (4, 4))
+    cost = torch.full_like(first[0], torch.inf)
+    cost[0] = 0
+    # The inputs so far of the best path into each state, bit t for token t.
+    path = torch.zeros_like(cost, dtype=torch.int64)
+    state = torch.arange(4, device=u.device)[:, None]
+    inputs = (state & 1) << 1 | state >> 1
+    for number in range(BLOCK_TOKENS // 2):
+        cost, before = (pair[number] + cost[:, None]).min(0)
+        path = path.gather(0, before) | inputs << 2 * number
+    best = path.gather(0, cost.min(0, keepdim=True).indices)[0]
+    free = best[:, None] >> torch.arange(BLOCK_TOKENS, device=u.device) & 1
+    free = free.view(channels, batch, -1)[..., :tokens]
+    codes = place.gather(0, (level_index(free) & 3)[None])[0] << 1 | free
+    return codes.masked_fill((bits == 0)[:, None, None], 0).to(torch.uint8)

@@ -1,0 +1,95 @@
+"""Trellis-coded quantization: the path is the best there is, and reading needs nothing but the codes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.spec import LayerGeometry, QuantSpec
+from kvq_calib.trellis import best_path, level_index
+
+
+def error_of(levels: torch.Tensor, codes: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Squared error of codes, both ``[C, B, T]``, summed over the tokens."""
+    index = level_index(codes).to(torch.int64)
+    return (u - levels.gather(1, index.flatten(1)).view(u.shape)).square().sum(-1)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(1, 8), (2, 5), (3, 3)])
+def test_no_path_is_better(width: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    levels = torch.randn(6, 2 << width, generator=generator).sort(1).values
+    u = torch.randn(6, 2, tokens, generator=generator)
+    found = error_of(levels, best_path(levels, torch.full((6,), width), u), u)
+    least = torch.full_like(found, torch.inf)
+    for codes in itertools.product(range(1 << width), repeat=tokens):
+        least = torch.minimum(least, error_of(levels, torch.tensor(codes).expand(u.shape), u))
+    torch.testing.assert_close(found, least)
+
+
+def test_reading_follows_the_formula_and_starts_anew_with_every_block() -> None:
+    codes = torch.randint(0, 8, (3, 100), generator=torch.Generator().manual_seed(0))
+    index = level_index(codes)
+    for row, t in itertools.product(range(3), range(100)):
+
+        def free(back: int, row: int = row, t: int = t) -> int:
+            return int(codes[row, t - back]) & 1 if t % 32 >= back else 0
+
+        assert index[row, t] == 4 * (int(codes[row, t]) >> 1) + 2 * (free(0) ^ free(2)) + free(1)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 70))
+def test_blocks_and_sequences_do_not_depend_on_each_other(seed: int, width: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randn(2, 2 << width, generator=generator).sort(1).values
+    bits = torch.full((2,), width)
+    u = torch.randn(2, 3, tokens, generator=generator)
+    codes = best_path(levels, bits, u)
+    assert int(codes.max()) < 1 << width
+    for first in range(0, tokens, 32):
+        part = slice(first, first + 32)
+        assert torch.equal(codes[:, 1:2, part], best_path(levels, bits, u[:, 1:2, part]))
+
+
+def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    spec = QuantSpec(bits=3, variable_bits=True, trellis=True)
+    shape = LayerGeometry(num_query_heads=1, num_kv_heads=1, head_dim=4)
+    rows = [torch.linspace(-1, 1, 1 if width == 0 else 2 << width) for width in range(4)]
+    rows[0] = torch.tensor([0.25])
+    codebook = torch.stack([torch.cat((row, row[-1:].expand(16 - len(row)))) for row in rows])
+    widths = torch.arange(4, dtype=torch.uint8)
+    params = QuantParams(widths, codebook, torch.arange(4).int(), torch.ones(4), torch.zeros(4))
+    quantizer = Quantizer(spec, params, shape)
+    x = torch.randn(2, 1, 50, 4, generator=generator).clamp(-1, 1)
+    codes = quantizer.quantize(x).codes
+    assert codes.amax((0, 1)).tolist() == [0, 1, 3, 7]
+    seen = quantizer(x)
+    assert (seen[..., 0] == 0.25).all()
+    for width in range(1, 4):
+        assert torch.isin(seen[..., width], rows[width]).all()
+
+
+def test_twice_the_levels_lower_the_error_by_more_than_a_decibel() -> None:
+    """Normal samples, 3 bits: the optimal scalar quantizer has 14.62 dB."""
+    levels = torch.erfinv((2 * torch.arange(16) + 1) / 16 - 1) * 2**0.5 * 1.25
+    u = torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0))
+    error = error_of(levels[None], best_path(levels[None], torch.tensor([3]), u), u).sum() / u.numel()
+    assert -10 * error.log10() > 15.5
+
+
+def test_all_channels_may_have_width_zero() -> None:
+    codes = best_path(torch.zeros(2, 2), torch.zeros(2, dtype=torch.uint8), torch.randn(2, 1, 40))
+    assert not codes.any()
+
+
+def test_a_trellis_needs_static_thresholds_and_a_spare_bit() -> None:
+    with pytest.raises(ValueError, match="trellis needs static thresholds"):
+        QuantSpec(bits=3, trellis=True, granularity="token", dynamic=True)
+    with pytest.raises(ValueError, match="at most 7"):
+        QuantSpec(bits=8, trellis=True)
