@@ -48,6 +48,8 @@ class AllocationConfig(_Settings):
         min_key_bits, min_value_bits: least width of a channel. The error of a channel without any bits is large,
             and the estimate by gradients holds for small ones.
         codebooks: most codebooks that channels of one width share, per layer and kind.
+        shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
+            few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -55,7 +57,8 @@ class AllocationConfig(_Settings):
     scope: Literal["model", "layer", "uniform"] = "model"
     min_key_bits: Annotated[int, Field(ge=0, le=8)] = 1
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
-    codebooks: Annotated[int, Field(ge=1, le=64)] = 4
+    codebooks: Annotated[int, Field(ge=1, le=64)] = 2
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class LearnConfig(_Settings):

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from kvq_calib.errors import ConfigError
+from kvq_calib.packing import BLOCK_TOKENS
 from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import QuantSpec
+from kvq_calib.trellis import best_path, level_index
 
 #: Lloyd iterations of one channel's levels; the start is near the optimum.
 _LLOYD_ROUNDS = 30
@@ -26,6 +29,12 @@ _SHARE_ROUNDS = 10
 #: Two allocations whose Lagrange multipliers differ by less than this factor are the same.
 _MULTIPLIER_STEPS = 100
 _SMALLEST_SCALE = 1e-8
+#: Error of the best path over that of the nearest of its levels: 2.7 for normal samples, 2.2 for Laplacian ones, at
+#: every width. Only its size against the error without any bits matters here.
+_PATH_OVER_NEAREST = 2.4
+#: Rounds of finding paths and moving levels, and the blocks of samples of one codebook.
+_PATH_ROUNDS = 5
+_SAMPLE_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,9 @@ class Curves:
 
     Attributes:
         points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
-        levels: by width ``b``, float64 ``[C, 2 ** b]``: levels of least weighted squared error.
-        distortion: float64 ``[C, widths]``, the weighted squared error of those levels, for one token.
+        levels: by width ``b``, float64 ``[C, 2 ** b]`` (``2 ** (b + 1)`` with a trellis): levels of least weighted
+            squared error if the nearest one is taken.
+        distortion: float64 ``[C, widths]``, the weighted squared error of what they are used for, for one token.
     """
 
     points: Tensor
@@ -97,16 +107,18 @@ def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
     return levels
 
 
-def fit_curves(points: Tensor, weights: Tensor, max_bits: int) -> Curves:
-    """Levels and weighted error of every channel at every width from 0 to ``max_bits``.
+def fit_curves(points: Tensor, weights: Tensor, spec: QuantSpec) -> Curves:
+    """Levels and weighted error of every channel at every width from 0 to ``spec.bits``.
 
     Args:
         points, weights: float64 ``[C, n]``, from
             :meth:`kvq_calib.calibrate.distribution.WeightedHistogram.distribution`.
-        max_bits: largest width.
+        spec: with a trellis, levels are twice as many and their error is that of the nearest times a factor.
     """
-    levels = tuple(lloyd(points, weights, 1 << bits) for bits in range(max_bits + 1))
+    levels = tuple(lloyd(points, weights, spec.level_count(bits)) for bits in range(spec.bits + 1))
     distortion = torch.stack([weighted_error(row, points, weights) for row in levels], dim=1)
+    if spec.trellis:
+        distortion[:, 1:] *= _PATH_OVER_NEAREST
     # Lloyd's optima are local: a wider code is never worse, since it could leave levels unused.
     return Curves(points, weights, levels, distortion.cummin(1).values)
 
@@ -166,24 +178,28 @@ def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float)
     return [table.to(torch.uint8) for table in widths(high)]
 
 
-def codebook_rows(widths: Tensor, most: int) -> int:
+def codebook_rows(widths: Tensor, most: int, spec: QuantSpec) -> int:
     """Rows of the codebook table of one layer's keys or values; what :func:`share_codebooks` will build."""
     counts = torch.bincount(widths.to(torch.int64), minlength=2).tolist()
-    # Zero or one bit need no shapes: scale and zero point reach every pair of levels.
-    return sum(min(most, count) if width > 1 else 1 for width, count in enumerate(counts) if count)
+    # Two levels or one need no shapes: scale and zero point reach every pair of levels.
+    return sum(
+        min(most, count) if spec.level_count(width) > 2 else 1 for width, count in enumerate(counts) if count
+    )
 
 
-def share_codebooks(curves: Curves, widths: Tensor, most: int) -> QuantParams:
+def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) -> QuantParams:
     """Scale and zero point per channel, and at most ``most`` codebooks for the channels of one width.
 
     Alternates between three exact steps, none of which can increase the weighted error: each channel takes
     the codebook that serves it best; scale and zero point follow by weighted least squares given the codes;
-    each level becomes the weighted mean of what it codes.
+    each level becomes the weighted mean of what it codes. With a trellis the levels then follow what paths use them
+    for (:func:`follow_paths`).
 
     Args:
         curves: the layer's, with widths up to the largest in ``widths``.
         widths: uint8 ``[C]``.
         most: codebooks of one width.
+        spec: of the layer's keys or values.
 
     Returns:
         Parameters without phases; levels are representable in float16.
@@ -200,16 +216,18 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int) -> QuantParams:
         fit = _Shared(
             curves.points[members], curves.weights[members], middle, half.clamp(min=_SMALLEST_SCALE)
         )
-        if width <= 1:
+        if levels.shape[1] <= 2:
             books, chosen = (
                 torch.linspace(-1, 1, 2, dtype=torch.float64)[None] * bool(width),
                 fit.nothing_to_choose(),
             )
-            books = books[:, : 1 << width]
+            books = books[:, : levels.shape[1]]
         else:
             books, chosen = fit.run(
                 (levels - fit.zero_point[:, None]) / fit.scale[:, None], min(most, len(members))
             )
+            if spec.trellis:
+                books = follow_paths(books, width, fit.samples(chosen, len(books)))
         scale[members], zero_point[members] = fit.scale, fit.zero_point
         index[members] = chosen + len(rows)
         rows.extend(books)
@@ -222,6 +240,27 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int) -> QuantParams:
         scale=scale.float().clamp(min=_SMALLEST_SCALE),
         zero_point=zero_point.float(),
     )
+
+
+def follow_paths(books: Tensor, width: int, samples: Tensor) -> Tensor:
+    """Levels for a trellis: each becomes the mean of the samples that the best paths code with it, repeatedly.
+
+    Args:
+        books: float64 ``[G, L]``, the start: levels for the nearest-level rule.
+        width: of the codes.
+        samples: float64 ``[G, blocks, 32]``, drawn from what each codebook will code.
+
+    Returns:
+        float64 ``[G, L]``, sorted.
+    """
+    bits = torch.full((len(books),), width)
+    for _ in range(_PATH_ROUNDS):
+        codes = best_path(books.float(), bits, samples.float().flatten(1)[:, None])
+        index = level_index(codes).flatten(1).to(torch.int64)
+        count = torch.zeros_like(books).scatter_add_(1, index, torch.ones_like(samples).flatten(1))
+        total = torch.zeros_like(books).scatter_add_(1, index, samples.flatten(1))
+        books = torch.where(count > 0, total / count.clamp(min=1), books).sort(1).values
+    return books
 
 
 def storable_levels(table: Tensor) -> Tensor:
@@ -261,6 +300,26 @@ class _Shared:
                 if bool(mine.any()):
                     books[number] = self._centres(books[number], candidates[number][2][mine], mine)
         return books, chosen
+
+    def samples(self, chosen: Tensor, count: int) -> Tensor:
+        """Normalised values as the channels of each codebook have them, in random order, by weight.
+
+        Returns:
+            float64 ``[count, blocks, 32]``.
+        """
+        values = (self.points - self.zero_point[:, None]) / self.scale[:, None]
+        weights = self.weights * self.scale.square()[:, None]
+        size = _SAMPLE_BLOCKS * BLOCK_TOKENS
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        wanted = (order + 0.5) / size
+        drawn = []
+        for number in range(count):
+            mine = chosen == number if bool((chosen == number).any()) else torch.ones_like(chosen, dtype=bool)
+            value, at = values[mine].flatten().sort()
+            share = weights[mine].flatten()[at].cumsum(0)
+            place = torch.searchsorted(share, wanted * share[-1]).clamp(max=len(value) - 1)
+            drawn.append(value[place].view(_SAMPLE_BLOCKS, BLOCK_TOKENS))
+        return torch.stack(drawn)
 
     def _follow(self, book: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scale, zero point, codes and error of every channel if it used ``book``, from where it stands."""

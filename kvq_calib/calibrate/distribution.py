@@ -137,7 +137,7 @@ class WeightedHistogram:
 
     Bins are equal steps of ``asinh((y - mean) / deviation)``: fine where values are dense, and wide enough
     far out that no value is lost. Each bin keeps its weight and the weighted sum of its values, so that the
-    centre of any run of bins is exact.
+    centre of any run of bins is exact; and both without weights.
 
     Args:
         channels: number of channels ``C``.
@@ -168,11 +168,12 @@ class WeightedHistogram:
             self.sums[row] += found.view(y.shape[1], -1).to(self.sums.device)
         self.count += y.shape[0]
 
-    def distribution(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    def distribution(self, mean: Tensor, deviation: Tensor, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
         """The weighted distribution of one token.
 
         Args:
             mean, deviation: what :meth:`update` was given.
+            shrinkage: how far every weight is moved towards the mean of its channel, 0 to 1.
 
         Returns:
             ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C,
@@ -181,11 +182,10 @@ class WeightedHistogram:
         mean, deviation = mean[:, None], deviation[:, None]
         edges = torch.linspace(-1, 1, WEIGHTED_BINS + 1, dtype=torch.float64)
         edges = mean + deviation * torch.sinh(edges * torch.asinh(torch.tensor(_REACH, dtype=torch.float64)))
-        weight = self.sums[0]
+        common = self.sums[0].sum(1, keepdim=True) / self.count.clamp(min=1)
+        weight, moment = self.sums[:2] * (1 - shrinkage) + self.sums[2:] * common * shrinkage
         middle = (edges[:, 1:] + edges[:, :-1]) / 2
-        points = torch.where(
-            weight > 0, self.sums[1] / weight.clamp(min=torch.finfo(torch.float64).tiny), middle
-        )
+        points = torch.where(weight > 0, moment / weight.clamp(min=torch.finfo(torch.float64).tiny), middle)
         # Rounding must not move a mean out of its bin: points stay sorted. The end bins are open.
         points[:, 1:] = torch.maximum(points[:, 1:], edges[:, 1:-1])
         points[:, :-1] = torch.minimum(points[:, :-1], edges[:, 1:-1])

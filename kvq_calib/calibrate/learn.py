@@ -28,7 +28,7 @@ from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import activations_only, head_logits, is_splittable, recomputed_layers
 from kvq_calib.errors import CalibrationError
-from kvq_calib.quantizer import Quantizer, QuantParams, codebook_boundaries, reciprocal, roundtrip_storage
+from kvq_calib.quantizer import Quantizer, QuantParams, roundtrip_storage
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
 __all__ = ["Learned", "Trainable", "divergence", "learn"]
@@ -75,7 +75,8 @@ class Trainable:
         row_bits = row_bits.scatter_reduce(0, index, bits, "amax", include_self=False)
         spacing = 2.0 ** (1 - bits.clamp(min=1).float())
         self._channel_unit = spacing
-        self._level_unit = 2.0 ** (1 - row_bits.clamp(min=1).float())[:, None]
+        counts = torch.tensor([spec.level_count(width) for width in row_bits.tolist()], device=device)
+        self._level_unit = 2.0 / counts.clamp(min=2).float()[:, None]
         self.offsets: dict[str, Tensor] = {
             "scale": torch.zeros_like(params.scale, device=device),
             "zero_point": torch.zeros_like(params.zero_point, device=device),
@@ -86,8 +87,8 @@ class Trainable:
         for offset in self.offsets.values():
             offset.requires_grad_()
         # The repeated last levels of a narrower row must follow its last real one.
-        last = ((1 << row_bits) - 1)[:, None]
-        self._real = torch.minimum(torch.arange(self.start.codebook.shape[1], device=device), last)
+        columns = torch.arange(self.start.codebook.shape[1], device=device)
+        self._real = torch.minimum(columns, counts[:, None] - 1)
 
     def live(self, fraction: float = 1.0) -> QuantParams:
         """The numbers as they stand, or this ``fraction`` of the way there; part of the autograd graph."""
@@ -114,15 +115,9 @@ class Trainable:
         assert live.scale is not None  # static channel thresholds have both
         assert live.zero_point is not None
         quantizer = Quantizer(self.spec, live, self.geometry, self.rope)
-        levels = live.codebook[live.codebook_index.to(torch.int64)]
         with torch.no_grad():
-            y = quantizer.transform(x)
-            if live.feedback is not None:
-                y = quantizer.with_feedback(y)
-            normalised = (y - live.zero_point) * reciprocal(live.scale)
-            by_channel = normalised.flatten(0, 1).T.contiguous()
-            codes = torch.searchsorted(codebook_boundaries(levels, live.bits), by_channel)
-        decoded = levels.gather(1, codes).T.view(y.shape)
+            codes = quantizer.quantize(x).codes
+        decoded = quantizer.decode(codes)
         seen = quantizer.inverse_transform(live.zero_point + live.scale * decoded)
         return seen + (x - x.detach()).float()
 
@@ -173,7 +168,7 @@ def divergence(
         seen = []
         for kind, x in zip(KINDS, (kv.keys, kv.values), strict=True):
             exact = roundtrip_storage(x[:, :, :sinks], cache).float()
-            seen.append(torch.cat([exact, quantize[kv.layer][kind](x[:, :, sinks:])], dim=2))
+            seen.append(torch.cat([exact, quantize[kv.layer][kind](x)[:, :, sinks:]], dim=2))
         return seen[0], seen[1]
 
     body = model.base_model if is_splittable(model) else None

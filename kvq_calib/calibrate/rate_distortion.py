@@ -69,14 +69,14 @@ def fit_layers(
     apart: dict[Place, dict[str, Tensor]] = {}  # what does not depend on the widths
     for layer, kind in places:
         mean, deviation = moments[layer, kind].turned(phases[layer, kind])
-        points, weights = histograms[layer, kind].distribution(mean, deviation)
+        points, weights = histograms[layer, kind].distribution(mean, deviation, settings.shrinkage)
         phase = phases[layer, kind]
         apart[layer, kind] = {} if phase is None else {"phase": phase}
         if specs[layer].of(kind).feedback:
             feedback, step, left = error_feedback(covariances[layer, kind].sums.cpu())
             apart[layer, kind] |= {"feedback": feedback, "feedback_scale": step}
             weights = weights * left.flatten().pow(_TRUST)[:, None]
-        curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind).bits)
+        curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind))
 
     floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
     floor = [min(floors[kind], specs[layer].of(kind).bits) for layer, kind in places]
@@ -90,7 +90,7 @@ def fit_layers(
 
     def stored_bits(widths: list[Tensor]) -> float:
         shapes = {
-            place: replace(_shapes(w, settings.codebooks), **apart[place])
+            place: replace(_shapes(w, settings.codebooks, specs[place[0]].of(place[1])), **apart[place])
             for place, w in zip(places, widths, strict=True)
         }
         layers = tuple(LayerParams(shapes[n, "key"], shapes[n, "value"]) for n in range(len(specs)))
@@ -104,18 +104,21 @@ def fit_layers(
     else:
         chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
     params = {
-        place: replace(share_codebooks(curves[place], widths, settings.codebooks), **apart[place])
+        place: replace(
+            share_codebooks(curves[place], widths, settings.codebooks, specs[place[0]].of(place[1])),
+            **apart[place],
+        )
         for place, widths in zip(places, chosen, strict=True)
     }
     return tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in range(len(specs)))
 
 
-def _shapes(widths: Tensor, codebooks: int) -> QuantParams:
+def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:
     """Parameters of the right shapes and arbitrary content, to count what they take."""
     channels = len(widths)
     return QuantParams(
         bits=widths,
-        codebook=torch.zeros(codebook_rows(widths, codebooks), 1 << int(widths.max())),
+        codebook=torch.zeros(codebook_rows(widths, codebooks, spec), spec.level_count(int(widths.max()))),
         codebook_index=torch.zeros(channels, dtype=torch.int32),
         scale=torch.ones(channels),
         zero_point=torch.zeros(channels),

@@ -48,11 +48,11 @@ def quantized_prefill(model: Any, artifact: KVArtifact) -> Iterator[OutlierCount
 
     def through(x: Tensor, kv: LayerKV, kind: Kind) -> Tensor:
         quantizer = quantizers[kv.layer][kind]
-        quantized = quantizer.quantize(x[:, :, sinks:])
+        quantized = quantizer.quantize(x)  # with the sinks, whose blocks the cache packs too
         if quantized.outliers is not None:
-            counts.found[kind][kv.layer] += int(quantized.outliers.sum())
+            counts.found[kind][kv.layer] += int(quantized.outliers[:, sinks:].sum())
         exact = roundtrip_storage(x[:, :, :sinks], artifact.spec).float()
-        return torch.cat([exact, quantizer.dequantize(quantized)], dim=2)
+        return torch.cat([exact, quantizer.dequantize(quantized)[:, :, sinks:]], dim=2)
 
     def transform(kv: LayerKV) -> tuple[Tensor, Tensor]:
         counts.tokens[kv.layer] += kv.values.shape[0] * max(kv.values.shape[2] - sinks, 0)
