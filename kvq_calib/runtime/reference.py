@@ -202,32 +202,34 @@ def _as_slice(channels: list[int], device: torch.device) -> slice | Tensor:
 
 @dataclass(frozen=True)
 class _Group:
-    """Channels of one width, and how their codes become levels.
+    """Channels of one width.
 
     Attributes:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
         rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
-        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32
-            ``[L * r]``, levels.
-        offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
+        codebooks: int64, the rows of the codebook that the channels use.
+        part: int64 ``[n]``, which of these each channel uses.
     """
 
     width: int
     channels: Tensor | None
     rows: Tensor | None
-    table: Tensor
-    offset: Tensor | None
+    codebooks: Tensor
+    part: Tensor
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.channels, self.rows, self.table, self.offset) if t is not None]
+    @property
+    def paired(self) -> bool:
+        """Whether the levels of two codes are looked up at once."""
+        return 0 < self.width <= 4 and len(self.codebooks) <= MAX_BYTE_TABLES
 
 
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one
-    float64.
+    Up to 4 bits, levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
+    as one float64. Bytes are brought into the order of the channels first, being an eighth of what they
+    become, so that one lookup serves all widths.
 
     Args:
         quantizer: of the tensor.
@@ -238,40 +240,72 @@ class PageReader:
         self.layout = quantizer.layout
         params = quantizer.params
         self.device = params.bits.device
-        self.groups = [self._group(*group) for group in self._widths()]
         #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
         #: normalized values can take them instead of every value.
         self.separable = not (self.layout.token_params or self.layout.outlier_cap)
+        groups = list(self._widths())
+        self._paired = [group for group in groups if group.paired]
+        #: Float64 ``[256 * tables]`` of level pairs, and int32 ``[C, 1]`` where each channel's table starts.
+        self._pairs, self._pairs_start = self._pair_tables()
+        #: Int64 ``[C]``: where each channel stands among the paired ones, or ``None`` for the same place.
+        self._order = self._paired_order()
+        #: The other channels, float32 ``[L * r]`` levels, and int32 ``[n, 1]`` where each channel's start.
+        self._single = [(group, *self._level_table(group)) for group in groups if not group.paired]
 
-    def _widths(self) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
+    def _widths(self) -> Iterator[_Group]:
+        index = self.quantizer.params.codebook_index.to(torch.int64)
         widths = set(self.layout.widths)
         if len(widths) == 1 and 0 not in widths:
-            yield widths.pop(), None, None
+            yield _Group(widths.pop(), None, None, *torch.unique(index, return_inverse=True))
             return
         for width, channels, rows in self.layout.groups(self.device):
-            yield width, channels, rows.flatten()
+            found = torch.unique(index[channels], return_inverse=True)
+            yield _Group(width, channels, rows.flatten(), *found)
         if 0 in widths:
-            bits = self.quantizer.params.bits
-            yield 0, (bits == 0).nonzero().flatten(), None
+            channels = (self.quantizer.params.bits == 0).nonzero().flatten()
+            yield _Group(0, channels, channels[:0], *torch.unique(index[channels], return_inverse=True))
 
-    def _group(self, width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
-        codebook, index = self.quantizer.params.codebook, self.quantizer.params.codebook_index.to(torch.int64)
-        used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
-        levels = codebook[used, : 1 << width]
-        if 0 < width <= 4 and len(used) <= MAX_BYTE_TABLES:
-            byte = torch.arange(256, device=self.device)
-            mask = (1 << width) - 1
-            table = torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1)
-            table = table.contiguous().view(torch.float64).flatten()
-            size = 256
-        else:
-            table, size = levels.flatten().clone(), 1 << width
-        offset = (part * size).to(torch.int32)[:, None] if len(used) > 1 else None
-        return _Group(width, channels, rows, table, offset)
+    def _pair_tables(self) -> tuple[Tensor, Tensor | None]:
+        byte = torch.arange(256, device=self.device)
+        start = torch.zeros(self.layout.channels, 1, dtype=torch.int32, device=self.device)
+        tables: list[Tensor] = []
+        for group in self._paired:
+            first = 256 * sum(len(table) for table in tables)
+            chosen = slice(None) if group.channels is None else group.channels
+            start[chosen, 0] = (first + 256 * group.part).to(torch.int32)
+            mask = (1 << group.width) - 1
+            levels = self.quantizer.params.codebook[group.codebooks]
+            tables.append(torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1))
+        if not tables:
+            return torch.empty(0, dtype=torch.float64, device=self.device), None
+        pairs = torch.cat(tables).contiguous().view(torch.float64).flatten()
+        return pairs, start if bool(start.any()) else None
+
+    def _paired_order(self) -> Tensor | None:
+        order = torch.zeros(self.layout.channels, dtype=torch.int64, device=self.device)
+        done = 0
+        for group in self._paired:
+            if group.channels is None:
+                return None
+            order[group.channels] = torch.arange(done, done + len(group.part), device=self.device)
+            done += len(group.part)
+        return order
+
+    def _level_table(self, group: _Group) -> tuple[Tensor, Tensor | None]:
+        count = 1 << group.width
+        levels = self.quantizer.params.codebook[group.codebooks, :count].flatten().clone()
+        if len(group.codebooks) == 1:
+            return levels, None
+        return levels, (group.part * count).to(torch.int32)[:, None]
 
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
-        return [tensor for group in self.groups for tensor in group.tensors()]
+        found = [self._pairs, self._pairs_start, self._order]
+        for group in self._paired:
+            found += [group.channels, group.rows, group.codebooks, group.part]
+        for group, levels, start in self._single:
+            found += [group.channels, group.rows, group.codebooks, group.part, levels, start]
+        return [tensor for tensor in found if tensor is not None]
 
     def read(self, pages: Sequence[Page], normalized: bool = False) -> Tensor:
         """Decode whole pages: float32 ``[B, H, D, 256 * n]``, in the quantizer's (phase, rotation) space.
@@ -283,14 +317,7 @@ class PageReader:
             normalized: leave scale and zero point to :meth:`affine`; only where ``separable``.
         """
         batch, layout = pages[0].codes.shape[0], self.layout
-        words = torch.stack([page.codes for page in pages]).view(len(pages), batch, -1, PAGE_BLOCKS)
-        if len(self.groups) == 1 and self.groups[0].channels is None:
-            y = self._levels(self.groups[0], words)
-        else:
-            y = torch.empty(batch, layout.channels, len(pages) * PAGE_TOKENS, device=self.device)
-            for group in self.groups:
-                assert group.channels is not None
-                y.index_copy_(1, group.channels, self._levels(group, words))
+        y = self._levels(torch.stack([page.codes for page in pages]).view(len(pages), batch, -1, PAGE_BLOCKS))
         params = self.quantizer.params
         if layout.token_params:
             pairs = [page.token_params.mT for page in pages if page.token_params is not None]
@@ -323,37 +350,50 @@ class PageReader:
         shape = (self.layout.heads, 1, self.layout.head_dim)
         return mixed * scale.view(shape) + weight * zero_point.view(shape)
 
-    def _levels(self, group: _Group, words: Tensor) -> Tensor:
-        """Levels of one width's channels.
+    def _levels(self, words: Tensor) -> Tensor:
+        """Levels of all channels, float32 ``[B, C, 256 * pages]``.
 
         Args:
-            group: the channels.
             words: codes of the pages, int32 ``[pages, B, W, 8]``.
-
-        Returns:
-            float32 ``[B, n, 256 * pages]``.
         """
-        pages, batch, _, _ = words.shape
-        width = group.width
-        if width == 0:
-            row = group.table if group.offset is None else group.table[group.offset]
-            count = self.layout.channels if group.channels is None else len(group.channels)
-            return row.view(1, -1, 1).expand(batch, count, pages * PAGE_TOKENS)
+        y = self._look_up(self._bytes(words), self._pairs, self._pairs_start) if self._paired else None
+        for group, levels, start in self._single:
+            part = self._look_up(
+                unpack_units(self._units(group, words), group.width).flatten(3), levels, start
+            )
+            if group.channels is None:
+                return part
+            if y is None:
+                y = torch.empty(part.shape[0], self.layout.channels, part.shape[-1], device=part.device)
+            y.index_copy_(1, group.channels, part)
+        assert y is not None
+        return y
+
+    def _bytes(self, words: Tensor) -> Tensor:
+        """What selects level pairs, uint8 ``[pages, B, C, 128]``; anything for channels without pairs."""
+        parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
+        if self._order is None:
+            return parts[0]
+        return torch.cat(parts, dim=2).index_select(2, self._order)
+
+    @staticmethod
+    def _units(group: _Group, words: Tensor) -> Tensor:
+        """Words of one width's channels, int32 ``[pages, B, n, 8, width]``."""
         if group.rows is not None:
             words = words.index_select(2, group.rows)
-        units = words.view(pages, batch, -1, PAGE_BLOCKS, width)
-        if group.table.dtype == torch.float64:
-            data = slice_bytes(units, width)
-        else:
-            data = unpack_units(units, width)
-        data = data.flatten(3).permute(1, 2, 0, 3)
+        return words.view(*words.shape[:2], len(group.part), PAGE_BLOCKS, group.width)
+
+    @staticmethod
+    def _look_up(data: Tensor, table: Tensor, start: Tensor | None) -> Tensor:
+        """Entries of a table, float32 ``[B, n, S]``, by uint8 ``[pages, B, n, x]`` from each channel's start."""
+        data = data.permute(1, 2, 0, 3)
         index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
-        if group.offset is None:
+        if start is None:
             index.copy_(data)
         else:
-            torch.add(data, group.offset[..., None], out=index)
-        found = group.table.index_select(0, index.flatten())
-        return found.view(torch.float32).view(batch, -1, pages * PAGE_TOKENS)
+            torch.add(data, start[..., None], out=index)
+        found = table.index_select(0, index.flatten()).view(torch.float32)
+        return found.view(*data.shape[:2], -1)
 
     def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
         """Add the residuals of ``pages`` to ``y [B, C, S]``."""
