@@ -10,7 +10,7 @@ on the mixed output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,6 +35,8 @@ __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visib
 WORK_ELEMENTS = 1 << 19
 #: Attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
+#: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
+ANGLE_ELEMENTS = 1 << 22
 #: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
 MAX_BYTE_TABLES = 4
 #: Below every real score, and finite, so that differences of running maxima are never NaN.
@@ -169,8 +171,8 @@ class RopeTable:
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn ``x [..., D, S]`` in place by angles given as broadcastable ``[..., P, S]``; no scaling."""
         a, b = x[..., self._first, :], x[..., self._second, :]
-        a_sin, b_sin = a * sin, b * sin
-        a.mul_(cos).sub_(b_sin)
+        a_sin = a * sin
+        a.mul_(cos).addcmul_(b, sin, value=-1)
         b.mul_(cos).add_(a_sin)
         if isinstance(self._first, Tensor):
             x[..., self._first, :] = a
@@ -200,32 +202,34 @@ def _as_slice(channels: list[int], device: torch.device) -> slice | Tensor:
 
 @dataclass(frozen=True)
 class _Group:
-    """Channels of one width, and how their codes become levels.
+    """Channels of one width.
 
     Attributes:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
-        rows: int64 ``[n, width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
-        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32
-            ``[L * r]``, levels.
-        offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
+        rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
+        codebooks: int64, the rows of the codebook that the channels use.
+        part: int64 ``[n]``, which of these each channel uses.
     """
 
     width: int
     channels: Tensor | None
     rows: Tensor | None
-    table: Tensor
-    offset: Tensor | None
+    codebooks: Tensor
+    part: Tensor
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.channels, self.rows, self.table, self.offset) if t is not None]
+    @property
+    def paired(self) -> bool:
+        """Whether the levels of two codes are looked up at once."""
+        return 0 < self.width <= 4 and len(self.codebooks) <= MAX_BYTE_TABLES
 
 
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one
-    float64.
+    Up to 4 bits, levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
+    as one float64. Bytes are brought into the order of the channels first, being an eighth of what they
+    become, so that one lookup serves all widths.
 
     Args:
         quantizer: of the tensor.
@@ -236,51 +240,84 @@ class PageReader:
         self.layout = quantizer.layout
         params = quantizer.params
         self.device = params.bits.device
-        self.groups = [self._group(*group) for group in self._widths()]
+        #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
+        #: normalized values can take them instead of every value.
+        self.separable = not (self.layout.token_params or self.layout.outlier_cap)
+        groups = list(self._widths())
+        self._paired = [group for group in groups if group.paired]
+        #: Float64 ``[256 * tables]`` of level pairs, and int32 ``[C, 1]`` where each channel's table starts.
+        self._pairs, self._pairs_start = self._pair_tables()
+        #: Int64 ``[C]``: where each channel stands among the paired ones, or ``None`` for the same place.
+        self._order = self._paired_order()
+        #: The other channels, float32 ``[L * r]`` levels, and int32 ``[n, 1]`` where each channel's start.
+        self._single = [(group, *self._level_table(group)) for group in groups if not group.paired]
 
-    def _widths(self) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
+    def _widths(self) -> Iterator[_Group]:
+        index = self.quantizer.params.codebook_index.to(torch.int64)
         widths = set(self.layout.widths)
         if len(widths) == 1 and 0 not in widths:
-            yield widths.pop(), None, None
+            yield _Group(widths.pop(), None, None, *torch.unique(index, return_inverse=True))
             return
-        yield from self.layout.groups(self.device)
+        for width, channels, rows in self.layout.groups(self.device):
+            found = torch.unique(index[channels], return_inverse=True)
+            yield _Group(width, channels, rows.flatten(), *found)
         if 0 in widths:
-            bits = self.quantizer.params.bits
-            yield 0, (bits == 0).nonzero().flatten(), None
+            channels = (self.quantizer.params.bits == 0).nonzero().flatten()
+            yield _Group(0, channels, channels[:0], *torch.unique(index[channels], return_inverse=True))
 
-    def _group(self, width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
-        codebook, index = self.quantizer.params.codebook, self.quantizer.params.codebook_index.to(torch.int64)
-        used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
-        levels = codebook[used, : 1 << width]
-        if 0 < width <= 4 and len(used) <= MAX_BYTE_TABLES:
-            byte = torch.arange(256, device=self.device)
-            mask = (1 << width) - 1
-            table = torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1)
-            table = table.contiguous().view(torch.float64).flatten()
-            size = 256
-        else:
-            table, size = levels.flatten().clone(), 1 << width
-        offset = (part * size).to(torch.int32)[:, None] if len(used) > 1 else None
-        return _Group(width, channels, rows, table, offset)
+    def _pair_tables(self) -> tuple[Tensor, Tensor | None]:
+        byte = torch.arange(256, device=self.device)
+        start = torch.zeros(self.layout.channels, 1, dtype=torch.int32, device=self.device)
+        tables: list[Tensor] = []
+        for group in self._paired:
+            first = 256 * sum(len(table) for table in tables)
+            chosen = slice(None) if group.channels is None else group.channels
+            start[chosen, 0] = (first + 256 * group.part).to(torch.int32)
+            mask = (1 << group.width) - 1
+            levels = self.quantizer.params.codebook[group.codebooks]
+            tables.append(torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1))
+        if not tables:
+            return torch.empty(0, dtype=torch.float64, device=self.device), None
+        pairs = torch.cat(tables).contiguous().view(torch.float64).flatten()
+        return pairs, start if bool(start.any()) else None
+
+    def _paired_order(self) -> Tensor | None:
+        order = torch.zeros(self.layout.channels, dtype=torch.int64, device=self.device)
+        done = 0
+        for group in self._paired:
+            if group.channels is None:
+                return None
+            order[group.channels] = torch.arange(done, done + len(group.part), device=self.device)
+            done += len(group.part)
+        return order
+
+    def _level_table(self, group: _Group) -> tuple[Tensor, Tensor | None]:
+        count = 1 << group.width
+        levels = self.quantizer.params.codebook[group.codebooks, :count].flatten().clone()
+        if len(group.codebooks) == 1:
+            return levels, None
+        return levels, (group.part * count).to(torch.int32)[:, None]
 
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
-        return [tensor for group in self.groups for tensor in group.tensors()]
+        found = [self._pairs, self._pairs_start, self._order]
+        for group in self._paired:
+            found += [group.channels, group.rows, group.codebooks, group.part]
+        for group, levels, start in self._single:
+            found += [group.channels, group.rows, group.codebooks, group.part, levels, start]
+        return [tensor for tensor in found if tensor is not None]
 
-    def read(self, pages: Sequence[Page]) -> Tensor:
+    def read(self, pages: Sequence[Page], normalized: bool = False) -> Tensor:
         """Decode whole pages: float32 ``[B, H, D, 256 * n]``, in the quantizer's (phase, rotation) space.
 
         Places that hold no token yet come out finite but meaningless.
+
+        Args:
+            pages: one or more.
+            normalized: leave scale and zero point to :meth:`affine`; only where ``separable``.
         """
         batch, layout = pages[0].codes.shape[0], self.layout
-        parts = [self._levels(group, pages) for group in self.groups]
-        if len(parts) == 1 and self.groups[0].channels is None:
-            y = parts[0]
-        else:
-            y = torch.empty(batch, layout.channels, len(pages) * PAGE_TOKENS, device=self.device)
-            for group, part in zip(self.groups, parts, strict=True):
-                assert group.channels is not None
-                y[:, group.channels] = part
+        y = self._levels(torch.stack([page.codes for page in pages]).view(len(pages), batch, -1, PAGE_BLOCKS))
         params = self.quantizer.params
         if layout.token_params:
             pairs = [page.token_params.mT for page in pages if page.token_params is not None]
@@ -288,7 +325,7 @@ class PageReader:
                 torch.cat(pairs, dim=-1).float().chunk(2, dim=1)
             )  # contiguous along the tokens
             y.mul_(scale).add_(zero_point)
-        else:
+        elif not normalized:
             assert params.scale is not None
             assert params.zero_point is not None
             y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
@@ -300,32 +337,63 @@ class PageReader:
             y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
         return y.view(batch, layout.heads, layout.head_dim, -1)
 
-    def _levels(self, group: _Group, pages: Sequence[Page]) -> Tensor:
-        """Levels of one width's channels, float32 ``[B, n or 1, 256 * pages]``."""
-        batch, width = pages[0].codes.shape[0], group.width
-        if width == 0:
-            row = group.table if group.offset is None else group.table[group.offset]
-            return row.view(1, -1, 1).expand(batch, -1, len(pages) * PAGE_TOKENS)
-        words = []
-        for page in pages:
-            region = page.codes.view(batch, -1, PAGE_BLOCKS)
-            if group.rows is not None:
-                region = region[:, group.rows]
-            words.append(region.view(batch, -1, PAGE_BLOCKS, width))
-        region = words[0] if len(words) == 1 else torch.cat(words, dim=2)
-        if width > 4:
-            index = unpack_units(region, width).flatten(2).to(torch.int32)
+    def affine(self, mixed: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sums of values from those of normalized values.
+
+        Args:
+            mixed: ``[B, H, Q, D]``, sums of what ``read(..., normalized=True)`` returns.
+            weight: ``[B, H, Q, 1]``, sums of the weights.
+        """
+        scale, zero_point = self.quantizer.params.scale, self.quantizer.params.zero_point
+        assert scale is not None
+        assert zero_point is not None
+        shape = (self.layout.heads, 1, self.layout.head_dim)
+        return mixed * scale.view(shape) + weight * zero_point.view(shape)
+
+    def _levels(self, words: Tensor) -> Tensor:
+        """Levels of all channels, float32 ``[B, C, 256 * pages]``.
+
+        Args:
+            words: codes of the pages, int32 ``[pages, B, W, 8]``.
+        """
+        y = self._look_up(self._bytes(words), self._pairs, self._pairs_start) if self._paired else None
+        for group, levels, start in self._single:
+            part = self._look_up(
+                unpack_units(self._units(group, words), group.width).flatten(3), levels, start
+            )
+            if group.channels is None:
+                return part
+            if y is None:
+                y = torch.empty(part.shape[0], self.layout.channels, part.shape[-1], device=part.device)
+            y.index_copy_(1, group.channels, part)
+        assert y is not None
+        return y
+
+    def _bytes(self, words: Tensor) -> Tensor:
+        """What selects level pairs, uint8 ``[pages, B, C, 128]``; anything for channels without pairs."""
+        parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
+        if self._order is None:
+            return parts[0]
+        return torch.cat(parts, dim=2).index_select(2, self._order)
+
+    @staticmethod
+    def _units(group: _Group, words: Tensor) -> Tensor:
+        """Words of one width's channels, int32 ``[pages, B, n, 8, width]``."""
+        if group.rows is not None:
+            words = words.index_select(2, group.rows)
+        return words.view(*words.shape[:2], len(group.part), PAGE_BLOCKS, group.width)
+
+    @staticmethod
+    def _look_up(data: Tensor, table: Tensor, start: Tensor | None) -> Tensor:
+        """Entries of a table, float32 ``[B, n, S]``, by uint8 ``[pages, B, n, x]`` from each channel's start."""
+        data = data.permute(1, 2, 0, 3)
+        index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
+        if start is None:
+            index.copy_(data)
         else:
-            data = slice_bytes(region, width).flatten(2)
-            if group.table.dtype == torch.float64:
-                index = data.to(torch.int32)
-            else:
-                mask = (1 << width) - 1
-                index = torch.stack((data & mask, data >> 4 & mask), dim=-1).flatten(2).to(torch.int32)
-        if group.offset is not None:
-            index += group.offset
-        found = group.table.index_select(0, index.flatten())
-        return found.view(torch.float32).view(batch, -1, len(pages) * PAGE_TOKENS)
+            torch.add(data, start[..., None], out=index)
+        found = table.index_select(0, index.flatten()).view(torch.float32)
+        return found.view(*data.shape[:2], -1)
 
     def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
         """Add the residuals of ``pages`` to ``y [B, C, S]``."""
@@ -377,10 +445,13 @@ class _Softmax:
         self.mixed = torch.zeros(*rows[:3], size, device=query.device)
         #: A second sum for values that are still to be turned by the value rotation.
         self.mixed_packed = self.mixed
+        #: The weights of that sum.
+        self.total_packed = self.total
 
     def split_packed(self) -> None:
         """Keep packed values apart from exact ones from now on."""
         self.mixed_packed = self.mixed.clone()
+        self.total_packed = torch.zeros_like(self.total)
 
     def add(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, packed: bool) -> None:
         """Attend to a segment.
@@ -404,17 +475,25 @@ class _Softmax:
         weights = scores.sub_(highest).exp_()
         shrink = (self.highest - highest).exp_()
         self.highest = highest
-        self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        weight = weights.sum(-1, keepdim=True)
+        self.total.mul_(shrink).add_(weight)
         self.mixed.mul_(shrink)
         if self.mixed_packed is not self.mixed:
             self.mixed_packed.mul_(shrink)
+            self.total_packed.mul_(shrink)
+            if packed:
+                self.total_packed.add_(weight)
         (self.mixed_packed if packed else self.mixed).add_(weights @ values.mT)
 
-    def result(self, rotation: Tensor | None) -> Tensor:
-        """The mixed values, ``[B, T, Hq, D]`` in the dtype of the query; zero where nothing was visible."""
+    def result(self, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The mixed values, ``[B, T, Hq, D]`` in the dtype of the query; zero where nothing was visible.
+
+        Args:
+            finish: what makes values of the packed sum and its weights, where it was kept apart.
+        """
         mixed = self.mixed
-        if rotation is not None:
-            mixed = mixed + self.mixed_packed @ rotation.mT
+        if self.mixed_packed is not mixed:
+            mixed = mixed + finish(self.mixed_packed, self.total_packed)
         mixed = mixed / self.total.clamp(min=torch.finfo(torch.float32).tiny)
         return mixed.view(*self.shape, -1).flatten(1, 2).transpose(1, 2).to(self.request.query.dtype)
 
@@ -480,11 +559,11 @@ class ReferenceOps:
         """Attend to everything stored: ``[B, T, Hq, D]`` in the dtype of the query."""
         exact_query, packed_query = self._queries(request)
         softmax = _Softmax(request, self.geometry.num_kv_heads)
-        if self.value.params.rotation is not None:
+        if self.value.params.rotation is not None or self.readers[1].separable:
             softmax.split_packed()
         for span, keys, values in self._segments(request, storage, table):
             if self.rope is not None:
-                self.rope.rotate_(keys, *self.rope.cos_sin(span.positions(table)))
+                self.rope.rotate_(keys, *self._angles(span, table))
             mask = self._packed_mask(request.visibility, span, table)
             softmax.add(packed_query, keys, values, mask, packed=True)
         keys, values, positions, mask = self._exact(request.visibility, storage, table)
@@ -492,7 +571,27 @@ class ReferenceOps:
             if self.rope is not None:
                 self.rope.rotate_(keys, *self.rope.cos_sin(positions))
             softmax.add(exact_query, keys, values, mask, packed=False)
-        return softmax.result(self.value.params.rotation)
+        return softmax.result(self._finish)
+
+    def _finish(self, mixed: Tensor, weight: Tensor) -> Tensor:
+        """What is left to do with the sum of packed values ``[B, H, Q, D]``, given that of the weights."""
+        reader, rotation = self.readers[1], self.value.params.rotation
+        if reader.separable:
+            mixed = reader.affine(mixed, weight)
+        return mixed if rotation is None else mixed @ rotation.mT
+
+    def _angles(self, span: _Span, table: SlotTable) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a run of packed places; layers with the same embedding share them."""
+        assert self.rope is not None
+        # Holes are the same for all layers, so the ends say which places are meant.
+        key = (self.key.rope, span.low, span.high)
+        found = table.angles.get(key)
+        if found is None:
+            found = self.rope.cos_sin(span.positions(table))
+            held = sum(cos.numel() + sin.numel() for cos, sin in table.angles.values())
+            if held + 2 * found[0].numel() <= ANGLE_ELEMENTS:
+                table.angles[key] = found
+        return found
 
     def _queries(self, request: AttentionRequest) -> tuple[Tensor, Tensor]:
         """Scaled queries ``[B, H, G * T, D]`` for exact and for packed keys."""
@@ -526,7 +625,7 @@ class ReferenceOps:
             holes = table.ragged and high - low < (last - first) * BLOCK_TOKENS
             span = _Span(low, high, table.block_slots(first, last) if holes else None)
             keys = key_reader.read(key.pages[start : start + group])
-            values = value_reader.read(value.pages[start : start + group])
+            values = value_reader.read(value.pages[start : start + group], value_reader.separable)
             places = (last - first) * BLOCK_TOKENS if holes else high - low
             yield span, keys[..., :places], values[..., :places]
 
@@ -542,7 +641,10 @@ class ReferenceOps:
             slots = torch.arange(span.low, span.high, device=self.device)
         mask = None if visible else visibility.additive(slots)
         if has_sinks:
-            sink = (slots[None, None] == table.sink_slots[..., None]).any(1)[:, None, None]
+            sink = slots == table.sink_slots[:, :1]
+            for column in range(1, table.sink_slots.shape[1]):
+                sink |= slots == table.sink_slots[:, column : column + 1]
+            sink = sink[:, None, None]
             mask = _additive(~sink) if mask is None else mask.masked_fill(sink, -torch.inf)
         return mask
 
