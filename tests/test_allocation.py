@@ -25,11 +25,15 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def widths_to(bits: int, trellis: bool = False) -> QuantSpec:
+    return QuantSpec(bits=bits, variable_bits=True, trellis=trellis)
+
+
 def gaussian_curves(deviations: list[float], max_bits: int = 6) -> allocation.Curves:
     grid = torch.linspace(-5, 5, 1001, dtype=torch.float64)
     points = torch.tensor(deviations, dtype=torch.float64)[:, None] * grid
     weights = torch.exp(-grid.square() / 2).expand_as(points).contiguous()
-    return allocation.fit_curves(points, weights / weights.sum(1, keepdim=True), max_bits)
+    return allocation.fit_curves(points, weights / weights.sum(1, keepdim=True), widths_to(max_bits))
 
 
 # ------------------------------------------------------------------ statistics
@@ -116,8 +120,8 @@ def test_curves_of_a_normal_channel_follow_the_published_quantizer() -> None:
 def test_a_channel_without_weight_or_without_movement_is_no_special_case() -> None:
     points = torch.stack([torch.linspace(-1, 1, 50), torch.full((50,), 2.0)]).double()
     weights = torch.stack([torch.zeros(50), torch.ones(50)]).double()
-    curves = allocation.fit_curves(points, weights, 3)
-    params = allocation.share_codebooks(curves, torch.tensor([3, 3], dtype=torch.uint8), 4)
+    curves = allocation.fit_curves(points, weights, widths_to(3))
+    params = allocation.share_codebooks(curves, torch.tensor([3, 3], dtype=torch.uint8), 4, widths_to(3))
     assert bool(torch.isfinite(params.codebook).all())
     assert params.scale is not None
     assert bool((params.scale > 0).all())
@@ -174,13 +178,13 @@ def test_shared_codebooks_cost_little_against_a_codebook_for_every_channel() -> 
     x, w = normal(12, 300).double().sort(1).values, torch.ones(12, 300, dtype=torch.float64)
     x[4:8] = x[4:8].sign() * x[4:8].abs().sqrt()  # two kinds of shapes
     x = (x * torch.linspace(0.1, 5, 12, dtype=torch.float64)[:, None]).sort(1).values + 2
-    curves = allocation.fit_curves(x, w, 4)
+    curves = allocation.fit_curves(x, w, widths_to(4))
     widths = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 4, 4, 3, 2], dtype=torch.uint8)
     own = sum(float(curves.distortion[c, int(b)]) for c, b in enumerate(widths) if b > 1)
     errors = []
     for most in (1, 2, 12):
-        params = allocation.share_codebooks(curves, widths, most)
-        assert len(params.codebook) == allocation.codebook_rows(widths, most)
+        params = allocation.share_codebooks(curves, widths, most, widths_to(4))
+        assert len(params.codebook) == allocation.codebook_rows(widths, most, widths_to(4))
         assert bool((params.codebook.diff(dim=1) >= 0).all())
         assert params.scale is not None
         assert params.zero_point is not None
