@@ -314,7 +314,11 @@ class _Shared:
         wanted = (order + 0.5) / size
         drawn = []
         for number in range(count):
-            mine = chosen == number if bool((chosen == number).any()) else torch.ones_like(chosen, dtype=bool)
+            mine = (
+                chosen == number
+                if bool((chosen == number).any())
+                else torch.ones_like(chosen, dtype=torch.bool)
+            )
             value, at = values[mine].flatten().sort()
             share = weights[mine].flatten()[at].cumsum(0)
             place = torch.searchsorted(share, wanted * share[-1]).clamp(max=len(value) - 1)

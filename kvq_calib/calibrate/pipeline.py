@@ -31,6 +31,7 @@ from kvq_calib.calibrate.feedback import GradientCovariance
 from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
+from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Statistics
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
@@ -48,6 +49,9 @@ Progress = Callable[[str, int, int], None]
 CHECKPOINT_SECONDS = 30.0
 #: A channel that never moves still needs a positive scale.
 _SMALLEST_SCALE = 1e-8
+#: Text on which the cost of a fit's errors is measured: windows, and tokens of each.
+_SENSITIVITY_PIECES = 4
+_SENSITIVITY_TOKENS = 768
 
 
 @dataclass(frozen=True)
@@ -515,7 +519,16 @@ class _Run:
                 third = self.totals[subject.covariance]
                 assert isinstance(third, GradientCovariance)
                 covariances[at] = third
-        return fit_layers(config.cache, config.allocation, self.geometry, moments, histograms, covariances)
+
+        def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
+            pieces = self.windows.ids[:_SENSITIVITY_PIECES, :_SENSITIVITY_TOKENS]
+            return error_sensitivity(
+                self.model, pieces, config.cache, self.geometry, layers, recompute=self.recompute
+            )
+
+        return fit_layers(
+            config.cache, config.allocation, self.geometry, moments, histograms, covariances, measure
+        )
 
     def _learn(
         self, config: CalibrationConfig, layers: tuple[LayerParams, ...]

@@ -3,7 +3,7 @@ budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,8 @@ Place = tuple[int, Kind]
 #: How much of what feedback leaves of the weights (in logarithms) the allocation counts on: errors that are fed in
 #: widen what a coordinate has to code, so a narrow channel gains less than a wide one.
 _TRUST = 0.5
+#: A measured error counts as at most this many times the estimated one.
+_FURTHEST = 64.0
 
 
 def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
@@ -45,6 +47,7 @@ def fit_layers(
     moments: Mapping[Place, ChannelMoments],
     histograms: Mapping[Place, WeightedHistogram],
     covariances: Mapping[Place, GradientCovariance],
+    measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, float]] | None = None,
 ) -> tuple[LayerParams, ...]:
     """Fit everything a layer stores, for all layers.
 
@@ -55,6 +58,8 @@ def fit_layers(
         geometry: of the model.
         moments, histograms: statistics of each layer and kind.
         covariances: of the gradients, where errors are fed back.
+        measure: what the errors of a fit cost, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
+            Needed for ``settings.corrections``.
 
     Raises:
         ConfigError: the budget is too small.
@@ -96,21 +101,49 @@ def fit_layers(
         layers = tuple(LayerParams(shapes[n, "key"], shapes[n, "value"]) for n in range(len(specs)))
         return KVArtifact(cache, geometry, layers).bits_per_element(settings.context)
 
+    def fitted(chosen: list[Tensor]) -> tuple[LayerParams, ...]:
+        params = {
+            place: replace(
+                share_codebooks(curves[place], widths, settings.codebooks, specs[place[0]].of(place[1])),
+                **apart[place],
+            )
+            for place, widths in zip(places, chosen, strict=True)
+        }
+        return tuple(LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(specs)))
+
     if settings.scope == "uniform":
-        chosen = [
-            torch.full((geometry.layers[layer].channels,), specs[layer].of(kind).bits, dtype=torch.uint8)
-            for layer, kind in places
-        ]
-    else:
-        chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
-    params = {
-        place: replace(
-            share_codebooks(curves[place], widths, settings.codebooks, specs[place[0]].of(place[1])),
-            **apart[place],
+        return fitted(
+            [
+                torch.full((geometry.layers[layer].channels,), specs[layer].of(kind).bits, dtype=torch.uint8)
+                for layer, kind in places
+            ]
         )
-        for place, widths in zip(places, chosen, strict=True)
-    }
-    return tuple(LayerParams(params[layer, "key"], params[layer, "value"]) for layer in range(len(specs)))
+    chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
+    for _ in range(settings.corrections):
+        if measure is None:
+            break
+        estimated = [
+            float(table.gather(1, widths.to(torch.int64)[:, None]).sum())
+            for table, widths in zip(tables, chosen, strict=True)
+        ]
+        cost = measure(fitted(chosen))
+        factors = correction([cost[place] for place in places], estimated)
+        tables = [table * factor for table, factor in zip(tables, factors, strict=True)]
+        chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
+    return fitted(chosen)
+
+
+def correction(measured: Sequence[float], estimated: Sequence[float]) -> list[float]:
+    """Factors on the estimated errors that bring them half of the way (in logarithms) to the measured ones.
+
+    Half, because a measurement holds for the errors as they are and the widths that follow change them, and because it
+    is one of a few pieces of text.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = torch.tensor(measured, dtype=torch.float64) / torch.tensor(estimated).double().clamp(min=tiny)
+    ratio = ratio / ratio.median().clamp(min=tiny)
+    factors: list[float] = ratio.clamp(1 / _FURTHEST, _FURTHEST).sqrt().tolist()
+    return factors
 
 
 def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:

@@ -1,0 +1,90 @@
+"""What the errors of each layer's keys and values really cost, measured on the model's output.
+
+The weighted error of an allocation is a second-order estimate, layer by layer. This measures all layers at once and at
+the errors they have: every quantized tensor becomes ``x + a (x' - x)`` with a factor ``a = 1`` of its own, and one backward
+pass of the divergence gives its derivative with respect to every ``a``. For an error that costs ``c a^2`` that is ``2 c``,
+with whatever errors of different layers do to each other included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.artifact import LayerParams
+from kvq_calib.calibrate.distributed import world
+from kvq_calib.calibrate.fisher import activations_only, recomputed_layers
+from kvq_calib.calibrate.learn import divergence
+from kvq_calib.quantizer import Quantizer
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry
+
+__all__ = ["error_sensitivity"]
+
+
+def error_sensitivity(
+    model: Any,
+    pieces: Tensor,
+    cache: KVCacheSpec,
+    geometry: KVGeometry,
+    layers: Sequence[LayerParams],
+    *,
+    recompute: bool = False,
+) -> dict[tuple[int, Kind], float]:
+    """Derivative of the divergence with respect to a factor on the errors of each layer's keys, and of its values.
+
+    Args:
+        model: causal language model in eval mode.
+        pieces: token ids int64 ``[N, T]``; ranks divide them.
+        cache: spec of the artifact.
+        geometry: of the model.
+        layers: what is to be stored.
+        recompute: recompute layers in the backward pass.
+
+    Returns:
+        Nats per predicted token, by layer and kind.
+    """
+    factors = torch.ones(len(layers), len(KINDS), device=model.device, requires_grad=True)
+
+    def scaled(layer: int, kind: Kind, spec: Any, params: LayerParams) -> Callable[[Tensor], Tensor]:
+        quantizer = Quantizer(
+            spec.of(kind),
+            params.of(kind).to(model.device),
+            geometry.layers[layer],
+            geometry.rope_of(layer),
+            cache.storage_dtype,
+        )
+
+        def through(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                error = quantizer(x) - x
+            return x.float() + factors[layer, KINDS.index(kind)] * error
+
+        return through
+
+    quantize: list[Mapping[Kind, Callable[[Tensor], Tensor]]] = [
+        {kind: scaled(layer, kind, spec, params) for kind in KINDS}
+        for layer, (spec, params) in enumerate(zip(cache.resolved(len(layers)), layers, strict=True))
+    ]
+    rank, ranks = world()
+    with ExitStack() as stack:
+        stack.enter_context(activations_only(model))
+        if recompute:
+            stack.enter_context(recomputed_layers(model))
+        stack.enter_context(torch.enable_grad())
+        for piece in pieces[rank::ranks]:
+            divergence(model, piece[None].to(model.device), cache, quantize, backward=True)
+    found = torch.zeros_like(factors) if factors.grad is None else factors.grad
+    found = found.double().cpu()
+    if ranks > 1:
+        dist.all_reduce(found)
+    found /= len(pieces)
+    return {
+        (layer, kind): float(found[layer, number])
+        for layer in range(len(layers))
+        for number, kind in enumerate(KINDS)
+    }
