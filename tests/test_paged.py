@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from artifact_factory import RECIPES, artifact_for, random_artifact
+from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
 from models_zoo import tiny_model, token_ids
 from test_runtime_storage import GEOMETRY, HEADS, SIZE, tokens
 
@@ -16,9 +19,10 @@ from kvq_calib.quantizer import Quantized, Quantizer
 from kvq_calib.runtime import attached
 from kvq_calib.runtime.reference import PageReader
 from kvq_calib.runtime.storage import PackedTensor
-from kvq_calib.spec import KINDS
+from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry
 
 CPU = torch.device("cpu")
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
 PAIRS = [(name, kind) for name in RECIPES for kind in KINDS]
 
 
@@ -144,6 +148,28 @@ def test_tokens_that_fill_no_page_are_refused():
         packed_tensor(layout.unpack(layout.pack(codes)[:, :1]), quantizer)
     with pytest.raises(RuntimeMismatchError, match="nothing is packed"):
         codes_of(PackedTensor(quantizer, 1, CPU))
+
+
+@pytest.mark.model
+def test_the_code_on_the_page_runs():
+    (code,) = re.findall(
+        r"```python\n(from kvq_calib.integrations.paged.*?)```", PAGE.read_text("utf-8"), re.DOTALL
+    )
+    model = tiny_model("llama")
+    with attached(model), torch.no_grad():
+        cache = KVQCache(artifact_for(model, RECIPES["dense2"]), model)
+        model(input_ids=token_ids(2, 300), past_key_values=cache)
+    names = {"cache": cache, "block_table": torch.randperm(1024)[:36].view(2, 18)}
+    exec(compile(code, str(PAGE), "exec"), names)
+    assert_same(codes_of(names["again"]), codes_of(names["packed"]))
+    assert names["again"].blocks == 9
+
+
+def test_the_page_sizes_on_the_page():
+    shape = LayerGeometry(num_query_heads=32, num_kv_heads=8, head_dim=128)
+    spec = recipe(key={"bits": 3, "outliers": {}}, value={"bits": 3, "outliers": {}})
+    pair = random_artifact(KVGeometry(layers=(shape,)), spec).quantizers()[0]
+    assert [PagedLayout(pair[kind]).page_bytes for kind in KINDS] == [6144, 6208]
 
 
 @pytest.mark.model
