@@ -625,3 +625,55 @@ def import_command(
     )
     made.save(output)
     click.echo(f"{output}: {made.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
+
+
+@artifact_group.command("export")
+@click.argument("file", metavar="ARTIFACT")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["fp8-scales", "modelopt", "sglang"]),
+    required=True,
+    help="FP8 cache scales for vLLM (compressed-tensors), TensorRT-LLM (ModelOpt) or SGLang.",
+)
+@click.option(
+    "-o", "--output", required=True, metavar="FOLDER", help="Where the files go; made if it is not there."
+)
+@click.option(
+    "--amax", metavar="FILE", help='JSON: {"key": [...], "value": [...]}, measured magnitudes per layer.'
+)
+@click.option(
+    "--prefix",
+    help="Name of the attention modules in the checkpoint, default model.layers.{layer}.self_attn.",
+)
+@click.option(
+    "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks (sglang)."
+)
+@click.option("--force", is_flag=True, help="Write although an FP8 cache cannot express all of the artifact.")
+@_debug
+def export_command(
+    file: str,
+    format_name: Any,
+    output: str,
+    amax: str | None,
+    prefix: str | None,
+    ranks: int,
+    force: bool,
+    debug: bool,
+) -> None:
+    """Write FP8 key-value scales that other runtimes read, from the ranges that ARTIFACT holds."""
+    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.integrations import fp8
+
+    loaded = KVArtifact.load(file)
+    measured = None if amax is None else fp8.read_amax(amax, len(loaded.layers))
+    files = fp8.export(loaded, format_name, amax=measured, prefix=prefix or fp8.DEFAULT_PREFIX, ranks=ranks)
+    lost = fp8.losses(loaded, measured)
+    if not force:
+        raise ConfigError(
+            f"an FP8 cache has one scale for the keys and one for the values of a layer, so {file} would lose: "
+            f"{'; '.join(lost)}; repeat with --force to write the scales all the same"
+        )
+    for written in fp8.write(files, output):
+        click.echo(str(written))
+    click.echo(f"lost: {'; '.join(lost)}", err=True)

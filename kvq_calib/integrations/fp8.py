@@ -1,0 +1,261 @@
+"""Scales of FP8 key-value caches, in the files that vLLM, TensorRT-LLM and SGLang read.
+
+Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and one
+for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. An artifact holds
+no ``amax``, but per channel what its quantizer reaches; :func:`amax_of` says what follows from that. File and key names
+are those that the three projects document; ``docs/integrations.md`` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.errors import ConfigError
+from kvq_calib.files import WriteError, write_atomically
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import KINDS, Kind, QuantSpec, RopeSpec
+
+__all__ = ["DEFAULT_PREFIX", "Amax", "Format", "amax_of", "export", "losses", "read_amax", "write"]
+
+Format = Literal["fp8-scales", "modelopt", "sglang"]
+DEFAULT_PREFIX = "model.layers.{layer}.self_attn"
+
+#: Largest number of ``float8_e4m3fn``.
+_FP8_MAX = 448.0
+_SMALLEST_AMAX = 1e-9
+_PLURAL: dict[Kind, str] = {"key": "keys", "value": "values"}
+Amax = Mapping[Kind, Sequence[float]]
+
+
+def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None:
+    """Centre and half width of what each channel holds that is neither an outlier nor clamped, float32 ``[C]`` each;
+    ``None`` where the artifact does not say.
+
+    Thresholds enclose all elements but the outliers. With widths per channel or learned levels, scale and zero point
+    are free parameters of a fit: there the ends are the outer levels and half the gaps beside them.
+    """
+    if params.scale is None or params.zero_point is None:
+        return None
+    if not spec.variable_bits and spec.datatype != "learned":
+        return params.zero_point, params.scale
+    rows = params.codebook[params.codebook_index.to(torch.int64)]
+    last = (1 << params.bits.to(torch.int64))[:, None] - 1
+    low, high = rows[:, 0], rows.gather(1, last)[:, 0]
+    below = rows.gather(1, last.clamp(max=1))[:, 0] - low
+    above = high - rows.gather(1, (last - 1).clamp(min=0))[:, 0]
+    low, high = low - below / 2, high + above / 2
+    return params.zero_point + params.scale * (low + high) / 2, params.scale * (high - low) / 2
+
+
+def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
+    """Largest magnitude of each channel at any position, from that before RoPE, both ``[C]``: a pair turns, so either half
+    may come to be as long as the pair."""
+    by_head = reach.view(heads, -1).clone()
+    if rope.pairs:
+        first, second = torch.tensor(rope.pairs).T
+        length = rope.attention_scaling * torch.hypot(by_head[:, first], by_head[:, second])
+        by_head[:, first], by_head[:, second] = length, length
+    return by_head.flatten()
+
+
+def amax_of(artifact: KVArtifact) -> dict[Kind, list[float | None]]:
+    """Per layer, the largest magnitude of rotated keys and of values that the artifact's quantizers reach.
+
+    Keys quantized before RoPE: for a pair whose halves reach ``a`` and ``b`` it is ``sqrt(a^2 + b^2)`` times the attention
+    scaling, which holds at every position and for every phase. Values behind a rotation, ``v = rotation @ y`` with ``y`` in
+    ``centre -+ half``: ``|rotation @ centre| + |rotation| @ half``. ``None`` where thresholds come from each token, or from
+    the text.
+    """
+    found: dict[Kind, list[float | None]] = {kind: [] for kind in KINDS}
+    specs = artifact.spec.resolved(len(artifact.layers))
+    for index, (layer, geometry) in enumerate(zip(artifact.layers, artifact.geometry.layers, strict=True)):
+        rope, heads = artifact.geometry.rope_of(index), geometry.num_kv_heads
+        for kind in KINDS:
+            spec, params = specs[index].of(kind), layer.of(kind)
+            held = _range(spec, params)
+            if held is None:
+                found[kind].append(None)
+                continue
+            centre, half = held
+            if params.rotation is not None:
+                centre = torch.einsum("hij,hj->hi", params.rotation, centre.view(heads, -1)).flatten()
+                half = torch.einsum("hij,hj->hi", params.rotation.abs(), half.view(heads, -1)).flatten()
+            reach = centre.abs() + half
+            if kind == "key" and spec.pre_rope and rope is not None:
+                reach = _rotated(reach, heads, rope)
+            found[kind].append(float(reach.max()))
+    return found
+
+
+def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
+    """What an FP8 cache with one scale per layer cannot express of an artifact, in words: thresholds at least.
+
+    Args:
+        artifact: the artifact.
+        amax: measured magnitudes, for whose kinds nothing is estimated.
+    """
+    specs = artifact.spec.resolved(len(artifact.layers))
+    features: dict[str, dict[Kind, None]] = {}
+
+    def lost(what: str, kind: Kind) -> None:
+        features.setdefault(what, {})[kind] = None
+
+    for kind in KINDS:
+        for spec in (layer.of(kind) for layer in specs):
+            if spec.datatype != "uniform":
+                lost(f"{spec.datatype} levels", kind)
+            if spec.variable_bits:
+                lost("a width for each channel", kind)
+            lost(f"thresholds for each {spec.granularity}", kind)
+            if spec.outliers.fraction > 0:
+                lost("exact outliers (what exceeds the range saturates)", kind)
+            for name in ("phase", "rotation"):
+                if getattr(spec, name):
+                    lost(f"{name}s", kind)
+            if spec.feedback:
+                lost("error feedback", kind)
+            if (spec.variable_bits or spec.datatype == "learned") and not (amax and kind in amax):
+                lost("a true range (it is estimated from the levels; --amax takes a measured one)", kind)
+    words = [f"{what} of {' and '.join(_PLURAL[kind] for kind in kinds)}" for what, kinds in features.items()]
+    for count, what in ((artifact.spec.sink_tokens, "first"), (artifact.spec.recent_tokens, "newest")):
+        if count:
+            words.append(f"{count} exact {what} token{'s' if count > 1 else ''}")
+    return words
+
+
+def read_amax(path: str | os.PathLike[str], layers: int) -> Amax:
+    """Read ``{"key": [...], "value": [...]}``, a magnitude for each layer; either may be left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict) or not content or content.keys() - set(KINDS):
+        raise ConfigError(f'{path} must hold an object with "key" or "value" or both')
+    for kind, numbers in content.items():
+        good = isinstance(numbers, list) and all(
+            isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+            for number in numbers
+        )
+        if not good or len(numbers) != layers:
+            raise ConfigError(f"{path}: {kind} must be {layers} positive numbers, one for each layer")
+    return content
+
+
+def _scales(artifact: KVArtifact, amax: Amax | None) -> dict[Kind, list[float]]:
+    scales: dict[Kind, list[float]] = {}
+    for kind, held in amax_of(artifact).items():
+        numbers: list[float | None] = held if amax is None or kind not in amax else list(amax[kind])
+        known = [number for number in numbers if number is not None]
+        if len(known) < len(numbers):
+            raise ConfigError(
+                f"the artifact does not hold the range of its {_PLURAL[kind]} (layer {numbers.index(None)}): their "
+                "thresholds come from the text itself; measure it as docs/integrations.md shows and give it with --amax"
+            )
+        # A layer whose keys or values are all zero still needs a scale to divide by.
+        scales[kind] = [max(number, _SMALLEST_AMAX) / _FP8_MAX for number in known]
+    return scales
+
+
+def export(
+    artifact: KVArtifact,
+    format: Format,
+    *,
+    amax: Amax | None = None,
+    prefix: str = DEFAULT_PREFIX,
+    ranks: int = 1,
+) -> dict[str, bytes]:
+    """The files of a format: name to content.
+
+    Args:
+        artifact: the artifact.
+        format: ``fp8-scales`` (compressed-tensors, as vLLM reads it), ``modelopt`` (as TensorRT-LLM reads it) or
+            ``sglang`` (its ``--quantization-param-path``).
+        amax: magnitude for each layer that takes the place of what the artifact holds.
+        prefix: name of an attention module in the checkpoint, with ``{layer}`` for its number; not for ``sglang``.
+        ranks: tensor-parallel ranks, for ``sglang`` alone, which lists the scales for each.
+
+    Raises:
+        ConfigError: the artifact does not hold a range that is needed, or the prefix names one layer only.
+    """
+    scales = _scales(artifact, amax)
+    if format == "sglang":
+        # One factor serves keys and values, so the larger.
+        both = [max(pair) for pair in zip(scales["key"], scales["value"], strict=True)]
+        by_layer = {str(layer): scale for layer, scale in enumerate(both)}
+        content = {
+            "model_type": artifact.model.get("config", {}).get("model_type"),
+            "kv_cache": {
+                "dtype": "float8_e4m3fn",
+                "scaling_factor": {str(rank): by_layer for rank in range(ranks)},
+            },
+        }
+        return {"kv_cache_scales.json": _json(content)}
+    if "{layer}" not in prefix:
+        raise ConfigError(f"the prefix {prefix!r} needs {{layer}}, as in {DEFAULT_PREFIX!r}")
+    names = {"key": "k_scale", "value": "v_scale"}
+    shape: tuple[int, ...] = (1,)
+    if format == "modelopt":
+        names, shape = {"key": "k_proj.k_scale", "value": "v_proj.v_scale"}, ()
+    tensors = {
+        f"{prefix.replace('{layer}', str(layer))}.{names[kind]}": torch.full(shape, scale)
+        for kind in KINDS
+        for layer, scale in enumerate(scales[kind])
+    }
+    files = {"kv_cache_scales.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
+    if format == "modelopt":
+        # Readers know the layout by this producer; the version says who wrote the file.
+        files["hf_quant_config.json"] = _json(
+            {
+                "producer": {"name": "modelopt", "version": "kvq-calib"},
+                "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []},
+            }
+        )
+    else:
+        scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        files["quantization_config.json"] = _json(
+            {
+                "quant_method": "compressed-tensors",
+                "format": "dense",
+                "quantization_status": "compressed",
+                "config_groups": {},
+                "ignore": [],
+                "kv_cache_scheme": scheme,
+            }
+        )
+    return files
+
+
+def write(files: Mapping[str, bytes], folder: str | os.PathLike[str]) -> list[Path]:
+    """Write :func:`export`'s files to a folder, which is made if it is not there.
+
+    Raises:
+        WriteError: it cannot be made or written.
+    """
+    place = Path(folder)
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as error:
+        raise WriteError(
+            f"cannot make the folder {place}: {error.strerror or error}; name another one"
+        ) from error
+    for name, content in files.items():
+        write_atomically(place / name, content)
+    return [place / name for name in files]
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

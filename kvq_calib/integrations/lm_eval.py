@@ -1,0 +1,111 @@
+"""A model of lm-evaluation-harness whose keys and values are quantized by an artifact.
+
+Log likelihoods come from one forward pass with every key and value through the artifact's quantizers
+(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). The harness pads
+a batch on the right where it scores and on the left where it generates. Neither changes the codes of a real token, but
+blocks of 32 count padding, so a batch decides which of the newest tokens are still exact while generating.
+
+Importing this module needs lm_eval, and registers the model under the name ``kvq``. The command ``kvq-lm-eval`` does so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.errors import ConfigError
+from kvq_calib.evaluate.prefill import quantized_prefill
+from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.runtime import KVQCache, attached
+
+__all__ = ["KVQuantLM"]
+
+#: Arguments of HFLM that mean something with a model that is loaded already; the others say how to load one.
+_PASSED_ON = frozenset(
+    {
+        "add_bos_token",
+        "batch_size",
+        "chat_template_args",
+        "enable_thinking",
+        "logits_cache",
+        "max_batch_size",
+        "max_length",
+        "mixed_precision_dtype",
+        "prefix_token_id",
+        "softmax_dtype",
+        "think_end_token",
+        "truncation",
+    }
+)
+
+
+@register_model("kvq")
+class KVQuantLM(HFLM):  # type: ignore[misc]
+    """``--model kvq --model_args pretrained=MODEL,artifact=FILE``.
+
+    Args:
+        pretrained: hub id, local folder or ``.gguf`` file, as for the other commands.
+        artifact: the artifact's file.
+        device: "auto" or a torch device; what ``--device`` gives.
+        dtype, device_map, trust_remote_code: as in :func:`kvq_calib.models.load_model`.
+        options: arguments of ``HFLM`` that do not concern loading, such as ``batch_size`` and ``max_length``.
+
+    Raises:
+        ConfigError: an argument is missing or unknown.
+        ArtifactError, ModelError, RuntimeMismatchError: the artifact or the model cannot be used, or not together.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        artifact: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        for name, value in (("pretrained", pretrained), ("artifact", artifact)):
+            if not isinstance(value, str):
+                raise ConfigError(f"the model kvq needs {name}: --model_args pretrained=MODEL,artifact=FILE")
+        unknown = sorted(options.keys() - _PASSED_ON)
+        if unknown:
+            raise ConfigError(
+                f"the model kvq has no argument {unknown[0]!r}; it takes pretrained, artifact, device, dtype, "
+                f"device_map, trust_remote_code, {', '.join(sorted(_PASSED_ON))}"
+            )
+        self.artifact = KVArtifact.load(str(artifact))
+        loaded = load_model(
+            str(pretrained),
+            device=device or "auto",
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+        self.artifact.check_model(model_fingerprint(loaded.model))
+        with attached(loaded.model):  # what cannot be streamed is refused before hours of work
+            KVQCache(self.artifact, loaded.model)
+        self._names = {"kvq_model": loaded.name, "kvq_artifact": str(artifact)}
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", **options)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits ``[B, T, V]`` of token ids ``[B, T]``, quantized as in prefill mode."""
+        with quantized_prefill(self.model, self.artifact):
+            logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Token ids ``[B, T + new]``, generated through a packed cache."""
+        with attached(self.model):
+            cache = KVQCache(self.artifact, self.model)
+            tokens: torch.Tensor = super()._model_generate(*args, past_key_values=cache, **kwargs)
+        return tokens
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: also the artifact, and its bits at 4,096 tokens."""
+        bits = self.artifact.bits_per_element(4096)
+        return {**super().get_model_info(), **self._names, "kvq_bits_per_element_4096": bits}

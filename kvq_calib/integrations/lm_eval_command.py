@@ -1,0 +1,36 @@
+"""``kvq-lm-eval``: the command of lm-evaluation-harness, with the model ``kvq`` known to it.
+
+The harness looks models up in a registry of its own process and loads no plug-ins (its ``--include_path`` is for tasks), so
+something must register the model and then hand over: this. Every argument is the harness's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+import click
+
+from kvq_calib.cli import _run
+from kvq_calib.errors import ConfigError
+
+__all__ = ["main"]
+
+
+@click.command("kvq-lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def _command(arguments: tuple[str, ...]) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("kvq-lm-eval needs lm-evaluation-harness: pip install 'kvq-calib[lm-eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    importlib.import_module("kvq_calib.integrations.lm_eval")  # registers the model
+    # The harness reads sys.argv; --debug is ours.
+    sys.argv = [sys.argv[0], *(argument for argument in arguments if argument != "--debug")]
+    cli_evaluate()
+
+
+def main() -> None:
+    """Entry point of ``kvq-lm-eval``."""
+    _run(_command)
