@@ -43,11 +43,13 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
         title: one line.
     """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no window
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "kvq-calib", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 6), layout="constrained")
+        renderer = FigureCanvasAgg(figure).get_renderer()
         axes = figure.subplots()
         everything = [*comparison.artifacts, *comparison.rivals]
         best = frontier([one.result for one in everything])
@@ -66,7 +68,7 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
                 axes.scatter(x, y, s=36, c=fill, edgecolors=color, marker=marker, zorder=2, label=label)
         axes.set_yscale("log")
         axes.margins(0.12)
-        _name_points(axes, everything, floor / 2)
+        _name_points(axes, renderer, everything, floor / 2)
         axes.set_xlabel(f"bits per element at {comparison.context:,} tokens, everything counted")
         axes.set_ylabel("mean KL divergence from the unquantized model (nats per token)")
         axes.grid(True, which="major", color="0.9", linewidth=0.6)
@@ -81,10 +83,9 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
     write_atomically(file, target.getvalue())
 
 
-def _name_points(axes: Any, results: list[ComparedResult], floor: float) -> None:
+def _name_points(axes: Any, renderer: Any, results: list[ComparedResult], floor: float) -> None:
     """Write names beside points; one that would cover an earlier name moves up or down by lines."""
-    figure = axes.figure
-    figure.draw_without_rendering()
+    axes.figure.draw_without_rendering()
     taken: list[Any] = []
     for one in sorted(results, key=lambda item: not item.on_frontier):
         place = (one.result.bits_per_element, max(one.result.kl_mean, floor))
@@ -103,7 +104,7 @@ def _name_points(axes: Any, results: list[ComparedResult], floor: float) -> None
                     color=color,
                     fontsize=8,
                 )
-                box = text.get_window_extent(figure.canvas.get_renderer())
+                box = text.get_window_extent(renderer)
                 if not any(box.overlaps(other) for other in taken):
                     break
                 text.remove()

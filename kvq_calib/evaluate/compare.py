@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvq_calib.artifact import KVArtifact
@@ -14,12 +15,15 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
 from kvq_calib.evaluate.rivals import Rival
 from kvq_calib.geometry import model_geometry
+from kvq_calib.hub import first_line
 from kvq_calib.spec import KVGeometry
 
 __all__ = ["ComparedResult", "Comparison", "compare", "frontier", "runnable"]
 
 #: Further contexts at which bits are recorded: windows, rotations and codebooks weigh less in long ones.
 _CONTEXTS = (4096, 32768, 131072)
+#: Enough for a second call of a cache, which reads what the first one quantized.
+_PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,24 @@ def runnable(
         The first, and names and reasons of the others.
     """
     geometry = model_geometry(model)
-    reasons = [(rival, rival.obstacle(geometry, has_text)) for rival in rivals]
+    reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
     return (
         [rival for rival, reason in reasons if reason is None],
         [(rival.name, reason) for rival, reason in reasons if reason is not None],
     )
+
+
+def _failure(rival: Rival, model: Any) -> str | None:
+    """Why a library does not work here; what it compiles at first use, it compiles now."""
+    if rival.origin != "library":
+        return None
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            rival.logits(model, ids)
+    except Exception as error:  # another project's code: anything may be raised
+        return f"it fails here: {first_line(error)}"
+    return None
 
 
 class _RivalContender:

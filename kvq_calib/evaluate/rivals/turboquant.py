@@ -65,7 +65,7 @@ class TurboQuant(QuantizerRival):
         """As :class:`QuantizerRival` says."""
         if kind == "value":
             return uniform_roundtrip(x, self.bits, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
-        norm = x.norm(dim=-1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rotation = hadamard(x.shape[-1]).to(x.device)
         direction = x / norm.clamp(min=1e-12) @ rotation
         levels = lloyd_max(self.bits).to(x.device) / math.sqrt(x.shape[-1])
