@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
         axes.legend(loc="upper right", frameon=False)
         winners = [one.result.name for one in comparison.rivals if one.on_frontier]
         note = f"rivals on the frontier: {', '.join(winners)}" if winners else "no rival is on the frontier"
-        axes.set_title(f"{title}\n{note}", loc="left")
+        axes.set_title(f"{title}\n{textwrap.fill(note, 120)}", loc="left", fontsize=10)
         target = io.BytesIO()
         suffix = Path(file).suffix.lower().removeprefix(".")
         metadata: dict[str, Any] = {"Date": None} if suffix == "svg" else {"Software": None}
@@ -84,33 +85,32 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
 
 
 def _name_points(axes: Any, renderer: Any, results: list[ComparedResult], floor: float) -> None:
-    """Write names beside points; one that would cover an earlier name moves up or down by lines."""
+    """Write names beside points; one that would cover a point or an earlier name moves away by lines."""
+    from matplotlib.transforms import Bbox
+
     axes.figure.draw_without_rendering()
-    taken: list[Any] = []
-    for one in sorted(results, key=lambda item: not item.on_frontier):
-        place = (one.result.bits_per_element, max(one.result.kl_mean, floor))
-        weight = "bold" if one.on_frontier else "normal"
-        color = _OURS if one.origin == "artifact" else _THEIRS
-        for shift in (0, 10, -10, 20, -20, 30, -30):
-            for side, align in ((7, "left"), (-7, "right")):
-                text = axes.annotate(
-                    one.result.name,
-                    place,
-                    xytext=(side, shift),
-                    textcoords="offset points",
-                    ha=align,
-                    va="center",
-                    weight=weight,
-                    color=color,
-                    fontsize=8,
-                )
-                box = text.get_window_extent(renderer)
-                if not any(box.overlaps(other) for other in taken):
-                    break
-                text.remove()
-            else:
-                continue
-            break
-        else:
-            axes.add_artist(text)
+    places = [(one.result.bits_per_element, max(one.result.kl_mean, floor)) for one in results]
+    taken = [Bbox([(x - 6, y - 6), (x + 6, y + 6)]) for x, y in axes.transData.transform(places)]
+    sides = [(side, shift) for shift in (8, -8, 20, -20, 32, -32, 44, -44) for side in (7, -7)]
+    order = sorted(range(len(results)), key=lambda index: not results[index].on_frontier)
+    for index in order:
+        one = results[index]
+        text = axes.annotate(
+            one.result.name,
+            places[index],
+            xytext=sides[0],
+            textcoords="offset points",
+            va="center",
+            weight="bold" if one.on_frontier else "normal",
+            color=_OURS if one.origin == "artifact" else _THEIRS,
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )
+        for side, shift in sides:
+            text.set_position((side, shift))
+            text.set_horizontalalignment("left" if side > 0 else "right")
+            box = text.get_window_extent(renderer)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
         taken.append(box)
