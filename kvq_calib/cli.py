@@ -366,6 +366,134 @@ def perplexity_command(
     )
 
 
+@eval_group.command("compare")
+@click.argument("model")
+@click.option(
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="May be given several times.",
+)
+@click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    metavar="NAME",
+    help="May be given several times; all by default, a wrong name lists them.",
+)
+@click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH")
+@click.option("--calibration", metavar="NAME|PATH", help="Text of rivals that are calibrated.")
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Windows of that text.",
+)
+@click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["prefill", "decode"]),
+    default="prefill",
+    show_default=True,
+    help="How artifacts are measured; rivals as their exact windows ask for.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Context at which bits are stated; by default the windows' length, which is what was measured.",
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@click.option("--chart", "chart_file", metavar="FILE", help="Draw divergence against bits, .svg or .png.")
+@_model_options
+@_debug
+def compare_command(
+    model: str,
+    artifacts: tuple[str, ...],
+    rivals: tuple[str, ...],
+    dataset: str,
+    calibration: str | None,
+    calibration_samples: int,
+    seqlen: int,
+    windows: int | None,
+    seed: int,
+    mode: Any,
+    context: int | None,
+    json_file: str | None,
+    chart_file: str | None,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    debug: bool,
+) -> None:
+    """Artifacts beside other ways to quantize a cache: same model, text and windows, every bit counted."""
+    from kvq_calib.config import EvalConfig
+    from kvq_calib.evaluate.rivals import make_rivals
+    from kvq_calib.files import check_writable
+
+    config = EvalConfig(
+        dataset=dataset, windows=windows, seqlen=seqlen, mode=mode, seed=seed, context=context or seqlen
+    )
+    chosen = make_rivals(rivals)
+    loaded_artifacts = _load_artifacts(artifacts)
+    if json_file is not None:
+        check_writable(json_file)
+    if chart_file is not None:
+        from kvq_calib.evaluate.chart import check_chart
+
+        check_chart(chart_file)
+
+    from kvq_calib.data import load_windows
+    from kvq_calib.evaluate.compare import compare, runnable
+    from kvq_calib.evaluate.tables import compare_table, print_table, run_facts
+    from kvq_calib.progress import ProgressReporter
+
+    loaded = _load_fitting(model, loaded_artifacts, device, dtype, device_map, trust_remote_code)
+    text = load_windows(
+        dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
+    )
+    calibration_text = None
+    if calibration is not None:
+        calibration_text = load_windows(
+            calibration,
+            loaded.tokenizer,
+            samples=calibration_samples,
+            seqlen=seqlen,
+            seed=seed,
+            split="calibration",
+        )
+    with ProgressReporter() as progress:
+        running, skipped = runnable(chosen, loaded.model, calibration is not None)
+        for name, reason in skipped:
+            progress.say(f"{name}: skipped, {reason}")
+        result = compare(loaded.model, loaded_artifacts, running, text, config, calibration_text, progress)
+    print_table(compare_table(result, config))
+    for line in result.verdicts():
+        click.echo(line)
+    _write_json(
+        json_file,
+        {
+            "artifacts": [one.to_json() for one in result.artifacts],
+            "rivals": [one.to_json() for one in result.rivals],
+            "skipped": dict(skipped),
+            "config": {
+                **config.model_dump(mode="json"),
+                **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
+                "calibration_data": None if calibration_text is None else dict(calibration_text.source),
+            },
+        },
+    )
+    if chart_file is not None:
+        from kvq_calib.evaluate.chart import write_chart
+
+        write_chart(chart_file, result, f"{loaded.name}, {text.source['dataset']}")
+
+
 @eval_group.command("memory")
 @click.option("--artifact", "artifacts", multiple=True, metavar="FILE", help="May be given several times.")
 @click.option(

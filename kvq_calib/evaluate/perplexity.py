@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -93,7 +93,41 @@ class Comparison:
         )
 
 
-@torch.no_grad()
+class Contender(Protocol):
+    """A quantized cache that can be measured."""
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
+
+    def bits_per_element(self, context: int) -> float:
+        """Everything stored at ``context`` tokens, in bits over the numbers it stands for; asked after the last logits."""
+
+
+class ArtifactContender:
+    """An artifact in one of the two modes; counts the outliers that it meets in prefill mode."""
+
+    def __init__(self, artifact: KVArtifact, config: EvalConfig) -> None:
+        self.artifact = artifact
+        self.config = config
+        self._counts: OutlierCounts | None = None
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`Contender` says."""
+        if self.config.mode == "decode":
+            from kvq_calib.evaluate.decode import decode_logits
+
+            return decode_logits(model, self.artifact, ids, chunk=self.config.chunk)
+        with quantized_prefill(model, self.artifact) as counts:
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        self._counts = counts if self._counts is None else self._counts.plus(counts)
+        return logits
+
+    def bits_per_element(self, context: int) -> float:
+        """With the outliers counted, where any were; else with those of the calibration."""
+        rates = None if self._counts is None else self._counts.per_token()
+        return self.artifact.bits_per_element(context, outliers_per_token=rates)
+
+
 def measure_perplexity(
     model: Any,
     artifacts: Mapping[str, KVArtifact],
@@ -113,9 +147,32 @@ def measure_perplexity(
     Raises:
         KVQError: the model's predictions are not finite.
     """
-    comparisons = {name: Comparison() for name in artifacts}
-    counts: dict[str, OutlierCounts] = {}
-    total = len(windows.ids) * (len(artifacts) + 1)
+    contenders = {name: ArtifactContender(artifact, config) for name, artifact in artifacts.items()}
+    return measure(model, contenders, windows, config.context, progress)
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    contenders: Mapping[str, Contender],
+    windows: TokenWindows,
+    context: int,
+    progress: Progress | None = None,
+) -> list[PerplexityResult]:
+    """Measure anything that quantizes a cache on the same windows, against one baseline pass each.
+
+    Args:
+        model: the unquantized causal language model.
+        contenders: by name, in the order of the report.
+        windows: token ids int64 ``[N, T]``.
+        context: tokens at which bits are stated.
+        progress: told after every forward pass.
+
+    Raises:
+        KVQError: the model's predictions are not finite.
+    """
+    comparisons = {name: Comparison() for name in contenders}
+    total = len(windows.ids) * (len(contenders) + 1)
     done = 0
 
     def step() -> None:
@@ -130,34 +187,12 @@ def measure_perplexity(
         if not bool(torch.isfinite(baseline.sum())):
             raise KVQError("the unquantized model's predictions are not finite; try --dtype float32")
         step()
-        for name, artifact in artifacts.items():
+        for name, contender in contenders.items():
             started = time.monotonic()
-            if config.mode == "prefill":
-                with quantized_prefill(model, artifact) as window_counts:
-                    quantized = model(input_ids=ids, use_cache=False).logits[0]
-                _accumulate(counts, name, window_counts)
-            else:
-                from kvq_calib.evaluate.decode import decode_logits
-
-                quantized = decode_logits(model, artifact, ids, chunk=config.chunk)[0]
-            comparisons[name].add(baseline, quantized, ids[0])
+            comparisons[name].add(baseline, contender.logits(model, ids)[0], ids[0])
             comparisons[name].seconds += time.monotonic() - started
-            del quantized
             step()
     return [
-        comparisons[name].result(
-            name,
-            artifact.bits_per_element(
-                config.context,
-                outliers_per_token=counts[name].per_token() if name in counts else None,
-            ),
-        )
-        for name, artifact in artifacts.items()
+        comparisons[name].result(name, contender.bits_per_element(context))
+        for name, contender in contenders.items()
     ]
-
-
-def _accumulate(counts: dict[str, OutlierCounts], name: str, window: OutlierCounts) -> None:
-    total = counts.setdefault(name, OutlierCounts(len(window.tokens)))
-    for kind, found in window.found.items():
-        total.found[kind] = [a + b for a, b in zip(total.found[kind], found, strict=True)]
-    total.tokens = [a + b for a, b in zip(total.tokens, window.tokens, strict=True)]

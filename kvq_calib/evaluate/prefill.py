@@ -31,6 +31,15 @@ class OutlierCounts:
             for kind in KINDS
         }
 
+    def plus(self, other: OutlierCounts) -> OutlierCounts:
+        """The counts of both together."""
+        total = OutlierCounts(len(self.tokens))
+        total.found = {
+            kind: [a + b for a, b in zip(self.found[kind], other.found[kind], strict=True)] for kind in KINDS
+        }
+        total.tokens = [a + b for a, b in zip(self.tokens, other.tokens, strict=True)]
+        return total
+
 
 @contextmanager
 def quantized_prefill(model: Any, artifact: KVArtifact) -> Iterator[OutlierCounts]:

@@ -21,6 +21,7 @@ from kvq_calib.spec import KINDS
 
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
+    from kvq_calib.evaluate.compare import Comparison
     from kvq_calib.evaluate.memory import MemoryReport
     from kvq_calib.evaluate.passkey import PasskeyCell
     from kvq_calib.models import LoadedModel
@@ -51,6 +52,35 @@ def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) ->
             f"{result.kl_mean:.5f}",
             f"{result.kl_p99:.4f}",
             f"{result.top1_agreement:.4f}",
+        )
+    return table
+
+
+def compare_table(comparison: Comparison, config: EvalConfig) -> Table:
+    """Artifacts and rivals by rising bits; a star marks the frontier."""
+    results = sorted((*comparison.artifacts, *comparison.rivals), key=lambda one: one.result.bits_per_element)
+    first = results[0].result
+    table = Table(
+        title=f"{config.dataset}, {first.tokens:,} tokens in windows of {config.seqlen}, bits at {config.context} "
+        f"tokens; unquantized perplexity {first.baseline_perplexity:.3f}; * nothing here diverges less in as few bits"
+    )
+    table.add_column("cache")
+    table.add_column("origin")
+    table.add_column("mode")
+    for heading in ("bits/element", "perplexity", "KL mean", "KL p99", "top-1", "frontier"):
+        table.add_column(heading, justify="right")
+    for one in results:
+        result = one.result
+        table.add_row(
+            result.name,
+            one.origin,
+            one.mode,
+            f"{result.bits_per_element:.3f}",
+            f"{result.perplexity:.3f}",
+            f"{result.kl_mean:.5f}",
+            f"{result.kl_p99:.4f}",
+            f"{result.top1_agreement:.4f}",
+            "*" if one.on_frontier else "",
         )
     return table
 

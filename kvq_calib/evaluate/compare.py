@@ -1,0 +1,218 @@
+"""Artifacts and rivals on the same windows, in one run, against one baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact import KVArtifact
+from kvq_calib.config import EvalConfig
+from kvq_calib.data import TokenWindows
+from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
+from kvq_calib.evaluate.rivals import Rival
+from kvq_calib.geometry import model_geometry
+from kvq_calib.hub import first_line
+from kvq_calib.spec import KVGeometry
+
+__all__ = ["ComparedResult", "Comparison", "compare", "frontier", "runnable"]
+
+#: Further contexts at which bits are recorded: windows, rotations and codebooks weigh less in long ones.
+_CONTEXTS = (4096, 32768, 131072)
+#: Enough for a second call of a cache, which reads what the first one quantized.
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ComparedResult:
+    """One artifact or rival.
+
+    Attributes:
+        result: the figures.
+        origin: ``artifact``, or a rival's ``library``, ``reference`` or ``in the style of``.
+        source, settings: what it is.
+        mode: how it was measured, ``prefill`` or ``decode``.
+        bits_at: bits per element at other contexts.
+        on_frontier: nothing measured in the same run has less divergence in as few bits.
+    """
+
+    result: PerplexityResult
+    origin: str
+    source: str
+    settings: str
+    mode: str
+    bits_at: Mapping[int, float]
+    on_frontier: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the JSON report: that of ``kvq-eval perplexity``, and what is said here."""
+        return {
+            **self.result.to_json(),
+            "origin": self.origin,
+            "source": self.source,
+            "settings": self.settings,
+            "mode": self.mode,
+            "bits_at": {str(context): bits for context, bits in self.bits_at.items()},
+            "on_frontier": self.on_frontier,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Attributes:
+        artifacts, rivals: in the order given.
+        context: tokens at which ``bits_per_element`` and the frontier are stated.
+    """
+
+    artifacts: tuple[ComparedResult, ...]
+    rivals: tuple[ComparedResult, ...]
+    context: int
+
+    def verdicts(self) -> list[str]:
+        """One line for every rival on the frontier, and for every artifact that a rival beats in bits and divergence."""
+        lines = [
+            f"{rival.result.name} ({rival.origin}) is on the frontier: nothing measured here diverges less in as few bits"
+            for rival in self.rivals
+            if rival.on_frontier
+        ]
+        for artifact in self.artifacts:
+            better = [rival.result.name for rival in self.rivals if _beats(rival.result, artifact.result)]
+            if better:
+                lines.append(
+                    f"{artifact.result.name} is beaten by {', '.join(better)}: fewer bits and less divergence"
+                )
+        return lines
+
+
+def _beats(one: PerplexityResult, other: PerplexityResult) -> bool:
+    """As good in both, better in one."""
+    ours, theirs = (one.bits_per_element, one.kl_mean), (other.bits_per_element, other.kl_mean)
+    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+
+def frontier(results: Sequence[PerplexityResult]) -> list[PerplexityResult]:
+    """Those that no other beats in bits and mean divergence, by rising bits."""
+    best = [one for one in results if not any(_beats(other, one) for other in results)]
+    return sorted(best, key=lambda result: (result.bits_per_element, result.kl_mean))
+
+
+def runnable(
+    rivals: Sequence[Rival], model: Any, has_text: bool
+) -> tuple[list[Rival], list[tuple[str, str]]]:
+    """Divide rivals into those that can run here and the others.
+
+    Args:
+        rivals: to divide.
+        model: the causal language model.
+        has_text: whether there is calibration text.
+
+    Returns:
+        The first, and names and reasons of the others.
+    """
+    geometry = model_geometry(model)
+    reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
+    return (
+        [rival for rival, reason in reasons if reason is None],
+        [(rival.name, reason) for rival, reason in reasons if reason is not None],
+    )
+
+
+def _failure(rival: Rival, model: Any) -> str | None:
+    """Why a library does not work here; what it compiles at first use, it compiles now."""
+    if rival.origin != "library":
+        return None
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            rival.logits(model, ids)
+    except Exception as error:  # another project's code: anything may be raised
+        return f"it fails here: {first_line(error)}"
+    return None
+
+
+class _RivalContender:
+    def __init__(self, rival: Rival, geometry: KVGeometry) -> None:
+        self.rival, self.geometry = rival, geometry
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        return self.rival.logits(model, ids)
+
+    def bits_per_element(self, context: int) -> float:
+        return self.rival.bits_per_element(self.geometry, context)
+
+
+def compare(
+    model: Any,
+    artifacts: Mapping[str, KVArtifact],
+    rivals: Sequence[Rival],
+    windows: TokenWindows,
+    config: EvalConfig,
+    calibration: TokenWindows | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure artifacts and rivals on the same windows; the baseline runs once.
+
+    Args:
+        model: the unquantized causal language model.
+        artifacts: by name. They must fit the model (checked by the caller).
+        rivals: that can run here, see :func:`runnable`.
+        windows: token ids int64 ``[N, T]``.
+        config: mode of the artifacts, and the context at which bits are stated.
+        calibration: text of rivals that are calibrated, int64 ``[N, T]``.
+        progress: told after every forward pass.
+
+    Raises:
+        KVQError: the model's predictions are not finite.
+    """
+    geometry = model_geometry(model)
+    calibrated = [rival for rival in rivals if rival.calibrated]
+    for done, rival in enumerate(calibrated, 1):
+        rival.prepare(model, calibration)
+        if progress is not None:
+            progress("calibrated rivals", done, len(calibrated))
+    ours = {name: ArtifactContender(artifact, config) for name, artifact in artifacts.items()}
+    theirs = {rival.name: _RivalContender(rival, geometry) for rival in rivals}
+    # Prefixes keep an artifact and a rival of one name apart.
+    contenders: dict[str, Contender] = {f"artifact {name}": one for name, one in ours.items()}
+    contenders |= {f"rival {name}": one for name, one in theirs.items()}
+    measured = measure(model, contenders, windows, config.context, progress)
+    best = {result.name for result in frontier(measured)}
+
+    def compared(result: PerplexityResult, contender: Contender, name: str, **facts: str) -> ComparedResult:
+        bits_at = {context: contender.bits_per_element(context) for context in _CONTEXTS}
+        on_frontier = result.name in best
+        return ComparedResult(replace(result, name=name), bits_at=bits_at, on_frontier=on_frontier, **facts)
+
+    results = iter(measured)
+    return Comparison(
+        tuple(
+            compared(
+                next(results),
+                one,
+                name,
+                origin="artifact",
+                source="kvq-calib",
+                settings=str(one.artifact.calibration.get("recipe", "")),
+                mode=config.mode,
+            )
+            for name, one in ours.items()
+        ),
+        tuple(
+            compared(
+                next(results),
+                theirs[rival.name],
+                rival.name,
+                origin=rival.origin,
+                source=rival.source,
+                settings=rival.settings,
+                mode=rival.mode,
+            )
+            for rival in rivals
+        ),
+        config.context,
+    )

@@ -1,0 +1,207 @@
+"""What all rivals share: hooks into the model, exact tokens, and the count of bits.
+
+A rival without a window of recent exact tokens is measured in one forward pass ("prefill"), like artifacts: every
+query reads quantized keys and values, its own among them. One with a window is fed the text in short chunks
+("decode"): a query reads what is quantized by then, the exact rest, and its own chunk exactly, as it would in use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvq_calib.attention import AttentionCall, intercept_calls
+from kvq_calib.data import TokenWindows
+from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry
+
+__all__ = ["QuantizerRival", "Rival", "decode_in_chunks", "hadamard", "uniform_roundtrip"]
+
+#: Tokens per forward pass in decode mode. Short, so that exact tokens are those of the window and not of the chunk.
+CHUNK = 32
+#: Bits of an exact number, of a scale and of a zero point, as in a half-precision model.
+HALF = 16
+
+
+class Rival(ABC):
+    """One method with one setting.
+
+    Attributes:
+        name: on the command line and in tables.
+        origin: ``library`` (the real one runs), ``reference`` (written here from the paper) or ``in the style of``
+            (a part of the method; ``settings`` says what is left out).
+        source: paper or library.
+        settings: one line: what is stored how.
+        package: what ``pip install`` needs, with its module; ``None`` where nothing is needed.
+        calibrated: whether :meth:`prepare` needs text.
+    """
+
+    name: str
+    origin: Literal["library", "reference", "in the style of"]
+    source: str
+    settings: str
+    package: tuple[str, str] | None = None
+    calibrated = False
+    sinks = 0
+    recent = 0
+
+    @property
+    def mode(self) -> Literal["prefill", "decode"]:
+        """How it is measured; see the module's text."""
+        return "decode" if self.recent else "prefill"
+
+    def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
+        """Why it cannot run here and what to do, in a few words; ``None`` where it can.
+
+        Args:
+            geometry: of the model.
+            has_text: whether there is calibration text.
+        """
+        if self.package is not None and not _installed(self.package[1]):
+            return f"{self.package[0]} is not installed: pip install {self.package[0]}"
+        if self.calibrated and not has_text:
+            return "it is calibrated: name a text with --calibration"
+        return None
+
+    def prepare(self, model: Any, text: TokenWindows | None) -> None:  # noqa: B027 (most need nothing)
+        """Calibrate on windows ``[N, T]``."""
+
+    @abstractmethod
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
+
+    @abstractmethod
+    def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
+        """Bits of the keys or values of one quantized token of one layer: codes, scales, zero points, norms."""
+
+    def exact_tokens(self, kind: Kind, context: int) -> float:
+        """How many of ``context`` tokens are exact, on average over the phase of a window that is emptied in steps."""
+        return float(min(self.sinks + self.recent, context))
+
+    def keeps(self, index: int, layers: int) -> bool:
+        """Whether the layer ``index`` of ``layers`` is not quantized at all."""
+        return False
+
+    def constant_bits(self, layer: LayerGeometry, kind: Kind) -> float:
+        """Bits that do not grow with the text: one scale per tensor, a rotation."""
+        return 0.0
+
+    def bits_per_element(self, geometry: KVGeometry, context: int) -> float:
+        """Everything stored at ``context`` tokens, in bits over the numbers that an unquantized cache holds.
+
+        Exact numbers, scales and zero points take 16 bits. A layer with a sliding window stores that window.
+        """
+        stored, elements = 0.0, 0
+        for index, layer in enumerate(geometry.layers):
+            tokens = min(context, layer.sliding_window or context)
+            for kind in KINDS:
+                elements += layer.channels * context
+                if self.keeps(index, len(geometry.layers)):
+                    stored += HALF * layer.channels * tokens
+                    continue
+                exact = self.exact_tokens(kind, tokens)
+                stored += exact * HALF * layer.channels + (tokens - exact) * self.token_bits(layer, kind)
+                stored += self.constant_bits(layer, kind)
+        return stored / elements
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
+
+
+class QuantizerRival(Rival):
+    """A rival that is a function on keys (after RoPE, as caches hold them) and one on values."""
+
+    _layers = 0
+
+    @abstractmethod
+    def roundtrip(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
+        """Quantize and dequantize float32 ``[B, H, T, D]``; heads are those of keys and values."""
+
+    def history(self, kind: Kind, stored: int) -> int:
+        """How many of the oldest ``stored`` tokens are quantized (or sinks) when the next ones arrive."""
+        return max(0, stored - self.recent)
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`Rival` says."""
+        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        if self.mode == "decode":
+            layers = [_WindowLayer(self, index) for index in range(self._layers)]
+            return decode_in_chunks(model, Cache(layers=layers), ids)
+        with intercept_calls(model, self._replace):
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _replace(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return self._through(call.key, "key", call.layer), self._through(call.value, "value", call.layer)
+
+    def _through(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
+        return torch.cat([x[:, :, : self.sinks], self.read(x[:, :, self.sinks :], kind, layer)], dim=2)
+
+    def read(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
+        """The round trip in the model's dtype; a layer that is kept stays as it is."""
+        if self.keeps(layer, self._layers):
+            return x
+        return self.roundtrip(x.float(), kind, layer).to(x.dtype)
+
+
+class _WindowLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that hands quantized history to attention; each token is quantized once."""
+
+    def __init__(self, rival: QuantizerRival, index: int) -> None:
+        super().__init__()
+        self.rival, self.index = rival, index
+        self.quantized: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+        self.done: dict[Kind, int] = dict.fromkeys(KINDS, rival.sinks)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store; return keys and values of all tokens as they are read."""
+        stored = int(self.get_seq_length())
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return self._read("key", keys, stored), self._read("value", values, stored)
+
+    def _read(self, kind: Kind, exact: Tensor, stored: int) -> Tensor:
+        done, until = self.done[kind], self.rival.history(kind, stored)
+        if until > done:
+            self.quantized[kind].append(self.rival.read(exact[:, :, done:until], kind, self.index))
+            self.done[kind] = until
+        sinks = exact[:, :, : self.rival.sinks]
+        return torch.cat([sinks, *self.quantized[kind], exact[:, :, self.done[kind] :]], dim=2)
+
+
+def decode_in_chunks(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through a cache, a few tokens at a time."""
+    parts = [model(input_ids=part, past_key_values=cache).logits for part in torch.split(ids, CHUNK, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def uniform_roundtrip(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
+    """Quantize to ``2 ** bits`` levels from ``low`` to ``high``, whose step and offset are kept in float16.
+
+    Args:
+        x: float32, any shape.
+        bits: of a code.
+        low, high: broadcast to ``x``; what lies outside is clipped.
+    """
+    top = (1 << bits) - 1
+    scale = ((high - low) / top).half().float().clamp(min=2.0**-24)
+    offset = low.half().float()
+    return ((x - offset) / scale).round().clamp(0, top) * scale + offset
+
+
+def hadamard(size: int) -> Tensor:
+    """The orthogonal Hadamard matrix of Sylvester's construction, float32 ``[size, size]``; ``size`` a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)

@@ -1,0 +1,65 @@
+"""transformers' own ``QuantizedCache``, with the libraries that it calls: hqq and optimum-quanto."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import QuantizedCache
+
+from kvq_calib.evaluate.rivals.base import HALF, Rival, decode_in_chunks
+from kvq_calib.spec import Kind, KVGeometry, LayerGeometry
+
+_PACKAGES = {"hqq": ("hqq", "hqq"), "quanto": ("optimum-quanto", "optimum.quanto")}
+#: The axis that transformers' documentation recommends; either makes groups along the channels of a token.
+_AXES = {"hqq": 1, "quanto": 0}
+
+
+class TransformersCache(Rival):
+    """Groups of 64 channels and a residual of 128 exact tokens, the defaults.
+
+    The first call of a ``QuantizedCache`` returns exact keys and values, and every emptying of the residual quantizes
+    the whole history once more; both happen here as in use, since the text comes in chunks.
+    """
+
+    origin = "library"
+    group = 64
+    recent = 128
+
+    def __init__(self, backend: Literal["hqq", "quanto"], bits: int) -> None:
+        self.backend, self.bits = backend, bits
+        self.name = f"{backend}-{bits}bit"
+        self.package = _PACKAGES[backend]
+        self.source = f"transformers QuantizedCache, backend {backend}"
+        self.settings = (
+            f"{bits} bits, groups of 64 channels of a token (axis {_AXES[backend]}), 16-bit scale and zero point, residual "
+            "of 128 exact tokens"
+        )
+
+    def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
+        """``QuantizedCache`` refuses sliding windows."""
+        if any(layer.sliding_window for layer in geometry.layers):
+            return "QuantizedCache supports no sliding windows"
+        return super().obstacle(geometry, has_text)
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`Rival` says."""
+        axis = _AXES[self.backend]
+        cache = QuantizedCache(
+            self.backend,
+            model.config,
+            nbits=self.bits,
+            axis_key=axis,
+            axis_value=axis,
+            q_group_size=self.group,
+            residual_length=self.recent,
+        )
+        return decode_in_chunks(model, cache, ids)
+
+    def exact_tokens(self, kind: Kind, context: int) -> float:
+        """The mean of 0 to 127 tokens in the residual."""
+        return min((self.recent - 1) / 2, float(context))
+
+    def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
+        """Codes, and a scale and a zero point per group."""
+        return layer.channels * (self.bits + 2 * HALF / self.group)

@@ -1,0 +1,85 @@
+"""TurboQuant (arXiv 2504.19874) in the form that vLLM ships: rotated keys on a fixed codebook, uniform values."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvq_calib.evaluate.rivals.base import HALF, QuantizerRival, hadamard, uniform_roundtrip
+from kvq_calib.spec import Kind, KVGeometry, LayerGeometry
+
+
+@lru_cache
+def lloyd_max(bits: int) -> Tensor:
+    """Levels of the scalar quantizer with the least squared error for a unit Gaussian, sorted, float32 ``[2 ** bits]``.
+
+    Lloyd's iteration on the exact density: a level is the mean of its cell, a boundary the middle of two levels.
+    """
+    levels = torch.linspace(-2.0, 2.0, 1 << bits, dtype=torch.float64)
+    for _ in range(2000):
+        edges = torch.cat(
+            [torch.tensor([-math.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([math.inf])]
+        )
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        mass = torch.special.ndtr(edges).diff()
+        moved = -density.diff() / mass
+        if float((moved - levels).abs().max()) < 1e-12:
+            break
+        levels = moved
+    return levels.float()
+
+
+class TurboQuant(QuantizerRival):
+    """vLLM's presets ``turboquant_4bit_nc`` and ``turboquant_3bit_nc``.
+
+    A key is divided by its norm, rotated by a Hadamard matrix and rounded to a codebook for coordinates of
+    variance ``1 / D``; the rounded vector gets unit norm again (norm correction), is rotated back and scaled. Values are
+    uniform per token and head. The first and last two layers stay exact; ``kept_layers=0`` quantizes them too.
+    """
+
+    origin = "reference"
+    source = "TurboQuant, arXiv 2504.19874, as in vLLM"
+
+    def __init__(self, bits: int, kept_layers: int = 2) -> None:
+        self.bits, self.kept_layers = bits, kept_layers
+        self.name = f"turboquant-{bits}bit" + ("" if kept_layers else "-all")
+        kept = f"first and last {kept_layers} layers exact" if kept_layers else "all layers quantized"
+        self.settings = (
+            f"keys: Hadamard, {bits}-bit Lloyd-Max codebook, norm correction, float16 norm per token and head; "
+            f"values: {bits} bits uniform, float16 scale and zero point per token and head; {kept}"
+        )
+
+    def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
+        """The Hadamard matrix must exist."""
+        return needs_power_of_two(geometry) or super().obstacle(geometry, has_text)
+
+    def keeps(self, index: int, layers: int) -> bool:
+        """The boundary layers, at most half of all."""
+        kept = min(self.kept_layers, layers // 2)
+        return index < kept or index >= layers - kept
+
+    def roundtrip(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
+        """As :class:`QuantizerRival` says."""
+        if kind == "value":
+            return uniform_roundtrip(x, self.bits, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rotation = hadamard(x.shape[-1]).to(x.device)
+        direction = x / norm.clamp(min=1e-12) @ rotation
+        levels = lloyd_max(self.bits).to(x.device) / math.sqrt(x.shape[-1])
+        codes = torch.bucketize(direction.contiguous(), (levels[1:] + levels[:-1]) / 2)
+        rounded: Tensor = levels[codes]
+        restored: Tensor = rounded / rounded.norm(dim=-1, keepdim=True) @ rotation.T
+        return restored * norm.half().float()
+
+    def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
+        """Codes, and a norm per key or a scale and a zero point per value."""
+        return layer.num_kv_heads * (layer.head_dim * self.bits + HALF * (1 if kind == "key" else 2))
+
+
+def needs_power_of_two(geometry: KVGeometry) -> str | None:
+    """The obstacle of a Hadamard rotation, where there is one."""
+    odd = {layer.head_dim for layer in geometry.layers if layer.head_dim & (layer.head_dim - 1)}
+    return f"a head of {odd.pop()} channels has no Hadamard matrix of its size" if odd else None
