@@ -119,7 +119,7 @@ class Chart:
         title: for those who cannot see it.
         x, y: axes.
         width, height: in units of the view box; a screen scales them.
-        left, right, top, bottom: margins.
+        left, right, top, bottom: margins; the left one is wide enough for the ticks if ``None``.
         grid: whether ticks of ``y`` (and of a logarithmic ``x``) have lines.
     """
 
@@ -128,16 +128,24 @@ class Chart:
     y: Axis
     width: float = 860.0
     height: float = 320.0
-    left: float = 64.0
+    left: float | None = None
     right: float = 18.0
     top: float = 14.0
     bottom: float = 46.0
     grid: bool = True
     marks: list[Markup] = field(default_factory=list)
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        longest = max((len(self.y.format(tick)) for tick in self._y_ticks()), default=0)
+        self.start = 36 + _CHARACTER * _FONT * max(longest, 4) if self.left is None else self.left
+
+    def _y_ticks(self) -> list[float]:
+        return self.y.marks(6 if self.height > 150 else 3)
 
     def px(self, value: float) -> float:
         """Horizontal place of a value."""
-        return self.left + self.x.place(value) * (self.width - self.left - self.right)
+        return self.start + self.x.place(value) * (self.width - self.start - self.right)
 
     def py(self, value: float) -> float:
         """Vertical place of a value."""
@@ -155,7 +163,7 @@ class Chart:
         """Add a horizontal line with a name at its right end."""
         if self.y.low <= y <= self.y.high:
             at = self.py(y)
-            self.add("line", x1=self.left, x2=self.width - self.right, y1=at, y2=at, class_="rule")
+            self.add("line", x1=self.start, x2=self.width - self.right, y1=at, y2=at, class_="rule")
             self.add("text", text, x=self.width - self.right, y=at - 4, class_="note end")
 
     def upright(self, x: float, text: str) -> None:
@@ -163,23 +171,24 @@ class Chart:
         if self.x.low <= x <= self.x.high:
             at = self.px(x)
             self.add("line", x1=at, x2=at, y1=self.top, y2=self.height - self.bottom, class_="rule")
-            self.add("text", text, x=at - 5, y=self.top + 10, class_="note end")
+            beside = (at + 6, "note") if at < self.width / 2 else (at - 6, "note end")
+            self.add("text", text, x=beside[0], y=self.top + 10, class_=beside[1])
 
     def _axes(self) -> list[Markup]:
         bottom, right = self.height - self.bottom, self.width - self.right
         parts = []
-        for value in self.y.marks(6 if self.height > 150 else 3):
+        for value in self._y_ticks():
             at = self.py(value)
             if self.grid:
-                parts.append(element("line", x1=self.left, x2=right, y1=at, y2=at, class_="grid"))
-            parts.append(element("text", self.y.format(value), x=self.left - 8, y=at + 4, class_="tick end"))
+                parts.append(element("line", x1=self.start, x2=right, y1=at, y2=at, class_="grid"))
+            parts.append(element("text", self.y.format(value), x=self.start - 8, y=at + 4, class_="tick end"))
         for value in self.x.marks(10):
             at = self.px(value)
             parts.append(element("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
             parts.append(element("text", self.x.format(value), x=at, y=bottom + 18, class_="tick middle"))
-        parts.append(element("line", x1=self.left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+        parts.append(element("line", x1=self.start, x2=right, y1=bottom, y2=bottom, class_="axis"))
         if self.x.label:
-            middle = (self.left + right) / 2
+            middle = (self.start + right) / 2
             parts.append(element("text", self.x.label, x=middle, y=self.height - 8, class_="label middle"))
         if self.y.label:
             middle = (self.top + bottom) / 2
@@ -246,11 +255,11 @@ def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) ->
     chart.add(
         "text",
         "↙ fewer bits, closer to the unquantized model",
-        x=chart.left + 10,
+        x=chart.start + 10,
         y=chart.height - chart.bottom - 10,
         class_="note",
     )
-    taken = [(chart.left, chart.height - chart.bottom - 22, chart.left + 300, chart.height - chart.bottom)]
+    taken = [(chart.start, chart.height - chart.bottom - 22, chart.start + 300, chart.height - chart.bottom)]
     taken += [_around(chart.px(p.bits), chart.py(p.kl), 8.0) for p in points]
     for point in sorted(points, key=lambda p: not p.own):
         x, y = chart.px(point.bits), chart.py(point.kl)
@@ -290,7 +299,7 @@ def _label_spot(
         left, base = x + dx, y + dy
         box = (left, base - _FONT, left + width, base + 3)
         inside = (
-            left > chart.left
+            left > chart.start
             and box[2] < chart.width
             and base - _FONT > 0
             and box[3] < chart.height - chart.bottom
@@ -329,6 +338,7 @@ def grouped_bars(
         Axis(-0.5, len(groups) - 0.5, x_label, ticks=ticks, format=lambda value: groups[int(value)]),
         Axis.from_zero([*values, *(value for value, _ in rules)], y_label),
         height=height,
+        left=80.0,  # so that the groups of charts under each other stand under each other
     )
     room = chart.px(1) - chart.px(0)
     thick = 0.8 * room / len(series)
@@ -366,7 +376,7 @@ def lines(
         marks: vertical lines: value of ``x`` and name.
     """
     longest = max(len(name) for name, _, _ in series)
-    chart = Chart(title, x, y, height=height, right=24 + _CHARACTER * (_FONT + 1) * longest)
+    chart = Chart(title, x, y, height=height, right=20 + _CHARACTER * (_FONT + 2) * longest)
     for value, name in marks:
         chart.upright(value, name)
     ends = []
@@ -393,7 +403,8 @@ def density(
 ) -> Markup:
     """Levels of a codebook over the distribution that they serve, on the normalised range.
 
-    The area is the weighted distribution, the thin line the unweighted one, both scaled to one height.
+    The area is the weighted distribution, the thin line the unweighted one, both scaled to one height; peaks at the ends
+    of the range are cut off.
     """
     bottom = 22.0 if axis else 6.0
     chart = Chart(
@@ -411,12 +422,17 @@ def density(
     bins = len(weights)
     middles = [(2 * n + 1) / bins - 1 for n in range(bins)]
     for values, kind in ((weights, "area"), (counts, "plain")):
-        tallest = max(values) or 1.0
-        outline = [(middle, value / tallest) for middle, value in zip(middles, values, strict=True)]
+        # Thresholds that follow a token put some number at an end each time: those peaks would flatten the rest.
+        tallest = max(values[2:-2]) or 1.0
+        outline = [
+            (middle, min(value / tallest, 1.06)) for middle, value in zip(middles, values, strict=True)
+        ]
         if kind == "area":
             outline = [(middles[0], 0.0), *outline, (middles[-1], 0.0)]
         chart.add("path", d=_path((chart.px(x), chart.py(y)) for x, y in outline), class_=f"{kind} {class_}")
     for level in levels:
         at = chart.px(level)
-        chart.add("line", x1=at, x2=at, y1=chart.py(0), y2=chart.py(1.0), class_="level")
+        many = " many" if len(levels) > 16 else ""
+        chart.add("line", x1=at, x2=at, y1=chart.py(0), y2=chart.py(1.0), class_=f"level{many}")
+        chart.add("line", x1=at, x2=at, y1=chart.py(0), y2=chart.py(0.12), class_="foot")
     return chart.render("small")

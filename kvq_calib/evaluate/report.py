@@ -448,6 +448,7 @@ def _codebooks(subject: Subject, measured: Measured) -> dict[str, Any]:
 
     featured = sorted({0, count // 2, count - 1})
     return {
+        "columns": ("one", "two", "three")[len(featured) - 1],
         "featured": [panel(layer, kind, True) for kind in KINDS for layer in featured],
         "all": [panel(layer, kind, False) for layer in range(count) for kind in KINDS],
         "shared": any(use.channels < use.of for kind in KINDS for use in uses[kind]),
@@ -615,20 +616,16 @@ def _memory(chosen: Sequence[Subject], limit: int | None, context: int) -> dict[
     }
 
 
-def _cards(chosen: Sequence[Subject], context: int) -> list[dict[str, Any]]:
-    cards = []
-    for subject in chosen:
-        _, result = subject.results[0]
-        report = artifact_report(subject.artifact, context)
-        cards.append(
-            {
-                "name": subject.name,
-                "colour": subject.colour,
-                "result": result,
-                "smaller": report.fp16 / report.total,
-            }
-        )
-    return cards
+def _cards(chosen: Sequence[Subject]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": subject.name,
+            "colour": subject.colour,
+            "result": subject.results[0][1],
+            "smaller": 16 / subject.results[0][1].bits_per_element,
+        }
+        for subject in chosen
+    ]
 
 
 def _provenance(subject: Subject) -> list[tuple[str, str]]:
@@ -694,21 +691,23 @@ def _calibration_command(model: str, subject: Subject) -> dict[str, str] | None:
     if not isinstance(settings, Mapping):
         return None
     wanted = {**settings, "cache": subject.artifact.spec.model_dump(mode="json")}
-    run = {name: wanted.pop(name, None) for name in ("dataset", "samples", "seqlen", "seed", "description")}
-    recipe, file = str(record.get("recipe")), ""
+    run = {name: wanted.pop(name, None) for name in ("dataset", "samples", "seqlen", "seed")}
+    recipe = str(record.get("recipe"))
     command = ["kvq-calibrate", model, "-o", subject.file]
+    content = file = ""
     if recipe in recipe_names():
         shipped = calibration_config(recipe).model_dump(mode="json")
         command += ["--config", recipe]
         for assignment in _assignments({name: shipped.get(name) for name in wanted}, wanted):
             command += ["--set", assignment]
     else:
-        command += ["--config", "recipe.yaml"]
-        file = yaml.safe_dump(json.loads(json.dumps(wanted)), sort_keys=False)
-    for name in ("dataset", "samples", "seqlen", "seed"):
-        if run[name] is not None:
-            command += [f"--{name}", str(run[name])]
-    return {"command": shlex.join(command), "recipe": file}
+        file = f"{Path(recipe).name}.yaml"
+        content = yaml.safe_dump(wanted, sort_keys=False)
+        command += ["--config", file]
+    for name, value in run.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    return {"command": shlex.join(command), "recipe": content, "file": file}
 
 
 def _assignments(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -788,7 +787,7 @@ def render(
         heads=geometry.layers[0].num_kv_heads,
         head_dim=geometry.layers[0].head_dim,
         context=context,
-        cards=_cards(chosen, context),
+        cards=_cards(chosen),
         frontiers=_frontiers(chosen, results),
         subjects=[
             {
