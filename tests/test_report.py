@@ -23,7 +23,7 @@ from kvq_calib.attention import intercept
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.config import calibration_config
 from kvq_calib.data import TokenWindows
-from kvq_calib.evaluate import charts, layers, report
+from kvq_calib.evaluate import layers, report, svg
 from kvq_calib.fit.levels import fit_levels
 from kvq_calib.models import LoadedModel, model_fingerprint
 
@@ -159,7 +159,7 @@ def test_the_page_shows_the_numbers_of_its_inputs(place, page):
     # 3 bits keys and values of nuq3-1p, 3 and 2 of mine; two layers, twice: featured, and among all
     assert section(text, "codebooks").count('class="foot"') == 2 * 2 * (8 + 8 + 8 + 4)
     assert "Keeps no outliers." in section(text, "outliers")
-    assert "first 2 of the 3 windows that the artifact was calibrated on" in section(text, "codebooks")
+    assert "Distribution of the 3 windows that the artifact was calibrated on" in section(text, "codebooks")
 
 
 def test_sensitivity_is_that_of_one_place(place, page):
@@ -261,7 +261,7 @@ def test_strings_from_outside_are_escaped(place, tmp_path):
         json.dumps(
             {
                 "artifacts": [{"name": hostile.name.split(".")[0], **entry}, {"name": NASTY, **entry}],
-                "config": {"model": NASTY, "mode": NASTY, "dataset": NASTY, "command": NASTY},
+                "config": {"model": NASTY, "mode": NASTY, "dataset": NASTY},
             }
         )
     )
@@ -281,8 +281,11 @@ def test_strings_from_outside_are_escaped(place, tmp_path):
 
 def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     content = json.loads((place / "results.json").read_text())
-    rival = {"name": "a rival", "bits_per_element": 2.5, "kl_mean": 1e-4, "tokens": 62}
-    beside = {**content, "artifacts": [rival]}
+    rival = {
+        "name": "a rival", "bits_per_element": 2.5, "kl_mean": 1e-4, "origin": "library", "source": "its paper",
+        "settings": "groups of 32", "mode": "decode", "on_frontier": True,
+    }  # fmt: skip
+    beside = {**content, "rivals": [rival], "skipped": {}}
     elsewhere = json.loads(json.dumps(content))
     elsewhere["config"]["data"]["sha256"] = "1" * 64
     elsewhere["config"]["data"]["dataset"] = "another text"
@@ -295,12 +298,17 @@ def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     assert status == 0, err
     text = section(output.read_text(), "frontier")
     assert text.count("<svg") == 2
-    assert "text: another text" in text
+    assert "Measured on another text" in text
     assert "a rival" in text
     first = text.split("<svg")[1]
     # The rival is smaller and closer than ours, and the page says so.
     assert "Beaten in both bits and divergence by another point: nuq3-1p" in first
     assert first.count('class="point beside other"') == 2
+    assert "a rival: 2.500 bits, KL 0.00010 (library; its paper; groups of 32)" in first
+    assert "<td>library, decode</td>" in text
+    commands = html.unescape(section(output.read_text(), "commands"))
+    assert "kvq-eval compare" in commands
+    assert "--rival 'a rival'" in commands
 
 
 def test_layers_add_up_to_the_whole():
@@ -389,21 +397,21 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
 
 def test_no_point_of_the_frontier_is_beaten():
     points = [
-        charts.Point(str(n), *at, "")
+        svg.Point(str(n), *at, "")
         for n, at in enumerate([(3, 0.1), (2, 0.5), (4, 0.2), (3, 0.05), (5, 0.01)])
     ]
-    assert [point.name for point in charts.pareto(points)] == ["1", "3", "4"]
-    drawn = charts.frontier(points, "t", "x", "y")
+    assert [point.name for point in svg.pareto(points)] == ["1", "3", "4"]
+    drawn = svg.frontier(points, "t", "x", "y")
     assert drawn.count("<circle") == 5
 
 
 @pytest.mark.parametrize(
     ("axis", "ticks"),
     [
-        (charts.Axis(0, 0.31), [0, 0.1, 0.2, 0.3]),
-        (charts.Axis(2.2, 4.7), [2.5, 3, 3.5, 4, 4.5]),
-        (charts.Axis(0.01, 0.7, log=True), [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]),
-        (charts.Axis(1e-6, 10, log=True), [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]),
+        (svg.Axis(0, 0.31), [0, 0.1, 0.2, 0.3]),
+        (svg.Axis(2.2, 4.7), [2.5, 3, 3.5, 4, 4.5]),
+        (svg.Axis(0.01, 0.7, log=True), [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]),
+        (svg.Axis(1e-6, 10, log=True), [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]),
     ],
 )
 def test_ticks_are_round(axis, ticks):

@@ -36,7 +36,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 
 #: Bins that a chart shows of the ``LEVEL_BINS`` that are counted.
-SHOWN_BINS = 128
+SHOWN_BINS = 64
 
 
 def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:

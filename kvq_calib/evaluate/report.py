@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,7 +25,7 @@ from kvq_calib.artifact import KVArtifact, first_problem
 from kvq_calib.config import calibration_config, recipe_names
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.errors import DataError, KVQError
-from kvq_calib.evaluate import charts
+from kvq_calib.evaluate import svg
 from kvq_calib.evaluate.layers import (
     CodebookUse,
     Progress,
@@ -47,6 +48,8 @@ __all__ = ["Measured", "ReportError", "Results", "Subject", "measure", "read_res
 
 #: Contexts of the memory chart, in tokens.
 CONTEXTS = tuple(1 << power for power in range(10, 21))
+#: Tokens of the calibration text that distributions are collected on, in whole windows.
+FIT_TOKENS = 8192
 #: Classes of colours for artifacts.
 _COLOURS = 8
 #: Numbers of outliers that have a bar of their own.
@@ -66,6 +69,7 @@ class Result(BaseModel):
     Attributes:
         name, bits_per_element, kl_mean: needed for a point of the frontier.
         perplexity, baseline_perplexity, kl_p99, top1_agreement, tokens: shown where they are there.
+        origin, source, settings, mode: what a rival is, and how it was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
@@ -78,14 +82,19 @@ class Result(BaseModel):
     kl_p99: float | None = None
     top1_agreement: float | None = None
     tokens: int | None = None
+    origin: str | None = None
+    source: str | None = None
+    settings: str | None = None
+    mode: str | None = None
 
 
 class Results(BaseModel):
-    """A JSON file of ``kvq-eval perplexity`` or of another evaluation with the same keys.
+    """A JSON file of ``kvq-eval perplexity`` or ``kvq-eval compare``.
 
     Attributes:
         file: where it was read.
         artifacts: what was measured, side by side on one text.
+        rivals: other ways to quantize a cache, measured in the same run; ``None`` where the file has no such list.
         config: settings, and what else is needed to repeat it.
     """
 
@@ -93,6 +102,7 @@ class Results(BaseModel):
 
     file: str
     artifacts: list[Result] = Field(min_length=1)
+    rivals: list[Result] | None = None
     config: dict[str, Any] = {}
 
     def fact(self, *path: str) -> Any:
@@ -186,17 +196,17 @@ def subjects(
         )
         if not own:
             where = " in " + ", ".join(each.file for each in results) if results else ""
+            command = _command("perplexity", model, [files[name]], "--json", "results.json")
             raise ReportError(
-                f"no results for {name}{where}; measure it first: {_perplexity_command(model, [files[name]])}, "
-                "then add --results results.json"
+                f"no results for {name}{where}; measure it first: {command}, then add --results results.json"
             )
         found.append(Subject(name, files[name], artifact, digest, len(content), f"s{number % _COLOURS}", own))
     return found
 
 
-def _perplexity_command(model: str, files: Sequence[str], *options: str) -> str:
+def _command(name: str, model: str, files: Sequence[str], *options: str) -> str:
     named = [part for file in files for part in ("--artifact", file)]
-    return shlex.join(["kvq-eval", "perplexity", model, *named, *(options or ("--json", "results.json"))])
+    return shlex.join(["kvq-eval", name, model, *named, *options])
 
 
 def _fact(content: Any, *path: str) -> Any:
@@ -260,7 +270,7 @@ def measure(
     for name, artifact in artifacts.items():
         record = json.dumps(artifact.calibration.get("data"), sort_keys=True)
         if record not in known:
-            known[record] = _calibration_windows(loaded, artifact, calibration_dataset, windows)
+            known[record] = _calibration_windows(loaded, artifact, calibration_dataset)
         found = known[record]
         fit_text[name] = text if found is None else found
         if found is not None:
@@ -279,9 +289,7 @@ def measure(
     )
 
 
-def _calibration_windows(
-    loaded: LoadedModel, artifact: KVArtifact, dataset: str, windows: int
-) -> TokenWindows | None:
+def _calibration_windows(loaded: LoadedModel, artifact: KVArtifact, dataset: str) -> TokenWindows | None:
     """The first windows that an artifact was calibrated on, if ``dataset`` yields them."""
     data = artifact.calibration.get("data")
     samples, seqlen, digest = (_fact(data, key) for key in ("requested", "seqlen", "sha256"))
@@ -296,7 +304,7 @@ def _calibration_windows(
         return None
     if found.source["sha256"] != digest:
         return None
-    return TokenWindows(found.ids[:windows], found.source)
+    return TokenWindows(found.ids[: max(1, FIT_TOKENS // seqlen)], found.source)
 
 
 # ---------------------------------------------------------------------------------------------- content
@@ -308,37 +316,37 @@ def _frontiers(chosen: Sequence[Subject], results: Sequence[Results]) -> list[di
     groups: dict[tuple[str, ...], list[Results]] = {}
     for each in results:
         groups.setdefault(each.conditions, []).append(each)
-    charts_ = []
+    found = []
     for group in groups.values():
         unique = {
             (result.name, result.bits_per_element, result.kl_mean): result
             for each in group
-            for result in each.artifacts
+            for result in (*each.artifacts, *(each.rivals or ()))
         }
         rows = sorted(unique.values(), key=lambda result: result.bits_per_element)
         points = []
         for result in rows:
             subject = own.get(id(result))
             points.append(
-                charts.Point(
+                svg.Point(
                     result.name,
                     result.bits_per_element,
                     max(result.kl_mean, 1e-9),  # a logarithmic axis has no zero
-                    f"{result.name}: {result.bits_per_element:.3f} bits, KL {result.kl_mean:.5f}",
+                    _tip(result),
                     subject.colour if subject else "other",
                     subject is not None,
                 )
             )
-        best = {id(point) for point in charts.pareto(points)}
+        best = {id(point) for point in svg.pareto(points)}
         beaten = [
             subject.name
             for point, result in zip(points, rows, strict=True)
             if (subject := own.get(id(result))) and id(point) not in best
         ]
-        charts_.append(
+        found.append(
             {
                 "caption": _conditions(group[0]),
-                "chart": charts.frontier(
+                "chart": svg.frontier(
                     points,
                     "KL divergence against bits per element",
                     "bits per element, everything stored counted",
@@ -355,25 +363,30 @@ def _frontiers(chosen: Sequence[Subject], results: Sequence[Results]) -> list[di
                 ],
                 "baseline": next((r.baseline_perplexity for r in rows if r.baseline_perplexity), None),
                 "beaten": beaten,
+                "origins": any(result.origin for result in rows),
             }
         )
-    return charts_
+    return found
+
+
+def _tip(result: Result) -> str:
+    what = "; ".join(part for part in (result.origin, result.source, result.settings) if part)
+    figures = f"{result.name}: {result.bits_per_element:.3f} bits, KL {result.kl_mean:.5f}"
+    return f"{figures} ({what})" if what else figures
 
 
 def _conditions(results: Results) -> str:
-    data = results.fact("data") or {}
     tokens = results.artifacts[0].tokens
-    windows, seqlen = _fact(data, "windows"), _fact(data, "seqlen")
+    windows, seqlen = results.fact("data", "windows"), results.fact("data", "seqlen")
     context = results.fact("context")
     parts = [
-        f"text: {_fact(data, 'dataset') or results.fact('dataset') or 'not recorded'}",
+        results.fact("data", "dataset") or results.fact("dataset") or "a text that is not recorded",
         f"{windows} windows of {seqlen} tokens" if windows and seqlen else "",
         f"{tokens:,} predicted tokens" if tokens else "",
         f"{results.fact('mode')} mode" if results.fact("mode") else "",
         f"bits at {context:,} tokens of context" if isinstance(context, int) else "",
-        f"model: {results.fact('model')}" if results.fact("model") else "",
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _plural(kind: Kind) -> str:
@@ -390,7 +403,7 @@ def _sensitivity(subject: Subject, measured: Measured, context: int) -> dict[str
     )
     total = sum(value for value, _, _ in places)
     return {
-        "chart": charts.grouped_bars(
+        "chart": svg.grouped_bars(
             f"KL divergence with one layer of {subject.name} quantized",
             names,
             [(_plural(kind), kind, found.layers[kind]) for kind in KINDS],
@@ -398,7 +411,7 @@ def _sensitivity(subject: Subject, measured: Measured, context: int) -> dict[str
             "KL, nats per token",
             tip=lambda layer, name, value: f"layer {layer}, {name}: KL {value:.6f}",
         ),
-        "bits_chart": charts.grouped_bars(
+        "bits_chart": svg.grouped_bars(
             f"Bits per element of each layer of {subject.name}",
             names,
             [(_plural(kind), kind, bits[kind]) for kind in KINDS],
@@ -435,7 +448,7 @@ def _codebooks(subject: Subject, measured: Measured) -> dict[str, Any]:
         return {
             "label": f"layer {layer}, {_plural(kind)}",
             "note": f"{use.bits} bits: {len(use.levels)} levels{share}",
-            "chart": charts.density(
+            "chart": svg.density(
                 f"Levels of {subject.name}, layer {layer}, {_plural(kind)}, over the distribution they code",
                 use.levels,
                 use.weights,
@@ -463,6 +476,20 @@ def _codebooks(subject: Subject, measured: Measured) -> dict[str, Any]:
             layer.of(kind).feedback for layer in subject.artifact.spec.resolved(count) for kind in KINDS
         ),
     }
+
+
+def _same_outliers(chosen: Sequence[Subject], measured: Measured) -> list[list[Subject]]:
+    """Artifacts that mark the same outliers, together: recipes that differ in their bits alone share thresholds."""
+    groups: list[list[Subject]] = []
+    for subject in chosen:
+        for group in groups:
+            a, b = (measured.outliers[each.name] for each in (subject, group[0]))
+            if a.sink_tokens == b.sink_tokens and all(torch.equal(a.found[k], b.found[k]) for k in KINDS):
+                group.append(subject)
+                break
+        else:
+            groups.append([subject])
+    return groups
 
 
 def _outliers(subject: Subject, measured: Measured, tokenizer: Any) -> dict[str, Any] | None:
@@ -500,7 +527,7 @@ def _outliers(subject: Subject, measured: Measured, tokenizer: Any) -> dict[str,
     ranked = sorted(range(length), key=lambda at: (-totals[at], at))[:8]
     ids = measured.text.ids[0].tolist()
     return {
-        "layer_chart": charts.grouped_bars(
+        "layer_chart": svg.grouped_bars(
             f"Outliers of a token by layer, {subject.name}",
             [str(index) for index in range(len(geometry))],
             [(_plural(kind), kind, means[kind]) for kind in kinds],
@@ -509,7 +536,7 @@ def _outliers(subject: Subject, measured: Measured, tokenizer: Any) -> dict[str,
             tip=lambda layer, name, value: f"layer {layer}, {name}: {value:.2f} outliers per token",
             height=200.0,
         ),
-        "spread_chart": charts.grouped_bars(
+        "spread_chart": svg.grouped_bars(
             f"How many outliers tokens have, {subject.name}",
             bars,
             [(_plural(kind), kind, shares[kind]) for kind in kinds],
@@ -518,10 +545,10 @@ def _outliers(subject: Subject, measured: Measured, tokenizer: Any) -> dict[str,
             tip=lambda number, name, value: f"{value:.2f}% of tokens have {number} outliers among {name}",
             height=200.0,
         ),
-        "token_chart": charts.lines(
+        "token_chart": svg.lines(
             f"Outliers of each token of the text, all layers together, {subject.name}",
-            charts.Axis(0.0, float(max(length - 1, 1)), "position in the text"),
-            charts.Axis.from_zero([float(total) for total in totals], "outliers in all layers"),
+            svg.Axis(0.0, float(max(length - 1, 1)), "position in the text"),
+            svg.Axis.from_zero([float(total) for total in totals], "outliers in all layers"),
             [("", subject.colour, [(float(at), float(total)) for at, total in enumerate(totals)])],
             height=200.0,
         ),
@@ -568,11 +595,11 @@ def _memory(chosen: Sequence[Subject], limit: int | None, context: int) -> dict[
         series.append((subject.name, subject.colour, sizes))
     every = [size for _, _, points in series for _, size in points]
     bounds = [float(1 << power) for power in range(10, 50, 2)]
-    y = charts.Axis(
+    y = svg.Axis(
         min(every) / 1.5, max(every) * 1.5, "bytes of the cache (logarithmic)", log=True, format=_bytes,
         ticks=tuple(bounds),
     )  # fmt: skip
-    x = charts.Axis(
+    x = svg.Axis(
         float(CONTEXTS[0]), float(CONTEXTS[-1]), "tokens of context (logarithmic)", log=True, format=_tokens,
         ticks=tuple(map(float, CONTEXTS)),
     )  # fmt: skip
@@ -583,7 +610,7 @@ def _memory(chosen: Sequence[Subject], limit: int | None, context: int) -> dict[
         key=lambda part: -max(report.by_kind.get(part, 0.0) for report in at.values()),
     )
     return {
-        "chart": charts.lines("Memory of the cache against context", x, y, series, marks=marks, height=360.0),
+        "chart": svg.lines("Memory of the cache against context", x, y, series, marks=marks, height=360.0),
         "rows": [
             {
                 "context": tokens,
@@ -725,21 +752,23 @@ def _assignments(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def _evaluation_command(model: str, chosen: Sequence[Subject], results: Results) -> str:
-    """The command behind a file of results; as it says itself, or as its settings say."""
-    recorded = results.fact("command")
-    if isinstance(recorded, str):
-        return recorded
-    if isinstance(recorded, list):
-        return shlex.join(map(str, recorded))
+    """The command behind a file of results, from the settings that the file records."""
     files = {id(result): subject.file for subject in chosen for _, result in subject.results}
-    options = []
+    named = [files.get(id(result), f"{result.name}.kvq.safetensors") for result in results.artifacts]
+    options: list[str] = []
     for name in ("dataset", "seqlen", "windows", "seed", "mode", "context"):
         if results.fact(name) is not None:
             options += [f"--{name}", str(results.fact(name))]
-    if results.fact("mode") == "decode" and results.fact("chunk") is not None:
-        options += ["--chunk", str(results.fact("chunk"))]
-    named = [files.get(id(result), f"{result.name}.kvq.safetensors") for result in results.artifacts]
-    return _perplexity_command(model, named, *options, "--json", results.file)
+    if results.rivals is None:
+        if results.fact("mode") == "decode" and results.fact("chunk") is not None:
+            options += ["--chunk", str(results.fact("chunk"))]
+        return _command("perplexity", model, named, *options, "--json", results.file)
+    for rival in results.rivals:
+        options += ["--rival", rival.name]
+    if results.fact("calibration_data", "dataset") is not None:
+        options += ["--calibration", str(results.fact("calibration_data", "dataset"))]
+        options += ["--calibration-samples", str(results.fact("calibration_data", "requested"))]
+    return _command("compare", model, named, *options, "--json", results.file)
 
 
 # ----------------------------------------------------------------------------------------------- page
@@ -795,11 +824,14 @@ def render(
                 "colour": subject.colour,
                 "sensitivity": _sensitivity(subject, measured, context),
                 "codebooks": _codebooks(subject, measured),
-                "outliers": _outliers(subject, measured, loaded.tokenizer),
                 "provenance": _provenance(subject),
                 "made": made[subject.name],
             }
             for subject in chosen
+        ],
+        outliers=[
+            {"subjects": same, "found": _outliers(same[0], measured, loaded.tokenizer)}
+            for same in _same_outliers(chosen, measured)
         ],
         memory=_memory(chosen, limit if isinstance(limit, int) else None, context),
         evaluations=list(dict.fromkeys(_evaluation_command(model, chosen, each) for each in results)),

@@ -9,10 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-__all__ = ["Axis", "Chart", "Point", "density", "element", "frontier", "grouped_bars", "lines", "pareto"]
+__all__ = [
+    "Axis",
+    "Chart",
+    "Point",
+    "density",
+    "element",
+    "frontier",
+    "grouped_bars",
+    "lines",
+    "pareto",
+    "plain",
+]
 
 Format = Callable[[float], str]
 
@@ -42,7 +54,12 @@ def _number(value: float) -> str:
 
 
 def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in points)
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def plain(value: float) -> str:
+    """A number as people write it, not in powers of ten."""
+    return f"{value:.9f}".rstrip("0").rstrip(".") or "0"
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class Axis:
     high: float
     label: str = ""
     log: bool = False
-    format: Format = lambda value: f"{value:g}"
+    format: Format = plain
     ticks: tuple[float, ...] | None = None
 
     @classmethod
@@ -74,12 +91,10 @@ class Axis:
         return cls(math.exp(low), math.exp(high), label, log=True) if log else cls(low, high, label)
 
     @classmethod
-    def from_zero(cls, values: Iterable[float], label: str, format: Format | None = None) -> Axis:
+    def from_zero(cls, values: Iterable[float], label: str) -> Axis:
         """A linear axis that begins at 0, for bars."""
         high = max(values, default=0.0)
-        return cls(
-            0.0, 1.08 * high if high > 0 else 1.0, label, format=format or (lambda value: f"{value:g}")
-        )
+        return cls(0.0, 1.08 * high if high > 0 else 1.0, label)
 
     def place(self, value: float) -> float:
         """0 at ``low``, 1 at ``high``."""
@@ -159,13 +174,6 @@ class Chart:
         """Add a line through values."""
         self.add("path", d=_path((self.px(x), self.py(y)) for x, y in points), class_=f"line {class_}")
 
-    def rule(self, y: float, text: str) -> None:
-        """Add a horizontal line with a name at its right end."""
-        if self.y.low <= y <= self.y.high:
-            at = self.py(y)
-            self.add("line", x1=self.start, x2=self.width - self.right, y1=at, y2=at, class_="rule")
-            self.add("text", text, x=self.width - self.right, y=at - 4, class_="note end")
-
     def upright(self, x: float, text: str) -> None:
         """Add a vertical line with a name at its upper end."""
         if self.x.low <= x <= self.x.high:
@@ -233,12 +241,13 @@ class Point:
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both bits and divergence, by bits."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.bits, p.kl)):
-        if not best or point.kl < best[-1].kl:
-            best.append(point)
-    return best
+    """The points that no other beats: is as good in bits and divergence, and better in one. By rising bits."""
+
+    def beaten(point: Point) -> bool:
+        at = (point.bits, point.kl)
+        return any(p.bits <= at[0] and p.kl <= at[1] and (p.bits, p.kl) != at for p in points)
+
+    return sorted((point for point in points if not beaten(point)), key=lambda point: point.bits)
 
 
 def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) -> Markup:
@@ -247,30 +256,43 @@ def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) ->
         title,
         Axis.around([p.bits for p in points], x_label, pad=0.12),
         Axis.around([p.kl for p in points], y_label, log=True, pad=0.14),
-        height=420.0,
+        height=440.0,
     )
-    edge = pareto(points)
+    # Steps: between two points nothing was measured, so the better of both is not promised.
+    edge: list[tuple[float, float]] = []
+    for point in pareto(points):
+        edge += [(point.bits, edge[-1][1]), (point.bits, point.kl)] if edge else [(point.bits, point.kl)]
     if len(edge) > 1:
-        chart.line([(p.bits, p.kl) for p in edge], "edge")
-    chart.add(
-        "text",
-        "↙ fewer bits, closer to the unquantized model",
-        x=chart.start + 10,
-        y=chart.height - chart.bottom - 10,
-        class_="note",
-    )
-    taken = [(chart.start, chart.height - chart.bottom - 22, chart.start + 300, chart.height - chart.bottom)]
+        chart.line(edge, "edge")
+    hint = "↙ fewer bits, closer to the unquantized model"
+    floor = chart.height - chart.bottom
+    chart.add("text", hint, x=chart.start + 10, y=floor - 10, class_="note")
+    taken = [(chart.start, floor - 22, chart.start + _width(hint), floor)]
     taken += [_around(chart.px(p.bits), chart.py(p.kl), 8.0) for p in points]
+    corners = [(chart.px(bits), chart.py(kl)) for bits, kl in edge]
+    drawn = [
+        (min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])) for a, b in pairwise(corners)
+    ]
     for point in sorted(points, key=lambda p: not p.own):
         x, y = chart.px(point.bits), chart.py(point.kl)
-        mark = {"class_": f"point {'own' if point.own else 'beside'} {point.class_}"}
-        chart.add("circle", element("title", point.tip), cx=x, cy=y, r=6.5 if point.own else 5.0, **mark)
-        spot = _label_spot(point.name, x, y, taken, chart)
+        spot = _label_spot(point.name, x, y, taken + drawn, chart) or _label_spot(
+            point.name, x, y, taken, chart
+        )
         if spot is not None:
-            at, box = spot
-            taken.append(box)
-            name = "name own" if point.own else "name"
-            chart.add("text", point.name, x=at[0], y=at[1], class_=name)
+            left, base, right, far = spot
+            taken.append((left, base - _FONT, right, base + 3))
+            if far:
+                chart.add("line", x1=x, y1=y, x2=min(max(x, left), right), y2=base - 4, class_="leader")
+            chart.add("text", point.name, x=left, y=base, class_="name own" if point.own else "name")
+    for point in sorted(points, key=lambda p: p.own):  # ours are drawn over the others
+        chart.add(
+            "circle",
+            element("title", point.tip),
+            cx=chart.px(point.bits),
+            cy=chart.py(point.kl),
+            r=6.5 if point.own else 5.0,
+            class_=f"point {'own' if point.own else 'beside'} {point.class_}",
+        )
     return chart.render("tall")
 
 
@@ -281,33 +303,41 @@ def _around(x: float, y: float, reach: float) -> _Box:
     return x - reach, y - reach, x + reach, y + reach
 
 
+def _width(text: str) -> float:
+    return _CHARACTER * (_FONT + 1) * len(text)
+
+
 def _label_spot(
     text: str, x: float, y: float, taken: Sequence[_Box], chart: Chart
-) -> tuple[tuple[float, float], _Box] | None:
-    """Where a point's name covers nothing, or ``None`` where it would: the table has it then."""
-    width = _CHARACTER * (_FONT + 1) * len(text)
-    for dx, dy in (
-        (11.0, 4.0),
-        (-11.0 - width, 4.0),
-        (9.0, -9.0),
-        (9.0, 18.0),
-        (-width / 2, -12.0),
-        (-width / 2, 22.0),
-        (-9.0 - width, -9.0),
-        (-9.0 - width, 18.0),
-    ):
+) -> tuple[float, float, float, bool] | None:
+    """Where a point's name covers nothing: left, base line, right, and whether it is so far off that it needs a line.
+
+    ``None`` where there is no such place; the table below the chart has every name.
+    """
+    width = _width(text)
+    near = [(11.0, 4.0), (-11.0 - width, 4.0)]
+    for up in (-9.0, 18.0):
+        near += [(9.0, up), (-9.0 - width, up)]
+    near += [(-width / 2, -12.0), (-width / 2, 22.0)]
+    far = [
+        (side, up)
+        for up in (-26.0, 34.0, -42.0, 50.0, -58.0, 66.0)
+        for side in (12.0, -12.0 - width, -width / 2)
+    ]
+    far += [(side, up) for side in (34.0, -34.0 - width) for up in (4.0, -18.0, 26.0)]
+    for number, (dx, dy) in enumerate(near + far):
         left, base = x + dx, y + dy
         box = (left, base - _FONT, left + width, base + 3)
         inside = (
             left > chart.start
             and box[2] < chart.width
-            and base - _FONT > 0
+            and box[1] > 0
             and box[3] < chart.height - chart.bottom
         )
         if inside and not any(
             box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
         ):
-            return (left, base), box
+            return left, base, left + width, number >= len(near)
     return None
 
 
@@ -320,7 +350,6 @@ def grouped_bars(
     *,
     tip: Callable[[str, str, float], str],
     height: float = 240.0,
-    rules: Sequence[tuple[float, str]] = (),
 ) -> Markup:
     """A bar per group and series, from 0.
 
@@ -328,7 +357,6 @@ def grouped_bars(
         groups: names under the groups; some are left out where there is no room.
         series: name, class and one value per group.
         tip: text shown for (group, series, value).
-        rules: horizontal lines: value and name.
     """
     values = [value for _, _, own in series for value in own]
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(groups) / step <= 24)
@@ -336,7 +364,7 @@ def grouped_bars(
     chart = Chart(
         title,
         Axis(-0.5, len(groups) - 0.5, x_label, ticks=ticks, format=lambda value: groups[int(value)]),
-        Axis.from_zero([*values, *(value for value, _ in rules)], y_label),
+        Axis.from_zero(values, y_label),
         height=height,
         left=80.0,  # so that the groups of charts under each other stand under each other
     )
@@ -355,8 +383,6 @@ def grouped_bars(
                 height=floor - top,
                 class_=f"bar {class_}",
             )
-    for value, name in rules:
-        chart.rule(value, name)
     return chart.render()
 
 
