@@ -623,9 +623,8 @@ def report_command(
             seed=seed,
             progress=progress,
         )
-    page = report.render(
-        loaded, model, subjects, results, measured, context=context, command=["kvq-eval", *sys.argv[1:]]
-    )
+    command = ["kvq-eval", *(word for word in sys.argv[1:] if word != "--debug")]
+    page = report.render(loaded, model, subjects, results, measured, context=context, command=command)
     write_atomically(output, page.encode())
     click.echo(output)
 

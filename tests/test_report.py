@@ -4,7 +4,6 @@ import html
 import json
 import math
 import re
-import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -189,9 +188,17 @@ def test_sensitivity_is_that_of_one_place(place, page):
     assert float(shown[0]) == pytest.approx(expected, abs=2e-6)
 
 
+def shell_words(command):
+    """As a shell splits it."""
+    printed = subprocess.run(
+        ["sh", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+    )
+    return printed.stdout.split("\0")[:-1]
+
+
 def test_commands_of_the_page_make_the_same_artifacts(place, page, tmp_path, monkeypatch):
     commands = re.findall(r"<pre>(kvq-.*?)</pre>", section(page.read_text(), "commands"), re.S)
-    words = [shlex.split(html.unescape(command)) for command in commands]
+    words = [shell_words(html.unescape(command)) for command in commands]
     assert [(command, *rest[:1]) for command, *rest in words[2:]] == [
         ("kvq-eval", "perplexity"),
         ("kvq-eval", "report"),

@@ -196,7 +196,7 @@ def subjects(
         )
         if not own:
             where = " in " + ", ".join(each.file for each in results) if results else ""
-            command = _command("perplexity", model, [files[name]], "--json", "results.json")
+            command = shlex.join(_command("perplexity", model, [files[name]], "--json", "results.json"))
             raise ReportError(
                 f"no results for {name}{where}; measure it first: {command}, then add --results results.json"
             )
@@ -204,9 +204,9 @@ def subjects(
     return found
 
 
-def _command(name: str, model: str, files: Sequence[str], *options: str) -> str:
+def _command(name: str, model: str, files: Sequence[str], *options: str) -> list[str]:
     named = [part for file in files for part in ("--artifact", file)]
-    return shlex.join(["kvq-eval", name, model, *named, *options])
+    return ["kvq-eval", name, model, *named, *options]
 
 
 def _fact(content: Any, *path: str) -> Any:
@@ -734,7 +734,15 @@ def _calibration_command(model: str, subject: Subject) -> dict[str, str] | None:
     for name, value in run.items():
         if value is not None:
             command += [f"--{name}", str(value)]
-    return {"command": shlex.join(command), "recipe": content, "file": file}
+    return {"command": _lines(command), "recipe": content, "file": file}
+
+
+def _lines(words: Sequence[str]) -> str:
+    """A command for a shell, each option on a line of its own."""
+    text = shlex.quote(words[0])
+    for word in words[1:]:
+        text += (" \\\n  " if word.startswith("-") else " ") + shlex.quote(word)
+    return text
 
 
 def _assignments(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -762,13 +770,13 @@ def _evaluation_command(model: str, chosen: Sequence[Subject], results: Results)
     if results.rivals is None:
         if results.fact("mode") == "decode" and results.fact("chunk") is not None:
             options += ["--chunk", str(results.fact("chunk"))]
-        return _command("perplexity", model, named, *options, "--json", results.file)
+        return _lines(_command("perplexity", model, named, *options, "--json", results.file))
     for rival in results.rivals:
         options += ["--rival", rival.name]
     if results.fact("calibration_data", "dataset") is not None:
         options += ["--calibration", str(results.fact("calibration_data", "dataset"))]
         options += ["--calibration-samples", str(results.fact("calibration_data", "requested"))]
-    return _command("compare", model, named, *options, "--json", results.file)
+    return _lines(_command("compare", model, named, *options, "--json", results.file))
 
 
 # ----------------------------------------------------------------------------------------------- page
@@ -835,7 +843,7 @@ def render(
         ],
         memory=_memory(chosen, limit if isinstance(limit, int) else None, context),
         evaluations=list(dict.fromkeys(_evaluation_command(model, chosen, each) for each in results)),
-        command=shlex.join(command),
+        command=_lines(command),
         text=measured.text.source,
         windows=len(measured.text.ids),
     )
