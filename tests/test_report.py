@@ -284,6 +284,8 @@ def test_strings_from_outside_are_escaped(place, tmp_path):
     assert "&lt;b&gt;&amp;&#39;" in text
     assert NASTY not in text
     assert html.unescape(text).count(NASTY) >= 10
+    command = re.search(r"<pre>(kvq-calibrate.*?)</pre>", text, re.S)[1]
+    assert shell_words(html.unescape(command)).count(NASTY) == 2  # data set and seed, a word each
 
 
 def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
