@@ -666,6 +666,97 @@ def passkey_command(
     )
 
 
+@eval_group.command("report")
+@click.argument("model")
+@click.option(
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="May be given several times.",
+)
+@click.option(
+    "--results",
+    "result_files",
+    multiple=True,
+    metavar="FILE",
+    help="JSON of kvq-eval perplexity (or compare) on these artifacts; may be given several times.",
+)
+@click.option("-o", "--output", required=True, metavar="FILE", help="The HTML file to write.")
+@click.option(
+    "--dataset",
+    default="wikitext2",
+    show_default=True,
+    metavar="NAME|PATH",
+    help="Text of the charts by layer and by token.",
+)
+@click.option(
+    "--calibration-dataset",
+    metavar="NAME|PATH",
+    help="Text the artifacts were calibrated on, for the distributions under their codebooks; --dataset by default.",
+)
+@click.option("--seqlen", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Context at which bits are stated.",
+)
+@_model_options
+@_debug
+def report_command(
+    model: str,
+    artifacts: tuple[str, ...],
+    result_files: tuple[str, ...],
+    output: str,
+    dataset: str,
+    calibration_dataset: str | None,
+    seqlen: int,
+    windows: int,
+    seed: int,
+    context: int,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    debug: bool,
+) -> None:
+    """One HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
+    from kvq_calib.files import check_writable, write_atomically
+
+    loaded_artifacts = _load_artifacts(artifacts)
+    check_writable(output)
+
+    from kvq_calib.evaluate import report
+    from kvq_calib.models import check_length
+    from kvq_calib.progress import ProgressReporter
+
+    files = dict(zip(loaded_artifacts, artifacts, strict=True))
+    results = report.read_results(result_files)
+    subjects = report.subjects(model, loaded_artifacts, files, results)
+    loaded = _load_fitting(model, loaded_artifacts, device, dtype, device_map, trust_remote_code)
+    check_length(loaded.model, seqlen)
+    with ProgressReporter() as progress:
+        measured = report.measure(
+            loaded,
+            loaded_artifacts,
+            dataset=dataset,
+            calibration_dataset=calibration_dataset or dataset,
+            windows=windows,
+            seqlen=seqlen,
+            seed=seed,
+            progress=progress,
+        )
+    command = ["kvq-eval", *(word for word in sys.argv[1:] if word != "--debug")]
+    page = report.render(loaded, model, subjects, results, measured, context=context, command=command)
+    write_atomically(output, page.encode())
+    click.echo(output)
+
+
 # ---------------------------------------------------------------------------------------------- artifact
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,9 @@ from kvq_calib.artifact import KVArtifact
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.quantizer import roundtrip_storage
 from kvq_calib.spec import KINDS, Kind
+
+Place = tuple[int, Kind]
+"""Layer and kind."""
 
 
 class OutlierCounts:
@@ -42,8 +45,12 @@ class OutlierCounts:
 
 
 @contextmanager
-def quantized_prefill(model: Any, artifact: KVArtifact) -> Iterator[OutlierCounts]:
+def quantized_prefill(
+    model: Any, artifact: KVArtifact, only: Collection[Place] | None = None
+) -> Iterator[OutlierCounts]:
     """Every key and value of every forward pass in this context goes through the artifact's quantizers.
+
+    With ``only``, the keys and values of other places stay as the model computed them.
 
     Sink tokens stay exact (rounded to the storage dtype). A recent window has no meaning when all queries run at
     once, and is left out: figures hold for ``recent_tokens = 0``.
@@ -63,13 +70,18 @@ def quantized_prefill(model: Any, artifact: KVArtifact) -> Iterator[OutlierCount
         exact = roundtrip_storage(x[:, :, :sinks], artifact.spec).float()
         return torch.cat([exact, quantizer.dequantize(quantized)[:, :, sinks:]], dim=2)
 
-    def transform(kv: LayerKV) -> tuple[Tensor, Tensor]:
+    def transform(kv: LayerKV) -> tuple[Tensor, Tensor] | None:
+        chosen = {kind: only is None or (kv.layer, kind) in only for kind in KINDS}
+        if not any(chosen.values()):
+            return None
         counts.tokens[kv.layer] += kv.values.shape[0] * max(kv.values.shape[2] - sinks, 0)
-        if quantizers[kv.layer]["key"].spec.pre_rope:
+        if not chosen["key"]:
+            keys = kv.keys
+        elif quantizers[kv.layer]["key"].spec.pre_rope:
             keys = through(kv.keys, kv, "key")
         else:
             keys = kv.rotation.unrotate(through(kv.rotated_keys, kv, "key"))
-        return keys, through(kv.values, kv, "value")
+        return keys, through(kv.values, kv, "value") if chosen["value"] else kv.values
 
     with intercept(model, transform):
         yield counts

@@ -231,7 +231,7 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
         "layers", ", ".join(f"{n} of {heads} key-value heads x {dim}" for (heads, dim), n in shapes.items())
     )
     for kind in KINDS:
-        facts.add_row(kind + "s", _describe(artifact, kind))
+        facts.add_row(kind + "s", describe(artifact, kind))
     facts.add_row("exact tokens", f"first {artifact.spec.sink_tokens}, last {artifact.spec.recent_tokens}")
     versions = artifact.calibration.get("versions", {})
     facts.add_row("made with", ", ".join(f"{name} {value}" for name, value in sorted(versions.items())))
@@ -268,7 +268,8 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     return [facts, storage, layers]
 
 
-def _describe(artifact: KVArtifact, kind: Any) -> str:
+def describe(artifact: KVArtifact, kind: Any) -> str:
+    """How keys or values are quantized, in words; the first layer's where layers differ."""
     specs = [layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers))]
     spec = specs[0]
     parts = [
