@@ -6,6 +6,7 @@ Exit status: 0 on success, 2 on a usage error, 1 on anything else, with one line
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -81,6 +82,13 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class _Path(click.Path):
+    """A path, or a name where paths are allowed too; shells leave ``~`` alone in ``--output=~/x``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 _debug = click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 _model_options = _options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
@@ -146,6 +154,7 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
 @click.option(
     "-o",
     "--output",
+    type=_Path(),
     required=True,
     metavar="ARTIFACT",
     help="File to write; {recipe} stands for the recipe's name.",
@@ -153,6 +162,7 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
 @click.option(
     "--config",
     "recipes",
+    type=_Path(),
     multiple=True,
     metavar="NAME|FILE",
     help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
@@ -217,11 +227,12 @@ def calibrate_command(
 
     from kvq_calib.calibrate.distributed import local_device, process_group
     from kvq_calib.calibrate.pipeline import calibrate, shared_setting
-    from kvq_calib.data import load_windows
+    from kvq_calib.data import check_dataset, load_windows
     from kvq_calib.models import check_length, model_fingerprint
     from kvq_calib.progress import ProgressReporter
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
+    check_dataset(run["dataset"])
     with process_group() as (rank, _), ProgressReporter(quiet=rank > 0) as progress:
         loaded = _load(model, local_device(device), dtype, device_map, trust_remote_code)
         check_length(loaded.model, run["seqlen"])
@@ -291,6 +302,7 @@ def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
 @click.option(
     "--artifact",
     "artifacts",
+    type=_Path(),
     multiple=True,
     required=True,
     metavar="FILE",
@@ -311,7 +323,7 @@ def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
     show_default=True,
     help="Context at which bits are stated.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
 @_model_options
 @_debug
 def perplexity_command(
@@ -342,12 +354,15 @@ def perplexity_command(
     if json_file is not None:
         check_writable(json_file)
 
-    from kvq_calib.data import load_windows
+    from kvq_calib.data import check_dataset, load_windows
     from kvq_calib.evaluate.perplexity import measure_perplexity
     from kvq_calib.evaluate.tables import perplexity_table, print_table, run_facts
+    from kvq_calib.models import check_length
     from kvq_calib.progress import ProgressReporter
 
+    check_dataset(dataset)
     loaded = _load_fitting(model, loaded_artifacts, device, dtype, device_map, trust_remote_code)
+    check_length(loaded.model, seqlen)
     text = load_windows(
         dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
     )
@@ -495,7 +510,9 @@ def compare_command(
 
 
 @eval_group.command("memory")
-@click.option("--artifact", "artifacts", multiple=True, metavar="FILE", help="May be given several times.")
+@click.option(
+    "--artifact", "artifacts", type=_Path(), multiple=True, metavar="FILE", help="May be given several times."
+)
 @click.option(
     "--shape",
     metavar="NAME",
@@ -504,6 +521,7 @@ def compare_command(
 @click.option(
     "--config",
     "recipes",
+    type=_Path(),
     multiple=True,
     metavar="NAME|FILE",
     help="Recipes for --shape, default the paper's three.",
@@ -526,7 +544,7 @@ def compare_command(
     help="GPUs of 80 GB that share heads and layers of --shape.",
 )
 @click.option("--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
 @_debug
 def memory_command(
     artifacts: tuple[str, ...],
@@ -586,6 +604,7 @@ def memory_command(
 @click.option(
     "--artifact",
     "artifacts",
+    type=_Path(),
     multiple=True,
     required=True,
     metavar="FILE",
@@ -614,7 +633,7 @@ def memory_command(
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per call.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
 @_model_options
 @_debug
 def passkey_command(
@@ -766,7 +785,7 @@ def artifact_group() -> None:
 
 
 @artifact_group.command("inspect")
-@click.argument("file", metavar="ARTIFACT")
+@click.argument("file", type=_Path(), metavar="ARTIFACT")
 @click.option(
     "--context",
     "contexts",
@@ -777,7 +796,7 @@ def artifact_group() -> None:
     help="Context lengths at which bits are stated.",
 )
 @click.option("--layers", is_flag=True, help="Also a line per layer.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the same as JSON.")
+@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the same as JSON.")
 @_debug
 def inspect_command(
     file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None, debug: bool
@@ -785,17 +804,20 @@ def inspect_command(
     """Content of ARTIFACT, and its bits per element at chosen context lengths."""
     from kvq_calib.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
+    from kvq_calib.files import check_writable
 
     loaded = KVArtifact.load(file)
+    if json_file is not None:
+        check_writable(json_file)
     for table in artifact_tables(loaded, contexts, per_layer=layers):
         print_table(table)
     _write_json(json_file, artifact_facts(loaded, contexts))
 
 
 @artifact_group.command("shard")
-@click.argument("file", metavar="ARTIFACT")
+@click.argument("file", type=_Path(), metavar="ARTIFACT")
 @click.option("--ranks", type=click.IntRange(2), required=True, help="Ranks that divide the key-value heads.")
-@click.option("-o", "--output", required=True, metavar="FILE", help="With {rank} in its name.")
+@click.option("-o", "--output", type=_Path(), required=True, metavar="FILE", help="With {rank} in its name.")
 @_debug
 def shard_command(file: str, ranks: int, output: str, debug: bool) -> None:
     """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
@@ -816,10 +838,14 @@ def shard_command(file: str, ranks: int, output: str, debug: bool) -> None:
 
 
 @artifact_group.command("import-kvquant")
-@click.argument("file", metavar="PICKLE")
-@click.option("-o", "--output", required=True, metavar="FILE", help="The artifact to write.")
+@click.argument("file", type=_Path(), metavar="PICKLE")
+@click.option("-o", "--output", type=_Path(), required=True, metavar="FILE", help="The artifact to write.")
 @click.option(
-    "--model", required=True, metavar="MODEL", help="Model it was made for; its configuration is read."
+    "--model",
+    type=_Path(),
+    required=True,
+    metavar="MODEL",
+    help="Model it was made for; its configuration is read.",
 )
 @click.option(
     "--outliers",

@@ -204,10 +204,33 @@ def calibration_config(
     settings.update({name: value for name, value in (command_line or {}).items() if value is not None})
     for assignment in assignments:
         _assign(settings, assignment)
+    _inherit_layers(settings)
     try:
         return CalibrationConfig.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"{recipe}: {first_problem(error)}") from error
+
+
+def _inherit_layers(settings: dict[str, Any]) -> None:
+    """What an override of a layer does not mention is as in the cache section."""
+    cache = settings.get("cache")
+    layers = cache.get("layers") if isinstance(cache, dict) else None
+    if not isinstance(cache, dict) or not isinstance(layers, dict):
+        return  # left to validation
+    whole = {kind: cache[kind] for kind in KINDS if kind in cache}
+    merged: dict[Any, Any] = {}
+    for name, own in layers.items():
+        # A number in the path of an assignment is a string: the same layer as the number in a file.
+        number = int(name) if isinstance(name, str) and name.removeprefix("-").isdecimal() else name
+        merged[number] = _merged(merged.get(number, whole), own)
+    cache["layers"] = merged
+
+
+def _merged(base: Any, own: Any) -> Any:
+    """``own`` over ``base``, section by section."""
+    if not isinstance(base, dict) or not isinstance(own, dict):
+        return own
+    return {**base, **{name: _merged(base.get(name), value) for name, value in own.items()}}
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:

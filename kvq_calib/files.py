@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 
@@ -17,10 +18,20 @@ class WriteError(KVQError):
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` beside ``path``, then rename: a reader sees the old file or the new one, never a part.
 
+    A symbolic link is followed. What is no file, such as ``/dev/stdout`` or a pipe, is written to as it stands: a rename
+    would put a file in its place.
+
     Raises:
         WriteError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if _is_stream(path):
+        try:
+            with open(path, "wb") as stream:
+                stream.write(data)
+        except OSError as error:
+            raise _failure(path, error) from error
+        return
     # The name is known before the file is there, so that an interrupt at any point finds it.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
@@ -30,12 +41,23 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(
-            f"cannot write {target}: {reason}; choose another place or free some space"
-        ) from error
+        raise _failure(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _failure(path: str | os.PathLike[str], error: OSError) -> WriteError:
+    reason = error.strerror or str(error)
+    return WriteError(f"cannot write {os.fspath(path)}: {reason}; choose another place or free some space")
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something at ``path`` that is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -44,16 +66,18 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         WriteError: it does not.
     """
-    target = Path(path)
+    if _is_stream(path):
+        return
+    target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise WriteError(f"cannot write {target}: it is a folder; name a file in it")
+        raise WriteError(f"cannot write {os.fspath(path)}: it is a folder; name a file in it")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(
-            f"cannot write {target}: {reason}; name a folder that exists and can be written"
+            f"cannot write {os.fspath(path)}: {reason}; name a folder that exists and can be written"
         ) from error
 
 

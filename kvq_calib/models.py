@@ -130,10 +130,10 @@ def _explain(name: str, source: dict[str, Any], error: Exception) -> str:
         return f"cannot load {name}: {reason}"
     if source["local_files_only"]:
         return (
-            f"cannot load {name}: the hub cannot be reached and the model is not in the local cache; "
-            "give a model folder or a .gguf file"
+            f"cannot load {name}: there is no such folder here, the hub cannot be reached, and the model is not in its "
+            "local cache; give a model folder or a .gguf file"
         )
-    return f"cannot load {name} from the hub: {reason}"
+    return f"cannot load {name} from the hub, and there is no such folder here: {reason}"
 
 
 _ROPE_FIELDS = (

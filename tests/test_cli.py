@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -149,7 +150,12 @@ def test_several_recipes_in_one_run(place):
         ({"arguments": ["--samples", "0"]}, 2, ["--samples"]),
         ({"arguments": ["--no-such-option"]}, 2, ["--no-such-option"]),
         ({"arguments": ["--device", "cuda:77"]}, 1, ["cuda"]),
+        ({"arguments": ["--set", "cache.key.bits=9"]}, 1, ["cache.key.bits", "8"]),
+        ({"arguments": ["--set", "bits=3"]}, 1, ["bits: no such key"]),
+        ({"arguments": ["--set", "cache.layers.7.key.bits=4"]}, 1, ["layer override 7", "2 layers"]),
+        ({"arguments": ["--seqlen", "4096"]}, 1, ["4096", "--seqlen"]),
         ({"model": "nowhere"}, 1, ["nowhere"]),
+        ({"model": "nowhere.gguf"}, 1, ["nowhere.gguf"]),
         ({"model": "text.txt"}, 1, ["text.txt"]),
         ({"dataset": "nowhere.txt"}, 1, ["nowhere.txt"]),
         ({"dataset": "short.txt"}, 1, ["short.txt"]),
@@ -201,6 +207,94 @@ def test_a_broken_artifact_is_refused(place, tmp_path, content):
     status, _, err = call("artifact", "inspect", str(tmp_path / "none"))
     assert status == 1
     assert_one_line(err, "No such file")
+
+
+def test_a_full_device_is_written_to_and_stays_a_device(place):
+    """The real error of a full disk, from the device that is always full."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    status, out, err = calibrate(place, output="/dev/full")
+    assert status == 1
+    assert_one_line(err, "cannot write /dev/full", "No space left on device")
+    assert not out
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    status, out, err = call("artifact", "inspect", str(place / "a.kvq.safetensors"), "--json", "/dev/null")
+    assert status == 0, err
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_results_go_where_a_link_points(place, tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    link.symlink_to(real)
+    assert call("artifact", "inspect", str(place / "a.kvq.safetensors"), "--json", str(link))[0] == 0
+    assert link.is_symlink()
+    assert json.loads(real.read_text())["bits_per_element"]
+
+
+def test_home_is_known_where_the_shell_leaves_it(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(place / "model")
+    (tmp_path / "text.txt").symlink_to(place / "text.txt")
+    (tmp_path / "mine.yaml").write_text(
+        "cache:\n  key: {bits: 2}\n  value: {bits: 2, granularity: token, dynamic: true}\n"
+    )
+    status, _, err = call(
+        "calibrate", "~/model", "-o", "~/{recipe}.st", "--config", "~/mine.yaml", "--dataset", "~/text.txt", *ARGUMENTS
+    )  # fmt: skip
+    assert status == 0, err
+    status, _, err = call("artifact", "inspect", "~/mine.st", "--json", "~/facts.json")
+    assert status == 0, err
+    status, _, err = call(
+        "evaluate", "perplexity", "~/model", "--artifact", "~/mine.st", "--dataset", "~/text.txt", "--seqlen", "32",
+        "--windows", "1",
+    )  # fmt: skip
+    assert status == 0, err
+    assert {"mine.st", "facts.json"} <= set(files(tmp_path))
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(place, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("loaded a model")
+
+    monkeypatch.setattr("kvq_calib.models.load_model", never)
+    status, _, err = calibrate(place, dataset="nowhere.txt")
+    assert status == 1
+    assert_one_line(err, "no such data set or file", "python-docs")
+    evaluation = (
+        "evaluate",
+        "perplexity",
+        str(place / "model"),
+        "--artifact",
+        str(place / "a.kvq.safetensors"),
+    )
+    status, _, err = call(*evaluation, "--dataset", str(place / "nowhere.txt"))
+    assert status == 1
+    assert_one_line(err, "no such data set or file")
+    status, _, err = call(*evaluation, "--json", str(place / "missing" / "report.json"))
+    assert status == 1
+    assert_one_line(err, "cannot write", "No such file")
+
+
+@pytest.mark.parametrize(("text", "seqlen", "words"), [("short.txt", "32", ["short.txt", "9 tokens"]),
+                                                       ("text.txt", "4096", ["4096", "positions"])])  # fmt: skip
+def test_evaluation_refuses_windows_that_do_not_fit(place, text, seqlen, words):
+    status, out, err = call(
+        "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--dataset",
+        str(place / text), "--seqlen", seqlen,
+    )  # fmt: skip
+    assert status == 1
+    assert_one_line(err, *words, "--seqlen")
+    assert not out
+
+
+def test_inspect_describes_what_most_layers_have(place):
+    override = "cache.layers.0.key={bits: 8, outliers: {fraction: 0}}"
+    assert calibrate(place, "--set", override, output="o.kvq.safetensors")[0] == 0
+    status, out, _ = call("artifact", "inspect", str(place / "o.kvq.safetensors"))
+    assert status == 0
+    assert "3 bits per element, kmeans, dynamic per token, 1.0% outliers" in out
+    assert "1 of 2 layers differ" in out
 
 
 def test_a_full_disk_leaves_nothing_behind(place, monkeypatch):

@@ -43,6 +43,25 @@ def test_file_then_command_line_then_set(tmp_path):
     assert config.cache.layers[0].key.bits == 8
 
 
+def test_an_override_of_a_layer_says_what_differs_and_leaves_the_rest(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "cache:\n  key: {bits: 3, outliers: {fraction: 0.01}}\n  value: {bits: 3, granularity: token, dynamic: true}\n"
+        "  layers:\n    0: {value: {bits: 8}}\n"
+    )
+    assignments = ["cache.layers.0.key.bits=4", "cache.layers.-1.key.outliers.max_per_token=2"]
+    cache = calibration_config(str(file), assignments=assignments).cache
+    assert cache.layers[0].key == cache.key.model_copy(update={"bits": 4})
+    assert cache.layers[0].value == cache.value.model_copy(update={"bits": 8})
+    assert cache.layers[-1].value == cache.value
+    assert cache.layers[-1].key.outliers.fraction == 0.01
+    assert cache.layers[-1].key.outliers.max_per_token == 2
+    with pytest.raises(ConfigError, match=r"cache\.layers\.0\.key\.bits: .*less than or equal to 8"):
+        calibration_config(str(file), assignments=["cache.layers.0.key.bits=9"])
+    with pytest.raises(ConfigError, match=r"cache\.layers"):
+        calibration_config(str(file), assignments=["cache.layers.first.key.bits=4"])
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

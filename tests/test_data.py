@@ -128,6 +128,8 @@ def test_jsonl_and_folders_are_joined_in_order(tmp_path, tokenizer):
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("bad.jsonl", b'{"text": 5}', 'line 1: no string under "text"'),
         ("bad.jsonl", b"[1]", 'line 1: no string under "text"'),
+        ("bad.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("bad.jsonl", b'{"text": "half \\ud800"}', 'line 1: "text" is not Unicode text'),
         ("bad.txt", b"abc\xff", "not UTF-8 text"),
         ("bad.md", b"abc", "unknown kind"),
         ("empty.txt", b"", "has 0 tokens"),
@@ -138,6 +140,12 @@ def test_bad_files_are_one_line_errors(tmp_path, tokenizer, name, content, reaso
     with pytest.raises(DataError, match=reason) as caught:
         load_windows(str(tmp_path / name), tokenizer, samples=1, seqlen=4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.jsonl", '{"text": "two"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_documents(tmp_path) == ["one", "two"]
 
 
 def test_unknown_names_and_empty_folders_are_refused(tmp_path, tokenizer):

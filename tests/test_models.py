@@ -67,7 +67,10 @@ def test_what_is_not_there_is_refused(tmp_path, folder):
     refused(tmp_path, "holds no config.json")
     (tmp_path / "weights.bin").write_bytes(b"x")
     refused(tmp_path / "weights.bin", "neither a model folder nor a .gguf file")
-    refused("no-one/nothing", "hub cannot be reached and the model is not in the local cache")
+    refused(
+        "no-one/nothing",
+        "no such folder here, the hub cannot be reached, and the model is not in its local cache",
+    )
     refused(folder, "unknown dtype 'int8'", dtype="int8")
     refused(folder, "unknown device 'gpu'", device="gpu")
 

@@ -1,5 +1,5 @@
 """Text for calibration and evaluation: published data sets, Python's own manual, or any local text."""
 
-from kvq_calib.data.windows import Convention, Split, TokenWindows, load_windows
+from kvq_calib.data.windows import Convention, Split, TokenWindows, check_dataset, load_windows
 
-__all__ = ["Convention", "Split", "TokenWindows", "load_windows"]
+__all__ = ["Convention", "Split", "TokenWindows", "check_dataset", "load_windows"]

@@ -32,7 +32,7 @@ def read_documents(path: Path) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -45,9 +45,14 @@ def _read_file(path: Path) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{path}, line {number}: not JSON ({reason})") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(f'{path}, line {number}: no string under "text"')
+        try:
+            record["text"].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+            raise DataError(f'{path}, line {number}: "text" is not Unicode text ({error.reason})') from error
         documents.append(record["text"])
     return documents

@@ -37,10 +37,12 @@ from kvq_calib.data.local import SUFFIXES, read_documents
 from kvq_calib.data.python_docs import python_docs, python_docs_version
 from kvq_calib.errors import DataError
 
-__all__ = ["Convention", "Split", "TokenWindows", "load_windows"]
+__all__ = ["Convention", "Split", "TokenWindows", "check_dataset", "load_windows"]
 
 Split = Literal["calibration", "evaluation"]
 Convention = Literal["auto", "consecutive", "random", "spread"]
+
+_NAMES = ("wikitext2", "c4", "python-docs")
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def load_windows(
         total = len(tokens)
         if total < body:
             raise DataError(
-                f"{dataset} has {total} tokens, less than one window of {seqlen}; use a shorter one"
+                f"{dataset} has {total} tokens, less than one window of {seqlen}; use a smaller --seqlen or more text"
             )
         starts = _starts(total, body, samples, seed, cut)
         rows = np.stack([tokens[start : start + body] for start in starts])
@@ -127,6 +129,19 @@ def load_windows(
     return TokenWindows(torch.from_numpy(rows), source)
 
 
+def check_dataset(dataset: str) -> None:
+    """Refuse a data set that does not exist: cheap, to be called before a model is loaded.
+
+    Raises:
+        DataError: neither the name of a data set nor a path.
+    """
+    if dataset not in _NAMES and not Path(dataset).expanduser().exists():
+        raise DataError(
+            f"no such data set or file: {dataset}; use {', '.join(_NAMES)}, or the path of a "
+            f"{', '.join(SUFFIXES)} file or of a folder of those"
+        )
+
+
 def _resolve(
     dataset: str, split: Split, convention: Convention
 ) -> Literal["consecutive", "random", "spread"]:
@@ -146,12 +161,8 @@ def _documents(dataset: str, split: Split) -> tuple[Iterable[str], str, str]:
         return documents, " ", dataset
     if dataset == "python-docs":
         return python_docs(split), "\n\n", f"{dataset} {python_docs_version()}"
+    check_dataset(dataset)
     path = Path(dataset).expanduser()
-    if not path.exists():
-        raise DataError(
-            f"no such data set or file: {dataset}; use wikitext2, c4, python-docs, or the path of a "
-            f"{', '.join(SUFFIXES)} file or of a folder of those"
-        )
     return read_documents(path), "\n\n", path.resolve().name
 
 

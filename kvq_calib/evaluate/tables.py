@@ -269,9 +269,8 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
 
 
 def describe(artifact: KVArtifact, kind: Any) -> str:
-    """How keys or values are quantized, in words; the first layer's where layers differ."""
-    specs = [layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers))]
-    spec = specs[0]
+    specs = Counter(layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers)))
+    ((spec, count),) = specs.most_common(1)
     parts = [
         f"{'up to ' if spec.variable_bits else ''}{spec.bits} bits per element",
         spec.datatype,
@@ -286,6 +285,6 @@ def describe(artifact: KVArtifact, kind: Any) -> str:
         for name in ("phase", "rotation", "feedback", "q_norm", "channel_normalized")
         if getattr(spec, name)
     ]
-    if len(set(map(str, specs))) > 1:
-        parts.append("some layers differ")
+    if others := specs.total() - count:
+        parts.append(f"{others} of {specs.total()} layers differ")
     return ", ".join(parts)
