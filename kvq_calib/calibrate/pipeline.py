@@ -38,6 +38,7 @@ from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.files import write_atomically
 from kvq_calib.fit.levels import fit_levels, q_norm, storable
 from kvq_calib.geometry import model_geometry
+from kvq_calib.placement import input_device
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerSpec, QuantSpec
 
@@ -294,7 +295,7 @@ class _Run:
         for number, index in enumerate(mine):
             if number < self.done.get(what, 0):
                 continue
-            step(self.windows.ids[index : index + 1].to(self.model.device))
+            step(self.windows.ids[index : index + 1].to(input_device(self.model)))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
             self._save()

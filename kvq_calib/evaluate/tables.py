@@ -17,6 +17,7 @@ from rich.table import Table
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import EvalConfig
 from kvq_calib.evaluate.perplexity import PerplexityResult
+from kvq_calib.placement import input_device
 from kvq_calib.spec import KINDS
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str])
     return {
         "model": loaded.name,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
+        "device": str(input_device(loaded.model)),
         "data": dict(text.source),
         "artifact_sha256": {
             name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()
