@@ -19,6 +19,7 @@ _PATIENCE = timedelta(minutes=30)
 
 #: What the ranks have in common beside tensors; it outlives the process group, so that a last word can be agreed on.
 _store: Any = None
+_reports: bool | None = None
 
 
 def world() -> tuple[int, int]:
@@ -59,8 +60,9 @@ def process_group() -> Iterator[tuple[int, int]]:
         logging.disable(logging.WARNING)
     try:
         yield rank, ranks
-    except (RuntimeError, dist.DistError) as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+    except BaseException as error:
+        first_to_report()  # before the others notice that this rank is gone
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise CalibrationError(
                 "another rank ended, or kept the others waiting for half an hour; start all ranks again with --resume"
             ) from error
@@ -75,13 +77,16 @@ def first_to_report() -> bool:
 
     Before the ranks have met, that is the first one of each machine.
     """
+    global _reports
     if _store is None:
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    mine = os.environ["RANK"].encode()
-    try:
-        return bool(_store.compare_set("kvq.reported_by", "", mine.decode()) == mine)
-    except RuntimeError:  # whoever kept the store is gone
-        return True
+    if _reports is None:
+        mine = os.environ["RANK"]
+        try:
+            _reports = _store.compare_set("kvq.reported_by", "", mine).decode() == mine
+        except RuntimeError:  # whoever kept the store has ended, and has said why
+            _reports = False
+    return _reports
 
 
 def local_device(device: str) -> str:
