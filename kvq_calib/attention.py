@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvq_calib.errors import ModelError
+from kvq_calib.placement import input_device
 from kvq_calib.rope import (
     RopeLayout,
     RopeLayoutError,
@@ -415,7 +416,7 @@ def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, 
         at = _parameters(type(module).forward).index("hidden_states")
         return (*args[:at], hidden, *args[at + 1 :]), kwargs
 
-    device: Any = model.device
+    device = input_device(model)
     ids = torch.ones(1, len(positions), dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     if explicit:

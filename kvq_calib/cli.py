@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -32,30 +34,41 @@ def _run(command: click.Command) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = command.main(standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("error: interrupted; nothing half written is left", err=True)
-        sys.exit(1)
-    except KVQError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is a whole line
+        if debug and not isinstance(error, KeyboardInterrupt | click.Abort | click.ClickException):
             traceback.print_exc()
-        text = " ".join(str(error).split())[:500]
-        click.echo(f"error: {type(error).__name__}: {text}; run with --debug for the traceback", err=True)
-        sys.exit(1)
+        if _is_ours_to_report():
+            _report(error)
+        sys.exit(2 if isinstance(error, click.UsageError) else 1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(error: BaseException) -> None:
+    """One line on stderr, and for wrong usage what would be right."""
+    text = " ".join(str(error).split())
+    if isinstance(error, click.ClickException):
+        error.show()
+    elif isinstance(error, KeyboardInterrupt | click.Abort):
+        click.echo("error: interrupted; nothing half written is left", err=True)
+    elif isinstance(error, KVQError):
+        click.echo(f"error: {text}", err=True)
+    else:
+        click.echo(
+            f"error: {type(error).__name__}: {text[:500]}; run with --debug for the traceback", err=True
+        )
+
+
+def _is_ours_to_report() -> bool:
+    """Whether no other rank reports what ended the run; always true of a process by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from kvq_calib.calibrate.distributed import first_to_report
+
+    return first_to_report()
 
 
 def calibrate() -> None:
@@ -107,12 +120,22 @@ _model_options = _options(
 
 
 def _load(
-    model: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool
+    model: str,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    max_memory: dict[int | str, str] | None = None,
 ) -> LoadedModel:
     from kvq_calib.models import load_model
 
     return load_model(
-        model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -183,6 +206,11 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
 @click.option("--profile", is_flag=True, help="Say where time and memory went.")
 @_model_options
+@click.option(
+    "--max-memory",
+    metavar="DEVICE=SIZE,...",
+    help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read from disk.",
+)
 @_debug
 def calibrate_command(
     model: str,
@@ -201,6 +229,7 @@ def calibrate_command(
     dtype: str,
     device_map: str | None,
     trust_remote_code: bool,
+    max_memory: str | None,
     debug: bool,
 ) -> None:
     """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
@@ -209,6 +238,7 @@ def calibrate_command(
 
     recipes = recipes or (DEFAULT_RECIPE,)
     outputs = _outputs(output, recipes)
+    limits = _max_memory(max_memory)
     options = {
         "dataset": dataset,
         "samples": samples,
@@ -233,9 +263,14 @@ def calibrate_command(
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
     check_dataset(run["dataset"])
-    with process_group() as (rank, _), ProgressReporter(quiet=rank > 0) as progress:
-        loaded = _load(model, local_device(device), dtype, device_map, trust_remote_code)
+    with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
+        if ranks > 1:
+            progress.say(f"{ranks} ranks; progress and --profile are those of rank 0")
+        started = time.monotonic()
+        loaded = _load(model, local_device(device), dtype, device_map, trust_remote_code, limits)
+        before = {"loading the model": time.monotonic() - started}
         check_length(loaded.model, run["seqlen"])
+        started = time.monotonic()
         windows = load_windows(
             run["dataset"],
             loaded.tokenizer,
@@ -244,6 +279,7 @@ def calibrate_command(
             seed=run["seed"],
             split="calibration",
         )
+        before["reading the text"] = time.monotonic() - started
         first = next(iter(outputs.values()))
         result = calibrate(
             loaded.model,
@@ -264,18 +300,24 @@ def calibrate_command(
             f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context"
         )
     if profile:
-        for line in _profile_lines(result.seconds):
-            click.echo(line, err=True)
+        from kvq_calib.profiling import profile_lines
+
+        click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
 
 
-def _profile_lines(seconds: dict[str, float]) -> list[str]:
-    import resource
-
-    lines = [f"{part}: {spent:.1f} s" for part, spent in seconds.items()]
-    # Linux counts kibibytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return [*lines, f"peak resident memory: {peak / 2**30:.2f} GiB"]
+def _max_memory(text: str | None) -> dict[int | str, str] | None:
+    """``0=20GiB,cpu=64GiB`` as accelerate takes it."""
+    if text is None:
+        return None
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        device, equals, size = (word.strip() for word in part.partition("="))
+        if not (equals and (device == "cpu" or device.isdigit()) and re.fullmatch(r"[\d.]+[KMG]i?B", size)):
+            raise click.UsageError(
+                f"--max-memory {text}: write it as DEVICE=SIZE,..., for example 0=20GiB,cpu=64GiB"
+            )
+        limits[int(device) if device.isdigit() else device] = size
+    return limits
 
 
 # ---------------------------------------------------------------------------------------------- evaluate

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import tempfile
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -52,10 +56,17 @@ def load_model(
         dtype: "auto" (float32 on the CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
         trust_remote_code: run code that the checkpoint brings along.
         device_map: spreads a model over devices (needs accelerate), as in transformers.
+        max_memory: most bytes of weights on each device of an automatic map ("cpu", or the number of a GPU), as a
+            number or as text ("20GiB"). What fits nowhere is read from disk whenever it is used: from the checkpoint
+            itself where its numbers can be used as they are, else from a temporary folder that goes with the model.
 
     Raises:
-        ModelError: not found, not readable, not a causal language model, or weights are missing.
+        ModelError: not found, not readable, not a causal language model, weights are missing, or accelerate is.
     """
+    if max_memory is not None and device_map is None:
+        raise ModelError("max_memory limits the devices of a device_map; give --device-map auto with it")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("a device map needs accelerate: pip install accelerate")
     if dtype != "auto" and dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
     target = _device(device)
@@ -80,6 +91,12 @@ def load_model(
     else:
         source["local_files_only"] = not hub_reachable()
 
+    spread: dict[str, Any] = {}
+    if device_map is not None:
+        offloaded = tempfile.TemporaryDirectory(prefix="kvq-offload-")
+        spread = {"device_map": device_map, "offload_folder": offloaded.name}
+        if max_memory is not None:
+            spread["max_memory"] = dict(max_memory)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(location, **source)
@@ -92,7 +109,7 @@ def load_model(
             on_cpu = device_map is None and target.type == "cpu"
             arguments["dtype"] = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
             model, loading = AutoModelForCausalLM.from_pretrained(
-                location, config=config, device_map=device_map, output_loading_info=True, **arguments
+                location, config=config, output_loading_info=True, **spread, **arguments
             )
             tokenizer = AutoTokenizer.from_pretrained(location, **source)
         except Exception as error:
@@ -100,7 +117,9 @@ def load_model(
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(f"the checkpoint {name} lacks {len(missing)} weights, {missing[0]} among them")
-    if device_map is None:
+    if device_map is not None:
+        weakref.finalize(model, offloaded.cleanup)
+    else:
         try:
             model.to(target)
         except RuntimeError as error:

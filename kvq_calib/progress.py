@@ -10,10 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 #: Seconds between lines where stderr is not a terminal.
 _LOG_SECONDS = 15.0
+#: Seconds over which a bar averages its speed. A window of a large model takes minutes.
+_AVERAGED_SECONDS = 3600.0
 
 
 class ProgressReporter:
     """A callable ``(what, done, total)``, and a context manager that draws while it is open.
+
+    The time left is that of the phase, from the steps that this process has timed: none is claimed before the second
+    step, and steps that were done before an interruption do not count.
 
     Args:
         quiet: say nothing (all ranks but one of a distributed run).
@@ -29,6 +34,7 @@ class ProgressReporter:
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
+                speed_estimate_period=_AVERAGED_SECONDS,
             )
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
@@ -62,9 +68,16 @@ class ProgressReporter:
         left = ""
         if done < total and done > self._first:
             seconds = (now - self._started) / (done - self._first) * (total - done)
-            left = f", about {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+            left = f", about {_clock(seconds)} left of this part"
         self._console.print(f"{what}: {done} of {total}{left}", highlight=False)
 
     def say(self, line: str) -> None:
         """Print one line on stderr."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

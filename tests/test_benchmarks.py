@@ -292,3 +292,72 @@ def test_peak_sees_memory_that_is_gone_again() -> None:
         time.sleep(0.1)
         del block
     assert peak.highest - peak.before > 48 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_both_ways_of_calibration_end_in_artifacts_of_like_error(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import calibration
+
+    output = tmp_path / "calibration.json"
+    arguments = [str(model_folder), "--text", str(text), "--samples", "3", "--seqlen", "64"]
+    arguments += ["--work", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(calibration.subprocess, "run", _in_this_process())
+    monkeypatch.setattr(sys, "argv", ["benchmarks/calibration.py", *arguments])
+    calibration.main(arguments)
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert set(content["ways"]) == set(content["distortion"]) == {"ours", "everything"}
+    for kind in ("key", "value"):
+        mine, theirs = (content["distortion"][name][kind] for name in ("ours", "everything"))
+        assert 0 < mine < 1.25 * theirs
+        assert theirs < 1.25 * mine
+    row = content["ways"]["ours"]
+    assert row["passes"] + row["statistics_and_fit"] == pytest.approx(row["all"]["wall"])
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+
+def test_offloaded_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import offload
+
+    output = tmp_path / "offload.json"
+    arguments = [
+        "--hidden-size",
+        "32",
+        "--intermediate-size",
+        "48",
+        "--num-hidden-layers",
+        "2",
+        "--head-dim",
+        "8",
+    ]
+    arguments += ["--num-attention-heads", "4", "--num-key-value-heads", "2", "--vocab-size", "64"]
+    arguments += ["--seqlen", "16", "32", "--cpu-memory", "1KB", "--output", str(output)]
+    monkeypatch.setattr(offload.subprocess, "run", _in_this_process())
+    monkeypatch.setattr(sys, "argv", ["benchmarks/offload.py", *arguments])
+    offload.main(arguments)
+    rows = json.loads(output.read_text(encoding="utf-8"))["runs"]
+    assert [row["seqlen"] for row in rows] == [16, 32]
+    for row in rows:
+        assert row["parameters_on_disk"] == row["parameters"]
+        assert row["weight_bytes"] == 2 * row["parameters"]
+        assert row["peak_bytes"] >= row["loaded_bytes"] > 0
+        assert row["seconds"]["all"] >= row["seconds"]["codebooks"]
+    assert "peak resident memory, GiB" in output.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def _in_this_process() -> Any:
+    """Workers without the seconds that imports take: what `subprocess.run` would give."""
+    import contextlib
+    import importlib
+    import io
+    import types
+
+    def run(command: list[str], **_: Any) -> Any:
+        module = importlib.import_module(Path(command[1]).stem)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            module.main(command[2:])
+        return types.SimpleNamespace(stdout=out.getvalue())
+
+    return run

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -73,10 +74,26 @@ def assert_one_line(err, *words):
         assert word in line
 
 
+def assert_profile(err):
+    """Times that add up to the whole, and peaks that only rise."""
+    found = dict(re.findall(r"^  (\S.*?) +([\d.]+) (?:s|GiB)\b", err, re.MULTILINE))
+    assert {"loading the model", "codebooks, the model", "codebooks, statistics", "fit", "statistics"} <= set(
+        found
+    )
+    shares = [int(share) for share in re.findall(r"(\d+)%", err)]
+    assert sum(shares) == pytest.approx(100, abs=len(shares) / 2)
+    peaks = [
+        float(found[f"peak resident {what}"]) for what in ("up to thresholds", "up to codebooks", "memory")
+    ]
+    assert 0 < peaks[0] <= peaks[1] <= peaks[2]
+    assert float(found["weights in memory"]) < peaks[0]
+
+
 def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
-    status, out, _ = calibrate(place, "--profile", output="b.kvq.safetensors")
+    status, out, err = calibrate(place, "--profile", output="b.kvq.safetensors")
     assert status == 0
     assert "bits per element" in out
+    assert_profile(err)
     assert KVArtifact.load(place / "b.kvq.safetensors").calibration["recipe"] == "nuq3-1p"
 
     report = tmp_path / "report.json"
@@ -149,6 +166,9 @@ def test_several_recipes_in_one_run(place):
         ({"arguments": ["--config", "nuq4", "--config", "nuq4"], "output": "{recipe}"}, 2, ["twice"]),
         ({"arguments": ["--samples", "0"]}, 2, ["--samples"]),
         ({"arguments": ["--no-such-option"]}, 2, ["--no-such-option"]),
+        ({"arguments": ["--max-memory", "20GiB"]}, 2, ["--max-memory 20GiB", "cpu=64GiB"]),
+        ({"arguments": ["--max-memory", "cpu=much"]}, 2, ["--max-memory cpu=much"]),
+        ({"arguments": ["--max-memory", "cpu=1GiB"]}, 1, ["--device-map auto"]),
         ({"arguments": ["--device", "cuda:77"]}, 1, ["cuda"]),
         ({"arguments": ["--set", "cache.key.bits=9"]}, 1, ["cache.key.bits", "8"]),
         ({"arguments": ["--set", "bits=3"]}, 1, ["bits: no such key"]),

@@ -199,13 +199,57 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         run(model, config(), checkpoint=checkpoint, progress=interrupt)
     kept = checkpoint.read_bytes()
-    for settings, data in ((config("nuq2-1p"), None), (config(), windows(seed=1))):
+    half = tiny_model("llama").bfloat16()
+    for other, settings, data in (
+        (model, config("nuq2-1p"), None),
+        (model, config(), windows(seed=1)),
+        (half, config(), None),
+    ):
         with pytest.raises(CalibrationError, match="other settings, data or model"):
-            run(model, settings, data, checkpoint=checkpoint, resume=True)
+            run(other, settings, data, checkpoint=checkpoint, resume=True)
         assert checkpoint.read_bytes() == kept
     checkpoint.write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="not a checkpoint"):
         run(model, config(), checkpoint=checkpoint, resume=True)
+
+
+def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, monkeypatch):
+    """Saving takes a thirtieth of the time at most, however large the statistics are."""
+    now, writes = [0.0], []
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+
+    def write(*_):
+        writes.append(now[0])
+        now[0] += 10.0
+
+    def step(*_):
+        now[0] += 20.0
+
+    monkeypatch.setattr(pipeline, "write_atomically", write)
+    settings = config("nuq3-1p", "fit.weights=uniform", "cache.key.dynamic=true")
+    run(model, settings, windows(samples=40), checkpoint=tmp_path / "run.checkpoint", progress=step)
+    assert writes == [40.0, 350.0, 660.0]
+
+
+def test_a_run_says_where_time_and_memory_went(model):
+    result = calibrate(
+        model,
+        windows(),
+        {"kvq3": config("kvq3", "learn={steps: 1, seqlen: 16}")},
+        model_id="",
+        model_config={},
+    )
+    assert set(result.seconds) == {"thresholds", "codebooks", "learning", "fit"}
+    assert min(result.seconds.values()) > 0
+    assert set(result.statistics_seconds) == {"thresholds", "codebooks"}
+    for part, seconds in result.statistics_seconds.items():
+        assert 0 < seconds < result.seconds[part]
+    channels = 2 * 2 * model.config.head_dim  # of two layers
+    # Weighted histograms of keys and values, moments, and gradient covariances of keys.
+    assert result.statistics_bytes == pytest.approx(2 * channels * 2 * 512 * 8, rel=0.05)
+    again = calibrate(model, windows(samples=9), {"r": config("nuq3-1p")}, model_id="", model_config={})
+    assert again.statistics_bytes == pytest.approx(channels * 1024 * 8 + 2 * 2 * 2 * 4096 * 8, rel=0.01)
+    assert list(again.peak_bytes.values()) == sorted(again.peak_bytes.values())
 
 
 def test_activations_that_are_not_finite_name_the_layer():
@@ -214,8 +258,22 @@ def test_activations_that_are_not_finite_name_the_layer():
         model.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
     with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite"):
         run(model, config("nuq3-1p", "cache.value.granularity=channel", "cache.value.dynamic=false"))
-    with pytest.raises(CalibrationError, match="not finite"):
-        run(model, config("nuq3-1p", "fit.weights=uniform"))
+    for settings in (config(), config("nuq3-1p", "fit.weights=uniform"), config("kvq3")):
+        with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite; try --dtype"):
+            run(model, settings)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("k", "inf"), ("v", "nan"), ("v", "-inf")])
+def test_the_first_layer_that_is_not_finite_is_named_and_not_those_that_follow(kind, value):
+    model = tiny_model("llama", num_hidden_layers=3)
+
+    def spoil(module, args, output):  # on real text only, not on the few tokens that look the model over
+        return output.index_fill(1, torch.tensor(20), float(value)) if output.shape[1] > 20 else output
+
+    getattr(model.model.layers[1].self_attn, f"{kind}_proj").register_forward_hook(spoil)
+    name = {"k": "keys", "v": "values"}[kind]
+    with pytest.raises(CalibrationError, match=f"layer 1 gives {name} that are not finite"):
+        run(model, config())
 
 
 def test_settings_that_do_not_fit_are_refused(model):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,10 @@ from kvq_calib.errors import CalibrationError
 
 #: How long a rank waits for the others: longer than any window takes, shorter than a night.
 _PATIENCE = timedelta(minutes=30)
+
+#: What the ranks have in common beside tensors; it outlives the process group, so that a last word can be agreed on.
+_store: Any = None
+_reports: bool | None = None
 
 
 def world() -> tuple[int, int]:
@@ -27,28 +33,60 @@ def world() -> tuple[int, int]:
 def process_group() -> Iterator[tuple[int, int]]:
     """Join the ranks that torchrun started, if it did.
 
-    Statistics are added on the CPU by gloo, so ranks on GPUs need nothing else.
+    Statistics are added on the CPU by gloo, so ranks on GPUs need nothing else. Warnings are rank 0's to give.
 
     Yields:
         Rank and number of ranks.
 
     Raises:
-        CalibrationError: the ranks do not find each other.
+        CalibrationError: the ranks do not find each other, or one of them ended before its work was done.
     """
+    global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield world()
         return
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        _store, rank, ranks = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+        store = dist.PrefixStore("kvq", _store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=ranks)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(
             f"the ranks did not find each other ({reason}); start them with torchrun"
         ) from error
+    if rank > 0:
+        logging.disable(logging.WARNING)
     try:
-        yield world()
+        yield rank, ranks
+    except BaseException as error:
+        first_to_report()  # before the others notice that this rank is gone
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise CalibrationError(
+                "another rank ended, or kept the others waiting for half an hour; start all ranks again with --resume"
+            ) from error
+        raise
     finally:
+        logging.disable(logging.NOTSET)
         dist.destroy_process_group()
+
+
+def first_to_report() -> bool:
+    """Whether this rank is the first to ask: the one that says why the run ended.
+
+    Before the ranks have met, that is the first one of each machine.
+    """
+    global _reports
+    if _store is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    if _reports is None:
+        mine = os.environ["RANK"]
+        try:
+            _reports = _store.compare_set("kvq.reported_by", "", mine).decode() == mine
+        except RuntimeError:  # whoever kept the store has ended, and has said why
+            _reports = False
+    return _reports
 
 
 def local_device(device: str) -> str:
@@ -62,7 +100,7 @@ def check_agreement(identity: str, windows: int) -> None:
     """Refuse a run whose ranks would not compute parts of one thing.
 
     Args:
-        identity: digest of settings, data and model of this rank.
+        identity: digest of settings, data and model of this rank, in hexadecimal.
         windows: in all.
 
     Raises:
@@ -71,9 +109,10 @@ def check_agreement(identity: str, windows: int) -> None:
     _, ranks = world()
     if ranks == 1:
         return
-    identities: list[str | None] = [None] * ranks
-    dist.all_gather_object(identities, identity)
-    different = [rank for rank, other in enumerate(identities) if other != identities[0]]
+    mine = torch.frombuffer(bytearray.fromhex(identity), dtype=torch.uint8)
+    identities = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(identities, mine)
+    different = [rank for rank, other in enumerate(identities) if not torch.equal(other, identities[0])]
     if different:
         raise CalibrationError(
             f"rank {different[0]} has other settings, data or model than rank 0; start all ranks with the same command"

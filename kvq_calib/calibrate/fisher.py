@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvq_calib.calibrate.capture import LayerKV, OnBackward, OnForward, capture
 from kvq_calib.errors import CalibrationError, ModelError
+from kvq_calib.placement import input_device, is_offloaded
 
 __all__ = ["activations_only", "fisher_pass", "head_logits", "is_splittable", "recomputed_layers"]
 
@@ -48,7 +49,8 @@ def fisher_pass(
         on_kv: called with (layer, gradient of pre-RoPE keys, gradient of values), gradients float32 (or
             wider) [B, Hkv, T, D], once per layer, last layer first; must keep no reference.
         on_forward: called with every layer during the forward pass.
-        recompute: keep only the input of each decoder layer and compute the layer again in the backward pass.
+        recompute: keep only the input of each decoder layer and compute the layer again in the backward pass. A
+            model with offloaded weights always does: the graph of a whole pass would hold all of them.
 
     Returns:
         The mean loss of the batch in nats per predicted token.
@@ -70,6 +72,7 @@ def fisher_pass(
             raise CalibrationError(f"gradients of layer {kv.layer} are not finite; try --dtype float32")
         on_kv(kv, grad_keys, grad_values)
 
+    recompute = recompute or is_offloaded(model)
     split = is_splittable(model)
     with ExitStack() as stack:
         stack.enter_context(activations_only(model))
@@ -162,8 +165,7 @@ def _try_split(model: nn.Module) -> bool:
     body: Any = model.base_model
     if body is model:
         return False
-    device: Any = model.device
-    ids = torch.arange(1, 8, device=device)[None]
+    ids = torch.arange(1, 8, device=input_device(model))[None]
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False).logits
         try:
@@ -203,7 +205,8 @@ def activations_only(model: nn.Module) -> Iterator[None]:
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Checkpoint every decoder layer.
 
-    transformers' own switch works in training mode only, which would turn dropout on.
+    transformers' own switch works in training mode only, which would turn dropout on. A layer is computed again to its
+    end, though its last product is not needed: only then do accelerate's hooks let offloaded weights go.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -216,6 +219,8 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
+        if is_offloaded(model):
+            stack.enter_context(set_checkpoint_early_stop(False))
         for layer in layers:
             stack.enter_context(_instance_forward(layer, checkpointed(layer.forward)))
         yield

@@ -28,6 +28,7 @@ from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import activations_only, head_logits, is_splittable, recomputed_layers
 from kvq_calib.errors import CalibrationError
+from kvq_calib.placement import input_device, is_offloaded
 from kvq_calib.quantizer import Quantizer, QuantParams, roundtrip_storage
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
@@ -239,7 +240,7 @@ def learn(
     Returns:
         The trained numbers, and the divergence before and after.
     """
-    device = model.device
+    device = input_device(model)
     trained: list[dict[Kind, Trainable]] = [
         {
             kind: Trainable(
@@ -280,7 +281,7 @@ def learn(
     with ExitStack() as stack:
         stack.enter_context(activations_only(model))
         before = measure(layers)
-        if recompute:
+        if recompute or is_offloaded(model):
             stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         for step in range(steps):

@@ -39,6 +39,8 @@ from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.files import write_atomically
 from kvq_calib.fit.levels import fit_levels, q_norm, storable
 from kvq_calib.geometry import model_geometry
+from kvq_calib.placement import input_device
+from kvq_calib.profiling import peak_resident_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerSpec, QuantSpec
 
@@ -61,10 +63,16 @@ class Calibrated:
     Attributes:
         artifacts: by the name of their recipe.
         seconds: wall time by part of the run.
+        statistics_seconds: of those, what statistics took beside the model's passes.
+        statistics_bytes: held by the statistics of this rank; the same for any amount of text.
+        peak_bytes: peak resident memory of the process up to the end of each part.
     """
 
     artifacts: dict[str, KVArtifact]
     seconds: dict[str, float]
+    statistics_seconds: dict[str, float]
+    statistics_bytes: int
+    peak_bytes: dict[str, int]
 
 
 def calibrate(
@@ -104,7 +112,8 @@ def calibrate(
     artifacts = run.fit(model_id, model_config)
     if checkpoint is not None:
         run.checkpoint_file().unlink(missing_ok=True)
-    return Calibrated(artifacts, run.seconds)
+    held = sum(t.nbytes for each in run.statistics.values() for t in each.state().values())
+    return Calibrated(artifacts, run.seconds, run.statistics_seconds, held, run.peaks)
 
 
 def _select(kv: LayerKV, kind: Kind, pre_rope: bool) -> Tensor:
@@ -202,9 +211,12 @@ class _Run:
         self.totals: dict[str, Statistics] = {}
         self.done: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.statistics_seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.identity = self._identity(model_config)
         check_agreement(self.identity, len(windows.ids))
         self.saved_at = time.monotonic()
+        self.saving = 0.0
 
     def _resolved(self, config: CalibrationConfig) -> tuple[LayerSpec, ...]:
         try:
@@ -220,6 +232,7 @@ class _Run:
             "configs": {name: config.model_dump(mode="json") for name, config in self.configs.items()},
             "data": self.windows.source,
             "model": dict(model_config),
+            "dtype": str(self.model.dtype),
             "ranks": world()[1],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -258,7 +271,9 @@ class _Run:
             self.statistics[name] = statistics
 
     def _save(self) -> None:
-        if self.checkpoint is None or time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+        started = time.monotonic()
+        # Large states are written less often: saving takes a thirtieth of the time at most.
+        if self.checkpoint is None or started - self.saved_at < CHECKPOINT_SECONDS * max(1.0, self.saving):
             return
         tensors = {
             f"{name}/{part}": tensor.detach().cpu().contiguous()
@@ -270,6 +285,7 @@ class _Run:
             self.checkpoint_file(), safetensors.torch.save(tensors, {"kvq_checkpoint": json.dumps(header)})
         )
         self.saved_at = time.monotonic()
+        self.saving = self.saved_at - started
 
     # --------------------------------------------------------------- passes
 
@@ -298,12 +314,27 @@ class _Run:
         for number, index in enumerate(mine):
             if number < self.done.get(what, 0):
                 continue
-            step(self.windows.ids[index : index + 1].to(self.model.device))
+            step(self.windows.ids[index : index + 1].to(input_device(self.model)))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
             self._save()
         self._add_up(names)
-        self.seconds[what] = time.monotonic() - started
+        self._finished(what, started)
+
+    def _finished(self, what: str, started: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - started
+        self.peaks[what] = peak_resident_bytes()
+
+    def _clocked(self, what: str, observe: Callable[..., None]) -> Callable[..., None]:
+        """``observe``, with its time counted as that of statistics; they end on the CPU, so GPUs are waited for."""
+
+        def run(*arguments: Any) -> None:
+            started = time.monotonic()
+            observe(*arguments)
+            spent = time.monotonic() - started
+            self.statistics_seconds[what] = self.statistics_seconds.get(what, 0.0) + spent
+
+        return run
 
     def _add_up(self, names: Iterable[str]) -> None:
         """Totals over all ranks.
@@ -330,17 +361,15 @@ class _Run:
         by_layer = _by_layer(subjects)
 
         def observe(kv: LayerKV) -> None:
+            _check_finite(kv)
             for subject in by_layer.get(kv.layer, ()):
                 x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, subject.config.cache.sink_tokens :]
                 statistics = self.statistics[subject.sketch]
                 assert isinstance(statistics, ChannelHistogram | ChannelMoments)
-                try:
-                    statistics.update(x.float().transpose(1, 2).flatten(2).flatten(0, 1).cpu())
-                except CalibrationError as error:
-                    raise _not_finite(kv.layer, subject.kind) from error
+                statistics.update(x.float().transpose(1, 2).flatten(2).flatten(0, 1).cpu())
 
         names = self._prepare(subject.sketch for subject in subjects)
-        with torch.no_grad(), capture(self.model, observe):
+        with torch.no_grad(), capture(self.model, self._clocked("thresholds", observe)):
             self._each_window("thresholds", names, self._forward)
 
     def _forward(self, ids: Tensor) -> None:
@@ -384,6 +413,7 @@ class _Run:
             statistics.update(values.normalised.flatten(0, 1), outliers, weights)
 
         def observe(kv: LayerKV) -> None:
+            _check_finite(kv)
             for subject in forward.get(kv.layer, ()):
                 collect(kv, subject, None)
 
@@ -398,14 +428,15 @@ class _Run:
 
         fed = [subject.covariance for subject in subjects if subject.spec.feedback]
         names = self._prepare([*(subject.histogram for subject in subjects), *fed])
+        in_forward, in_backward = (self._clocked("codebooks", each) for each in (observe, observe_gradients))
         if backward:
 
             def step(ids: Tensor) -> None:
-                fisher_pass(self.model, ids, observe_gradients, on_forward=observe, recompute=self.recompute)
+                fisher_pass(self.model, ids, in_backward, on_forward=in_forward, recompute=self.recompute)
 
             self._each_window("codebooks", names, step)
         else:
-            with torch.no_grad(), capture(self.model, observe):
+            with torch.no_grad(), capture(self.model, in_forward):
                 self._each_window("codebooks", names, self._forward)
 
     def _weigh(self, subject: _Subject) -> Callable[[Tensor, Tensor | None], None]:
@@ -535,6 +566,7 @@ class _Run:
     ) -> tuple[tuple[LayerParams, ...], dict[str, Any]]:
         """Train what was fitted, and what that brought on the calibration window that was not trained on."""
         assert config.learn is not None
+        started = time.monotonic()
         learned = learn(
             self.model,
             self.windows.ids,
@@ -548,6 +580,7 @@ class _Run:
             recompute=self.recompute,
             progress=self.progress,
         )
+        self._finished("learning", started)
         return learned.layers, {
             "learning": {
                 "kl_before": learned.before,
@@ -588,7 +621,7 @@ class _Run:
                     for kind in KINDS
                 },
             )
-        self.seconds["fit"] = time.monotonic() - started
+        self._finished("fit", started + self.seconds.get("learning", 0.0))
         return artifacts
 
 
@@ -610,6 +643,13 @@ def _by_layer(subjects: Iterable[_Subject]) -> dict[int, list[_Subject]]:
     for subject in subjects:
         grouped.setdefault(subject.layer, []).append(subject)
     return grouped
+
+
+def _check_finite(kv: LayerKV) -> None:
+    """Name the first layer that gives something else than numbers; later ones only follow it."""
+    for kind, x in zip(KINDS, (kv.rotated_keys, kv.values), strict=True):
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            raise _not_finite(kv.layer, kind)
 
 
 def _not_finite(layer: int, kind: Kind) -> CalibrationError:

@@ -20,6 +20,7 @@ from kvq_calib.artifact import LayerParams
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import activations_only, recomputed_layers
 from kvq_calib.calibrate.learn import divergence
+from kvq_calib.placement import input_device
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry
 
@@ -48,12 +49,13 @@ def error_sensitivity(
     Returns:
         Nats per predicted token, by layer and kind.
     """
-    factors = torch.ones(len(layers), len(KINDS), device=model.device, requires_grad=True)
+    device = input_device(model)
+    factors = torch.ones(len(layers), len(KINDS), device=device, requires_grad=True)
 
     def scaled(layer: int, kind: Kind, spec: Any, params: LayerParams) -> Callable[[Tensor], Tensor]:
         quantizer = Quantizer(
             spec.of(kind),
-            params.of(kind).to(model.device),
+            params.of(kind),
             geometry.layers[layer],
             geometry.rope_of(layer),
             cache.storage_dtype,
@@ -61,8 +63,8 @@ def error_sensitivity(
 
         def through(x: Tensor) -> Tensor:
             with torch.no_grad():
-                error = quantizer(x) - x
-            return x.float() + factors[layer, KINDS.index(kind)] * error
+                error = quantizer.to(x.device)(x) - x
+            return x.float() + factors[layer, KINDS.index(kind)].to(x.device) * error
 
         return through
 
@@ -77,7 +79,7 @@ def error_sensitivity(
             stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         for piece in pieces[rank::ranks]:
-            divergence(model, piece[None].to(model.device), cache, quantize, backward=True)
+            divergence(model, piece[None].to(device), cache, quantize, backward=True)
     found = torch.zeros_like(factors) if factors.grad is None else factors.grad
     found = found.double().cpu()
     if ranks > 1:

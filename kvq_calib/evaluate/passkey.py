@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
+from kvq_calib.placement import input_device
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["PasskeyCell", "Trial", "make_trial", "measure_passkey"]
@@ -103,7 +104,7 @@ def passes(model: Any, cache: Any, trial: Trial, chunk: int) -> bool:
     The prompt goes in ``chunk`` tokens per call. The answer is fed as if the model had said it: all its tokens being
     the most likely ones is what greedy decoding needs.
     """
-    device = model.device
+    device = input_device(model)
     for part in torch.split(trial.prompt[:, :-1].to(device), chunk, dim=1):
         model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     last = torch.cat((trial.prompt[:, -1:], trial.answer[:, :-1]), dim=1).to(device)

@@ -16,6 +16,7 @@ from kvq_calib.config import EvalConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.prefill import OutlierCounts, quantized_prefill
+from kvq_calib.placement import input_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -182,7 +183,7 @@ def measure(
             progress("forward passes", done, total)
 
     for index in range(len(windows.ids)):
-        ids = windows.ids[index : index + 1].to(model.device)
+        ids = windows.ids[index : index + 1].to(input_device(model))
         baseline = model(input_ids=ids, use_cache=False).logits[0]
         if not bool(torch.isfinite(baseline.sum())):
             raise KVQError("the unquantized model's predictions are not finite; try --dtype float32")

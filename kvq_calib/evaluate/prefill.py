@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.attention import LayerKV, intercept
+from kvq_calib.placement import input_device
 from kvq_calib.quantizer import roundtrip_storage
 from kvq_calib.spec import KINDS, Kind
 
@@ -58,7 +59,7 @@ def quantized_prefill(
     Yields:
         Outliers as they are counted.
     """
-    quantizers = artifact.quantizers(model.device)
+    quantizers = artifact.quantizers(input_device(model))
     counts = OutlierCounts(len(quantizers))
     sinks = artifact.spec.sink_tokens
 

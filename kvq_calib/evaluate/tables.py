@@ -17,6 +17,7 @@ from rich.table import Table
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import EvalConfig
 from kvq_calib.evaluate.perplexity import PerplexityResult
+from kvq_calib.placement import input_device
 from kvq_calib.spec import KINDS
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str])
     return {
         "model": loaded.name,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
+        "device": str(input_device(loaded.model)),
         "data": dict(text.source),
         "artifact_sha256": {
             name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()
@@ -269,6 +270,7 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
 
 
 def describe(artifact: KVArtifact, kind: Any) -> str:
+    """How keys or values are quantized, in words; as in most layers where they differ."""
     specs = Counter(layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers)))
     ((spec, count),) = specs.most_common(1)
     parts = [
@@ -282,7 +284,7 @@ def describe(artifact: KVArtifact, kind: Any) -> str:
         parts.append(f"{spec.outliers.fraction:.1%} outliers")
     parts += [
         name
-        for name in ("phase", "rotation", "feedback", "q_norm", "channel_normalized")
+        for name in ("phase", "rotation", "feedback", "trellis", "q_norm", "channel_normalized")
         if getattr(spec, name)
     ]
     if others := specs.total() - count:
