@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models_zoo import tiny_model
 
 from kvq_calib.calibrate import allocation
-from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
+from kvq_calib.calibrate.distribution import STRETCH, ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
@@ -252,3 +252,34 @@ def test_recipe_keeps_its_budget_on_every_kind_of_rope(family: str) -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+def test_shrinkage_keeps_the_weight_and_widens_the_distribution() -> None:
+    y, w = normal(4000, 2), normal(4000, 2, seed=2).square()
+    mean, deviation = y.double().mean(0), y.double().std(0)
+    histogram = WeightedHistogram(2)
+    histogram.update(y, w, mean, deviation)
+    plain, own = histogram.distribution(mean, deviation)
+    points, weights = histogram.distribution(mean, deviation, 0.5)
+    assert bool((points.diff(dim=1) >= 0).all())
+    torch.testing.assert_close(weights.sum(1), own.sum(1))
+    spread = (weights * (points - mean[:, None]).square()).sum(1) / weights.sum(1)
+    before = (own * (plain - mean[:, None]).square()).sum(1) / own.sum(1)
+    expected = (before + (STRETCH * deviation).square()) / 2
+    torch.testing.assert_close(spread, expected, rtol=0.02, atol=0)
+    assert float(points.max()) > 1.2 * float(y.max())
+
+
+def test_levels_for_a_trellis_have_less_error_on_paths_than_their_start() -> None:
+    grid = torch.linspace(-5, 5, 1001, dtype=torch.float64)[None].expand(4, -1).contiguous()
+    weights = torch.exp(-grid.square() / 2)
+    spec = widths_to(3, trellis=True)
+    curves = allocation.fit_curves(grid, weights / weights.sum(1, keepdim=True), spec)
+    assert [level.shape[1] for level in curves.levels] == [1, 4, 8, 16]
+    # What is claimed of paths, and what they do: samples of the same distribution.
+    params = allocation.share_codebooks(curves, torch.full((4,), 3, dtype=torch.uint8), 1, spec)
+    x = normal(1, 1, 4096, 4, seed=5)
+    geometry = LayerGeometry(num_query_heads=1, num_kv_heads=1, head_dim=4)
+    error = (Quantizer(spec, params, geometry)(x) - x).square().mean()
+    assert error < 0.028  # 14.62 dB, 0.0345, is the least for nearest levels
+    assert float(curves.distortion[0, 3]) == pytest.approx(float(error), rel=0.15)
