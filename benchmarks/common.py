@@ -20,7 +20,7 @@ import torch
 from kvq_calib.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("kvq-calib", "torch", "transformers", "numpy", "scikit-learn")
+_PACKAGES = ("kvq-calib", "torch", "transformers", "numpy", "scikit-learn", "hqq", "optimum-quanto")
 
 
 @dataclass(frozen=True)

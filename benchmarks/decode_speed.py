@@ -4,25 +4,24 @@
 
 Keys and values of a real text of 1,024 tokens are computed once and repeated until a cache holds the context,
 so the filling costs no forward passes; what a step costs does not depend on what the tokens are. Then single
-tokens are decoded through the whole model and the median time is reported. Each peer runs if its package is
-installed.
+tokens are decoded through the whole model with all caches in turns, and the median times are reported. Peers
+whose package is not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
+import importlib.util
 import statistics
-import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, QuantizedCache
 
@@ -90,40 +89,89 @@ def held_bytes(root: object) -> int:
     return total
 
 
-def measure(model: Any, cache: Cache, layers: Any, context: int, steps: int) -> dict[str, float]:
-    """Fill, decode ``steps`` tokens, and report."""
-    started = time.perf_counter()
-    fill(cache, layers, context)
-    filled = time.perf_counter() - started
-    times = []
+def measure(
+    model: Any, caches: dict[str, Callable[[], Cache]], layers: Any, context: int, steps: int
+) -> list[dict[str, Any]]:
+    """Fill every cache, decode ``steps`` tokens with each in turns, and report a row for each."""
+    filled = {name: make() for name, make in caches.items()}
+    times: dict[str, list[Seconds]] = {name: [] for name in caches}
     token = torch.tensor([[1]])
-    with torch.no_grad():
+    with attached(model), torch.no_grad():
+        for cache in filled.values():
+            fill(cache, layers, context)
         for step in range(WARM_UP + steps):
             positions = torch.tensor([[context + step]])
-            started = time.perf_counter()
-            logits = model(token, past_key_values=cache, position_ids=positions).logits
-            times.append(time.perf_counter() - started)
-            token = logits[:, -1:].argmax(-1)
-    seconds = statistics.median(times[WARM_UP:])
-    size = cache.nbytes if isinstance(cache, KVQCache) else held_bytes(cache)
-    return {
-        "context": context,
-        "tokens_per_second": 1 / seconds,
-        "ms_per_token": 1e3 * seconds,
-        "bytes": size,
-        "fill_seconds": filled,
-    }
+            for name, cache in filled.items():
+                _, seconds = timed(
+                    lambda cache=cache, positions=positions: model(
+                        token, past_key_values=cache, position_ids=positions
+                    )
+                )
+                times[name].append(seconds)
+    rows = []
+    for name, cache in filled.items():
+        wall, cpu = (
+            statistics.median(getattr(seconds, clock) for seconds in times[name][WARM_UP:])
+            for clock in ("wall", "cpu")
+        )
+        size = cache.nbytes if isinstance(cache, KVQCache) else held_bytes(cache)
+        rows.append(
+            {"cache": name, "context": context, "wall_seconds": wall, "cpu_seconds": cpu, "bytes": size}
+        )
+    return rows
 
 
-def main() -> None:
+def report(content: dict[str, Any]) -> list[str]:
+    """The results for people, in Markdown."""
+    settings = content["settings"]
+    lines = [
+        "# Decode on a CPU",
+        "",
+        f"{settings['model']}, float32, one sequence, median of {settings['steps']} tokens, all caches in turns in one "
+        "process. Times are of the whole model; processor time is over all threads, and hardly changes with other "
+        "work on the machine. The steps in which a peer quantizes its window of 128 tokens do not show in a median.",
+        "",
+    ]
+    table = []
+    for row in content["rows"]:
+        dynamic = next(
+            other
+            for other in content["rows"]
+            if other["context"] == row["context"] and other["cache"] == "DynamicCache"
+        )
+        table.append(
+            [
+                row["cache"],
+                f"{row['context']:,}",
+                f"{1 / row['wall_seconds']:.2f}",
+                f"{1e3 * row['wall_seconds']:.0f}",
+                f"{1e3 * row['cpu_seconds']:.0f}",
+                f"{row['cpu_seconds'] / dynamic['cpu_seconds']:.2f}",
+                f"{row['bytes'] / 2**20:.1f}",
+            ]
+        )
+    headings = [
+        "cache",
+        "context",
+        "tokens/s",
+        "ms/token",
+        "processor ms/token",
+        "/ DynamicCache",
+        "MiB held",
+    ]
+    return [*lines, *markdown_table(headings, table), "", *environment_lines(content["environment"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--artifact", type=Path, action="append", default=[])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "decode_speed.json")
+    parser.add_argument("--note", default="", help="about the machine, for the record")
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -138,40 +186,34 @@ def main() -> None:
     for path in options.artifact:
         artifact = KVArtifact.load(path)
         caches[path.name.removesuffix(".kvq.safetensors")] = lambda a=artifact: KVQCache(
-            a, model, max_tokens=max(options.contexts) + 2 * WARM_UP + options.steps
+            a, model, max_tokens=max(options.contexts) + WARM_UP + options.steps
         )
-    for backend in ("hqq", "quanto"):
+    for backend, package in (("hqq", "hqq"), ("quanto", "optimum.quanto")):
+        if not _is_installed(package):
+            print(f"{package} is not installed: not measured")
+            continue
         axis = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
         caches[f"QuantizedCache {backend} 4 bit"] = lambda b=backend, a=axis: QuantizedCache(
             backend=b, config=config, nbits=4, q_group_size=64, residual_length=128, **a
         )
 
-    rows = []
+    content: dict[str, Any] = {
+        "settings": {"model": Path(options.model).name, "steps": options.steps},
+        "environment": environment(options.note),
+        "rows": [],
+    }
     for context in options.contexts:
-        for name, make in caches.items():
-            try:
-                with attached(model):
-                    row = {"cache": name, **measure(model, make(), layers, context, options.steps)}
-            except ImportError as error:
-                print(f"{name}: not measured ({error})".splitlines()[0])
-                continue
-            rows.append(row)
-            gc.collect()
-            print(
-                f"{context:6d} tokens  {name:28s} {row['tokens_per_second']:8.2f} tokens/s "
-                f"{row['ms_per_token']:9.1f} ms/token {row['bytes'] / 2**20:9.1f} MiB",
-                flush=True,
-            )
-    if options.json:
-        facts = {
-            "model": loaded.name,
-            "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        content["rows"] += measure(model, caches, layers, context, options.steps)
+        write_results(options.output, content, report(content))
+        gc.collect()
+    print("\n".join(report(content)))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

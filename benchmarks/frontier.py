@@ -34,7 +34,6 @@ OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
 def variants() -> list[Variant]:
     """Every artifact: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
     uniform = ("cache.key.bits=3", "cache.value.bits=3", "allocation.scope=uniform")
-    no_phase, no_learning = "cache.key.phase=false", "learn=null"
     rows = [
         Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
         for name, bits in (("kvq2", 2.4), ("kvq3-lean", 3.0), ("kvq3", 3.4), ("kvq4", 4.4))
@@ -44,28 +43,38 @@ def variants() -> list[Variant]:
         for name in ("nuq2-1p", "nuq3-1p", "nuq4-1p")
     ]
     lean = "kvq3-lean"
+    off = {
+        "phase": ("cache.key.phase=false",),
+        "feedback": ("cache.key.feedback=false",),
+        "trellis": ("cache.key.trellis=false", "cache.value.trellis=false"),
+        "shrinkage": ("allocation.shrinkage=0",),
+        "corrections": ("allocation.corrections=0",),
+        "learning": ("learn=null",),
+    }
+
+    def step(number: int, text: str, *more: str, on: Sequence[str] = ()) -> Variant:
+        """kvq3-lean without the switches that are not ``on`` yet."""
+        settings = [setting for name, all_of_it in off.items() if name not in on for setting in all_of_it]
+        return Variant(f"step-{number}", STEPS, text, (*more, *settings), lean)
+
     rows += [
         Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
-        Variant(
-            "step-1",
-            STEPS,
-            "static levels per channel for keys and values, from gradient-weighted distributions",
-            (*uniform, no_phase, no_learning),
-            lean,
+        step(1, "static levels per channel for keys and values, gradient-weighted", *uniform),
+        step(2, "and widths per channel, the same budget for every layer's keys and values", "allocation.scope=layer"),
+        step(3, "and one budget for the model"),
+        step(4, "and phases", on=("phase",)),
+        step(5, "and error feedback for keys", on=("phase", "feedback")),
+        step(6, "and a part of the weight for wider distributions", on=("phase", "feedback", "shrinkage")),
+        step(7, "and trellis codes", on=("phase", "feedback", "shrinkage", "trellis")),
+        step(
+            8,
+            "and the budget corrected by measured costs",
+            on=("phase", "feedback", "shrinkage", "trellis", "corrections"),
         ),
-        Variant(
-            "step-2",
-            STEPS,
-            "and widths per channel, every layer's keys and values with the same budget",
-            ("allocation.scope=layer", no_phase, no_learning),
-            lean,
-        ),
-        Variant("step-3", STEPS, "and one budget for the model", (no_phase, no_learning), lean),
-        Variant("step-4", STEPS, "and phases", (no_learning,), lean),
-        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", no_learning), lean),
-        Variant("kvq2-fit", STEPS, "kvq2 without learning", (no_learning,), "kvq2"),
-        Variant("kvq3-fit", STEPS, "kvq3 without learning", (no_learning,), "kvq3"),
-        Variant("kvq4-fit", STEPS, "kvq4 without learning", (no_learning,), "kvq4"),
+        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", "learn=null"), lean),
+        Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
+        Variant("kvq3-fit", STEPS, "kvq3 without learning", ("learn=null",), "kvq3"),
+        Variant("kvq4-fit", STEPS, "kvq4 without learning", ("learn=null",), "kvq4"),
     ]  # fmt: skip
     return rows
 
@@ -172,7 +181,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes = figure.subplots()
     lines = {
         "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-4", "kvq3-fit", "kvq4-fit"],
+        "kvq without learning": ["kvq2-fit", "step-8", "kvq3-fit", "kvq4-fit"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artifact_factory import RECIPES, artifact_for
 from models_zoo import tiny_model, tiny_tokenizer
 
 from kvq_calib.artifact import KVArtifact
@@ -361,3 +362,31 @@ def _in_this_process() -> Any:
         return types.SimpleNamespace(stdout=out.getvalue())
 
     return run
+
+
+def test_decode_speed_takes_turns_and_reports(
+    model_folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import decode_speed
+
+    path = tmp_path / "x.kvq.safetensors"
+    artifact_for(loaded.model, RECIPES["nuq4-1p"]).save(path)
+    monkeypatch.setattr(decode_speed, "SAMPLE_TOKENS", 70)
+    monkeypatch.setattr(decode_speed, "_is_installed", lambda package: False)
+    output = tmp_path / "speed.json"
+    decode_speed.main(
+        [
+            *(str(model_folder), "--artifact", str(path), "--contexts", "100", "300"),
+            *("--steps", "2", "--output", str(output)),
+        ]
+    )
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["cache"], row["context"]) for row in rows] == [
+        ("DynamicCache", 100),
+        ("x", 100),
+        ("DynamicCache", 300),
+        ("x", 300),
+    ]
+    assert all(row["cpu_seconds"] > 0 for row in rows)
+    assert rows[2]["bytes"] == 2 * 2 * 32 * 4 * (300 + decode_speed.WARM_UP + 2)
+    assert output.with_suffix(".md").read_text(encoding="utf-8").count("DynamicCache") == 3

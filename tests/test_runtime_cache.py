@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import FAMILIES, tiny_model, token_ids
 from plain_cache import plain_cache, record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from kvq_calib.runtime import KVQCache, attached, detach
@@ -300,8 +303,6 @@ def test_decode_logits_leave_the_model_as_it_was():
 
 def test_work_space_does_not_grow_with_the_text():
     """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from kvq_calib.runtime import reference
 
     class Largest(TorchDispatchMode):
@@ -325,3 +326,52 @@ def test_work_space_does_not_grow_with_the_text():
                 logits_through(model, cache, token_ids(1, 1), [1])
             largest.append(mode.elements)
     assert largest[0] == largest[1] == 4 * 256 * 32
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes that tensors made meanwhile held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                self.made.append(weakref.ref(x))
+        live = [x for reference in self.made if (x := reference()) is not None]
+        self.made = [weakref.ref(x) for x in live]
+        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}
+        self.peak = max(self.peak, sum(sizes.values()))
+        return result
+
+
+def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch):
+    """Peak of a step: the packed bytes, and what a step over 4 pages needs as well; nothing stays behind."""
+    from kvq_calib.runtime import reference
+
+    monkeypatch.setattr(reference, "WORK_ELEMENTS", 2 * 256 * 32)
+    monkeypatch.setattr(reference, "ANGLE_ELEMENTS", 2 * 256 * 16)
+    model = tiny("llama", max_position_embeddings=1 << 16)
+    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    generator = torch.Generator().manual_seed(0)
+    beside = {}
+    for tokens in (1024, 32768):
+        cache = KVQCache(artifact, model)
+        cache._begin(1, torch.arange(tokens)[None], None)
+        for layer in cache.layers:
+            layer.ops.append(
+                layer.storage, *torch.randn(2, 1, 2, tokens, 16, generator=generator), cache.table
+            )
+        logits_through(model, cache, token_ids(1, 1), [1])
+        packed = cache.nbytes
+        with PeakBytes() as mode:
+            logits_through(model, cache, token_ids(1, 1), [1])
+        beside[tokens] = mode.peak
+        assert 0 < cache.nbytes - packed < 4096
+        assert not cache.table.angles
+    assert beside[32768] <= 0.15 * packed + beside[1024]
+    assert beside[32768] < 0.5 * packed  # so a copy of the history, which is 7 times as large, would be seen

@@ -36,7 +36,7 @@ WORK_ELEMENTS = 1 << 19
 #: Attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
 #: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
-ANGLE_ELEMENTS = 1 << 22
+ANGLE_ELEMENTS = 1 << 20
 #: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
 MAX_BYTE_TABLES = 4
 #: Below every real score, and finite, so that differences of running maxima are never NaN.
