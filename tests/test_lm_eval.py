@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import sys
 
 import pytest
@@ -164,8 +165,12 @@ def run(monkeypatch, capsys, *arguments):
         own_tasks = functools.partial(tasks.TaskManager, include_defaults=False)
         monkeypatch.setattr(tasks, "TaskManager", own_tasks)
     monkeypatch.setattr(sys, "argv", ["kvq-lm-eval", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        lm_eval_command.main()
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            lm_eval_command.main()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     captured = capsys.readouterr()
     return stop.value.code or 0, captured.out, captured.err
 

@@ -49,11 +49,14 @@ def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None
     if not spec.variable_bits and spec.datatype != "learned":
         return params.zero_point, params.scale
     rows = params.codebook[params.codebook_index.to(torch.int64)]
-    last = (1 << params.bits.to(torch.int64))[:, None] - 1
-    low, high = rows[:, 0], rows.gather(1, last)[:, 0]
-    below = rows.gather(1, last.clamp(max=1))[:, 0] - low
-    above = high - rows.gather(1, (last - 1).clamp(min=0))[:, 0]
-    low, high = low - below / 2, high + above / 2
+    low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
+    below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
+    above = high - torch.where(rows < high, rows, -torch.inf).amax(1, keepdim=True)
+    single = low == high
+    low, high = (
+        (low - below.masked_fill(single, 0.0) / 2)[:, 0],
+        (high + above.masked_fill(single, 0.0) / 2)[:, 0],
+    )
     return params.zero_point + params.scale * (low + high) / 2, params.scale * (high - low) / 2
 
 

@@ -24,8 +24,11 @@ def _command(arguments: tuple[str, ...]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("kvq-lm-eval needs lm-evaluation-harness: pip install 'kvq-calib[lm-eval]'")
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry
 
-    importlib.import_module("kvq_calib.integrations.lm_eval")  # registers the model
+    importlib.import_module("lm_eval.models")  # which the harness does only where no model is registered
+    if "kvq" not in model_registry:  # by name, so that --help loads no torch
+        model_registry.register("kvq", target="kvq_calib.integrations.lm_eval:KVQuantLM")
     # The harness reads sys.argv; --debug is ours.
     sys.argv = [sys.argv[0], *(argument for argument in arguments if argument != "--debug")]
     cli_evaluate()

@@ -2,8 +2,8 @@
 
 Our own pages hold 256 tokens, and as many outliers as there are. An engine such as vLLM hands out physical pages of 16
 tokens of one sequence, all of the same number of bytes, and a table says which page holds which tokens. Here codes move
-between the two bit for bit; nothing is quantized again, and a page can be packed by itself as soon as its tokens
-are known.
+between the two bit for bit; nothing is quantized again. Where each token is quantized by itself, a page can be packed alone
+as soon as its tokens are known; codes that depend on others of their block of 32 tokens need its two pages together.
 
 A page is 16-bit words, in this order:
 
