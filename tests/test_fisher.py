@@ -185,3 +185,26 @@ def test_wrong_use_is_refused():
         run(model, ids[:, :1])
     with pytest.raises(ModelError, match="cannot be captured"):
         run(tiny_model("bloom", n_layer=2, n_head=4), ids)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_keeps_no_scores_and_no_mask_of_all_pairs_of_tokens(monkeypatch, recompute):
+    """Memory grows with the length of a window and not with its square, so windows of 32K tokens are possible."""
+    model, ids = tiny_model("llama"), token_ids(1, 40)
+    plain_sdpa, masks, squares = torch.nn.functional.scaled_dot_product_attention, [], []
+
+    def sdpa(query, key, value, attn_mask=None, **options):
+        masks.append((attn_mask, options["is_causal"]))
+        return plain_sdpa(query, key, value, attn_mask=attn_mask, **options)
+
+    def look(tensor):
+        if tensor.ndim > 1 and tensor.shape[-1] == tensor.shape[-2] == ids.shape[1]:
+            squares.append(tensor.shape)
+        return tensor
+
+    run(model, ids)  # looks the model over
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        run(model, ids, recompute=recompute)
+    assert masks == [(None, True)] * (2 + 2 * recompute)
+    assert not squares
