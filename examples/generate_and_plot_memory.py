@@ -87,7 +87,7 @@ def main() -> None:
     try:
         plot(options.plot, prompt.shape[1], series)
     except ImportError:
-        print(f"matplotlib is not installed (pip install 'kvq-calib[report]'); see {options.csv}")
+        print(f"matplotlib is not installed (pip install matplotlib); see {options.csv}")
 
 
 if __name__ == "__main__":

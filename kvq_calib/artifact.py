@@ -269,7 +269,13 @@ class KVArtifact:
                 f"{name} has format version {version}, this release reads up to {FORMAT_VERSION}; update kvq-calib"
             )
         stated = metadata.pop("digest", None)
-        if stated != _digest(metadata, tensors):
+        try:
+            actual = _digest(metadata, tensors)
+        except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
+            raise ArtifactMetadataError(
+                f"{name}: its metadata is not plain JSON ({_one_line(error)})"
+            ) from error
+        if stated != actual:
             raise ArtifactDigestError(
                 f"{name} is damaged: its content does not match its digest; copy it again"
             )

@@ -77,7 +77,7 @@ def load_model(
         if not path.is_file():
             raise ModelError(f"no such file: {name}")
         if importlib.util.find_spec("gguf") is None:
-            raise ModelError("reading a .gguf file needs the gguf package: pip install 'kvq-calib[gguf]'")
+            raise ModelError("reading a .gguf file needs two more packages: pip install gguf accelerate")
         location, label = str(path.parent), path.name
         source["gguf_file"] = path.name
     elif path.is_dir():

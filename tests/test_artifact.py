@@ -207,6 +207,18 @@ def test_metadata_that_is_no_json_object(text):
         KVArtifact.from_bytes(safetensors.torch.save({}, {"kvq": text}))
 
 
+def test_metadata_that_can_be_read_but_not_written_again():
+    def with_calibration(text):
+        return safetensors.torch.save({}, {"kvq": f'{{"format_version": 1, "calibration": {text}}}'})
+
+    with pytest.raises(ArtifactMetadataError, match="not plain JSON"):
+        KVArtifact.from_bytes(with_calibration("1e999"))
+    # Around the interpreter's limit, where reading may succeed and writing fail.
+    for depth in range(900, 1010, 5):
+        with pytest.raises(ArtifactError):
+            KVArtifact.from_bytes(with_calibration("[" * depth + "]" * depth))
+
+
 def test_files_that_are_something_else(tmp_path):
     with pytest.raises(ArtifactFileError, match="No such file"):
         KVArtifact.load(tmp_path / "missing")
