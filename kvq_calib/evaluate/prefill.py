@@ -65,11 +65,12 @@ def quantized_prefill(
 
     def through(x: Tensor, kv: LayerKV, kind: Kind) -> Tensor:
         quantizer = quantizers[kv.layer][kind]
-        quantized = quantizer.quantize(x)  # with the sinks, whose blocks the cache packs too
+        first = 0 if quantizer.spec.trellis else sinks  # a block is coded as a whole, sinks included
+        quantized = quantizer.quantize(x[:, :, first:])
         if quantized.outliers is not None:
-            counts.found[kind][kv.layer] += int(quantized.outliers[:, sinks:].sum())
+            counts.found[kind][kv.layer] += int(quantized.outliers.sum())
         exact = roundtrip_storage(x[:, :, :sinks], artifact.spec).float()
-        return torch.cat([exact, quantizer.dequantize(quantized)[:, :, sinks:]], dim=2)
+        return torch.cat([exact, quantizer.dequantize(quantized)[:, :, sinks - first :]], dim=2)
 
     def transform(kv: LayerKV) -> tuple[Tensor, Tensor] | None:
         chosen = {kind: only is None or (kv.layer, kind) in only for kind in KINDS}

@@ -125,8 +125,9 @@ def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
             for name in ("phase", "rotation"):
                 if getattr(spec, name):
                     lost(f"{name}s", kind)
-            if spec.feedback:
-                lost("error feedback", kind)
+            for name, what in (("feedback", "error feedback"), ("trellis", "trellis codes")):
+                if getattr(spec, name):
+                    lost(what, kind)
             if (spec.variable_bits or spec.datatype == "learned") and not (amax and kind in amax):
                 lost("a true range (it is estimated from the levels; --amax takes a measured one)", kind)
     words = [f"{what} of {' and '.join(_PLURAL[kind] for kind in kinds)}" for what, kinds in features.items()]
