@@ -50,9 +50,8 @@ class AllocationConfig(_Settings):
         codebooks: most codebooks that channels of one width share, per layer and kind.
         corrections: rounds of measuring what the errors of every layer cost on the model's output and spending the budget
             again. The estimate by gradients can be far too low where a layer's errors are large.
-        shrinkage: how much of the weight goes to the distribution of a channel without weights, widened a little.
-            Squared gradients are few and heavy-tailed; levels that follow them alone leave no room for what other texts
-            hold.
+        shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
+            few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -62,7 +61,7 @@ class AllocationConfig(_Settings):
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
     codebooks: Annotated[int, Field(ge=1, le=64)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
-    corrections: Annotated[int, Field(ge=0, le=8)] = 2
+    corrections: Annotated[int, Field(ge=0, le=8)] = 1
 
 
 class LearnConfig(_Settings):

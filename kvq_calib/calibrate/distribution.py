@@ -19,8 +19,6 @@ from kvq_calib.spec import RopeSpec
 WEIGHTED_BINS = 512
 #: The outermost bins begin this many standard deviations from the mean.
 _REACH = 64.0
-#: How much wider than the calibration text's the values of other texts are taken to be, for a part of the weight.
-STRETCH = 1.4
 
 
 def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -134,13 +132,6 @@ class ChannelMoments:
             dist.all_reduce(tensor)
 
 
-def _bins(y: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Bin of each value: equal steps of ``asinh((y - mean) / deviation)``."""
-    reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
-    place = torch.asinh((y - mean) / deviation) / reach  # -1 .. 1 within reach
-    return ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
-
-
 class WeightedHistogram:
     """Weighted distribution of every channel.
 
@@ -167,9 +158,10 @@ class WeightedHistogram:
             mean, deviation: float ``[C]``, the same in every call; they place the bins.
         """
         y, weights = y.double(), weights.double()
-        flat = (
-            _bins(y, mean, deviation) + torch.arange(y.shape[1], device=y.device) * WEIGHTED_BINS
-        ).flatten()
+        reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
+        place = torch.asinh((y - mean) / deviation) / reach  # -1 .. 1 within reach
+        bins = ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
+        flat = (bins + torch.arange(y.shape[1], device=y.device) * WEIGHTED_BINS).flatten()
         size = y.shape[1] * WEIGHTED_BINS
         for row, values in enumerate((weights, weights * y, torch.ones_like(y), y)):
             found = torch.bincount(flat, weights=values.flatten(), minlength=size)
@@ -181,8 +173,7 @@ class WeightedHistogram:
 
         Args:
             mean, deviation: what :meth:`update` was given.
-            shrinkage: how much of the weight is given to the distribution without weights, 0 to 1; that one is
-                stretched by ``STRETCH``, since other texts hold values beyond those of the calibration's.
+            shrinkage: how far every weight is moved towards the mean of its channel, 0 to 1.
 
         Returns:
             ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C,
@@ -191,27 +182,14 @@ class WeightedHistogram:
         mean, deviation = mean[:, None], deviation[:, None]
         edges = torch.linspace(-1, 1, WEIGHTED_BINS + 1, dtype=torch.float64)
         edges = mean + deviation * torch.sinh(edges * torch.asinh(torch.tensor(_REACH, dtype=torch.float64)))
-        weight, moment = self.sums[:2]
-        if shrinkage:
-            common = weight.sum(1, keepdim=True) / self.count.clamp(min=1)
-            weight, moment = (
-                part * (1 - shrinkage) + extra * common * shrinkage
-                for part, extra in zip((weight, moment), self._stretched(mean, deviation), strict=True)
-            )
+        common = self.sums[0].sum(1, keepdim=True) / self.count.clamp(min=1)
+        weight, moment = self.sums[:2] * (1 - shrinkage) + self.sums[2:] * common * shrinkage
         middle = (edges[:, 1:] + edges[:, :-1]) / 2
         points = torch.where(weight > 0, moment / weight.clamp(min=torch.finfo(torch.float64).tiny), middle)
         # Rounding must not move a mean out of its bin: points stay sorted. The end bins are open.
         points[:, 1:] = torch.maximum(points[:, 1:], edges[:, 1:-1])
         points[:, :-1] = torch.minimum(points[:, :-1], edges[:, 1:-1])
         return points, weight / self.count.clamp(min=1)
-
-    def _stretched(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of values and sums of values by bin, ``[C, bins]`` each, if every value were stretched."""
-        count, total = self.sums[2:]
-        value = mean + STRETCH * (total / count.clamp(min=1) - mean)
-        bins = _bins(value, mean, deviation)
-        shape = torch.zeros_like(count)
-        return shape.scatter_add(1, bins, count), shape.scatter_add(1, bins, count * value)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that hold everything."""
