@@ -50,6 +50,8 @@ __all__ = ["Measured", "ReportError", "Results", "Subject", "measure", "read_res
 CONTEXTS = tuple(1 << power for power in range(10, 21))
 #: Tokens of the calibration text that distributions are collected on, in whole windows.
 FIT_TOKENS = 8192
+#: Most calibration tokens that are cut again to compare hashes: what an artifact says of itself may be anything.
+_MOST_TOKENS = 1 << 26
 #: Classes of colours for artifacts.
 _COLOURS = 8
 #: Numbers of outliers that have a bar of their own.
@@ -296,6 +298,8 @@ def _calibration_windows(loaded: LoadedModel, artifact: KVArtifact, dataset: str
     seed = _fact(artifact.calibration, "settings", "seed")
     if not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in (samples, seqlen, seed)):
         return None
+    if samples * seqlen > _MOST_TOKENS:
+        return None
     try:
         found = load_windows(
             dataset, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed, split="calibration"
@@ -381,7 +385,7 @@ def _conditions(results: Results) -> str:
     context = results.fact("context")
     parts = [
         results.fact("data", "dataset") or results.fact("dataset") or "a text that is not recorded",
-        f"{windows} windows of {seqlen} tokens" if windows and seqlen else "",
+        f"{windows} window{'' if windows == 1 else 's'} of {seqlen} tokens" if windows and seqlen else "",
         f"{tokens:,} predicted tokens" if tokens else "",
         f"{results.fact('mode')} mode" if results.fact("mode") else "",
         f"bits at {context:,} tokens of context" if isinstance(context, int) else "",

@@ -293,7 +293,7 @@ def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) ->
             r=6.5 if point.own else 5.0,
             class_=f"point {'own' if point.own else 'beside'} {point.class_}",
         )
-    return chart.render("tall")
+    return chart.render()
 
 
 _Box = tuple[float, float, float, float]
