@@ -38,8 +38,9 @@ def _run(command: click.Command) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("error: interrupted; nothing half written is left", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        notes = getattr(error.__cause__ or error, "__notes__", [])
+        click.echo("; ".join(["error: interrupted", "nothing half written is left", *notes]), err=True)
         sys.exit(1)
     except KVQError as error:
         if debug:
@@ -245,16 +246,22 @@ def calibrate_command(
             split="calibration",
         )
         first = next(iter(outputs.values()))
-        result = calibrate(
-            loaded.model,
-            windows,
-            configs,
-            model_id=loaded.name,
-            model_config=model_fingerprint(loaded.model),
-            checkpoint=first.with_name(f"{first.name}.checkpoint"),
-            resume=resume,
-            progress=progress,
-        )
+        checkpoint = first.with_name(f"{first.name}.checkpoint")
+        try:
+            result = calibrate(
+                loaded.model,
+                windows,
+                configs,
+                model_id=loaded.name,
+                model_config=model_fingerprint(loaded.model),
+                checkpoint=checkpoint,
+                resume=resume,
+                progress=progress,
+            )
+        except KeyboardInterrupt as stop:
+            if checkpoint.exists():
+                stop.add_note("the same command with --resume goes on from its checkpoint")
+            raise
     if rank > 0:  # one rank writes and speaks
         return
     for name, file in outputs.items():
