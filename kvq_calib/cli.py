@@ -53,7 +53,8 @@ def _report(error: BaseException) -> None:
     if isinstance(error, click.ClickException):
         error.show()
     elif isinstance(error, KeyboardInterrupt | click.Abort):
-        click.echo("error: interrupted; nothing half written is left", err=True)
+        notes = getattr(error.__cause__ or error, "__notes__", [])
+        click.echo("; ".join(["error: interrupted", "nothing half written is left", *notes]), err=True)
     elif isinstance(error, KVQError):
         click.echo(f"error: {text}", err=True)
     else:
@@ -281,16 +282,22 @@ def calibrate_command(
         )
         before["reading the text"] = time.monotonic() - started
         first = next(iter(outputs.values()))
-        result = calibrate(
-            loaded.model,
-            windows,
-            configs,
-            model_id=loaded.name,
-            model_config=model_fingerprint(loaded.model),
-            checkpoint=first.with_name(f"{first.name}.checkpoint"),
-            resume=resume,
-            progress=progress,
-        )
+        checkpoint = first.with_name(f"{first.name}.checkpoint")
+        try:
+            result = calibrate(
+                loaded.model,
+                windows,
+                configs,
+                model_id=loaded.name,
+                model_config=model_fingerprint(loaded.model),
+                checkpoint=checkpoint,
+                resume=resume,
+                progress=progress,
+            )
+        except KeyboardInterrupt as stop:
+            if checkpoint.exists():
+                stop.add_note("the same command with --resume goes on from its checkpoint")
+            raise
     if rank > 0:  # one rank writes and speaks
         return
     for name, file in outputs.items():

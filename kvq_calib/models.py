@@ -69,6 +69,8 @@ def load_model(
         raise ModelError("a device map needs accelerate: pip install accelerate")
     if dtype != "auto" and dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("spreading a model over devices needs one more package: pip install accelerate")
     target = _device(device)
     source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(name).expanduser()

@@ -363,7 +363,7 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
     process.send_signal(stop)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert_one_line(err, "interrupted")
+    assert_one_line(err, "interrupted", "--resume")
     assert not out
     assert files(tmp_path) == [checkpoint.name]
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)

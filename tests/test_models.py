@@ -75,6 +75,13 @@ def test_what_is_not_there_is_refused(tmp_path, folder):
     refused(folder, "unknown device 'gpu'", device="gpu")
 
 
+def test_packages_that_are_missing_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvq_calib.models.importlib.util.find_spec", lambda name: None)
+    refused(folder, "pip install accelerate", device_map="auto")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "model.gguf", "pip install gguf accelerate")
+
+
 def test_what_is_no_causal_language_model_is_refused(tmp_path):
     T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
     refused(tmp_path, "not a causal language model")
