@@ -69,19 +69,6 @@ def _pack_nibbles(codes: Tensor, width: int) -> Tensor:
     return words
 
 
-def _unpack_nibbles(words: Tensor, width: int) -> Tensor:
-    nibble = (4 * torch.arange(8, device=words.device)).to(torch.int32)
-    slices = []
-    for places in _sliced(width):
-        if len({word for word, _, _ in places}) == 1:  # adjacent bits of one word: one shift serves all
-            word, shift, _ = places[0]
-            slices.append((words[..., word, None] >> (nibble + shift)) & ((1 << width) - 1))
-        else:
-            parts = [((words[..., word, None] >> (nibble + shift)) & 1) << bit for word, shift, bit in places]
-            slices.append(parts[0] | parts[1] | parts[2])
-    return torch.stack(slices, dim=-2).flatten(-2)
-
-
 def pack_units(codes: Tensor, bits: int) -> Tensor:
     """Pack blocks of 32 codes.
 
@@ -106,10 +93,9 @@ def unpack_units(words: Tensor, bits: int) -> Tensor:
     if bits == 0:
         return torch.zeros((*words.shape[:-1], BLOCK_TOKENS), dtype=torch.uint8, device=words.device)
     if bits <= 4:
-        codes = _unpack_nibbles(words, bits)
-    else:
-        codes = _unpack_nibbles(words[..., :4], 4) | (_unpack_nibbles(words[..., 4:], bits - 4) << 4)
-    return codes.to(torch.uint8)
+        pairs, mask = slice_bytes(words, bits), (1 << bits) - 1
+        return torch.stack((pairs & mask, pairs >> 4 & mask), dim=-1).flatten(-3)
+    return unpack_units(words[..., :4], 4) | unpack_units(words[..., 4:], bits - 4) << 4
 
 
 def slice_bytes(words: Tensor, bits: int) -> Tensor:

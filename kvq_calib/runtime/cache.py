@@ -142,7 +142,10 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             options.get("softcap"),
             options.get("s_aux"),
         )
-        return ops.attend(request, storage, table)
+        attended = ops.attend(request, storage, table)
+        if self.index == len(cache.layers) - 1:
+            table.angles.clear()
+        return attended
 
     def _rotation(self, module: nn.Module, embeddings: Any) -> Rotation:
         if embeddings is None:

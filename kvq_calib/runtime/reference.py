@@ -10,7 +10,7 @@ on the mixed output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,6 +35,8 @@ __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visib
 WORK_ELEMENTS = 1 << 19
 #: Attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
+#: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
+ANGLE_ELEMENTS = 1 << 22
 #: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
 MAX_BYTE_TABLES = 4
 #: Below every real score, and finite, so that differences of running maxima are never NaN.
@@ -169,8 +171,8 @@ class RopeTable:
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn ``x [..., D, S]`` in place by angles given as broadcastable ``[..., P, S]``; no scaling."""
         a, b = x[..., self._first, :], x[..., self._second, :]
-        a_sin, b_sin = a * sin, b * sin
-        a.mul_(cos).sub_(b_sin)
+        a_sin = a * sin
+        a.mul_(cos).addcmul_(b, sin, value=-1)
         b.mul_(cos).add_(a_sin)
         if isinstance(self._first, Tensor):
             x[..., self._first, :] = a
@@ -205,7 +207,7 @@ class _Group:
     Attributes:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
-        rows: int64 ``[n, width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
+        rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
         table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32
             ``[L * r]``, levels.
         offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
@@ -237,13 +239,17 @@ class PageReader:
         params = quantizer.params
         self.device = params.bits.device
         self.groups = [self._group(*group) for group in self._widths()]
+        #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
+        #: normalized values can take them instead of every value.
+        self.separable = not (self.layout.token_params or self.layout.outlier_cap)
 
     def _widths(self) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
         widths = set(self.layout.widths)
         if len(widths) == 1 and 0 not in widths:
             yield widths.pop(), None, None
             return
-        yield from self.layout.groups(self.device)
+        for width, channels, rows in self.layout.groups(self.device):
+            yield width, channels, rows.flatten()
         if 0 in widths:
             bits = self.quantizer.params.bits
             yield 0, (bits == 0).nonzero().flatten(), None
@@ -267,20 +273,24 @@ class PageReader:
         """Everything held beside the quantizer's parameters."""
         return [tensor for group in self.groups for tensor in group.tensors()]
 
-    def read(self, pages: Sequence[Page]) -> Tensor:
+    def read(self, pages: Sequence[Page], normalized: bool = False) -> Tensor:
         """Decode whole pages: float32 ``[B, H, D, 256 * n]``, in the quantizer's (phase, rotation) space.
 
         Places that hold no token yet come out finite but meaningless.
+
+        Args:
+            pages: one or more.
+            normalized: leave scale and zero point to :meth:`affine`; only where ``separable``.
         """
         batch, layout = pages[0].codes.shape[0], self.layout
-        parts = [self._levels(group, pages) for group in self.groups]
-        if len(parts) == 1 and self.groups[0].channels is None:
-            y = parts[0]
+        words = torch.stack([page.codes for page in pages]).view(len(pages), batch, -1, PAGE_BLOCKS)
+        if len(self.groups) == 1 and self.groups[0].channels is None:
+            y = self._levels(self.groups[0], words)
         else:
             y = torch.empty(batch, layout.channels, len(pages) * PAGE_TOKENS, device=self.device)
-            for group, part in zip(self.groups, parts, strict=True):
+            for group in self.groups:
                 assert group.channels is not None
-                y[:, group.channels] = part
+                y.index_copy_(1, group.channels, self._levels(group, words))
         params = self.quantizer.params
         if layout.token_params:
             pairs = [page.token_params.mT for page in pages if page.token_params is not None]
@@ -288,7 +298,7 @@ class PageReader:
                 torch.cat(pairs, dim=-1).float().chunk(2, dim=1)
             )  # contiguous along the tokens
             y.mul_(scale).add_(zero_point)
-        else:
+        elif not normalized:
             assert params.scale is not None
             assert params.zero_point is not None
             y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
@@ -300,32 +310,50 @@ class PageReader:
             y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
         return y.view(batch, layout.heads, layout.head_dim, -1)
 
-    def _levels(self, group: _Group, pages: Sequence[Page]) -> Tensor:
-        """Levels of one width's channels, float32 ``[B, n or 1, 256 * pages]``."""
-        batch, width = pages[0].codes.shape[0], group.width
+    def affine(self, mixed: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sums of values from those of normalized values.
+
+        Args:
+            mixed: ``[B, H, Q, D]``, sums of what ``read(..., normalized=True)`` returns.
+            weight: ``[B, H, Q, 1]``, sums of the weights.
+        """
+        scale, zero_point = self.quantizer.params.scale, self.quantizer.params.zero_point
+        assert scale is not None
+        assert zero_point is not None
+        shape = (self.layout.heads, 1, self.layout.head_dim)
+        return mixed * scale.view(shape) + weight * zero_point.view(shape)
+
+    def _levels(self, group: _Group, words: Tensor) -> Tensor:
+        """Levels of one width's channels.
+
+        Args:
+            group: the channels.
+            words: codes of the pages, int32 ``[pages, B, W, 8]``.
+
+        Returns:
+            float32 ``[B, n, 256 * pages]``.
+        """
+        pages, batch, _, _ = words.shape
+        width = group.width
         if width == 0:
             row = group.table if group.offset is None else group.table[group.offset]
-            return row.view(1, -1, 1).expand(batch, -1, len(pages) * PAGE_TOKENS)
-        words = []
-        for page in pages:
-            region = page.codes.view(batch, -1, PAGE_BLOCKS)
-            if group.rows is not None:
-                region = region[:, group.rows]
-            words.append(region.view(batch, -1, PAGE_BLOCKS, width))
-        region = words[0] if len(words) == 1 else torch.cat(words, dim=2)
-        if width > 4:
-            index = unpack_units(region, width).flatten(2).to(torch.int32)
+            count = self.layout.channels if group.channels is None else len(group.channels)
+            return row.view(1, -1, 1).expand(batch, count, pages * PAGE_TOKENS)
+        if group.rows is not None:
+            words = words.index_select(2, group.rows)
+        units = words.view(pages, batch, -1, PAGE_BLOCKS, width)
+        if group.table.dtype == torch.float64:
+            data = slice_bytes(units, width)
         else:
-            data = slice_bytes(region, width).flatten(2)
-            if group.table.dtype == torch.float64:
-                index = data.to(torch.int32)
-            else:
-                mask = (1 << width) - 1
-                index = torch.stack((data & mask, data >> 4 & mask), dim=-1).flatten(2).to(torch.int32)
-        if group.offset is not None:
-            index += group.offset
+            data = unpack_units(units, width)
+        data = data.flatten(3).permute(1, 2, 0, 3)
+        index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
+        if group.offset is None:
+            index.copy_(data)
+        else:
+            torch.add(data, group.offset[..., None], out=index)
         found = group.table.index_select(0, index.flatten())
-        return found.view(torch.float32).view(batch, -1, len(pages) * PAGE_TOKENS)
+        return found.view(torch.float32).view(batch, -1, pages * PAGE_TOKENS)
 
     def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
         """Add the residuals of ``pages`` to ``y [B, C, S]``."""
@@ -377,10 +405,13 @@ class _Softmax:
         self.mixed = torch.zeros(*rows[:3], size, device=query.device)
         #: A second sum for values that are still to be turned by the value rotation.
         self.mixed_packed = self.mixed
+        #: The weights of that sum.
+        self.total_packed = self.total
 
     def split_packed(self) -> None:
         """Keep packed values apart from exact ones from now on."""
         self.mixed_packed = self.mixed.clone()
+        self.total_packed = torch.zeros_like(self.total)
 
     def add(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, packed: bool) -> None:
         """Attend to a segment.
@@ -404,17 +435,25 @@ class _Softmax:
         weights = scores.sub_(highest).exp_()
         shrink = (self.highest - highest).exp_()
         self.highest = highest
-        self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        weight = weights.sum(-1, keepdim=True)
+        self.total.mul_(shrink).add_(weight)
         self.mixed.mul_(shrink)
         if self.mixed_packed is not self.mixed:
             self.mixed_packed.mul_(shrink)
+            self.total_packed.mul_(shrink)
+            if packed:
+                self.total_packed.add_(weight)
         (self.mixed_packed if packed else self.mixed).add_(weights @ values.mT)
 
-    def result(self, rotation: Tensor | None) -> Tensor:
-        """The mixed values, ``[B, T, Hq, D]`` in the dtype of the query; zero where nothing was visible."""
+    def result(self, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The mixed values, ``[B, T, Hq, D]`` in the dtype of the query; zero where nothing was visible.
+
+        Args:
+            finish: what makes values of the packed sum and its weights, where it was kept apart.
+        """
         mixed = self.mixed
-        if rotation is not None:
-            mixed = mixed + self.mixed_packed @ rotation.mT
+        if self.mixed_packed is not mixed:
+            mixed = mixed + finish(self.mixed_packed, self.total_packed)
         mixed = mixed / self.total.clamp(min=torch.finfo(torch.float32).tiny)
         return mixed.view(*self.shape, -1).flatten(1, 2).transpose(1, 2).to(self.request.query.dtype)
 
@@ -480,11 +519,11 @@ class ReferenceOps:
         """Attend to everything stored: ``[B, T, Hq, D]`` in the dtype of the query."""
         exact_query, packed_query = self._queries(request)
         softmax = _Softmax(request, self.geometry.num_kv_heads)
-        if self.value.params.rotation is not None:
+        if self.value.params.rotation is not None or self.readers[1].separable:
             softmax.split_packed()
         for span, keys, values in self._segments(request, storage, table):
             if self.rope is not None:
-                self.rope.rotate_(keys, *self.rope.cos_sin(span.positions(table)))
+                self.rope.rotate_(keys, *self._angles(span, table))
             mask = self._packed_mask(request.visibility, span, table)
             softmax.add(packed_query, keys, values, mask, packed=True)
         keys, values, positions, mask = self._exact(request.visibility, storage, table)
@@ -492,7 +531,27 @@ class ReferenceOps:
             if self.rope is not None:
                 self.rope.rotate_(keys, *self.rope.cos_sin(positions))
             softmax.add(exact_query, keys, values, mask, packed=False)
-        return softmax.result(self.value.params.rotation)
+        return softmax.result(self._finish)
+
+    def _finish(self, mixed: Tensor, weight: Tensor) -> Tensor:
+        """What is left to do with the sum of packed values ``[B, H, Q, D]``, given that of the weights."""
+        reader, rotation = self.readers[1], self.value.params.rotation
+        if reader.separable:
+            mixed = reader.affine(mixed, weight)
+        return mixed if rotation is None else mixed @ rotation.mT
+
+    def _angles(self, span: _Span, table: SlotTable) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a run of packed places; layers with the same embedding share them."""
+        assert self.rope is not None
+        # Holes are the same for all layers, so the ends say which places are meant.
+        key = (self.key.rope, span.low, span.high)
+        found = table.angles.get(key)
+        if found is None:
+            found = self.rope.cos_sin(span.positions(table))
+            held = sum(cos.numel() + sin.numel() for cos, sin in table.angles.values())
+            if held + 2 * found[0].numel() <= ANGLE_ELEMENTS:
+                table.angles[key] = found
+        return found
 
     def _queries(self, request: AttentionRequest) -> tuple[Tensor, Tensor]:
         """Scaled queries ``[B, H, G * T, D]`` for exact and for packed keys."""
@@ -526,7 +585,7 @@ class ReferenceOps:
             holes = table.ragged and high - low < (last - first) * BLOCK_TOKENS
             span = _Span(low, high, table.block_slots(first, last) if holes else None)
             keys = key_reader.read(key.pages[start : start + group])
-            values = value_reader.read(value.pages[start : start + group])
+            values = value_reader.read(value.pages[start : start + group], value_reader.separable)
             places = (last - first) * BLOCK_TOKENS if holes else high - low
             yield span, keys[..., :places], values[..., :places]
 
@@ -542,7 +601,10 @@ class ReferenceOps:
             slots = torch.arange(span.low, span.high, device=self.device)
         mask = None if visible else visibility.additive(slots)
         if has_sinks:
-            sink = (slots[None, None] == table.sink_slots[..., None]).any(1)[:, None, None]
+            sink = slots == table.sink_slots[:, :1]
+            for column in range(1, table.sink_slots.shape[1]):
+                sink |= slots == table.sink_slots[:, column : column + 1]
+            sink = sink[:, None, None]
             mask = _additive(~sink) if mask is None else mask.masked_fill(sink, -torch.inf)
         return mask
 

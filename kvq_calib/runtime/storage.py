@@ -28,6 +28,7 @@ from torch import Tensor
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout, pack_outliers
 from kvq_calib.quantizer import Quantized, Quantizer
+from kvq_calib.spec import RopeSpec
 
 __all__ = ["LayerStorage", "PackedTensor", "Page", "SlotTable"]
 
@@ -65,6 +66,9 @@ class SlotTable:
         self.missing_sinks = sink_tokens > 0
         #: Counts what changes slots already there: who keeps something derived from them compares it.
         self.version = 0
+        #: Cosines and sines of packed places by (RoPE, first slot, last slot + 1), each float32
+        #: ``[B, 1, P, S]``: kept from the first layer of a forward pass to the last, never between passes.
+        self.angles: dict[tuple[RopeSpec | None, int, int], tuple[Tensor, Tensor]] = {}
         self._ragged = False
 
     @property
@@ -89,6 +93,7 @@ class SlotTable:
             positions: integer ``[B or 1, T]``.
             real: bool ``[B, T]``, false where the slot is padding; ``None`` where there is none.
         """
+        self.angles.clear()
         positions = positions.to(self.device, torch.int32).expand(self.batch, -1)
         tokens = positions.shape[1]
         if self.missing_sinks:
@@ -430,9 +435,13 @@ class LayerStorage:
         keys, values = keys.to(storage), values.to(storage)
         packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
         # To look at the numbers a host must wait for its GPU, so there they are looked at block by block.
-        if packed or keys.device.type == "cpu":
-            for exact in (self.tail_key, self.tail_value, keys, values):
-                self._check_finite(exact)
+        on_cpu = keys.device.type == "cpu"
+        if packed and not on_cpu:
+            self._check_finite(self.tail_key)
+            self._check_finite(self.tail_value)
+        if packed or on_cpu:
+            self._check_finite(keys)
+            self._check_finite(values)
         start = self.length
         if table.sinks_found_at == start and table.sink_slots.shape[1]:
             self._store_sinks(keys, values, table.sink_slots, start)
