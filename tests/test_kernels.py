@@ -112,7 +112,7 @@ def assert_same_pages(ours: PackedTensor, theirs: PackedTensor) -> None:
 # ---- append --------------------------------------------------------------------------------------------------
 
 APPEND = {
-    **RECIPES,
+    **{name: spec for name, spec in RECIPES.items() if name != "trellis"},
     "crowded": recipe(
         key={"bits": 3, "outliers": {"fraction": 0.05, "max_per_token": 3}},
         value={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 2}},
@@ -580,6 +580,16 @@ def test_without_a_kernel_the_reference_decodes() -> None:
     cache.step(1)
     assert "decode_attention" not in machine.launcher.launches
     assert "append_blocks" in machine.launcher.launches
+
+
+def test_a_trellis_goes_to_the_reference() -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    cache = Cache(machine, RECIPES["trellis"], geometry(64, 2, 2), 1)
+    cache.step(70)
+    cache.step(1)
+    cache.step(2)
+    assert machine.launcher.launches == []
+    assert cache.ours.reason
 
 
 def test_positions_that_jump_within_a_block_go_to_the_reference() -> None:

@@ -443,6 +443,7 @@ class KernelTables:
         self.heads, self.head_dim = geometry.num_kv_heads, geometry.head_dim
         self.words = PAGE_BLOCKS * layout.words_per_block
         self.token = layout.token_params
+        self.trellis = quantizer.spec.trellis
         self.channel_normalized = quantizer.spec.channel_normalized
         self.cap = quantizer.outlier_cap
         self.storage_bfloat = quantizer.storage == torch.bfloat16
@@ -860,6 +861,8 @@ def unsupported(key: KernelTables, value: KernelTables) -> str:
     """Why there is no decode kernel for a layer, or an empty string."""
     if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
         return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
+    if key.trellis or value.trellis:
+        return "a trellis has no kernel"
     if key.token:
         return "keys with a scale per token have no kernel"
     if value.largest_level > torch.finfo(torch.float16).max:
@@ -1262,6 +1265,8 @@ class CudaOps(ReferenceOps):
         def pack(keys: Tensor, values: Tensor) -> None:
             append_blocks(self.launcher, self.key_tables, self.value_tables, storage, keys, values)
 
+        if self.key_tables.trellis or self.value_tables.trellis:
+            return super().append(storage, keys, values, table)
         storage.append(keys, values, table, pack)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
@@ -1280,6 +1285,7 @@ class CudaOps(ReferenceOps):
                         f"{error}; the reference decodes from here on", RuntimeWarning, stacklevel=2
                     )
         plain = request.softcap is None and request.sinks is None and request.query.dtype in _TYPES
+        plain = plain and not (self.key_tables.trellis or self.value_tables.trellis)
         if plain and request.query.shape[2] > 1:
             return self._attend_dense(request, storage, table)
         return super().attend(request, storage, table)

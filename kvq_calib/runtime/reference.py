@@ -28,6 +28,7 @@ from kvq_calib.packing import (
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
 from kvq_calib.spec import RopeSpec
+from kvq_calib.trellis import level_index, level_index_bytes
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
@@ -257,15 +258,16 @@ class PageReader:
     def _group(self, width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
         codebook, index = self.quantizer.params.codebook, self.quantizer.params.codebook_index.to(torch.int64)
         used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
-        levels = codebook[used, : 1 << width]
-        if 0 < width <= 4 and len(used) <= MAX_BYTE_TABLES:
+        levels = codebook[used, : self.quantizer.spec.level_count(width)]
+        count = levels.shape[1]
+        if width > 0 and count <= 16 and len(used) <= MAX_BYTE_TABLES:
             byte = torch.arange(256, device=self.device)
-            mask = (1 << width) - 1
+            mask = count - 1
             table = torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1)
             table = table.contiguous().view(torch.float64).flatten()
             size = 256
         else:
-            table, size = levels.flatten().clone(), 1 << width
+            table, size = levels.flatten().clone(), count
         offset = (part * size).to(torch.int32)[:, None] if len(used) > 1 else None
         return _Group(width, channels, rows, table, offset)
 
@@ -342,10 +344,13 @@ class PageReader:
         if group.rows is not None:
             words = words.index_select(2, group.rows)
         units = words.view(pages, batch, -1, PAGE_BLOCKS, width)
+        trellis = self.quantizer.spec.trellis
         if group.table.dtype == torch.float64:
-            data = slice_bytes(units, width)
+            data = slice_bytes(units, width).flatten(4)
+            data = level_index_bytes(data, width) if trellis else data
         else:
             data = unpack_units(units, width)
+            data = level_index(data) if trellis else data
         data = data.flatten(3).permute(1, 2, 0, 3)
         index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
         if group.offset is None:
