@@ -351,7 +351,7 @@ class _DequantizeParams(ctypes.Structure):
             (name, _I)
             for name in ("level_count", "level_stride", "heads", "head_dim", "words", "first_block")
         ),
-        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "type")),
+        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "trellis", "type")),
     )
 
 
@@ -383,19 +383,13 @@ def _turns(radians: Tensor) -> Tensor:
 def _planes(levels: Tensor, entries: int) -> Tensor:
     """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
 
-    Up to 16 entries the low bytes of all, then the high bytes; more stand as they are.
+    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
     """
     padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
     width = min(entries, levels.shape[-1])
     padded[..., :width] = levels[..., :width]
     pairs: Tensor = padded.view(torch.uint8).unflatten(-1, (entries, 2))
-    return (pairs.mT if entries <= 16 else pairs).flatten(-2).contiguous()
-
-
-def _entries(widths: Sequence[int]) -> int:
-    """Levels in a table row: what byte permutes serve, or all."""
-    widest = max(widths)
-    return 8 if widest <= 3 else 1 << widest
+    return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -415,6 +409,8 @@ class DecodeVariant:
     softcap: bool
     query_bfloat: bool
     storage_bfloat: bool
+    key_trellis: bool = False
+    value_trellis: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -519,8 +515,8 @@ class KernelTables:
 
     @property
     def entries(self) -> int:
-        """Levels in a row of the decode kernel's table."""
-        return _entries(self.quantizer.layout.widths)
+        """Levels in a row of the decode kernel's table: what byte permutes serve, or all."""
+        return max(8, self.quantizer.spec.level_count(max(self.quantizer.layout.widths)))
 
     @cached_property
     def order(self) -> Tensor:
@@ -778,6 +774,8 @@ def decode_attention(
         softcap=softcap is not None,
         query_bfloat=query.dtype == torch.bfloat16,
         storage_bfloat=storage == torch.bfloat16,
+        key_trellis=key.trellis,
+        value_trellis=value.trellis,
     )
     # Two thread blocks share a multiprocessor; a block has four warps, which take a page each.
     packed_splits = min(max(2 * launcher.multiprocessors // (heads * subgroups * batch), 1), -(-pages // 4))
@@ -861,8 +859,6 @@ def unsupported(key: KernelTables, value: KernelTables) -> str:
     """Why there is no decode kernel for a layer, or an empty string."""
     if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
         return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
-    if key.trellis or value.trellis:
-        return "a trellis has no kernel"
     if key.token:
         return "keys with a scale per token have no kernel"
     if value.largest_level > torch.finfo(torch.float16).max:
@@ -1088,6 +1084,7 @@ def dequantize(
         token=int(table.token),
         channel_normalized=int(table.channel_normalized),
         storage_bfloat=int(table.storage_bfloat),
+        trellis=int(table.trellis),
         type=_TYPES[dtype],
     )
     shared = 4 * BLOCK_TOKENS * size
@@ -1285,7 +1282,6 @@ class CudaOps(ReferenceOps):
                         f"{error}; the reference decodes from here on", RuntimeWarning, stacklevel=2
                     )
         plain = request.softcap is None and request.sinks is None and request.query.dtype in _TYPES
-        plain = plain and not (self.key_tables.trellis or self.value_tables.trellis)
         if plain and request.query.shape[2] > 1:
             return self._attend_dense(request, storage, table)
         return super().attend(request, storage, table)
