@@ -317,7 +317,10 @@ class _AppendSide(ctypes.Structure):
             (name, _P)
             for name in ("x", "pages", "cosine", "sine", "phase_pair", "scale", "reciprocal", "zero_point")
         ),
-        *((name, _P) for name in ("levels", "boundaries", "bits", "word_offset")),
+        *(
+            (name, _P)
+            for name in ("levels", "boundaries", "bits", "word_offset", "feedback", "feedback_scale")
+        ),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
         *(
@@ -325,13 +328,14 @@ class _AppendSide(ctypes.Structure):
             for name in ("type", "words", "level_count", "level_stride", "token", "channel_normalized")
         ),
         *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat")),
+        *((name, _I) for name in ("trellis", "boundary_count")),
     )
 
 
 class _AppendParams(ctypes.Structure):
     _fields_ = (
         ("side", _AppendSide * 2),
-        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block")),
+        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "fed_warps", "padding")),
     )
 
 
@@ -427,8 +431,8 @@ class KernelTables:
 
     Attributes:
         bits, word_offset: uint8 and int32 ``[C]``.
-        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``; ``level_stride`` is 0 where all
-            channels share the row.
+        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
+            neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
     """
 
@@ -448,7 +452,10 @@ class KernelTables:
         shared = params.codebook.shape[0] == 1 and len(set(layout.widths)) == 1
         rows = slice(0, 1) if shared else slice(None)
         self.levels = quantizer.levels[rows].contiguous()
-        self.boundaries = quantizer.boundaries[rows].contiguous()
+        if self.trellis:
+            self.boundaries = ((self.levels[:, :-4] + self.levels[:, 4:]) * 0.5).contiguous()
+        else:
+            self.boundaries = quantizer.boundaries[rows].contiguous()
         self.level_stride = 0 if shared else 1
         self.scale = None if params.scale is None else params.scale.contiguous()
         self.zero_point = None if params.zero_point is None else params.zero_point.contiguous()
@@ -916,12 +923,8 @@ def _append_chunk(
                 f"new {table.kind}s are {tuple(x.shape)} on {x.device}, expected "
                 f"{(batch, heads, blocks * BLOCK_TOKENS, size)} on {device}"
             )
-        rotation, phase = table.quantizer.params.rotation, table.phase
-        if table.quantizer.params.feedback is not None:
-            fed, _ = table.quantizer.with_feedback(table.quantizer.transform(x))
-            source, phase = fed.unflatten(-1, (heads, size)).transpose(1, 2), None
-        else:
-            source = x if rotation is None else x.float() @ rotation
+        parameters, phase = table.quantizer.params, table.phase
+        source = x if parameters.rotation is None else x.float() @ parameters.rotation
         if source.stride(3) != 1 or source.dtype not in _TYPES:
             raise RuntimeMismatchError(
                 f"new {table.kind}s are {x.dtype} with strides {x.stride()}; make them contiguous"
@@ -939,6 +942,8 @@ def _append_chunk(
             boundaries=_pointer(table.boundaries),
             bits=table.bits.data_ptr(),
             word_offset=table.word_offset.data_ptr(),
+            feedback=_pointer(parameters.feedback),
+            feedback_scale=_pointer(parameters.feedback_scale),
             stride=(_L * 3)(source.stride(0), source.stride(1), source.stride(2)),
             type=_TYPES[source.dtype],
             words=table.words,
@@ -950,6 +955,8 @@ def _append_chunk(
             cap=table.cap,
             capacity=BLOCK_TOKENS * table.cap,
             storage_bfloat=int(table.storage_bfloat),
+            trellis=int(table.trellis),
+            boundary_count=table.boundaries.shape[1],
         )
         if phase is not None:
             side.cosine, side.sine, side.phase_pair = (part.data_ptr() for part in phase)
@@ -963,11 +970,21 @@ def _append_chunk(
             side.outlier_count = count.data_ptr()
             counts.append((table, tensor, index, residual, count))
         sides.append(side)
-    params = _AppendParams(
-        side=(_AppendSide * 2)(*sides), batch=batch, heads=heads, head_dim=size, first_block=place
-    )
     chunks = -(-size // 32)
     shared = 32 * ctypes.sizeof(_F) * 5 + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks
+    fed_warps = 0
+    if any(table.quantizer.params.feedback is not None for table in tables):
+        of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
+        fed_warps = min(heads, _APPEND_THREADS // 32, max(launcher.shared_limit // of_head, 1))
+        shared = max(shared, fed_warps * of_head)
+    params = _AppendParams(
+        side=(_AppendSide * 2)(*sides),
+        batch=batch,
+        heads=heads,
+        head_dim=size,
+        first_block=place,
+        fed_warps=fed_warps,
+    )
     launcher.launch("append.cu", (), "append_blocks", (blocks, batch, 2), _APPEND_THREADS, shared, params)
     if counts:
         per_block = torch.stack([count.flatten(1).sum(1) for *_, count in counts]).tolist()  # the host read
@@ -1262,8 +1279,6 @@ class CudaOps(ReferenceOps):
         def pack(keys: Tensor, values: Tensor) -> None:
             append_blocks(self.launcher, self.key_tables, self.value_tables, storage, keys, values)
 
-        if self.key_tables.trellis or self.value_tables.trellis:
-            return super().append(storage, keys, values, table)
         storage.append(keys, values, table, pack)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:

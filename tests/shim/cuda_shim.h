@@ -214,6 +214,7 @@ template <class T> inline T shim_shuffle(T value, int source) {
     memcpy(&result, out, sizeof(T));
     return result;
 }
+template <class T> inline T __shfl_sync(unsigned, T value, int source) { return shim_shuffle(value, source); }
 template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim_shuffle(value, threadIdx.x % shim::kLanes ^ mask);
 }
