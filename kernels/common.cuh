@@ -146,9 +146,9 @@ KVQ_DEVICE void trellis_index(uint32_t *low, uint32_t *high) {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
         const uint32_t free = low[s] & 0x11111111u;
-        const uint32_t last = free << 4 | before >> 28, long_ago = free << 8 | before >> 24;
+        const uint32_t last = __funnelshift_l(before, free, 4), long_ago = __funnelshift_l(before, free, 8);
         high[s] = high[s] << 1 | (low[s] >> 3 & 0x11111111u);
-        low[s] = ((low[s] & 0x77777777u) ^ long_ago) << 1 | last;
+        low[s] = 2u * ((low[s] & 0x77777777u) ^ long_ago) + last;  // no bit meets another
         before = free;
     }
 }
