@@ -1,7 +1,8 @@
 // Quantizes whole blocks of new tokens into pages: normalise, code, pack, collect outliers; keys and values in one
 // launch. The arithmetic is kvq_calib.quantizer's, operation by operation: separately rounded float32, no fused
 // multiply-add, so codes, token scales and residuals agree bit for bit. Then `place_outliers` moves the outliers to
-// where they stay, once the host knows how many there are.
+// where they stay, once the host knows how many there are. Where errors are fed back, or codes follow a trellis
+// (kvq_calib/trellis.py), there are no outliers and thresholds are the channels'.
 #include "common.cuh"
 
 constexpr int kThreads = 512;
@@ -20,9 +21,11 @@ struct AppendSide {
     const float *reciprocal;     // [C], 1 / scale
     const float *zero_point;     // [C]
     const float *levels;         // [C or 1, levels]
-    const float *boundaries;     // [C or 1, levels - 1]
+    const float *boundaries;     // [C or 1, boundary_count]: between neighbours; with a trellis between l and l + 4
     const uint8_t *bits;         // [C]
     const int *word_offset;      // [C], sum of the widths before
+    const int8_t *feedback;      // [H, D (D - 1) / 2], below the diagonal, row by row, or null: none
+    const float *feedback_scale; // [H]
     uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]
@@ -34,11 +37,13 @@ struct AppendSide {
     int cap;                     // outliers kept per token; 0: none are stored
     int capacity;                // 32 * cap
     int storage_bfloat;
+    int trellis, boundary_count;
 };
 
 struct AppendParams {
     AppendSide side[2];
     int batch, heads, head_dim, first_block;  // first_block: place of the first new block in its page
+    int fed_warps;                            // heads coded side by side where errors are fed back
 };
 
 struct Token {  // thresholds and, where outliers are too many, the cut
@@ -204,7 +209,223 @@ KVQ_DEVICE int encode(const float *boundaries, int bits, float u) {
     return code;
 }
 
-// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory.
+// Packs the codes of a channel's block into its unit.
+KVQ_DEVICE void store_unit(const AppendSide &s, uint32_t *codes, int channel, int bits, int place, const uint32_t *low,
+                           const uint32_t *high) {
+    uint32_t words[8];
+    pack_unit(low, high, bits, words);
+    uint32_t *target = codes + kPageBlocks * s.word_offset[channel] + place * bits;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (i < bits) target[i] = words[i];
+}
+
+// ---- trellis -------------------------------------------------------------------------------------------------
+
+constexpr int kSubsets = 4;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Levels and thresholds of one channel. Subset s of a trellis is levels s, s + 4, s + 8, ...
+struct ChannelLevels {
+    const float *levels, *boundaries;
+    int bits;
+    float scale, reciprocal, zero_point;
+
+    KVQ_DEVICE ChannelLevels(const AppendSide &s, int channel) {
+        levels = s.levels + int64_t(channel) * s.level_stride * s.level_count;
+        boundaries = s.boundaries + int64_t(channel) * s.level_stride * s.boundary_count;
+        bits = s.bits[channel];
+        scale = s.scale[channel], reciprocal = s.reciprocal[channel], zero_point = s.zero_point[channel];
+    }
+
+    KVQ_DEVICE float normalised(float y) const { return __fmul_rn(__fsub_rn(y, zero_point), reciprocal); }
+
+    // Place in a subset of the level nearest to u; of width 1 to 7.
+    KVQ_DEVICE int nearest(int subset, float u) const {
+        int place = 0;
+        for (int step = 1 << bits >> 2; step; step >>= 1)
+            if (boundaries[kSubsets * (place + step - 1) + subset] < u) place += step;
+        return place;
+    }
+
+    KVQ_DEVICE float squared_distance(int subset, int place, float u) const {
+        const float distance = __fsub_rn(u, levels[kSubsets * place + subset]);
+        return __fmul_rn(distance, distance);
+    }
+};
+
+// The lowest bits of the codes of a block, bit t for token t, and the subsets they lead through.
+struct Path {
+    uint32_t free;
+
+    KVQ_DEVICE int subset(int t) const {
+        return int(((free ^ free << 2) >> t & 1u) << 1 | (free << 1 >> t & 1u));
+    }
+};
+
+// Inputs of the two tokens that lead into state `after`, as bits.
+KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
+
+// The path of least squared error of one channel, its 32 elements given by `u`. Two tokens lead from any state to any
+// other in one way; a state is the lowest bit of the newest code, plus 2 times that of the one before.
+template <class Element> KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u) {
+    float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity};
+    uint32_t path[4] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int t = 0; t < kBlockTokens; t += 2) {
+        float distance[2][kSubsets];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float x = u(t + i);
+#pragma unroll
+            for (int s = 0; s < kSubsets; ++s) distance[i][s] = c.squared_distance(s, c.nearest(s, x), x);
+        }
+        float next[4];
+        uint32_t from[4];
+#pragma unroll
+        for (int after = 0; after < 4; ++after) {
+            const int now = after & 1, between = after >> 1;
+#pragma unroll
+            for (int before = 0; before < 4; ++before) {  // ties go to the lower one
+                const int last = before & 1, long_ago = before >> 1;
+                const float pair = __fadd_rn(distance[0][2 * (between ^ long_ago) + last],
+                                             distance[1][2 * (now ^ last) + between]);
+                const float sum = __fadd_rn(pair, cost[before]);
+                if (before == 0 || sum < next[after]) next[after] = sum, from[after] = path[before];
+            }
+        }
+#pragma unroll
+        for (int after = 0; after < 4; ++after) {
+            cost[after] = next[after];
+            path[after] = from[after] | inputs_of(after) << t;
+        }
+    }
+    Path best = {path[0]};
+    float least = cost[0];
+#pragma unroll
+    for (int state = 1; state < 4; ++state)
+        if (cost[state] < least) least = cost[state], best.free = path[state];
+    return best;
+}
+
+// The same for one channel by a warp, from the squared distances [32, 4] of its tokens in shared memory: a lane
+// follows the state lane % 4.
+KVQ_DEVICE Path best_path(const float *distance) {
+    const int after = lane_id() % 4, now = after & 1, between = after >> 1;
+    const int first[2] = {2 * between, 2 * (between ^ 1)}, second[2] = {2 * now + between, 2 * (now ^ 1) + between};
+    float cost = after ? kInfinity : 0.0f;
+    uint32_t path = 0;
+#pragma unroll 4
+    for (int t = 0; t < kBlockTokens; t += 2) {
+        const float *d = distance + kSubsets * t;
+        float least = 0.0f;
+        int from = 0;
+#pragma unroll
+        for (int before = 0; before < 4; ++before) {
+            const float pair =
+                __fadd_rn(d[first[before / 2] + before % 2], d[kSubsets + second[before % 2]]);
+            const float sum = __fadd_rn(pair, __shfl_sync(kAll, cost, before));
+            if (before == 0 || sum < least) least = sum, from = before;
+        }
+        path = __shfl_sync(kAll, path, from) | inputs_of(after) << t;
+        cost = least;
+    }
+    int best = 0;
+    float least = __shfl_sync(kAll, cost, 0);
+    for (int state = 1; state < 4; ++state) {
+        const float other = __shfl_sync(kAll, cost, state);
+        if (other < least) least = other, best = state;
+    }
+    return Path{__shfl_sync(kAll, path, best)};
+}
+
+// ---- error feedback ------------------------------------------------------------------------------------------
+
+// Shared memory of one warp that codes a head with feedback.
+struct FedWork {
+    float *error;     // [D, 32] of the coordinates coded
+    float *weight;    // [D] of the coordinate at hand
+    float *distance;  // [32, 4] of its tokens
+    uint8_t *code;    // [32, 36]: codes of 32 coordinates, a row each
+
+    static constexpr int kRow = kBlockTokens + 4;  // against bank conflicts
+
+    static KVQ_DEVICE int words(int head_dim) {
+        return head_dim * (kBlockTokens + 1) + kBlockTokens * kSubsets + kWarp * kRow / 4;
+    }
+
+    KVQ_DEVICE FedWork(void *memory, int warp, int head_dim) {
+        distance = static_cast<float *>(memory) + warp * words(head_dim);
+        error = distance + kBlockTokens * kSubsets;
+        weight = error + head_dim * kBlockTokens;
+        code = reinterpret_cast<uint8_t *>(weight + head_dim);
+    }
+};
+
+// Codes a block of one head, coordinate by coordinate: a lane is a token. What is coded is the element plus its share
+// of the errors of the coordinates before it, summed in their order.
+KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int64_t first, int head, int head_dim,
+                                   uint32_t *codes, int place) {
+    const int lane = lane_id();
+    const int64_t token = first + s.stride[2] * lane;
+    const int8_t *row = s.feedback + int64_t(head) * (head_dim * (head_dim - 1) / 2);
+    const float step = s.feedback_scale[head];
+    for (int i = 0; i < head_dim; ++i) {
+        const ChannelLevels c(s, head * head_dim + i);
+        for (int j = lane; j < i; j += kWarp) work.weight[j] = __fmul_rn(step, float(row[j]));
+        row += i;
+        const float exact = element(s, token, head, head_dim, i);
+        __syncwarp();
+        float fed = exact;
+#pragma unroll 8
+        for (int j = 0; j < i; ++j)
+            fed = __fadd_rn(fed, __fmul_rn(work.weight[j], work.error[j * kBlockTokens + lane]));
+        const float u = c.normalised(fed);
+        int code = 0, level = 0;
+        if (s.trellis && c.bits) {
+            uint32_t places = 0;
+#pragma unroll
+            for (int subset = 0; subset < kSubsets; ++subset) {
+                const int nearest = c.nearest(subset, u);
+                places |= uint32_t(nearest) << (8 * subset);
+                work.distance[kSubsets * lane + subset] = c.squared_distance(subset, nearest, u);
+            }
+            __syncwarp();
+            const Path path = best_path(work.distance);
+            const int subset = path.subset(lane), at = int(places >> (8 * subset) & 255u);
+            code = at << 1 | int(path.free >> lane & 1u);
+            level = kSubsets * at + subset;
+        } else if (c.bits) {
+            code = level = encode(c.boundaries, c.bits, u);
+        }
+        work.error[i * kBlockTokens + lane] =
+            __fsub_rn(exact, __fadd_rn(c.zero_point, __fmul_rn(c.scale, c.levels[level])));
+        work.code[i % kWarp * FedWork::kRow + lane] = uint8_t(code);
+        __syncwarp();
+        if (i % kWarp < kWarp - 1 && i + 1 < head_dim) continue;
+        // A lane packs what 32 tokens of one coordinate were coded as.
+        const int coordinate = i / kWarp * kWarp + lane;
+        if (coordinate <= i) {
+            const int channel = head * head_dim + coordinate, bits = s.bits[channel];
+            const uint8_t *own = work.code + lane * FedWork::kRow;
+            uint32_t low[4], high[4];
+#pragma unroll
+            for (int slice = 0; slice < 4; ++slice) {
+                low[slice] = high[slice] = 0;
+#pragma unroll
+                for (int t = 0; t < 8; ++t) {
+                    low[slice] |= (own[8 * slice + t] & 15u) << (4 * t);
+                    high[slice] |= uint32_t(own[8 * slice + t]) >> 4 << (4 * t);
+                }
+            }
+            store_unit(s, codes, channel, bits, place, low, high);
+        }
+        __syncwarp();
+    }
+}
+
+// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or FedWork's for fed_warps
+// warps where that is more.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
     KVQ_SHARED;
     const AppendSide &s = p.side[blockIdx.z];
@@ -213,6 +434,14 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
     const int place = (p.first_block + block) % kPageBlocks;
     const PagePointers &page = s.pages[(p.first_block + block) / kPageBlocks];
     const int64_t first = s.stride[0] * row + s.stride[2] * block * kBlockTokens;
+    uint32_t *codes = page.codes + int64_t(row) * s.words;
+    if (s.feedback) {
+        if (warp_id() >= p.fed_warps) return;
+        const FedWork fed(kvq_shared, warp_id(), p.head_dim);
+        for (int head = warp_id(); head < p.heads; head += p.fed_warps)
+            code_with_feedback(s, fed, first, head, p.head_dim, codes, place);
+        return;
+    }
 
     for (int t = warp_id(); t < kBlockTokens; t += kWarps) {
         Token token;
@@ -236,13 +465,30 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
     __syncthreads();
 
     // A warp takes 32 coordinates of a head, a lane the 32 codes of one.
-    uint32_t *codes = page.codes + int64_t(row) * s.words;
     for (int task = warp_id(); task < p.heads * work.chunks; task += kWarps) {
         const int head = task / work.chunks, coordinate = task % work.chunks * kWarp + lane;
         const bool inside = coordinate < p.head_dim;
         const int channel = head * p.head_dim + (inside ? coordinate : 0), bits = s.bits[channel];
-        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * (s.level_count - 1);
+        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * s.boundary_count;
         uint32_t low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+        if (s.trellis) {
+            if (!inside || bits == 0) continue;
+            const ChannelLevels c(s, channel);
+            auto u = [&](int t) { return c.normalised(element(s, first + s.stride[2] * t, head, p.head_dim, coordinate)); };
+            const Path path = best_path(c, u);
+#pragma unroll
+            for (int slice = 0; slice < 4; ++slice) {
+#pragma unroll 1
+                for (int i = 0; i < 8; ++i) {
+                    const int t = 8 * slice + i;
+                    const uint32_t code = uint32_t(c.nearest(path.subset(t), u(t))) << 1 | (path.free >> t & 1u);
+                    low[slice] |= (code & 15u) << (4 * i);
+                    high[slice] |= (code >> 4) << (4 * i);
+                }
+            }
+            store_unit(s, codes, channel, bits, place, low, high);
+            continue;
+        }
 #pragma unroll
         for (int slice = 0; slice < 4; ++slice) {
             for (int i = 0; i < 8; ++i) {
@@ -260,13 +506,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
                 }
             }
         }
-        if (inside) {
-            uint32_t words[8];
-            pack_unit(low, high, bits, words);
-            uint32_t *target = codes + kPageBlocks * s.word_offset[channel] + place * bits;
-            for (int i = 0; i < 8; ++i)
-                if (i < bits) target[i] = words[i];
-        }
+        if (inside) store_unit(s, codes, channel, bits, place, low, high);
     }
     if (!s.cap) return;
     __syncthreads();
@@ -291,7 +531,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
     for (int task = warp_id(); task < p.heads * work.chunks; task += kWarps) {
         const int head = task / work.chunks, chunk = task % work.chunks, coordinate = chunk * kWarp + lane;
         const int channel = head * p.head_dim + (coordinate < p.head_dim ? coordinate : 0);
-        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * (s.level_count - 1);
+        const float *boundaries = s.boundaries + int64_t(channel) * s.level_stride * s.boundary_count;
         const float *levels = s.levels + int64_t(channel) * s.level_stride * s.level_count;
         int before = 0;
         for (int h = 0; h < head; ++h) before += work.count[h * (kBlockTokens + 1) + kBlockTokens];

@@ -138,6 +138,21 @@ KVQ_DEVICE void pack_unit(const uint32_t *low, const uint32_t *high, int bits, u
     pack_narrow(high, bits - 4, words + 4);
 }
 
+// Codes of a trellis (kvq_calib/trellis.py) to the indices of their levels, in place: low and high nibbles of a unit,
+// tokens in order. An index has one bit more than its code. With u the lowest bit of a code, index[t] is
+// (code[t] >> 1) << 2 | (u[t] ^ u[t - 2]) << 1 | u[t - 1]: the u of eight tokens move up by one or two nibbles.
+KVQ_DEVICE void trellis_index(uint32_t *low, uint32_t *high) {
+    uint32_t before = 0;  // u of the slice before; none at the start of a block
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        const uint32_t free = low[s] & 0x11111111u;
+        const uint32_t last = __funnelshift_l(before, free, 4), long_ago = __funnelshift_l(before, free, 8);
+        high[s] = high[s] << 1 | (low[s] >> 3 & 0x11111111u);
+        low[s] = 2u * ((low[s] & 0x77777777u) ^ long_ago) + last;  // no bit meets another
+        before = free;
+    }
+}
+
 KVQ_DEVICE int code_of(const uint32_t *low, const uint32_t *high, int token) {
     const int shift = 4 * (token % 8);
     return int((low[token / 8] >> shift) & 15u) | (int((high[token / 8] >> shift) & 15u) << 4);
@@ -184,7 +199,8 @@ KVQ_DEVICE uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {
 // ---- level lookup --------------------------------------------------------------------------------------------
 
 // Levels are halves whose low and high bytes stand in separate planes: eight bytes of a plane are what one byte
-// permute selects from. `Levels<8>` serves widths 1 to 3, `Levels<16>` width 4.
+// permute selects from. `Levels<8>` serves indices of 1 to 3 bits, `Levels<16>` of 4, `Levels<32>` of 5, whose top
+// bits stand in the nibbles of `high`.
 template <int Count> struct Levels;
 
 template <> struct Levels<8> {
@@ -193,7 +209,7 @@ template <> struct Levels<8> {
     KVQ_DEVICE void load(const uint4 *table, int channel) { plane = table[channel]; }
 
     // Half a slice: pair[i] holds tokens 4 half + 2 i and the next.
-    KVQ_DEVICE void lookup(uint32_t selectors, int half, uint32_t *pair) const {
+    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t, int half, uint32_t *pair) const {
         const uint32_t select = half ? selectors >> 16 : selectors;
         const uint32_t low = permute(plane.x, plane.y, select);
         const uint32_t high = permute(plane.z, plane.w, select);
@@ -210,7 +226,7 @@ template <> struct Levels<16> {
         high_plane = table[2 * channel + 1];
     }
 
-    KVQ_DEVICE void lookup(uint32_t selectors, int half, uint32_t *pair) const {
+    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t, int half, uint32_t *pair) const {
         // Byte i of the first or second result, by the top bit of code i. Both words serve eight tokens.
         uint32_t within = masked(selectors, 0x77777777u);
         uint32_t choose = masked_or(selectors >> 1, 0x44444444u, 0x32103210u);
@@ -221,6 +237,36 @@ template <> struct Levels<16> {
                                       permute(high_plane.z, high_plane.w, within), choose);
         pair[0] = permute(low, high, 0x5140);
         pair[1] = permute(low, high, 0x7362);
+    }
+};
+
+template <> struct Levels<32> {
+    uint4 low_plane[2], high_plane[2];
+
+    KVQ_DEVICE void load(const uint4 *table, int channel) {
+        for (int i = 0; i < 2; ++i) {
+            low_plane[i] = table[4 * channel + i];
+            high_plane[i] = table[4 * channel + 2 + i];
+        }
+    }
+
+    static KVQ_DEVICE uint32_t bytes(const uint4 *plane, uint32_t within, uint32_t choose, uint32_t choose_upper) {
+        uint32_t found[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            found[i] = permute(permute(plane[i].x, plane[i].y, within), permute(plane[i].z, plane[i].w, within), choose);
+        return permute(found[0], found[1], choose_upper);
+    }
+
+    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t high, int half, uint32_t *pair) const {
+        uint32_t within = masked(selectors, 0x77777777u);
+        uint32_t choose = masked_or(selectors >> 1, 0x44444444u, 0x32103210u);
+        uint32_t choose_upper = high << 2 | 0x32103210u;
+        if (half) within >>= 16, choose >>= 16, choose_upper >>= 16;
+        const uint32_t lower = bytes(low_plane, within, choose, choose_upper);
+        const uint32_t upper = bytes(high_plane, within, choose, choose_upper);
+        pair[0] = permute(lower, upper, 0x5140);
+        pair[1] = permute(lower, upper, 0x7362);
     }
 };
 

@@ -17,8 +17,25 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
-#: (bits, table entries): uniform widths 1 to 4, mixed widths to 4 bits, and a plain table for wider ones.
-WIDTHS = ((1, 8), (2, 8), (3, 8), (4, 16), (0, 16), (0, 256))
+#: (bits, table entries, trellis): uniform widths 1 to 4, mixed widths that byte permutes serve, and a plain table for
+#: wider ones.
+Width = tuple[int, int, int]
+WIDTHS: tuple[Width, ...] = (
+    (1, 8, 0),
+    (2, 8, 0),
+    (3, 8, 0),
+    (4, 16, 0),
+    (0, 16, 0),
+    (0, 32, 0),
+    (0, 256, 0),
+    (1, 8, 1),
+    (2, 8, 1),
+    (3, 16, 1),
+    (4, 32, 1),
+    (0, 16, 1),
+    (0, 32, 1),
+    (0, 256, 1),
+)
 
 
 def decode_variants(full: bool) -> list[dict[str, int]]:
@@ -30,17 +47,20 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
     base = {"KEY_OUTLIERS": 1, "VALUE_OUTLIERS": 1, "VALUE_TOKEN": 1, "ROPE": 1}
     off = {"SOFTCAP": 0, "QUERY_BFLOAT": 0, "STORAGE_BFLOAT": 0}
 
-    def variant(
-        size: int, group: int, key: tuple[int, int], value: tuple[int, int], **flags: int
-    ) -> dict[str, int]:
-        names = {"HEAD_DIM": size, "GROUP": group, "KEY_BITS": key[0], "VALUE_BITS": value[0]}
-        return {**names, "KEY_ENTRIES": key[1], "VALUE_ENTRIES": value[1], **base, **off, **flags}
+    def variant(size: int, group: int, key: Width, value: Width, **flags: int) -> dict[str, int]:
+        names = {"HEAD_DIM": size, "GROUP": group}
+        for kind, width in (("KEY", key), ("VALUE", value)):
+            names |= {f"{kind}_BITS": width[0], f"{kind}_ENTRIES": width[1], f"{kind}_TRELLIS": width[2]}
+        # A trellis has thresholds per channel and no outliers.
+        own: dict[str, int] = {"KEY_OUTLIERS": 0} if key[2] else {}
+        own |= {"VALUE_OUTLIERS": 0, "VALUE_TOKEN": 0} if value[2] else {}
+        return {**names, **base, **off, **flags, **own}
 
     dense = {"KEY_OUTLIERS": 0, "VALUE_OUTLIERS": 0}
     found = [
         variant(size, group, width, width, **flags)
         for size, group, width in itertools.product(HEAD_DIMS, GROUPS, WIDTHS)
-        for flags in ({}, dense)
+        for flags in (({},) if width[2] else ({}, dense))
     ]
     sizes = HEAD_DIMS if full else (128,)
     found += [
@@ -54,7 +74,7 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
             size, group, width, width, VALUE_TOKEN=token, ROPE=rope, **dict(zip(flags, values, strict=True))
         )
         for size, group in ([(128, 4), (256, 8)] if not full else itertools.product(HEAD_DIMS, GROUPS))
-        for width in ((3, 8), (4, 16))
+        for width in ((3, 8, 0), (4, 16, 0), (3, 16, 1), (4, 32, 1))
         for token, rope in ((0, 1), (1, 0))
         for values in ((0, 0, 0), (1, 1, 1))
     ]

@@ -6,7 +6,8 @@
 //   KVQ_HEAD_DIM         multiple of 16
 //   KVQ_GROUP            query heads that share a key-value head, 1 to 8
 //   KVQ_KEY_BITS, KVQ_VALUE_BITS      1 to 4: every channel; 0: each channel has its own
-//   KVQ_KEY_ENTRIES, KVQ_VALUE_ENTRIES  levels in a table row: 8, 16 (byte permutes), or more (plain lookup)
+//   KVQ_KEY_TRELLIS, KVQ_VALUE_TRELLIS  codes are of a trellis: indices of levels have one bit more
+//   KVQ_KEY_ENTRIES, KVQ_VALUE_ENTRIES  levels in a table row: 8, 16, 32 (byte permutes), or more (plain lookup)
 //   KVQ_KEY_OUTLIERS, KVQ_VALUE_OUTLIERS, KVQ_VALUE_TOKEN (scales per token), KVQ_ROPE, KVQ_SOFTCAP
 //   KVQ_QUERY_BFLOAT, KVQ_STORAGE_BFLOAT  bfloat16 rather than float16 queries and results, storage dtype
 #include "common.cuh"
@@ -60,8 +61,9 @@ struct DecodeParams {
 
 // ---- shared memory -------------------------------------------------------------------------------------------
 
-constexpr int kKeyRows = KVQ_KEY_ENTRIES <= 16 ? KVQ_KEY_ENTRIES / 8 : 0;  // of byte planes; wide tables stay outside
-constexpr int kValueRows = KVQ_VALUE_ENTRIES <= 16 ? KVQ_VALUE_ENTRIES / 8 : 0;
+constexpr int kMostPlanes = 32;  // levels in a row of byte planes; wider tables stay outside
+constexpr int kKeyRows = KVQ_KEY_ENTRIES <= kMostPlanes ? KVQ_KEY_ENTRIES / 8 : 0;
+constexpr int kValueRows = KVQ_VALUE_ENTRIES <= kMostPlanes ? KVQ_VALUE_ENTRIES / 8 : 0;
 constexpr int kTokenRow = 33;  // a block of 32 tokens and one column against bank conflicts
 constexpr int kScores = KVQ_KEY_OUTLIERS || KVQ_VALUE_OUTLIERS ? kPageBlocks * kTokenRow * kGroup : 0;
 
@@ -115,7 +117,7 @@ template <int Words> KVQ_DEVICE void load_words(const uint32_t *source, uint32_t
 }
 
 // `Count` adjacent units of one channel: their words, then their levels slice by slice.
-template <int Bits, int Entries, int Count> struct Units {
+template <int Bits, int Entries, int Count, bool Trellis> struct Units {
     uint32_t words[Count * Bits];
 
     // `region` is the channel's in its page, `block` the first unit.
@@ -125,11 +127,11 @@ template <int Bits, int Entries, int Count> struct Units {
 
     struct Decoded {
         Levels<Entries> levels;
-        uint32_t selectors[Count][4];
+        uint32_t selectors[Count][4], high[Count][4];
 
         // Levels of tokens 4 four .. 4 four + 3 as two pairs.
         KVQ_DEVICE void four(int unit, int four, uint32_t *pair) const {
-            levels.lookup(selectors[unit][four / 2], four % 2, pair);
+            levels.lookup(selectors[unit][four / 2], high[unit][four / 2], four % 2, pair);
         }
     };
 
@@ -137,15 +139,19 @@ template <int Bits, int Entries, int Count> struct Units {
         Decoded d;
         d.levels.load(shared_levels, channel);
 #pragma unroll
-        for (int u = 0; u < Count; ++u) unpack_selectors<Bits>(words + u * Bits, d.selectors[u]);
+        for (int u = 0; u < Count; ++u) {
+            unpack_selectors<Bits>(words + u * Bits, d.selectors[u]);
+            for (int s = 0; s < 4; ++s) d.high[u][s] = 0;
+            if (Trellis) trellis_index(d.selectors[u], d.high[u]);
+        }
         return d;
     }
 };
 
 // Channels of different widths: the order of channels makes the branches almost always uniform over a warp.
-template <int Entries, int Count> struct Units<0, Entries, Count> {
-    static constexpr bool kWide = Entries > 16;
-    static constexpr int kMost = kWide ? 8 : 4;
+template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, Trellis> {
+    static constexpr bool kWide = Entries > kMostPlanes;
+    static constexpr int kMost = Entries > (Trellis ? 32 : 16) ? 8 : 4;
     uint32_t words[Count * kMost];
 
     KVQ_DEVICE void load(const uint32_t *region, Channel channel, int block) {
@@ -172,7 +178,7 @@ template <int Entries, int Count> struct Units<0, Entries, Count> {
                     pair[i] = first | second << 16;
                 }
             } else {
-                levels.lookup(selectors[unit][four / 2], four % 2, pair);
+                levels.lookup(selectors[unit][four / 2], high[unit][four / 2], four % 2, pair);
             }
         }
     };
@@ -185,17 +191,20 @@ template <int Entries, int Count> struct Units<0, Entries, Count> {
             d.levels.load(shared_levels, index);
 #pragma unroll
         for (int u = 0; u < Count; ++u) {
-            if constexpr (kWide)
+            if constexpr (kMost == 8) {
                 unpack_unit(words + u * kMost, channel.bits, d.selectors[u], d.high[u]);
-            else
+            } else {
                 unpack_narrow(words + u * kMost, channel.bits, d.selectors[u]);
+                for (int s = 0; s < 4; ++s) d.high[u][s] = 0;
+            }
+            if (Trellis) trellis_index(d.selectors[u], d.high[u]);
         }
         return d;
     }
 };
 
-typedef Units<KVQ_KEY_BITS, KVQ_KEY_ENTRIES, 1> KeyUnit;
-typedef Units<KVQ_VALUE_BITS, KVQ_VALUE_ENTRIES, 2> ValueUnits;
+typedef Units<KVQ_KEY_BITS, KVQ_KEY_ENTRIES, 1, KVQ_KEY_TRELLIS != 0> KeyUnit;
+typedef Units<KVQ_VALUE_BITS, KVQ_VALUE_ENTRIES, 2, KVQ_VALUE_TRELLIS != 0> ValueUnits;
 
 // ---- queries -------------------------------------------------------------------------------------------------
 
@@ -255,9 +264,9 @@ KVQ_DEVICE void turn_pairs(const uint32_t *first, const uint32_t *second, uint32
     }
 }
 
-// Pairs of channels a thread decodes at a time. Two fill a matrix product; where widths differ, their code takes
-// the registers of one.
-constexpr int kPairs = KVQ_KEY_BITS ? 2 : 1;
+// Pairs of channels a thread decodes at a time. Two fill a matrix product; where widths differ, or levels are many,
+// their code or table takes the registers of one.
+constexpr int kPairs = KVQ_KEY_BITS && KVQ_KEY_ENTRIES <= 16 ? 2 : 1;
 
 struct KeyStep {  // what a thread reads of its pairs
     KeyUnit unit[2 * kPairs];
@@ -309,7 +318,7 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
         }
 #pragma unroll
         for (int four = 0; four < 4; ++four) {
-            if (KVQ_KEY_ENTRIES > 16) __syncwarp();  // keeps the compiler from fetching all levels at once
+            if (KVQ_KEY_ENTRIES > kMostPlanes) __syncwarp();  // keeps the compiler from fetching all levels at once
             uint32_t operand[2 * kPairs][4];
 #pragma unroll
             for (int i = 0; i < 2 * kPairs; ++i) {  // matrix register: pair i / 2, tokens from 0 or from 16
@@ -360,7 +369,7 @@ KVQ_DEVICE void mix_page(const Shared &s, const uint4 *levels, const uint32_t *c
         float out[4] = {before.x * rescale[0], before.y * rescale[1], before.z * rescale[0], before.w * rescale[1]};
 #pragma unroll
         for (int four = 0; four < 8; ++four) {
-            if (KVQ_VALUE_ENTRIES > 16) __syncwarp();  // keeps the compiler from fetching all levels at once
+            if (KVQ_VALUE_ENTRIES > kMostPlanes) __syncwarp();  // keeps the compiler from fetching all levels at once
             uint32_t operand[4][2];
 #pragma unroll
             for (int i = 0; i < 4; ++i) unit[i % 2].four(i / 2, four, operand[i]);
@@ -506,7 +515,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         const PagePointers &keys = p.key_pages[page - p.first_page], &values = p.value_pages[page - p.first_page];
 
         float score[16][4];
-        score_page(s, p.key_levels + (KVQ_KEY_ENTRIES > 16 ? int64_t(head) * kDim * KVQ_KEY_ENTRIES / 8 : 0),
+        score_page(s, p.key_levels + (KVQ_KEY_ENTRIES > kMostPlanes ? int64_t(head) * kDim * KVQ_KEY_ENTRIES / 8 : 0),
                    keys.codes + int64_t(row) * p.key_words, base, score);
         if (KVQ_KEY_OUTLIERS) {
             for (int i = lane_id(); i < kScores; i += kWarp) scores[i] = 0.0f;
@@ -593,7 +602,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             weights[pair][0] = permute(transposed[0], transposed[1], 0x5410);
             weights[pair][1] = permute(transposed[0], transposed[1], 0x7632);
         }
-        mix_page(s, p.value_levels + (KVQ_VALUE_ENTRIES > 16 ? int64_t(head) * kDim * KVQ_VALUE_ENTRIES / 8 : 0),
+        mix_page(s, p.value_levels + (KVQ_VALUE_ENTRIES > kMostPlanes ? int64_t(head) * kDim * KVQ_VALUE_ENTRIES / 8 : 0),
                  values.codes + int64_t(row) * p.value_words, weights, rescale, tiles);
         if (KVQ_VALUE_OUTLIERS) {
             __syncwarp();

@@ -19,7 +19,7 @@ struct DequantizeParams {
     int level_count, level_stride;
     int heads, head_dim, words;
     int first_block;
-    int token, channel_normalized, storage_bfloat;
+    int token, channel_normalized, storage_bfloat, trellis;
     int type;                       // of out: 0 float16, 1 bfloat16, 2 float32
 };
 
@@ -42,6 +42,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) dequantize_blocks(const __grid_co
         uint32_t words[8], low[4], high[4];
         for (int w = 0; w < 8; ++w) words[w] = w < bits ? unit[w] : 0u;
         unpack_unit(words, bits, low, high);
+        if (p.trellis) trellis_index(low, high);
         const float *levels = p.levels + int64_t(channel) * p.level_stride * p.level_count;
 #pragma unroll
         for (int t = 0; t < kBlockTokens; ++t) {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvq_calib.packing import BLOCK_TOKENS
 
-__all__ = ["best_path", "level_index"]
+__all__ = ["best_path", "level_index", "level_index_bytes"]
 
 
 def level_index(codes: Tensor) -> Tensor:
@@ -38,6 +38,26 @@ def level_index(codes: Tensor) -> Tensor:
     before = before.masked_fill(place < 1, 0)
     long_before = long_before.masked_fill(place < 2, 0)
     return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
+
+
+def level_index_bytes(data: Tensor, width: int) -> Tensor:
+    """:func:`level_index` of codes that stand in nibbles, eight tokens or more at a time.
+
+    Args:
+        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.packing.slice_bytes` returns them, tokens in
+            order; bits above the code are not looked at.
+        width: of the codes, 1 to 3.
+
+    Returns:
+        The same dtype and shape, a level index of ``width + 1`` bits in each nibble.
+    """
+    free = data & 0x11
+    long_before = torch.empty_like(free)  # two tokens back is the byte before
+    long_before.view(-1)[1:] = free.view(-1)[:-1]
+    long_before[..., 0] = 0
+    before = (free << 4).bitwise_or_(long_before >> 4)
+    index = (data & 0x11 * ((1 << width) - 2)).bitwise_or_(free.bitwise_xor_(long_before))
+    return index.bitwise_left_shift_(1).bitwise_or_(before)
 
 
 def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,26 @@ RECIPES: dict[str, KVCacheSpec] = {
             "outliers": {},
         },
     ),
+    "trellis": recipe(
+        key={
+            "bits": 5,
+            "variable_bits": True,
+            "phase": True,
+            "feedback": True,
+            "trellis": True,
+            "outliers": {},
+        },
+        value={
+            "bits": 2,
+            "granularity": "channel",
+            "dynamic": False,
+            "trellis": True,
+            "rotation": True,
+            "outliers": {},
+        },
+        sink_tokens=2,
+        recent_tokens=3,
+    ),
     "post-rope-token": recipe(
         key={
             "bits": 4,

@@ -43,6 +43,9 @@ class PlainLayer(DynamicLayer):
         self.exact: tuple[Tensor, Tensor] | None = None
         self.cos = self.sin = None
         self.packed = 0
+        #: What a reader sees of the packed slots. A block is quantized once, whole: with a trellis its tokens
+        #: depend on each other, also on those that a crop has taken since.
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     def get_seq_length(self) -> int:
         return 0 if self.exact is None else self.exact[0].shape[2]
@@ -72,25 +75,33 @@ class PlainLayer(DynamicLayer):
         )
         length = self.get_seq_length()
         while length - cache.recent - self.packed >= 32:
+            block = slice(self.packed, self.packed + 32)
+            self._see(*(q(x[:, :, block]) for q, x in zip((self.key, self.value), self.exact, strict=True)))
             self.packed += 32
         slots = torch.arange(length)
         rank = slots - cache.padding[:, None]
         quantized = (slots < self.packed) & ~((rank >= 0) & (rank < cache.sinks))
         quantized = quantized[:, None, :, None]
         k, v = (
-            torch.where(quantized, quantizer(x), x)
-            for quantizer, x in zip((self.key, self.value), self.exact, strict=True)
+            torch.where(quantized, torch.cat((seen, x[:, :, self.packed :]), 2), x)
+            for seen, x in zip(self.seen or [x[:, :, :0] for x in self.exact], self.exact, strict=True)
         )
         return rotation.rotate(k).to(dtype), v.to(dtype)
 
+    def _see(self, *new: Tensor) -> None:
+        old = self.seen
+        self.seen = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+
     def crop_to(self, length: int) -> None:
         self.exact = tuple(x[:, :, :length] for x in self.exact)
+        self.seen = self.seen and tuple(x[:, :, :length] for x in self.seen)
         if self.cos is not None:
             self.cos, self.sin = self.cos[:, :length], self.sin[:, :length]
         self.packed = min(self.packed, length)
 
     def reorder_cache(self, rows: Tensor) -> None:
         self.exact = tuple(x[rows] for x in self.exact)
+        self.seen = self.seen and tuple(x[rows] for x in self.seen)
         if self.cos is not None:
             self.cos, self.sin = self.cos[rows], self.sin[rows]
 

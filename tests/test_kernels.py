@@ -111,6 +111,19 @@ def assert_same_pages(ours: PackedTensor, theirs: PackedTensor) -> None:
 
 # ---- append --------------------------------------------------------------------------------------------------
 
+
+def static(bits: int, **options: object) -> dict[str, object]:
+    """Fields of a spec with a trellis."""
+    return {
+        "bits": bits,
+        "granularity": "channel",
+        "dynamic": False,
+        "trellis": True,
+        "outliers": {},
+        **options,
+    }
+
+
 APPEND = {
     **RECIPES,
     "crowded": recipe(
@@ -120,11 +133,25 @@ APPEND = {
     "token-no-outliers": recipe(value={"bits": 3, "outliers": {}}, storage_dtype="bfloat16"),
     "wide": recipe(key={"bits": 8}, value={"bits": 7}),
     "odd": recipe(key={"bits": 5, "variable_bits": True}, value={"bits": 6}),
+    **{
+        f"trellis{bits}": recipe(
+            key=static(bits, feedback=bits % 3 == 0),
+            value=static(8 - bits, feedback=bits % 3 == 1),
+        )
+        for bits in range(1, 8)
+    },
 }
 
 
-@pytest.mark.parametrize("size", [64, 80])
-@pytest.mark.parametrize("name", APPEND)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (name, size)
+        for name in APPEND
+        for size in (64, 80)
+        if not name[-1].isdigit() or "trellis" not in name or size == 64
+    ],
+)
 def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
     """Codes, token scales, outlier lists and starts; also of pages filled in several calls."""
     layer = Layer(
@@ -172,6 +199,19 @@ def append_reference(packed: PackedTensor, x: Tensor) -> None:
     packed.quantizer = plain
 
 
+def test_feedback_takes_heads_in_turn_where_shared_memory_is_small() -> None:
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    machine.launcher.shared_limit = 25_000  # two heads of 64 channels
+    layer = Layer(machine, recipe(key=static(2, feedback=True), value=static(3)), geometry(64, 3, 1))
+    ours, theirs = layer.storage(1), layer.storage(1)
+    tokens = [layer.tokens(kind, 1, BLOCK_TOKENS, layer.storage_dtype) for kind in ("key", "value")]
+    cuda.append_blocks(machine.launcher, *layer.tables, ours, *tokens)
+    theirs.key.append(tokens[0])
+    theirs.value.append(tokens[1])
+    assert_same_pages(ours.key, theirs.key)
+    assert_same_pages(ours.value, theirs.value)
+
+
 def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
     spec = recipe(key={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 5}})
     layer = Layer(machine, spec, geometry(64, 2, 1))
@@ -203,6 +243,10 @@ def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
 
 def quant(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
     return QuantSpec(bits=bits, outliers={"fraction": outliers}, **options)
+
+
+def trellis(bits: int, **options: object) -> QuantSpec:
+    return quant(bits, 0.0, trellis=True, **options)
 
 
 def token(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
@@ -254,6 +298,20 @@ CASES = {
         sink_logits=True,
         tail=100,
     ),
+    "trellis1-64-mha": Case(64, 1, trellis(1), trellis(2)),
+    "trellis3-128-g4": Case(128, 4, trellis(3), trellis(4), codebooks=3),
+    "trellis4-64-g3-bfloat16": Case(
+        64, 3, trellis(4), trellis(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
+    ),
+    "trellis7-64-g2": Case(64, 2, trellis(7), trellis(5), "none"),
+    "trellis-mixed4-128-g4-phase-rotation": Case(
+        128,
+        4,
+        trellis(4, phase=True, variable_bits=True),
+        trellis(3, variable_bits=True, rotation=True),
+        codebooks=2,
+    ),
+    "trellis-mixed6-64-g4-token-values": Case(64, 4, trellis(6, variable_bits=True), token(2)),
     "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
 }
 

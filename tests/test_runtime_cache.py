@@ -105,8 +105,16 @@ def test_sliding_windows_over_several_pages(family, implementation):
     assert any(dropped)
 
 
-def test_left_padding_over_several_pages_and_sinks_in_different_pages():
-    assert_same_logits(tiny("llama"), RECIPES["nuq3-exact"], [200, 150, *[1] * 3], padding=(0, 270, 31))
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_every_width_matches_with_a_trellis(bits: int):
+    static = {"bits": bits, "granularity": "channel", "dynamic": False, "trellis": True, "outliers": {}}
+    spec = recipe(key=static, value={**static, "bits": 8 - bits}, recent_tokens=bits, sink_tokens=bits % 3)
+    assert_same_logits(tiny("qwen3"), spec, [66, 1, 1], codebooks=2 + 4 * (bits % 2))
+
+
+@pytest.mark.parametrize("name", ["nuq3-exact", "trellis"])
+def test_left_padding_over_several_pages_and_sinks_in_different_pages(name):
+    assert_same_logits(tiny("llama"), RECIPES[name], [200, 150, *[1] * 3], padding=(0, 270, 31))
 
 
 def test_one_call_chunks_and_single_tokens_store_the_same():
@@ -139,7 +147,7 @@ def near_exact():
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_generate_finds_the_sequences_of_the_plain_cache(family, search):
     model = tiny(family)
-    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    artifact = artifact_for(model, RECIPES["trellis" if family == "mistral" else "nuq4-1p"])
     ids = token_ids(2, 37)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -167,10 +175,13 @@ def test_assisted_generation_crops_the_cache(family, near_exact):
     assert torch.equal(ours, generate(model, input_ids=ids))
 
 
-@pytest.mark.parametrize("kept", [101, 96, 75, 64, 33, 2])
-def test_crop_matches_the_plain_cache(kept):
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [*(("nuq3-exact", kept) for kept in (101, 96, 75, 64, 33, 2)), ("trellis", 75), ("trellis", 33)],
+)
+def test_crop_matches_the_plain_cache(name, kept):
     model = tiny("llama")
-    artifact = artifact_for(model, RECIPES["nuq3-exact"])
+    artifact = artifact_for(model, RECIPES[name])
     ids = token_ids(2, 320, seed=3)
     cache = KVQCache(artifact, model)
     recording = record(cache)

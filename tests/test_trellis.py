@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq_calib.packing import pack_units, slice_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import LayerGeometry, QuantSpec
-from kvq_calib.trellis import best_path, level_index
+from kvq_calib.trellis import best_path, level_index, level_index_bytes
 
 
 def error_of(levels: torch.Tensor, codes: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -93,3 +94,11 @@ def test_a_trellis_needs_static_thresholds_and_a_spare_bit() -> None:
         QuantSpec(bits=3, trellis=True, granularity="token", dynamic=True)
     with pytest.raises(ValueError, match="at most 7"):
         QuantSpec(bits=8, trellis=True)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_bytes_of_packed_codes_become_indices_as_single_codes_do(width: int) -> None:
+    codes = torch.randint(0, 1 << width, (3, 5, 32), generator=torch.Generator().manual_seed(0))
+    data = slice_bytes(pack_units(codes, width), width).flatten(-2)
+    index = level_index_bytes(data, width)
+    assert torch.equal(torch.stack((index & 15, index >> 4), dim=-1).flatten(-2), level_index(codes))

@@ -317,7 +317,10 @@ class _AppendSide(ctypes.Structure):
             (name, _P)
             for name in ("x", "pages", "cosine", "sine", "phase_pair", "scale", "reciprocal", "zero_point")
         ),
-        *((name, _P) for name in ("levels", "boundaries", "bits", "word_offset")),
+        *(
+            (name, _P)
+            for name in ("levels", "boundaries", "bits", "word_offset", "feedback", "feedback_scale")
+        ),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
         *(
@@ -325,13 +328,14 @@ class _AppendSide(ctypes.Structure):
             for name in ("type", "words", "level_count", "level_stride", "token", "channel_normalized")
         ),
         *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat")),
+        *((name, _I) for name in ("trellis", "boundary_count")),
     )
 
 
 class _AppendParams(ctypes.Structure):
     _fields_ = (
         ("side", _AppendSide * 2),
-        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block")),
+        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "fed_warps", "padding")),
     )
 
 
@@ -351,7 +355,7 @@ class _DequantizeParams(ctypes.Structure):
             (name, _I)
             for name in ("level_count", "level_stride", "heads", "head_dim", "words", "first_block")
         ),
-        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "type")),
+        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "trellis", "type")),
     )
 
 
@@ -383,19 +387,13 @@ def _turns(radians: Tensor) -> Tensor:
 def _planes(levels: Tensor, entries: int) -> Tensor:
     """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
 
-    Up to 16 entries the low bytes of all, then the high bytes; more stand as they are.
+    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
     """
     padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
     width = min(entries, levels.shape[-1])
     padded[..., :width] = levels[..., :width]
     pairs: Tensor = padded.view(torch.uint8).unflatten(-1, (entries, 2))
-    return (pairs.mT if entries <= 16 else pairs).flatten(-2).contiguous()
-
-
-def _entries(widths: Sequence[int]) -> int:
-    """Levels in a table row: what byte permutes serve, or all."""
-    widest = max(widths)
-    return 8 if widest <= 3 else 1 << widest
+    return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -415,6 +413,8 @@ class DecodeVariant:
     softcap: bool
     query_bfloat: bool
     storage_bfloat: bool
+    key_trellis: bool = False
+    value_trellis: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -431,8 +431,8 @@ class KernelTables:
 
     Attributes:
         bits, word_offset: uint8 and int32 ``[C]``.
-        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``; ``level_stride`` is 0 where all
-            channels share the row.
+        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
+            neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
     """
 
@@ -443,6 +443,7 @@ class KernelTables:
         self.heads, self.head_dim = geometry.num_kv_heads, geometry.head_dim
         self.words = PAGE_BLOCKS * layout.words_per_block
         self.token = layout.token_params
+        self.trellis = quantizer.spec.trellis
         self.channel_normalized = quantizer.spec.channel_normalized
         self.cap = quantizer.outlier_cap
         self.storage_bfloat = quantizer.storage == torch.bfloat16
@@ -451,7 +452,10 @@ class KernelTables:
         shared = params.codebook.shape[0] == 1 and len(set(layout.widths)) == 1
         rows = slice(0, 1) if shared else slice(None)
         self.levels = quantizer.levels[rows].contiguous()
-        self.boundaries = quantizer.boundaries[rows].contiguous()
+        if self.trellis:
+            self.boundaries = ((self.levels[:, :-4] + self.levels[:, 4:]) * 0.5).contiguous()
+        else:
+            self.boundaries = quantizer.boundaries[rows].contiguous()
         self.level_stride = 0 if shared else 1
         self.scale = None if params.scale is None else params.scale.contiguous()
         self.zero_point = None if params.zero_point is None else params.zero_point.contiguous()
@@ -518,8 +522,8 @@ class KernelTables:
 
     @property
     def entries(self) -> int:
-        """Levels in a row of the decode kernel's table."""
-        return _entries(self.quantizer.layout.widths)
+        """Levels in a row of the decode kernel's table: what byte permutes serve, or all."""
+        return max(8, self.quantizer.spec.level_count(max(self.quantizer.layout.widths)))
 
     @cached_property
     def order(self) -> Tensor:
@@ -777,6 +781,8 @@ def decode_attention(
         softcap=softcap is not None,
         query_bfloat=query.dtype == torch.bfloat16,
         storage_bfloat=storage == torch.bfloat16,
+        key_trellis=key.trellis,
+        value_trellis=value.trellis,
     )
     # Two thread blocks share a multiprocessor; a block has four warps, which take a page each.
     packed_splits = min(max(2 * launcher.multiprocessors // (heads * subgroups * batch), 1), -(-pages // 4))
@@ -917,12 +923,8 @@ def _append_chunk(
                 f"new {table.kind}s are {tuple(x.shape)} on {x.device}, expected "
                 f"{(batch, heads, blocks * BLOCK_TOKENS, size)} on {device}"
             )
-        rotation, phase = table.quantizer.params.rotation, table.phase
-        if table.quantizer.params.feedback is not None:
-            fed, _ = table.quantizer.with_feedback(table.quantizer.transform(x))
-            source, phase = fed.unflatten(-1, (heads, size)).transpose(1, 2), None
-        else:
-            source = x if rotation is None else x.float() @ rotation
+        parameters, phase = table.quantizer.params, table.phase
+        source = x if parameters.rotation is None else x.float() @ parameters.rotation
         if source.stride(3) != 1 or source.dtype not in _TYPES:
             raise RuntimeMismatchError(
                 f"new {table.kind}s are {x.dtype} with strides {x.stride()}; make them contiguous"
@@ -940,6 +942,8 @@ def _append_chunk(
             boundaries=_pointer(table.boundaries),
             bits=table.bits.data_ptr(),
             word_offset=table.word_offset.data_ptr(),
+            feedback=_pointer(parameters.feedback),
+            feedback_scale=_pointer(parameters.feedback_scale),
             stride=(_L * 3)(source.stride(0), source.stride(1), source.stride(2)),
             type=_TYPES[source.dtype],
             words=table.words,
@@ -951,6 +955,8 @@ def _append_chunk(
             cap=table.cap,
             capacity=BLOCK_TOKENS * table.cap,
             storage_bfloat=int(table.storage_bfloat),
+            trellis=int(table.trellis),
+            boundary_count=table.boundaries.shape[1],
         )
         if phase is not None:
             side.cosine, side.sine, side.phase_pair = (part.data_ptr() for part in phase)
@@ -964,11 +970,21 @@ def _append_chunk(
             side.outlier_count = count.data_ptr()
             counts.append((table, tensor, index, residual, count))
         sides.append(side)
-    params = _AppendParams(
-        side=(_AppendSide * 2)(*sides), batch=batch, heads=heads, head_dim=size, first_block=place
-    )
     chunks = -(-size // 32)
     shared = 32 * ctypes.sizeof(_F) * 5 + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks
+    fed_warps = 0
+    if any(table.quantizer.params.feedback is not None for table in tables):
+        of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
+        fed_warps = min(heads, _APPEND_THREADS // 32, max(launcher.shared_limit // of_head, 1))
+        shared = max(shared, fed_warps * of_head)
+    params = _AppendParams(
+        side=(_AppendSide * 2)(*sides),
+        batch=batch,
+        heads=heads,
+        head_dim=size,
+        first_block=place,
+        fed_warps=fed_warps,
+    )
     launcher.launch("append.cu", (), "append_blocks", (blocks, batch, 2), _APPEND_THREADS, shared, params)
     if counts:
         per_block = torch.stack([count.flatten(1).sum(1) for *_, count in counts]).tolist()  # the host read
@@ -1085,6 +1101,7 @@ def dequantize(
         token=int(table.token),
         channel_normalized=int(table.channel_normalized),
         storage_bfloat=int(table.storage_bfloat),
+        trellis=int(table.trellis),
         type=_TYPES[dtype],
     )
     shared = 4 * BLOCK_TOKENS * size

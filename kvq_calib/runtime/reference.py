@@ -28,6 +28,7 @@ from kvq_calib.packing import (
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
 from kvq_calib.spec import RopeSpec
+from kvq_calib.trellis import level_index, level_index_bytes
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
@@ -210,6 +211,7 @@ class _Group:
         rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
         codebooks: int64, the rows of the codebook that the channels use.
         part: int64 ``[n]``, which of these each channel uses.
+        count: levels of a channel; with a trellis twice as many as codes.
     """
 
     width: int
@@ -217,17 +219,18 @@ class _Group:
     rows: Tensor | None
     codebooks: Tensor
     part: Tensor
+    count: int
 
     @property
     def paired(self) -> bool:
         """Whether the levels of two codes are looked up at once."""
-        return 0 < self.width <= 4 and len(self.codebooks) <= MAX_BYTE_TABLES
+        return self.width > 0 and self.count <= 16 and len(self.codebooks) <= MAX_BYTE_TABLES
 
 
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Up to 4 bits, levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
+    Up to 16 levels, they are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
     as one float64. Bytes are brought into the order of the channels first, being an eighth of what they
     become, so that one lookup serves all widths.
 
@@ -254,16 +257,20 @@ class PageReader:
 
     def _widths(self) -> Iterator[_Group]:
         index = self.quantizer.params.codebook_index.to(torch.int64)
+
+        def group(width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
+            used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
+            return _Group(width, channels, rows, used, part, self.quantizer.spec.level_count(width))
+
         widths = set(self.layout.widths)
         if len(widths) == 1 and 0 not in widths:
-            yield _Group(widths.pop(), None, None, *torch.unique(index, return_inverse=True))
+            yield group(widths.pop(), None, None)
             return
         for width, channels, rows in self.layout.groups(self.device):
-            found = torch.unique(index[channels], return_inverse=True)
-            yield _Group(width, channels, rows.flatten(), *found)
+            yield group(width, channels, rows.flatten())
         if 0 in widths:
             channels = (self.quantizer.params.bits == 0).nonzero().flatten()
-            yield _Group(0, channels, channels[:0], *torch.unique(index[channels], return_inverse=True))
+            yield group(0, channels, channels[:0])
 
     def _pair_tables(self) -> tuple[Tensor, Tensor | None]:
         byte = torch.arange(256, device=self.device)
@@ -273,7 +280,7 @@ class PageReader:
             first = 256 * sum(len(table) for table in tables)
             chosen = slice(None) if group.channels is None else group.channels
             start[chosen, 0] = (first + 256 * group.part).to(torch.int32)
-            mask = (1 << group.width) - 1
+            mask = group.count - 1
             levels = self.quantizer.params.codebook[group.codebooks]
             tables.append(torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1))
         if not tables:
@@ -292,11 +299,10 @@ class PageReader:
         return order
 
     def _level_table(self, group: _Group) -> tuple[Tensor, Tensor | None]:
-        count = 1 << group.width
-        levels = self.quantizer.params.codebook[group.codebooks, :count].flatten().clone()
+        levels = self.quantizer.params.codebook[group.codebooks, : group.count].flatten().clone()
         if len(group.codebooks) == 1:
             return levels, None
-        return levels, (group.part * count).to(torch.int32)[:, None]
+        return levels, (group.part * group.count).to(torch.int32)[:, None]
 
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
@@ -358,9 +364,9 @@ class PageReader:
         """
         y = self._look_up(self._bytes(words), self._pairs, self._pairs_start) if self._paired else None
         for group, levels, start in self._single:
-            part = self._look_up(
-                unpack_units(self._units(group, words), group.width).flatten(3), levels, start
-            )
+            codes = unpack_units(self._units(group, words), group.width)
+            index = level_index(codes) if self.quantizer.spec.trellis else codes
+            part = self._look_up(index.flatten(3), levels, start)
             if group.channels is None:
                 return part
             if y is None:
@@ -371,7 +377,12 @@ class PageReader:
 
     def _bytes(self, words: Tensor) -> Tensor:
         """What selects level pairs, uint8 ``[pages, B, C, 128]``; anything for channels without pairs."""
-        parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
+        parts = []
+        for group in self._paired:
+            data = slice_bytes(self._units(group, words), group.width).flatten(4)
+            if self.quantizer.spec.trellis:
+                data = level_index_bytes(data, group.width)
+            parts.append(data.flatten(3))
         if self._order is None:
             return parts[0]
         return torch.cat(parts, dim=2).index_select(2, self._order)

@@ -214,6 +214,7 @@ template <class T> inline T shim_shuffle(T value, int source) {
     memcpy(&result, out, sizeof(T));
     return result;
 }
+template <class T> inline T __shfl_sync(unsigned, T value, int source) { return shim_shuffle(value, source); }
 template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim_shuffle(value, threadIdx.x % shim::kLanes ^ mask);
 }
@@ -257,6 +258,9 @@ inline float atomicAdd(float *target, float value) {  // fibers are not interrup
 template <class T> inline T __ldg(const T *source) { return *source; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int shift) {
+    return shift % 32 ? high << shift % 32 | low >> (32 - shift % 32) : high;
+}
 inline float __uint_as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 inline float __fadd_rn(float a, float b) { return a + b; }
