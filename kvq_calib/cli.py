@@ -37,6 +37,8 @@ def _run(command: click.Command) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except SystemExit:
+        raise
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is a whole line
         if debug and not isinstance(error, KeyboardInterrupt | click.Abort | click.ClickException):
