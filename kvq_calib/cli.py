@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,6 +285,11 @@ def calibrate_command(
         before["reading the text"] = time.monotonic() - started
         first = next(iter(outputs.values()))
         checkpoint = first.with_name(f"{first.name}.checkpoint")
+
+        def save(artifacts: Mapping[str, KVArtifact]) -> None:
+            for name, file in outputs.items():
+                artifacts[name].save(file)
+
         try:
             result = calibrate(
                 loaded.model,
@@ -295,6 +300,7 @@ def calibrate_command(
                 checkpoint=checkpoint,
                 resume=resume,
                 progress=progress,
+                deliver=save,
             )
         except KeyboardInterrupt as stop:
             if checkpoint.exists():
@@ -303,11 +309,8 @@ def calibrate_command(
     if rank > 0:  # one rank writes and speaks
         return
     for name, file in outputs.items():
-        finished = result.artifacts[name]
-        finished.save(file)
-        click.echo(
-            f"{file}: {finished.bits_per_element(4096):.3f} bits per element at 4096 tokens of context"
-        )
+        bits = result.artifacts[name].bits_per_element(4096)
+        click.echo(f"{file}: {bits:.3f} bits per element at 4096 tokens of context")
     if profile:
         from kvq_calib.profiling import profile_lines
 

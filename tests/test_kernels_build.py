@@ -239,7 +239,7 @@ def test_a_launch_that_fails(gpu) -> None:
 def test_no_pycuda(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    with pytest.raises(RuntimeMismatchError, match=r"pip install kvq-calib\[cuda\]"):
+    with pytest.raises(RuntimeMismatchError, match="pip install pycuda"):
         cuda.PyCudaLauncher(torch.device("cuda", 0))
 
 

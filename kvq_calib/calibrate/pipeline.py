@@ -85,6 +85,7 @@ def calibrate(
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    deliver: Callable[[Mapping[str, KVArtifact]], None] | None = None,
 ) -> Calibrated:
     """Calibrate one model for one or several recipes.
 
@@ -96,6 +97,8 @@ def calibrate(
         checkpoint: file that keeps the statistics of a run; removed when it is complete.
         resume: go on from ``checkpoint`` if it is there. The result is the same as without interruption.
         progress: told after every window.
+        deliver: called with the artifacts on rank 0 while the checkpoint is still there, so that a disk that is full
+            when they are saved costs no work.
 
     Raises:
         CalibrationError: activations that are not finite, or a checkpoint of another run.
@@ -110,6 +113,8 @@ def calibrate(
     run.first_pass()
     run.second_pass()
     artifacts = run.fit(model_id, model_config)
+    if deliver is not None and world()[0] == 0:
+        deliver(artifacts)
     if checkpoint is not None:
         run.checkpoint_file().unlink(missing_ok=True)
     held = sum(t.nbytes for each in run.statistics.values() for t in each.state().values())

@@ -154,9 +154,7 @@ class PyCudaLauncher:
         try:
             import pycuda.driver as driver
         except ImportError as error:
-            raise RuntimeMismatchError(
-                f"pycuda cannot be imported ({error}); pip install kvq-calib[cuda]"
-            ) from error
+            raise RuntimeMismatchError(f"pycuda cannot be imported ({error}); pip install pycuda") from error
         self._driver = driver
         self.device = torch.device(
             device.type, torch.cuda.current_device() if device.index is None else device.index
