@@ -28,7 +28,7 @@ from kvq_calib.packing import (
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
 from kvq_calib.spec import RopeSpec
-from kvq_calib.trellis import level_index, level_index_bytes
+from kvq_calib.trellis import level_index, lowest_bits_before, pair_index
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
@@ -38,7 +38,7 @@ WORK_ELEMENTS = 1 << 19
 SCORE_ELEMENTS = 1 << 22
 #: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
 ANGLE_ELEMENTS = 1 << 22
-#: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
+#: Codebooks of one width up to which byte-wise tables (2 KiB each, 8 with a trellis) are kept.
 MAX_BYTE_TABLES = 4
 #: Below every real score, and finite, so that differences of running maxima are never NaN.
 _FLOOR = -1e30
@@ -209,8 +209,8 @@ class _Group:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
         rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
-        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles; or float32
-            ``[L * r]``, levels.
+        table: float64 ``[256 * r]``, each the two float32 levels of a byte's nibbles (``[1024 * r]`` with a trellis:
+            they depend on two codes before); or float32 ``[L * r]``, levels.
         offset: int32 ``[n, 1]``, where each channel's part of the table starts, or ``None`` for one part.
     """
 
@@ -259,15 +259,16 @@ class PageReader:
         codebook, index = self.quantizer.params.codebook, self.quantizer.params.codebook_index.to(torch.int64)
         used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
         levels = codebook[used, : self.quantizer.spec.level_count(width)]
-        count = levels.shape[1]
-        if width > 0 and count <= 16 and len(used) <= MAX_BYTE_TABLES:
-            byte = torch.arange(256, device=self.device)
-            mask = count - 1
-            table = torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1)
-            table = table.contiguous().view(torch.float64).flatten()
-            size = 256
+        if 0 < width <= 4 and len(used) <= MAX_BYTE_TABLES:
+            if self.quantizer.spec.trellis:
+                pairs = pair_index(width).to(self.device)
+            else:
+                byte = torch.arange(256, device=self.device)
+                pairs = torch.stack((byte, byte >> 4), dim=-1) & ((1 << width) - 1)
+            table = levels[:, pairs].contiguous().view(torch.float64).flatten()
+            size = len(pairs)
         else:
-            table, size = levels.flatten().clone(), count
+            table, size = levels.flatten().clone(), levels.shape[1]
         offset = (part * size).to(torch.int32)[:, None] if len(used) > 1 else None
         return _Group(width, channels, rows, table, offset)
 
@@ -344,10 +345,10 @@ class PageReader:
         if group.rows is not None:
             words = words.index_select(2, group.rows)
         units = words.view(pages, batch, -1, PAGE_BLOCKS, width)
-        trellis = self.quantizer.spec.trellis
+        trellis, before = self.quantizer.spec.trellis, None
         if group.table.dtype == torch.float64:
             data = slice_bytes(units, width).flatten(4)
-            data = level_index_bytes(data, width) if trellis else data
+            before = lowest_bits_before(data) if trellis else None
         else:
             data = unpack_units(units, width)
             data = level_index(data) if trellis else data
@@ -357,6 +358,8 @@ class PageReader:
             index.copy_(data)
         else:
             torch.add(data, group.offset[..., None], out=index)
+        if before is not None:
+            index.add_(before.flatten(3).permute(1, 2, 0, 3), alpha=256)
         found = group.table.index_select(0, index.flatten())
         return found.view(torch.float32).view(batch, -1, pages * PAGE_TOKENS)
 
