@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvq_calib.packing import BLOCK_TOKENS
 
-__all__ = ["best_path", "level_index", "level_index_bytes"]
+__all__ = ["best_path", "level_index", "lowest_bits_before", "pair_index"]
 
 
 def level_index(codes: Tensor) -> Tensor:
@@ -40,24 +40,38 @@ def level_index(codes: Tensor) -> Tensor:
     return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
 
 
-def level_index_bytes(data: Tensor, width: int) -> Tensor:
-    """:func:`level_index` of codes that stand in nibbles, eight tokens or more at a time.
+def pair_index(width: int) -> Tensor:
+    """Level indices of the two tokens whose codes share a byte, a nibble each.
+
+    Args:
+        width: of the codes, 1 to 4; bits of a nibble above are not looked at.
+
+    Returns:
+        int64 ``[1024, 2]``; row ``256 * before + byte``, with ``before`` of :func:`lowest_bits_before`.
+    """
+    row = torch.arange(1024)
+    mask = (1 << width) - 1
+    codes = torch.stack((row >> 8 & 1, row >> 9, row & mask, row >> 4 & mask), dim=-1)
+    return level_index(codes)[:, 2:]
+
+
+def lowest_bits_before(data: Tensor) -> Tensor:
+    """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
 
     Args:
         data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.packing.slice_bytes` returns them, tokens in
-            order; bits above the code are not looked at.
-        width: of the codes, 1 to 3.
+            order.
 
     Returns:
-        The same dtype and shape, a level index of ``width + 1`` bits in each nibble.
+        The same dtype and shape.
     """
     free = data & 0x11
-    long_before = torch.empty_like(free)  # two tokens back is the byte before
-    long_before.view(-1)[1:] = free.view(-1)[:-1]
-    long_before[..., 0] = 0
-    before = (free << 4).bitwise_or_(long_before >> 4)
-    index = (data & 0x11 * ((1 << width) - 2)).bitwise_or_(free.bitwise_xor_(long_before))
-    return index.bitwise_left_shift_(1).bitwise_or_(before)
+    free |= free >> 3
+    free &= 3
+    before = torch.empty_like(free)
+    before.view(-1)[1:] = free.view(-1)[:-1]
+    before[..., 0] = 0
+    return before
 
 
 def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

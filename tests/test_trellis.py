@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvq_calib.packing import pack_units, slice_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import LayerGeometry, QuantSpec
-from kvq_calib.trellis import best_path, level_index, level_index_bytes
+from kvq_calib.trellis import best_path, level_index, lowest_bits_before, pair_index
 
 
 def error_of(levels: torch.Tensor, codes: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -96,9 +96,9 @@ def test_a_trellis_needs_static_thresholds_and_a_spare_bit() -> None:
         QuantSpec(bits=8, trellis=True)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
 def test_bytes_of_packed_codes_become_indices_as_single_codes_do(width: int) -> None:
     codes = torch.randint(0, 1 << width, (3, 5, 32), generator=torch.Generator().manual_seed(0))
     data = slice_bytes(pack_units(codes, width), width).flatten(-2)
-    index = level_index_bytes(data, width)
-    assert torch.equal(torch.stack((index & 15, index >> 4), dim=-1).flatten(-2), level_index(codes))
+    row = 256 * lowest_bits_before(data).to(torch.int64) + data
+    assert torch.equal(pair_index(width)[row].flatten(-2), level_index(codes))

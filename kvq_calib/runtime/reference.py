@@ -28,7 +28,7 @@ from kvq_calib.packing import (
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
 from kvq_calib.spec import RopeSpec
-from kvq_calib.trellis import level_index, level_index_bytes
+from kvq_calib.trellis import level_index, lowest_bits_before, pair_index
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
@@ -224,14 +224,14 @@ class _Group:
     @property
     def paired(self) -> bool:
         """Whether the levels of two codes are looked up at once."""
-        return self.width > 0 and self.count <= 16 and len(self.codebooks) <= MAX_BYTE_TABLES
+        return 0 < self.width <= 4 and len(self.codebooks) <= MAX_BYTE_TABLES
 
 
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Up to 16 levels, they are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
-    as one float64. Bytes are brought into the order of the channels first, being an eighth of what they
+    Up to 4 bits, levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved
+    as one float64; with a trellis, the byte and the lowest bits of the two codes before it. Bytes are brought into the order of the channels first, being an eighth of what they
     become, so that one lookup serves all widths.
 
     Args:
@@ -273,20 +273,27 @@ class PageReader:
             yield group(0, channels, channels[:0])
 
     def _pair_tables(self) -> tuple[Tensor, Tensor | None]:
-        byte = torch.arange(256, device=self.device)
         start = torch.zeros(self.layout.channels, 1, dtype=torch.int32, device=self.device)
         tables: list[Tensor] = []
+        first = 0
         for group in self._paired:
-            first = 256 * sum(len(table) for table in tables)
+            rows = self._pair_rows(group.width)
             chosen = slice(None) if group.channels is None else group.channels
-            start[chosen, 0] = (first + 256 * group.part).to(torch.int32)
-            mask = group.count - 1
-            levels = self.quantizer.params.codebook[group.codebooks]
-            tables.append(torch.stack((levels[:, byte & mask], levels[:, byte >> 4 & mask]), dim=-1))
+            start[chosen, 0] = (first + len(rows) * group.part).to(torch.int32)
+            tables.append(self.quantizer.params.codebook[group.codebooks][:, rows])
+            first += len(rows) * len(group.codebooks)
         if not tables:
             return torch.empty(0, dtype=torch.float64, device=self.device), None
         pairs = torch.cat(tables).contiguous().view(torch.float64).flatten()
         return pairs, start if bool(start.any()) else None
+
+    def _pair_rows(self, width: int) -> Tensor:
+        """Level indices of the two tokens of a pair, int64 ``[256, 2]`` by byte; ``[1024, 2]`` with a trellis."""
+        if self.quantizer.spec.trellis:
+            return pair_index(width).to(self.device)
+        byte = torch.arange(256, device=self.device)
+        mask = (1 << width) - 1
+        return torch.stack((byte & mask, byte >> 4 & mask), dim=-1)
 
     def _paired_order(self) -> Tensor | None:
         order = torch.zeros(self.layout.channels, dtype=torch.int64, device=self.device)
@@ -362,7 +369,7 @@ class PageReader:
         Args:
             words: codes of the pages, int32 ``[pages, B, W, 8]``.
         """
-        y = self._look_up(self._bytes(words), self._pairs, self._pairs_start) if self._paired else None
+        y = self._look_up(self._pair_places(words), self._pairs, self._pairs_start) if self._paired else None
         for group, levels, start in self._single:
             codes = unpack_units(self._units(group, words), group.width)
             index = level_index(codes) if self.quantizer.spec.trellis else codes
@@ -375,17 +382,14 @@ class PageReader:
         assert y is not None
         return y
 
-    def _bytes(self, words: Tensor) -> Tensor:
-        """What selects level pairs, uint8 ``[pages, B, C, 128]``; anything for channels without pairs."""
-        parts = []
-        for group in self._paired:
-            data = slice_bytes(self._units(group, words), group.width).flatten(4)
-            if self.quantizer.spec.trellis:
-                data = level_index_bytes(data, group.width)
-            parts.append(data.flatten(3))
-        if self._order is None:
-            return parts[0]
-        return torch.cat(parts, dim=2).index_select(2, self._order)
+    def _pair_places(self, words: Tensor) -> Tensor:
+        """What selects level pairs, integers ``[pages, B, C, 128]``; anything for channels without pairs."""
+        parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
+        data = parts[0] if self._order is None else torch.cat(parts, dim=2).index_select(2, self._order)
+        if not self.quantizer.spec.trellis:
+            return data
+        before = lowest_bits_before(data.unflatten(-1, (PAGE_BLOCKS, -1))).flatten(-2)
+        return before.to(torch.int16).bitwise_left_shift_(8).bitwise_or_(data)
 
     @staticmethod
     def _units(group: _Group, words: Tensor) -> Tensor:
@@ -396,7 +400,7 @@ class PageReader:
 
     @staticmethod
     def _look_up(data: Tensor, table: Tensor, start: Tensor | None) -> Tensor:
-        """Entries of a table, float32 ``[B, n, S]``, by uint8 ``[pages, B, n, x]`` from each channel's start."""
+        """Entries of a table, float32 ``[B, n, S]``, by integers ``[pages, B, n, x]`` from each channel's start."""
         data = data.permute(1, 2, 0, 3)
         index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
         if start is None:
