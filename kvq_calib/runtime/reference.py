@@ -248,7 +248,7 @@ class PageReader:
         self.separable = not (self.layout.token_params or self.layout.outlier_cap)
         groups = list(self._widths())
         self._paired = [group for group in groups if group.paired]
-        #: Float64 ``[256 * tables]`` of level pairs, and int32 ``[C, 1]`` where each channel's table starts.
+        #: Float64 ``[rows]`` of level pairs, a table after the other, and int32 ``[C, 1]`` where each channel's table starts.
         self._pairs, self._pairs_start = self._pair_tables()
         #: Int64 ``[C]``: where each channel stands among the paired ones, or ``None`` for the same place.
         self._order = self._paired_order()
