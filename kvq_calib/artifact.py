@@ -35,7 +35,7 @@ from kvq_calib.spec import (
     expected_tensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30

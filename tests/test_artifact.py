@@ -29,7 +29,9 @@ from kvq_calib.files import WriteError
 from kvq_calib.quantizer import QuantParams
 from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, LayerSpec, OutlierSpec, QuantSpec, RopeSpec
 
-GOLDEN = Path(__file__).parent / "golden" / "tiny.kvq.safetensors"
+GOLDEN_FILES = Path(__file__).parent / "golden"
+#: Of the present version.
+GOLDEN = GOLDEN_FILES / "tiny-2.kvq.safetensors"
 GEOMETRY = KVGeometry(
     layers=(
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=4, rope=0),
@@ -115,6 +117,13 @@ def test_golden_bytes():
     assert same(KVArtifact.load(GOLDEN), tiny())
 
 
+def test_files_of_older_versions_are_read():
+    """Version 1 knows no trellis."""
+    old = GOLDEN_FILES / "tiny-1.kvq.safetensors"
+    assert b'"trellis' not in old.read_bytes()
+    assert same(KVArtifact.load(old), tiny())
+
+
 def test_random_artifacts_round_trip():
     for seed in range(5):
         made = replace(random_artifact(GEOMETRY, SPEC, seed=seed), model={"id": "x", "config": {}})
@@ -180,7 +189,7 @@ def test_wrong_tensors_are_named(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m.update(format_version=2), ArtifactVersionError, "update kvq-calib"),
+        (lambda m: m.update(format_version=3), ArtifactVersionError, "update kvq-calib"),
         (lambda m: m.update(format_version="1"), ArtifactMetadataError, "format_version"),
         (lambda m: m.update(format_version=True), ArtifactMetadataError, "format_version"),
         (lambda m: m["spec"].update(sink_tokens=-1), ArtifactMetadataError, "sink_tokens"),
