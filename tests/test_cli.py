@@ -348,14 +348,20 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
     output = tmp_path / "a.kvq.safetensors"
     command = [
         sys.executable, "-c",
-        "import sys, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
+        "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
+        "save = p._Run._save\n"
+        "p._Run._save = lambda run: (save(run), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
         "from kvq_calib.cli import calibrate; calibrate()",
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PAUSE": "0.1"},
+    )  # slow enough to be stopped on a busy machine
     checkpoint = tmp_path / "a.kvq.safetensors.checkpoint"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
