@@ -348,6 +348,8 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
     output = tmp_path / "a.kvq.safetensors"
     command = [
         sys.executable, "-c",
+        # Whoever starts the tests in the background leaves this signal ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
         "save = p._Run._save\n"
         "p._Run._save = lambda run: (save(run), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
