@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for
-from models_zoo import tiny_model, tiny_tokenizer
+from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import calibration_config
@@ -318,6 +318,7 @@ def test_both_ways_of_calibration_end_in_artifacts_of_like_error(
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
 
 
+@needs_whole_models_on_disk
 def test_offloaded_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import offload
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models_zoo import tiny_model, tiny_tokenizer, token_ids
+from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer, token_ids
 
 from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
@@ -38,7 +38,7 @@ def on_disk(model):
 @pytest.mark.parametrize(
     ("spread", "recipe", "assignments"),
     [
-        ({"device_map": {"": "disk"}}, "nuq3-1p", ()),
+        pytest.param({"device_map": {"": "disk"}}, "nuq3-1p", (), marks=needs_whole_models_on_disk),
         (
             {"device_map": "auto", "max_memory": {"cpu": "100KB"}},
             "kvq3",
@@ -65,6 +65,7 @@ def test_offloaded_models_give_the_same_artifact(folder, spread, recipe, assignm
     assert found[0] == found[1]
 
 
+@needs_whole_models_on_disk
 def test_the_backward_pass_holds_the_weights_of_one_layer_at_a_time(folder):
     model = load(folder, device_map={"": "disk"})
     most = []
