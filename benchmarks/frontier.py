@@ -64,7 +64,7 @@ def variants() -> list[Variant]:
         step(3, "and one budget for the model"),
         step(4, "and phases", on=("phase",)),
         step(5, "and error feedback for keys", on=("phase", "feedback")),
-        step(6, "and a part of the weight for wider distributions", on=("phase", "feedback", "shrinkage")),
+        step(6, "and weights shrunk by a quarter towards the mean of the channel", on=("phase", "feedback", "shrinkage")),
         step(7, "and trellis codes", on=("phase", "feedback", "shrinkage", "trellis")),
         step(
             8,
