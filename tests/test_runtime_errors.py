@@ -157,6 +157,29 @@ def test_layers_that_disagree_after_a_failed_pass(llama, artifact):
     fill(llama, cache)
 
 
+@pytest.mark.parametrize("held", [0, 40, 300, 500])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_numbers_that_do_not_fit_leave_the_cache_as_it_was(family, held):
+    model = tiny_model(family)
+    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    cache, clean = KVQCache(artifact, model), KVQCache(artifact, model)
+    if held:
+        fill(model, cache, held)
+        fill(model, clean, held)
+    hook = model.model.layers[-1].self_attn.v_proj.register_forward_hook(
+        lambda module, inputs, output: torch.full_like(output, float("inf"))
+    )
+    before = cache.memory()
+    with pytest.raises(RuntimeMismatchError, match="not finite in float16"):
+        fill(model, cache, 45)  # the layers before the last have stored them
+    hook.remove()
+    if family == "llama":  # what a sliding window has passed may be gone
+        assert cache.memory() == before
+    assert cache.get_seq_length() == held
+    again, expected = (fill(model, each, 3).logits for each in (cache, clean))
+    assert torch.equal(again, expected)
+
+
 def test_crop_behind_what_a_window_has_freed():
     model = tiny_model("mistral")
     cache = KVQCache(artifact_for(model, RECIPES["nuq4-1p"]), model)

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from kvq_calib.packing import PAGE_BLOCKS
 from kvq_calib.rope import Rotation, find_apply_rotary
 from kvq_calib.runtime.attention import attach, mark
 from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.storage import LayerStorage, SlotTable, StorageMark
 
 __all__ = ["KVQCache", "KVQCacheLayer"]
 
@@ -107,9 +108,26 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             ``[B, T, Hq, D]``.
 
         Raises:
-            RuntimeMismatchError: the call does not fit the cache; nothing was stored.
+            RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
+                pass.
         """
         self._pending = False
+        try:
+            return self._attend(module, query, key, value, mask, embeddings, options)
+        except BaseException:
+            self.cache._roll_back()
+            raise
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        embeddings: Any,
+        options: Mapping[str, Any],
+    ) -> Tensor:
         cache, ops = self.cache, self.ops
         batch, _, tokens, size = query.shape
         if module not in cache._modules:
@@ -133,6 +151,7 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         assert table is not None
         if self.sliding_window is not None:
             storage.drop_before(self.length + 1 - self.sliding_window, table)
+        cache._pass.layers.append((storage, storage.mark()))
         ops.append(storage, keys, value, table)
         scaling = options.get("scaling")
         request = AttentionRequest(
@@ -145,6 +164,7 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         attended = ops.attend(request, storage, table)
         if self.index == len(cache.layers) - 1:
             table.angles.clear()
+            cache._pass = _Pass()
         return attended
 
     def _rotation(self, module: nn.Module, embeddings: Any) -> Rotation:
@@ -205,6 +225,20 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("reorder the cache, not one layer of it")
 
 
+@dataclass
+class _Pass:
+    """What it takes to undo the forward pass under way.
+
+    Attributes:
+        length, blocks: slots and packed blocks before it; ``None`` outside a pass.
+        layers: storages that have its tokens, and where they stood.
+    """
+
+    length: int | None = None
+    blocks: int = 0
+    layers: list[tuple[LayerStorage, StorageMark]] = field(default_factory=list)
+
+
 class KVQCache(Cache):  # type: ignore[misc]
     """A packed key-value cache for one model.
 
@@ -254,6 +288,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         self.max_tokens: int | None = limit if max_tokens is None else max_tokens
         self.table: SlotTable | None = None
         self.backend = ops[0].name
+        self._pass = _Pass()
         self._modules = modules
         # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
         ropes = [layer.rope for layer in artifact.geometry.layers]
@@ -330,12 +365,23 @@ class KVQCache(Cache):  # type: ignore[misc]
         return self.table.positions(self.table.length - tokens, self.table.length)
 
     def _begin(self, batch: int, positions: Tensor, real: Tensor | None) -> None:
+        self._pass = _Pass(0) if self.table is None else _Pass(self.table.length, self.table.blocks)
         if self.table is None:
             sinks = self.artifact.spec.sink_tokens
             self.table = SlotTable(batch, sinks, self.recent_tokens, self.device)
             for layer in self.layers:
                 layer.storage = LayerStorage(layer.ops.key, layer.ops.value, batch, sinks, self.device)
         self.table.append(positions, real if real is None else real.expand(batch, -1))
+
+    def _roll_back(self) -> None:
+        """Become what the cache was before the forward pass that failed."""
+        failed, self._pass = self._pass, _Pass()
+        if failed.length == 0:
+            self.reset()
+        elif failed.length is not None and self.table is not None:
+            self.table.crop(failed.length, failed.blocks)
+            for storage, mark in failed.layers:
+                storage.restore(mark)
 
     # ------------------------------------------------------- the rest of Cache
 
@@ -383,6 +429,7 @@ class KVQCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Free everything; the cache can be used again, also for another batch size."""
         self.table = None
+        self._pass = _Pass()
         for layer in self.layers:
             layer.reset()
 

@@ -30,7 +30,7 @@ from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout
 from kvq_calib.quantizer import Quantized, Quantizer
 from kvq_calib.spec import RopeSpec
 
-__all__ = ["LayerStorage", "PackedTensor", "Page", "SlotTable"]
+__all__ = ["LayerStorage", "PackedTensor", "Page", "SlotTable", "StorageMark"]
 
 
 class SlotTable:
@@ -162,9 +162,15 @@ class SlotTable:
         within = torch.arange(BLOCK_TOKENS)
         return torch.where(within < fill, first + within, -1).flatten().to(self.device)
 
-    def crop(self, length: int) -> None:
-        """Forget all slots from ``length`` on."""
+    def crop(self, length: int, blocks: int | None = None) -> None:
+        """Forget all slots from ``length`` on, and all blocks from ``blocks`` on, if given.
+
+        Slots of a forgotten block that stay are slots of the tail again.
+        """
         self.version += 1
+        self.angles.clear()
+        if blocks is not None:
+            del self.first[blocks:], self.fill[blocks:]
         while self.first and self.first[-1] >= length:
             self.first.pop()
             self.fill.pop()
@@ -381,6 +387,22 @@ class PackedTensor:
         return sizes
 
 
+@dataclass(frozen=True)
+class StorageMark:
+    """What :meth:`LayerStorage.restore` needs to undo an append.
+
+    Attributes:
+        blocks: packed blocks.
+        tail_key, tail_value: the exact tail.
+        length: slots held.
+    """
+
+    blocks: int
+    tail_key: Tensor
+    tail_value: Tensor
+    length: int
+
+
 class LayerStorage:
     """Keys and values of one layer: packed blocks, exact tail, exact sinks.
 
@@ -429,7 +451,7 @@ class LayerStorage:
                 both by default.
 
         Raises:
-            RuntimeMismatchError: a number does not fit the storage dtype; nothing was changed.
+            RuntimeMismatchError: a number does not fit the storage dtype; :meth:`restore` undoes what was stored.
         """
         storage = self.tail_key.dtype
         keys, values = keys.to(storage), values.to(storage)
@@ -470,6 +492,16 @@ class LayerStorage:
         token = slots[row, place].to(torch.int64) - start
         self.sink_key[row, :, place] = keys[row, :, token]
         self.sink_value[row, :, place] = values[row, :, token]
+
+    def mark(self) -> StorageMark:
+        """Where the storage stands; costs nothing, since an append makes a new tail."""
+        return StorageMark(self.key.blocks, self.tail_key, self.tail_value, self.length)
+
+    def restore(self, mark: StorageMark) -> None:
+        """Forget what was appended since ``mark``, bit for bit; pages freed since then stay freed."""
+        self.key.truncate(mark.blocks)
+        self.value.truncate(mark.blocks)
+        self.tail_key, self.tail_value, self.length = mark.tail_key, mark.tail_value, mark.length
 
     def crop(self, table: SlotTable) -> None:
         """Follow ``table`` after its :meth:`SlotTable.crop`."""
