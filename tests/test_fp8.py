@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from models_zoo import tiny_model, token_ids
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.cli import artifact_group
 from kvq_calib.errors import ConfigError, KVQError
-from kvq_calib.integrations.fp8 import amax_of, export, losses, read_amax
+from kvq_calib.integrations.fp8 import amax_of, export, losses, read_amax, recorded_amax
 from kvq_calib.spec import KVGeometry, LayerGeometry, RopeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
@@ -148,7 +149,7 @@ def test_what_is_lost_is_named():
         "kmeans levels of keys and values",
         "thresholds for each channel of keys",
         "thresholds for each token of values",
-        "exact outliers (what exceeds the range saturates) of keys and values",
+        "exact outliers of keys and values",
         "4 exact first tokens",
         "20 exact newest tokens",
     ):
@@ -205,11 +206,11 @@ def test_measured_magnitudes_take_the_place_of_what_the_artifact_holds(tmp_path)
         ("{", "cannot read"),
         ("[]", "must hold an object"),
         ('{"keys": [1, 1, 1]}', "must hold an object"),
-        ('{"key": [1, 1]}', "key must be 3 positive numbers"),
-        ('{"value": [1, 1, 0]}', "value must be 3 positive numbers"),
-        ('{"value": [1, 1, NaN]}', "value must be 3 positive numbers"),
-        ('{"value": [1, 1, true]}', "value must be 3 positive numbers"),
-        ('{"value": 3}', "value must be 3 positive numbers"),
+        ('{"key": [1, 1]}', "key must be 3 numbers"),
+        ('{"value": [1, 1, -1]}', "value must be 3 numbers that are not negative"),
+        ('{"value": [1, 1, NaN]}', "value must be 3 numbers that are not negative"),
+        ('{"value": [1, 1, true]}', "value must be 3 numbers that are not negative"),
+        ('{"value": 3}', "value must be 3 numbers that are not negative"),
     ],
 )
 def test_bad_magnitudes_are_refused(tmp_path, content, message):
@@ -218,6 +219,28 @@ def test_bad_magnitudes_are_refused(tmp_path, content, message):
         read_amax(tmp_path / "amax.json", 3)
     with pytest.raises(ConfigError, match="cannot read"):
         read_amax(tmp_path / "missing.json", 3)
+
+
+def test_what_calibration_recorded_comes_before_an_estimate(tmp_path):
+    spec = RECIPES["nuq4-1p"]  # its values have no range of their own
+    made = random_artifact(GEOMETRY, spec)
+    with pytest.raises(ConfigError, match="--amax"):
+        export(made, "fp8-scales")
+    recorded = replace(made, calibration={"amax": {"key": [448.0, 0.0, 1.0], "value": [1.0, 2.0, 3.0]}})
+    recorded.save(tmp_path / "a.kvq.safetensors")
+    artifact = KVArtifact.load(tmp_path / "a.kvq.safetensors")
+    assert recorded_amax(artifact) == recorded.calibration["amax"]
+    tensors = safetensors.torch.load(export(artifact, "fp8-scales")["kv_cache_scales.safetensors"])
+    assert tensors["model.layers.0.self_attn.k_scale"].item() == 1.0
+    assert tensors["model.layers.1.self_attn.k_scale"].item() > 0
+    assert tensors["model.layers.2.self_attn.v_scale"].item() == pytest.approx(3 / 448)
+    tensors = safetensors.torch.load(
+        export(artifact, "fp8-scales", amax={"key": [1.0] * 3})["kv_cache_scales.safetensors"]
+    )
+    assert tensors["model.layers.0.self_attn.k_scale"].item() == pytest.approx(1 / 448)
+    assert tensors["model.layers.2.self_attn.v_scale"].item() == pytest.approx(3 / 448)
+    with pytest.raises(ConfigError, match=r"calibration\.amax of the artifact: key must be 3 numbers"):
+        export(replace(made, calibration={"amax": {"key": [1.0]}}), "fp8-scales")
 
 
 @pytest.mark.model

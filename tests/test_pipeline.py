@@ -106,6 +106,23 @@ def test_thresholds_are_quantiles_of_pre_rope_keys(model):
         )
 
 
+@pytest.mark.parametrize("recipe", ["nuq3-1p", "uniform3", "kvq3-lean"])
+def test_magnitudes_are_those_of_rotated_keys_and_values(model, recipe):
+    largest = {"key": [0.0] * 2, "value": [0.0] * 2}
+
+    def observe(kv):
+        for kind, x in (("key", kv.rotated_keys), ("value", kv.values)):
+            largest[kind][kv.layer] = max(largest[kind][kv.layer], float(x.abs().max()))
+
+    data = windows(samples=4, seqlen=64)
+    with torch.no_grad(), intercept(model, observe):
+        for row in data.ids:
+            model(input_ids=row[None], use_cache=False)
+    recorded = run(model, config(recipe), data).calibration["amax"]
+    assert recorded["key"] == pytest.approx(largest["key"], rel=1e-6)
+    assert recorded["value"] == pytest.approx(largest["value"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "assignments",
     [

@@ -32,7 +32,7 @@ from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
 from kvq_calib.calibrate.sensitivity import error_sensitivity
-from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Statistics
+from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
@@ -309,6 +309,8 @@ class _Run:
             return WeightedHistogram(geometry.channels)
         if family == "covariance":
             return GradientCovariance(geometry.num_kv_heads, geometry.head_dim)
+        if family == "magnitude":
+            return Magnitude()
         return LevelHistogram(weighted=rest.endswith(".fisher"))
 
     def _each_window(self, what: str, names: Iterable[str], step: Callable[[Tensor], None]) -> None:
@@ -366,14 +368,14 @@ class _Run:
         by_layer = _by_layer(subjects)
 
         def observe(kv: LayerKV) -> None:
-            _check_finite(kv)
+            self._look(kv)
             for subject in by_layer.get(kv.layer, ()):
                 x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, subject.config.cache.sink_tokens :]
                 statistics = self.statistics[subject.sketch]
                 assert isinstance(statistics, ChannelHistogram | ChannelMoments)
                 statistics.update(x.float().transpose(1, 2).flatten(2).flatten(0, 1).cpu())
 
-        names = self._prepare(subject.sketch for subject in subjects)
+        names = self._prepare([*(subject.sketch for subject in subjects), *self._magnitudes()])
         with torch.no_grad(), capture(self.model, self._clocked("thresholds", observe)):
             self._each_window("thresholds", names, self._forward)
 
@@ -418,7 +420,7 @@ class _Run:
             statistics.update(values.normalised.flatten(0, 1), outliers, weights)
 
         def observe(kv: LayerKV) -> None:
-            _check_finite(kv)
+            self._look(kv)
             for subject in forward.get(kv.layer, ()):
                 collect(kv, subject, None)
 
@@ -432,7 +434,7 @@ class _Run:
                 collect(kv, subject, gradient)
 
         fed = [subject.covariance for subject in subjects if subject.spec.feedback]
-        names = self._prepare([*(subject.histogram for subject in subjects), *fed])
+        names = self._prepare([*(subject.histogram for subject in subjects), *fed, *self._magnitudes()])
         in_forward, in_backward = (self._clocked("codebooks", each) for each in (observe, observe_gradients))
         if backward:
 
@@ -473,6 +475,30 @@ class _Run:
             statistics.update(y, weights, mean, deviation)
 
         return add
+
+    def _magnitudes(self) -> list[str]:
+        """Names of the largest magnitudes by layer and kind, which every pass over the text looks at."""
+        return [_magnitude(layer, kind) for layer in range(len(self.geometry.layers)) for kind in KINDS]
+
+    def _look(self, kv: LayerKV) -> None:
+        """Note magnitudes, and name the first layer that gives something else than numbers; later ones only follow it."""
+        for kind, x in zip(KINDS, (kv.rotated_keys, kv.values), strict=True):
+            magnitude = self.statistics[_magnitude(kv.layer, kind)]
+            assert isinstance(magnitude, Magnitude)
+            if not magnitude.update(x):
+                raise _not_finite(kv.layer, kind)
+
+    def _amax(self) -> dict[str, Any]:
+        """Per kind the largest magnitude of each layer, as far as the text was looked at."""
+        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for layer in range(len(self.geometry.layers)):
+            for kind in KINDS:
+                magnitude = self.totals.get(_magnitude(layer, kind))
+                if magnitude is None:
+                    return {}
+                assert isinstance(magnitude, Magnitude)
+                found[kind].append(float(magnitude.largest))
+        return {"amax": found}
 
     def _prepare(self, names: Iterable[str]) -> list[str]:
         """Make the accumulators that are not there from a checkpoint."""
@@ -614,6 +640,7 @@ class _Run:
                     "recipe": name,
                     "settings": config.model_dump(mode="json", exclude={"cache"}),
                     "data": dict(self.windows.source),
+                    **self._amax(),
                     **learning,
                     "versions": {
                         "kvq-calib": _version("kvq-calib"),
@@ -650,11 +677,9 @@ def _by_layer(subjects: Iterable[_Subject]) -> dict[int, list[_Subject]]:
     return grouped
 
 
-def _check_finite(kv: LayerKV) -> None:
-    """Name the first layer that gives something else than numbers; later ones only follow it."""
-    for kind, x in zip(KINDS, (kv.rotated_keys, kv.values), strict=True):
-        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
-            raise _not_finite(kv.layer, kind)
+def _magnitude(layer: int, kind: Kind) -> str:
+    """Name of the statistics of rotated keys or of values as they are."""
+    return f"magnitude.{layer}.{kind}"
 
 
 def _not_finite(layer: int, kind: Kind) -> CalibrationError:

@@ -138,6 +138,40 @@ class ChannelHistogram:
         dist.all_reduce(self.high, op=dist.ReduceOp.MAX)
 
 
+class Magnitude:
+    """Largest magnitude of a tensor over all tokens.
+
+    Args:
+        device: where to accumulate.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.largest = torch.zeros(1, device=device)
+
+    def update(self, x: Tensor) -> bool:
+        """Add values of any shape; whether all are finite."""
+        # NaN is the maximum of whatever contains it.
+        low, high = x.detach().aminmax()
+        self.largest = torch.maximum(self.largest, torch.maximum(-low, high).to(self.largest))
+        return bool(torch.isfinite(self.largest))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"largest": self.largest}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.largest = state["largest"].to(self.largest.device)
+
+    def merge(self, other: Magnitude) -> None:
+        """Add another."""
+        self.largest = torch.maximum(self.largest, other.largest)
+
+    def all_reduce(self) -> None:
+        """The largest over all ranks of the default process group."""
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX)
+
+
 class LevelHistogram:
     """Distribution of normalised values over ``[-1, 1]`` in equal bins: how many fell in each, and their weight.
 

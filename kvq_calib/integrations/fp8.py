@@ -1,8 +1,9 @@
 """Scales of FP8 key-value caches, in the files that vLLM, TensorRT-LLM and SGLang read.
 
 Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and one
-for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. An artifact holds
-no ``amax``, but per channel what its quantizer reaches; :func:`amax_of` says what follows from that. File and key names
+for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. Calibration records it
+(:func:`recorded_amax`); for an artifact from elsewhere, :func:`amax_of` says what follows from what its quantizers
+reach. File and key names
 are those that the three projects document; ``docs/integrations.md`` lists them.
 """
 
@@ -25,7 +26,7 @@ from kvq_calib.files import WriteError, write_atomically
 from kvq_calib.quantizer import QuantParams
 from kvq_calib.spec import KINDS, Kind, QuantSpec, RopeSpec
 
-__all__ = ["DEFAULT_PREFIX", "Amax", "Format", "amax_of", "export", "losses", "read_amax", "write"]
+__all__ = ["DEFAULT_PREFIX", "Amax", "Format", "amax_of", "export", "losses", "read_amax", "recorded_amax", "write"]
 
 Format = Literal["fp8-scales", "modelopt", "sglang"]
 DEFAULT_PREFIX = "model.layers.{layer}.self_attn"
@@ -105,8 +106,9 @@ def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
 
     Args:
         artifact: the artifact.
-        amax: measured magnitudes, for whose kinds nothing is estimated.
+        amax: measured magnitudes, for whose kinds nothing is estimated; what the artifact records by default.
     """
+    measured = {**recorded_amax(artifact), **(amax or {})}
     specs = artifact.spec.resolved(len(artifact.layers))
     features: dict[str, dict[Kind, None]] = {}
 
@@ -121,14 +123,14 @@ def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
                 lost("a width for each channel", kind)
             lost(f"thresholds for each {spec.granularity}", kind)
             if spec.outliers.fraction > 0:
-                lost("exact outliers (what exceeds the range saturates)", kind)
+                lost("exact outliers", kind)
             for name in ("phase", "rotation"):
                 if getattr(spec, name):
                     lost(f"{name}s", kind)
             for name, what in (("feedback", "error feedback"), ("trellis", "trellis codes")):
                 if getattr(spec, name):
                     lost(what, kind)
-            if (spec.variable_bits or spec.datatype == "learned") and not (amax and kind in amax):
+            if (spec.variable_bits or spec.datatype == "learned") and kind not in measured:
                 lost("a true range (it is estimated from the levels; --amax takes a measured one)", kind)
     words = [f"{what} of {' and '.join(_PLURAL[kind] for kind in kinds)}" for what, kinds in features.items()]
     for count, what in ((artifact.spec.sink_tokens, "first"), (artifact.spec.recent_tokens, "newest")):
@@ -147,22 +149,40 @@ def read_amax(path: str | os.PathLike[str], layers: int) -> Amax:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    return _checked(content, layers, str(path))
+
+
+def recorded_amax(artifact: KVArtifact) -> Amax:
+    """What calibration measured: the largest magnitude of rotated keys and of values of each layer over its text, all
+    tokens counted. Empty where the artifact records nothing.
+
+    Raises:
+        ConfigError: the record is something else.
+    """
+    content = artifact.calibration.get("amax")
+    return {} if content is None else _checked(content, len(artifact.layers), "calibration.amax of the artifact")
+
+
+def _checked(content: Any, layers: int, where: str) -> Amax:
     if not isinstance(content, dict) or not content or content.keys() - set(KINDS):
-        raise ConfigError(f'{path} must hold an object with "key" or "value" or both')
+        raise ConfigError(f'{where} must hold an object with "key" or "value" or both')
     for kind, numbers in content.items():
         good = isinstance(numbers, list) and all(
-            isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+            isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
             for number in numbers
         )
         if not good or len(numbers) != layers:
-            raise ConfigError(f"{path}: {kind} must be {layers} positive numbers, one for each layer")
+            raise ConfigError(
+                f"{where}: {kind} must be {layers} numbers that are not negative, one for each layer"
+            )
     return content
 
 
 def _scales(artifact: KVArtifact, amax: Amax | None) -> dict[Kind, list[float]]:
     scales: dict[Kind, list[float]] = {}
+    measured = {**recorded_amax(artifact), **(amax or {})}
     for kind, held in amax_of(artifact).items():
-        numbers: list[float | None] = held if amax is None or kind not in amax else list(amax[kind])
+        numbers: list[float | None] = list(measured[kind]) if kind in measured else held
         known = [number for number in numbers if number is not None]
         if len(known) < len(numbers):
             raise ConfigError(
@@ -188,7 +208,7 @@ def export(
         artifact: the artifact.
         format: ``fp8-scales`` (compressed-tensors, as vLLM reads it), ``modelopt`` (as TensorRT-LLM reads it) or
             ``sglang`` (its ``--quantization-param-path``).
-        amax: magnitude for each layer that takes the place of what the artifact holds.
+        amax: magnitude for each layer that takes the place of what the artifact records or holds.
         prefix: name of an attention module in the checkpoint, with ``{layer}`` for its number; not for ``sglang``.
         ranks: tensor-parallel ranks, for ``sglang`` alone, which lists the scales for each.
 
