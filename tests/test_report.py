@@ -409,7 +409,7 @@ def test_no_point_of_the_frontier_is_beaten():
         svg.Point(str(n), *at, "")
         for n, at in enumerate([(3, 0.1), (2, 0.5), (4, 0.2), (3, 0.05), (5, 0.01)])
     ]
-    assert [point.name for point in svg.pareto(points)] == ["1", "3", "4"]
+    assert [point.name for point in svg.on_frontier(points)] == ["1", "3", "4"]
     drawn = svg.frontier(points, "t", "x", "y")
     assert drawn.count("<circle") == 5
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import EvalConfig
 from kvq_calib.data import TokenWindows
+from kvq_calib.evaluate import pareto
 from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
 from kvq_calib.evaluate.rivals import Rival
 from kvq_calib.geometry import model_geometry
@@ -81,7 +82,7 @@ class Comparison:
             if rival.on_frontier
         ]
         for artifact in self.artifacts:
-            better = [rival.result.name for rival in self.rivals if _beats(rival.result, artifact.result)]
+            better = [rival.result.name for rival in self.rivals if pareto.beats(_at(rival.result), _at(artifact.result))]
             if better:
                 lines.append(
                     f"{artifact.result.name} is beaten by {', '.join(better)}: fewer bits and less divergence"
@@ -89,16 +90,13 @@ class Comparison:
         return lines
 
 
-def _beats(one: PerplexityResult, other: PerplexityResult) -> bool:
-    """As good in both, better in one."""
-    ours, theirs = (one.bits_per_element, one.kl_mean), (other.bits_per_element, other.kl_mean)
-    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
-
-
 def frontier(results: Sequence[PerplexityResult]) -> list[PerplexityResult]:
     """Those that no other beats in bits and mean divergence, by rising bits."""
-    best = [one for one in results if not any(_beats(other, one) for other in results)]
-    return sorted(best, key=lambda result: (result.bits_per_element, result.kl_mean))
+    return pareto.frontier(results, _at)
+
+
+def _at(result: PerplexityResult) -> tuple[float, float]:
+    return result.bits_per_element, result.kl_mean
 
 
 def runnable(

@@ -341,7 +341,7 @@ def _frontiers(chosen: Sequence[Subject], results: Sequence[Results]) -> list[di
                     subject is not None,
                 )
             )
-        best = {id(point) for point in svg.pareto(points)}
+        best = {id(point) for point in svg.on_frontier(points)}
         beaten = [
             subject.name
             for point, result in zip(points, rows, strict=True)

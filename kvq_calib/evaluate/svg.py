@@ -13,6 +13,8 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from kvq_calib.evaluate import pareto
+
 __all__ = [
     "Axis",
     "Chart",
@@ -22,7 +24,7 @@ __all__ = [
     "frontier",
     "grouped_bars",
     "lines",
-    "pareto",
+    "on_frontier",
     "plain",
 ]
 
@@ -240,14 +242,9 @@ class Point:
     own: bool = False
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats: is as good in bits and divergence, and better in one. By rising bits."""
-
-    def beaten(point: Point) -> bool:
-        at = (point.bits, point.kl)
-        return any(p.bits <= at[0] and p.kl <= at[1] and (p.bits, p.kl) != at for p in points)
-
-    return sorted((point for point in points if not beaten(point)), key=lambda point: point.bits)
+def on_frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in bits and divergence, by rising bits."""
+    return pareto.frontier(points, lambda point: (point.bits, point.kl))
 
 
 def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) -> Markup:
@@ -260,7 +257,7 @@ def frontier(points: Sequence[Point], title: str, x_label: str, y_label: str) ->
     )
     # Steps: between two points nothing was measured, so the better of both is not promised.
     edge: list[tuple[float, float]] = []
-    for point in pareto(points):
+    for point in on_frontier(points):
         edge += [(point.bits, edge[-1][1]), (point.bits, point.kl)] if edge else [(point.bits, point.kl)]
     if len(edge) > 1:
         chart.line(edge, "edge")
