@@ -82,7 +82,11 @@ class Comparison:
             if rival.on_frontier
         ]
         for artifact in self.artifacts:
-            better = [rival.result.name for rival in self.rivals if pareto.beats(_at(rival.result), _at(artifact.result))]
+            better = [
+                rival.result.name
+                for rival in self.rivals
+                if pareto.beats(_at(rival.result), _at(artifact.result))
+            ]
             if better:
                 lines.append(
                     f"{artifact.result.name} is beaten by {', '.join(better)}: fewer bits and less divergence"

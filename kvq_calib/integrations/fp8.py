@@ -26,7 +26,17 @@ from kvq_calib.files import WriteError, write_atomically
 from kvq_calib.quantizer import QuantParams
 from kvq_calib.spec import KINDS, Kind, QuantSpec, RopeSpec
 
-__all__ = ["DEFAULT_PREFIX", "Amax", "Format", "amax_of", "export", "losses", "read_amax", "recorded_amax", "write"]
+__all__ = [
+    "DEFAULT_PREFIX",
+    "Amax",
+    "Format",
+    "amax_of",
+    "export",
+    "losses",
+    "read_amax",
+    "recorded_amax",
+    "write",
+]
 
 Format = Literal["fp8-scales", "modelopt", "sglang"]
 DEFAULT_PREFIX = "model.layers.{layer}.self_attn"
@@ -160,7 +170,9 @@ def recorded_amax(artifact: KVArtifact) -> Amax:
         ConfigError: the record is something else.
     """
     content = artifact.calibration.get("amax")
-    return {} if content is None else _checked(content, len(artifact.layers), "calibration.amax of the artifact")
+    return (
+        {} if content is None else _checked(content, len(artifact.layers), "calibration.amax of the artifact")
+    )
 
 
 def _checked(content: Any, layers: int, where: str) -> Amax:
