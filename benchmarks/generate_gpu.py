@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from common import environment
+from gpu_recipes import RECIPES, Recipe
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.geometry import model_geometry
 from kvq_calib.models import model_fingerprint
-from kvq_calib.quantizer import QuantParams
 from kvq_calib.runtime import KVQCache
-from kvq_calib.spec import KVCacheSpec, QuantSpec
+from kvq_calib.spec import KINDS, KVCacheSpec
 
 LENGTHS = (4096, 8192, 32768, 131072)
 CHUNK = 8192
@@ -51,31 +51,18 @@ def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
         torch.set_default_dtype(default)
 
 
-def build_artifact(model: LlamaForCausalLM, bits: int) -> KVArtifact:
-    """Normally distributed levels and thresholds for keys and values of unit spread: speed needs no better."""
-    outliers = {"fraction": 0.01}
-    spec = KVCacheSpec(
-        key=QuantSpec(bits=bits, outliers=outliers),
-        value=QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=outliers),
-    )
-    geometry = model_geometry(model)
-    levels = torch.special.ndtri((torch.arange(1 << bits) + 0.5) / (1 << bits))
-    levels = (levels / levels.abs().max())[None]
-
-    def params(channels: int, static: bool) -> QuantParams:
-        numbers = (
-            {"scale": torch.full((channels,), 2.576), "zero_point": torch.zeros(channels)} if static else {}
-        )
-        widths = torch.full((channels,), bits, dtype=torch.uint8)
-        return QuantParams(widths, levels, torch.zeros(channels, dtype=torch.int32), **numbers)
-
+def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
+    """For keys and values of unit spread: speed needs no better."""
+    specs, geometry = recipe.specs(), model_geometry(model)
     layers = tuple(
-        LayerParams(key=params(layer.channels, True), value=params(layer.channels, False))
-        for layer in geometry.layers
+        LayerParams(**{kind: recipe.params(kind, layer, geometry.rope_of(index)) for kind in KINDS})
+        for index, layer in enumerate(geometry.layers)
     )
     section = {"id": "random", "config": model_fingerprint(model)}
-    rates: dict[str, list[float]] = {kind: [0.01] * len(layers) for kind in ("key", "value")}
-    return KVArtifact(spec, geometry, layers, section, {}, rates)
+    rates: dict[str, list[float]] = {
+        kind: [specs[kind].outliers.fraction * layer.channels for layer in geometry.layers] for kind in KINDS
+    }
+    return KVArtifact(KVCacheSpec(**specs), geometry, layers, section, {}, rates)
 
 
 def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device) -> None:
@@ -135,7 +122,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--recipe", choices=list(RECIPES), nargs="+", default=list(RECIPES))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device; nothing was measured", file=sys.stderr)
@@ -143,9 +130,9 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     model = build_model(arguments.layers, device)
     caches: dict[str, Any] = {"dynamic": lambda: DynamicCache(config=model.config)}
-    for bits in arguments.bits:
-        artifact = build_artifact(model, bits)
-        caches[f"kvq{bits}"] = lambda artifact=artifact: KVQCache(artifact, model)
+    for name in arguments.recipe:
+        artifact = build_artifact(model, RECIPES[name])
+        caches[name] = lambda artifact=artifact: KVQCache(artifact, model)
     rows = []
     for name, make in caches.items():
         lengths = list(LENGTHS)

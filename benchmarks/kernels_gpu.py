@@ -1,7 +1,7 @@
 """Decode attention from the packed cache against what else could be done with the same tokens, on one GPU.
 
-For the shapes of three models, context lengths and batch sizes it times our kernels at 4, 3 and 2 bits with 1%
-outliers, torch's scaled_dot_product_attention over float16 keys and values (its flash decoding), a plain float16
+For the shapes of three models, context lengths and batch sizes it times our kernels with KVQuant's recipes (4, 3 and 2
+bits, 1% outliers) and ours (mixed widths, trellis codes), torch's scaled_dot_product_attention over float16 keys and values (its flash decoding), a plain float16
 matrix-vector pair, the same pair with FP8, and takes a device-to-device copy as the ceiling. Medians of CUDA
 events; inputs are rotated so that no cache serves them; what does not fit into memory is left out and named.
 """
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 from common import environment
+from gpu_recipes import OUTLIERS, RECIPES, Recipe
 from torch import Tensor
 
 from kvq_calib.errors import KVQError
 from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
-from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime import cuda
 from kvq_calib.runtime.storage import LayerStorage
-from kvq_calib.spec import Kind, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.spec import KINDS, Kind, LayerGeometry, RopeSpec
 
-OUTLIERS = 0.01
 #: Least bytes that a rotation of inputs spans: several times any second-level cache.
 ROTATED_BYTES = 512 << 20
 REPEATS, WARM_UP = 41, 5
@@ -46,20 +46,25 @@ class Shape:
 SHAPES = {"LLaMA-7B": Shape(32, 32), "Llama-3-8B": Shape(32, 8), "Mistral-7B": Shape(32, 8)}
 LENGTHS = (2048, 8192, 32768, 131072, 524288, 1048576)
 BATCHES = (1, 8)
-BITS = (4, 3, 2)
 
 
 class PackedLayer:
-    """A layer's packed keys and values with random contents: full pages, 1% outliers, positions in order.
+    """A layer's packed keys and values with random contents: full pages, positions in order.
 
     Args:
-        bits: of keys (per channel, before RoPE) and values (per token).
+        recipe: widths, and whether there are outliers.
         shape, tokens, batch: how much of it. ``tokens`` is a multiple of 256.
         launcher, device: where it runs.
     """
 
     def __init__(
-        self, bits: int, shape: Shape, tokens: int, batch: int, launcher: cuda.Launcher, device: torch.device
+        self,
+        recipe: Recipe,
+        shape: Shape,
+        tokens: int,
+        batch: int,
+        launcher: cuda.Launcher,
+        device: torch.device,
     ) -> None:
         self.launcher, self.shape, self.tokens, self.batch = launcher, shape, tokens, batch
         half = shape.head_dim // 2
@@ -70,65 +75,41 @@ class PackedLayer:
         geometry = LayerGeometry(
             num_query_heads=shape.query_heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, rope=0
         )
-        outliers = {"fraction": OUTLIERS}
-        specs: dict[Kind, QuantSpec] = {
-            "key": QuantSpec(bits=bits, outliers=outliers),
-            "value": QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=outliers),
-        }
-        channels = geometry.channels
-        levels = torch.special.ndtri((torch.arange(1 << bits) + 0.5) / (1 << bits))
-        static = {"scale": torch.full((channels,), 2.5), "zero_point": torch.zeros(channels)}
         self.quantizers = {
-            kind: Quantizer(
-                spec,
-                QuantParams(
-                    torch.full((channels,), bits, dtype=torch.uint8),
-                    (levels / levels.abs().max())[None],
-                    torch.zeros(channels, dtype=torch.int32),
-                    **(static if kind == "key" else {}),
-                ).to(device),
-                geometry,
-                rope,
-            )
-            for kind, spec in specs.items()
+            kind: Quantizer(spec, recipe.params(kind, geometry, rope).to(device), geometry, rope)
+            for kind, spec in recipe.specs().items()
         }
         self.tables = {kind: cuda.KernelTables(q, kind) for kind, q in self.quantizers.items()}
         self.held: list[Tensor] = []
-        self.pages = {kind: self._pages(bits, kind, device) for kind in specs}
+        self.pages = {kind: self._pages(kind, device) for kind in KINDS}
         start = torch.arange(0, tokens, BLOCK_TOKENS, dtype=torch.int32, device=device)
         blocks = torch.stack((start, torch.full_like(start, -1)), dim=-1).expand(batch, -1, -1).contiguous()
         self.context = cuda.DecodeContext(blocks, torch.empty(batch, 0, dtype=torch.int32, device=device))
         none = torch.empty(batch, shape.kv_heads, 0, shape.head_dim, dtype=torch.float16, device=device)
         self.exact = [(none, none), (none, none)]
 
-    def _pages(self, bits: int, kind: Kind, device: torch.device) -> Tensor:
+    def _pages(self, kind: Kind, device: torch.device) -> Tensor:
         shape, batch, count = self.shape, self.batch, self.tokens // PAGE_TOKENS
-        words = PAGE_BLOCKS * shape.kv_heads * shape.head_dim * bits
-        lists = PAGE_BLOCKS * batch * shape.kv_heads
-        each = round(OUTLIERS * BLOCK_TOKENS * shape.head_dim)
-        codes = torch.randint(
-            -(2**31),
-            2**31,
-            (count, batch * words),
-            dtype=torch.int64,
-            device="cpu" if device.type == "cpu" else device,
-        ).to(torch.int32)
-        place = (
-            torch.randint(0, BLOCK_TOKENS * shape.head_dim, (count, lists, each), device=device)
-            .sort(-1)
-            .values
+        layout = self.quantizers[kind].layout
+        words = PAGE_BLOCKS * layout.words_per_block
+        codes = torch.randint(-(2**31), 2**31, (count, batch * words), dtype=torch.int64, device=device).to(
+            torch.int32
         )
-        index = (place // shape.head_dim << 11 | place % shape.head_dim).to(torch.int16).view(count, -1)
-        residual = torch.randn(count, lists * each, device=device).half()
-        starts = (
-            (each * torch.arange(lists + 1, dtype=torch.int32, device=device)).expand(count, -1).contiguous()
-        )
-        buffers = [codes, index, residual, starts]
-        params = None
-        if kind == "value":
+        self.held.append(codes)
+        index = residual = starts = params = None
+        if layout.outlier_cap:
+            lists = PAGE_BLOCKS * batch * shape.kv_heads
+            each = round(OUTLIERS * BLOCK_TOKENS * shape.head_dim)
+            place = torch.randint(0, BLOCK_TOKENS * shape.head_dim, (count, lists, each), device=device)
+            place = place.sort(-1).values
+            index = (place // shape.head_dim << 11 | place % shape.head_dim).to(torch.int16).view(count, -1)
+            residual = torch.randn(count, lists * each, device=device).half()
+            starts = each * torch.arange(lists + 1, dtype=torch.int32, device=device)
+            starts = starts.expand(count, -1).contiguous()
+            self.held += [index, residual, starts]
+        if layout.token_params:
             params = torch.rand(count, batch, PAGE_TOKENS, 2, device=device).half()
-            buffers.append(params)
-        self.held += buffers
+            self.held.append(params)
 
         def address(tensor: Tensor | None) -> Tensor:
             if tensor is None:
@@ -137,7 +118,7 @@ class PackedLayer:
             return tensor.data_ptr() + stride * torch.arange(count, dtype=torch.int64)
 
         columns = [address(tensor) for tensor in (codes, params, index, residual, starts)]
-        columns.append(torch.full((count,), starts.element_size(), dtype=torch.int64))
+        columns.append(torch.full((count,), 4 if starts is None else starts.element_size()))
         return torch.stack(columns, dim=-1).to(device)
 
     @property
@@ -196,14 +177,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def time_ours(
-    bits: int, shape: Shape, tokens: int, batch: int, launcher: cuda.Launcher, device: torch.device
+    recipe: Recipe, shape: Shape, tokens: int, batch: int, launcher: cuda.Launcher, device: torch.device
 ):
     """Seconds and bytes of our decode attention, or why not."""
-    expected = 2.4 * batch * tokens * shape.kv_heads * shape.head_dim * (bits + 0.6) / 8
+    expected = 2.4 * batch * tokens * shape.kv_heads * shape.head_dim * (recipe.bits + 0.6) / 8
     copies = copies_for(int(expected))
     if not fits(int(expected) * (copies + 3)):  # drawing codes needs room for a while
         return {"left_out": "memory"}
-    layers = [PackedLayer(bits, shape, tokens, batch, launcher, device) for _ in range(copies)]
+    layers = [PackedLayer(recipe, shape, tokens, batch, launcher, device) for _ in range(copies)]
     query = torch.randn(batch, shape.query_heads, shape.head_dim, device=device).half()
     seconds = median_seconds([lambda layer=layer: layer.attend(query) for layer in layers])
     return {"seconds": seconds, "bytes": layers[0].nbytes}
@@ -261,9 +242,11 @@ def time_fp8(sets: list[tuple[Tensor, ...]], query: Tensor) -> float:
     return median_seconds([lambda kv=kv: pair(*kv) for kv in eights])
 
 
-def time_append(bits: int, shape: Shape, batch: int, launcher: cuda.Launcher, device: torch.device) -> float:
+def time_append(
+    recipe: Recipe, shape: Shape, batch: int, launcher: cuda.Launcher, device: torch.device
+) -> float:
     """Seconds of packing 32 tokens, divided by 32."""
-    layer = PackedLayer(bits, shape, PAGE_TOKENS, batch, launcher, device)
+    layer = PackedLayer(recipe, shape, PAGE_TOKENS, batch, launcher, device)
     quantizers, tables = layer.quantizers, layer.tables
     tokens = torch.randn(2, batch, shape.kv_heads, BLOCK_TOKENS, shape.head_dim, device=device).half()
 
@@ -282,8 +265,8 @@ def check(launcher: cuda.Launcher, device: torch.device) -> None:
     """
     for name, shape in SHAPES.items():
         small = Shape(shape.query_heads // 8, shape.kv_heads // 8, shape.head_dim)
-        for bits in BITS:
-            layer = PackedLayer(bits, small, 2 * PAGE_TOKENS, 2, launcher, device)
+        for recipe_name, recipe in RECIPES.items():
+            layer = PackedLayer(recipe, small, 2 * PAGE_TOKENS, 2, launcher, device)
             query = torch.randn(2, small.query_heads, small.head_dim, device=device).half()
             positions = (
                 torch.arange(2 * PAGE_TOKENS, dtype=torch.int32, device=device).expand(2, -1).contiguous()
@@ -306,8 +289,8 @@ def check(launcher: cuda.Launcher, device: torch.device) -> None:
             out = layer.attend(query).double()
             error = float((out - want).norm() / want.norm())
             if not error <= 2e-3:  # these keys are spread wider than unit
-                raise KVQError(f"{name} at {bits} bits is off by {error:.1e}; do not trust the timings")
-            print(f"{name} {bits} bits: error {error:.1e}", file=sys.stderr)
+                raise KVQError(f"{name} with {recipe_name} is off by {error:.1e}; do not trust the timings")
+            print(f"{name} {recipe_name}: error {error:.1e}", file=sys.stderr)
 
 
 def main() -> int:
@@ -332,7 +315,7 @@ def main() -> int:
     rows = []
     print(f"copy: {bandwidth / 1e12:.2f} TB/s read and written")
     print(
-        f"{'model':12} {'tokens':>8} {'batch':>5} {'bits':>4} {'us':>9} {'x sdpa':>7} {'x matvec':>8} {'roofline':>8}"
+        f"{'model':12} {'tokens':>8} {'batch':>5} {'recipe':>8} {'us':>9} {'x sdpa':>7} {'x matvec':>8} {'roofline':>8}"
     )
     for name, shape in SHAPES.items():
         for tokens in arguments.lengths:
@@ -340,18 +323,18 @@ def main() -> int:
                 row: dict[str, Any] = {"model": name, "tokens": tokens, "batch": batch}
                 row |= time_float16(shape, tokens, batch, device)
                 torch.cuda.empty_cache()
-                for bits in BITS:
-                    ours = row[f"kvq{bits}"] = time_ours(bits, shape, tokens, batch, launcher, device)
+                for recipe_name, recipe in RECIPES.items():
+                    ours = row[recipe_name] = time_ours(recipe, shape, tokens, batch, launcher, device)
                     torch.cuda.empty_cache()
                     if "seconds" not in ours:
                         continue
-                    ours["append_seconds_per_token"] = time_append(bits, shape, batch, launcher, device)
+                    ours["append_seconds_per_token"] = time_append(recipe, shape, batch, launcher, device)
                     ours["roofline"] = ours["bytes"] / bandwidth / ours["seconds"]
                     for peer in ("sdpa_float16", "matvec_float16", "matvec_fp8"):
                         if "seconds" in row[peer]:
                             ours[f"speedup_{peer}"] = row[peer]["seconds"] / ours["seconds"]
                     print(
-                        f"{name:12} {tokens:8} {batch:5} {bits:4} {ours['seconds'] * 1e6:9.1f} "
+                        f"{name:12} {tokens:8} {batch:5} {recipe_name:>8} {ours['seconds'] * 1e6:9.1f} "
                         f"{ours.get('speedup_sdpa_float16', float('nan')):7.2f} "
                         f"{ours.get('speedup_matvec_float16', float('nan')):8.2f} {ours['roofline']:8.0%}"
                     )

@@ -11,6 +11,8 @@ import torch
 from models_zoo import tiny_model
 from shim.host import HostLauncher, compiler
 
+from kvq_calib.artifact import KVArtifact
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -34,19 +36,24 @@ def test_the_check_before_timing(load, monkeypatch) -> None:
     kernels = load("kernels_gpu")
 
     monkeypatch.setattr(kernels, "SHAPES", {"small": kernels.Shape(32, 8, 64)})
-    monkeypatch.setattr(kernels, "BITS", (3,))
+    chosen = {name: kernels.RECIPES[name] for name in ("nuq3-1p", "kvq3")}
+    monkeypatch.setattr(kernels, "RECIPES", chosen)
     launcher = HostLauncher()
     kernels.check(launcher, torch.device("cpu"))
     assert "decode_attention" in launcher.launches
 
 
 @pytest.mark.model
-def test_the_caches_that_are_compared(load) -> None:
+@pytest.mark.parametrize("recipe", ["nuq3-1p", "kvq4"])
+def test_the_caches_that_are_compared(load, recipe) -> None:
     from kvq_calib.runtime import KVQCache
 
     generate_gpu = load("generate_gpu")
     model = tiny_model("llama")
-    cache = KVQCache(generate_gpu.build_artifact(model, 3), model)
+    artifact = KVArtifact.from_bytes(
+        generate_gpu.build_artifact(model, generate_gpu.RECIPES[recipe]).to_bytes()
+    )
+    cache = KVQCache(artifact, model)
     generate_gpu.fill(cache, model, 300, torch.device("cpu"))
     assert cache.get_seq_length() == 300
     with torch.no_grad():

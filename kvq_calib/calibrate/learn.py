@@ -36,7 +36,8 @@ __all__ = ["Learned", "Trainable", "divergence", "learn"]
 
 #: Tokens whose logits exist at one time.
 _CHUNK = 256
-_BETAS = (0.9, 0.95)
+#: A long memory of squared gradients: one short piece says little about their size.
+_BETAS = (0.9, 0.99)
 _WARMUP_STEPS = 5
 #: How far towards the trained numbers is tried on the window that was not trained on.
 _FRACTIONS = (0.25, 0.5, 1.0)

@@ -337,7 +337,7 @@ class PageReader:
             scale, zero_point = (
                 torch.cat(pairs, dim=-1).float().chunk(2, dim=1)
             )  # contiguous along the tokens
-            y.mul_(scale).add_(zero_point)
+            torch.addcmul(zero_point, y, scale, out=y)
         elif not normalized:
             assert params.scale is not None
             assert params.zero_point is not None

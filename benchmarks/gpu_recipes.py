@@ -1,0 +1,123 @@
+"""Random quantizers in the shape that the recipes give: speed does not depend on what the numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvq_calib.quantizer import QuantParams
+from kvq_calib.spec import Kind, LayerGeometry, QuantSpec, RopeSpec
+
+OUTLIERS = 0.01
+#: Codebooks of one width in the recipes with widths per channel.
+_CODEBOOKS = 2
+#: Thresholds of unit normal numbers that leave 1% out.
+_REACH = 2.576
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Widths and features of a recipe.
+
+    Attributes:
+        shares: by kind, the share of channels that each width from 0 on has.
+        trellis: widths per channel, trellis codes, phases, error feedback and static thresholds, as ``kvq*`` have; else
+            one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
+    """
+
+    shares: Mapping[Kind, tuple[float, ...]]
+    trellis: bool
+
+    @property
+    def bits(self) -> float:
+        """Mean width of a code."""
+        means = [sum(width * share for width, share in enumerate(row)) for row in self.shares.values()]
+        return sum(means) / len(means)
+
+    def specs(self) -> dict[Kind, QuantSpec]:
+        """Of keys and values."""
+        if not self.trellis:
+            bits = len(self.shares["key"]) - 1
+            outliers = {"fraction": OUTLIERS}
+            return {
+                "key": QuantSpec(bits=bits, outliers=outliers),
+                "value": QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=outliers),
+            }
+        static = {"variable_bits": True, "trellis": True, "datatype": "learned", "outliers": {}}
+        bits = {kind: len(row) - 1 for kind, row in self.shares.items()}
+        return {
+            "key": QuantSpec(bits=bits["key"], phase=True, feedback=True, **static),
+            "value": QuantSpec(bits=bits["value"], granularity="channel", dynamic=False, **static),
+        }
+
+    def params(self, kind: Kind, geometry: LayerGeometry, rope: RopeSpec | None) -> QuantParams:
+        """For unit normal keys or values of one layer; the same at every call."""
+        spec, channels = self.specs()[kind], geometry.channels
+        generator = torch.Generator().manual_seed(0)
+        widths = _widths(self.shares[kind], channels, generator)
+        used = sorted(set(widths.tolist()))
+        most = spec.level_count(max(used))
+        books = _CODEBOOKS if spec.variable_bits else 1
+        rows = [
+            _levels(spec.level_count(width), most) * (1 - 0.1 * n) for width in used for n in range(books)
+        ]
+        first = {width: books * number for number, width in enumerate(used)}
+        index = torch.tensor([first[width] for width in widths.tolist()])
+        index += torch.randint(books, (channels,), generator=generator)
+        extra: dict[str, Tensor] = {}
+        if spec.static_channels:
+            extra |= {"scale": torch.full((channels,), _REACH), "zero_point": torch.zeros(channels)}
+        heads, size = geometry.num_kv_heads, geometry.head_dim
+        if spec.phase and rope is not None:
+            extra["phase"] = torch.rand(heads, len(rope.pairs), generator=generator) - 0.5
+        if spec.feedback:
+            count = (heads, size * (size - 1) // 2)
+            extra["feedback"] = torch.randint(-20, 21, count, generator=generator).to(torch.int8)
+            extra["feedback_scale"] = torch.full((heads,), 1e-3)
+        return QuantParams(widths.to(torch.uint8), torch.stack(rows), index.to(torch.int32), **extra)
+
+
+def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:
+    """Widths in random order, int64 ``[C]``, with each width as often as its share says."""
+    ends = (torch.tensor(shares).cumsum(0) / sum(shares) * channels).round().to(torch.int64)
+    counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    widths = torch.arange(len(shares)).repeat_interleave(counts)
+    return widths[torch.randperm(channels, generator=generator)]
+
+
+def _levels(count: int, size: int) -> Tensor:
+    """Quantiles of a normal distribution in ``[-1, 1]``, the last one repeated up to ``size``."""
+    levels = torch.special.ndtri((torch.arange(count) + 0.5) / count)
+    levels = levels / levels.abs().max().clamp(min=1.0)
+    return torch.cat([levels, levels[-1:].expand(size - count)])
+
+
+def _plain(bits: int) -> Recipe:
+    shares = (0.0,) * bits + (1.0,)
+    return Recipe({"key": shares, "value": shares}, trellis=False)
+
+
+#: Shares of the ``kvq`` recipes are those that calibration gave SmolLM2-135M on Wikitext-2.
+RECIPES: dict[str, Recipe] = {
+    "nuq4-1p": _plain(4),
+    "nuq3-1p": _plain(3),
+    "nuq2-1p": _plain(2),
+    "kvq4": Recipe(
+        {
+            "key": (0.0, 0.024, 0.056, 0.228, 0.434, 0.182, 0.076),
+            "value": (0.0, 0.0, 0.007, 0.026, 0.365, 0.493, 0.109),
+        },
+        trellis=True,
+    ),
+    "kvq3": Recipe(
+        {"key": (0.0, 0.085, 0.227, 0.425, 0.183, 0.08), "value": (0.0, 0.005, 0.028, 0.362, 0.484, 0.121)},
+        trellis=True,
+    ),
+    "kvq2": Recipe(
+        {"key": (0.0, 0.349, 0.387, 0.182, 0.082), "value": (0.0, 0.041, 0.38, 0.464, 0.116)},
+        trellis=True,
+    ),
+}
