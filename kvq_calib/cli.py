@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Imports of torch and transformers take seconds: every command imports what it needs, so --help is immediate.
 
 
-def _run(command: click.Command) -> None:
+def run_command(command: click.Command) -> None:
     """Run a command; turn every failure into one line and the right exit status."""
     debug = "--debug" in sys.argv
     # A job that is told to stop writes nothing half, just as on Ctrl-C.
@@ -76,17 +76,17 @@ def _is_ours_to_report() -> bool:
 
 def calibrate() -> None:
     """Entry point of ``kvq-calibrate``."""
-    _run(calibrate_command)
+    run_command(calibrate_command)
 
 
 def evaluate() -> None:
     """Entry point of ``kvq-eval``."""
-    _run(eval_group)
+    run_command(eval_group)
 
 
 def artifact() -> None:
     """Entry point of ``kvq-artifact``."""
-    _run(artifact_group)
+    run_command(artifact_group)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from kvq_calib.cli import _run
+from kvq_calib.cli import run_command
 from kvq_calib.errors import ConfigError
 
 __all__ = ["main"]
@@ -36,4 +36,4 @@ def _command(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """Entry point of ``kvq-lm-eval``."""
-    _run(_command)
+    run_command(_command)

@@ -263,8 +263,5 @@ def packed_tensor(quantized: Quantized, quantizer: Quantizer) -> PackedTensor:
     packed = PackedTensor(quantizer, batch, quantized.codes.device)
     for start in range(0, tokens, PAGE_TOKENS):
         part = slice(start, start + PAGE_TOKENS)
-        packed._write(
-            Quantized(**{n: t[:, part] for n, t in vars(quantized).items() if t is not None}), place=0
-        )
-    packed.blocks = tokens // BLOCK_TOKENS
+        packed.append_codes(Quantized(**{n: t[:, part] for n, t in vars(quantized).items() if t is not None}))
     return packed

@@ -283,14 +283,14 @@ class PackedTensor:
         """
         done, tokens = 0, x.shape[2]
         while done < tokens:  # page by page: the work space does not grow with the prompt
-            place = self.blocks % PAGE_BLOCKS
-            count = min(PAGE_TOKENS - place * BLOCK_TOKENS, tokens - done)
-            self._write(self.quantizer.quantize(x[:, :, done : done + count]), place)
-            self.blocks += count // BLOCK_TOKENS
+            room = PAGE_TOKENS - self.blocks % PAGE_BLOCKS * BLOCK_TOKENS
+            count = min(room, tokens - done)
+            self.append_codes(self.quantizer.quantize(x[:, :, done : done + count]))
             done += count
 
-    def _write(self, q: Quantized, place: int) -> None:
-        layout = self.layout
+    def append_codes(self, q: Quantized) -> None:
+        """Pack whole blocks that are quantized already, no more than the open page has room for."""
+        layout, place = self.layout, self.blocks % PAGE_BLOCKS
         if place == 0:
             self.pages.append(self._new_page())
         page = self.pages[-1]
@@ -314,6 +314,7 @@ class PackedTensor:
             # At most the seven blocks before this one are copied: bounded by the page, not by the cache.
             page.outlier_index = torch.cat((page.outlier_index, lists.index))
             page.outlier_residual = torch.cat((page.outlier_residual, lists.residual))
+        self.blocks += q.codes.shape[1] // BLOCK_TOKENS
 
     def _new_page(self) -> Page:
         layout, storage = self.layout, self.quantizer.storage
