@@ -23,7 +23,7 @@ from gpu_recipes import OUTLIERS, RECIPES, Recipe
 from torch import Tensor
 
 from kvq_calib.errors import KVQError
-from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
+from kvq_calib.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.quantizer import Quantizer
 from kvq_calib.runtime import cuda
 from kvq_calib.runtime.storage import LayerStorage
@@ -102,7 +102,11 @@ class PackedLayer:
             each = round(OUTLIERS * BLOCK_TOKENS * shape.head_dim)
             place = torch.randint(0, BLOCK_TOKENS * shape.head_dim, (count, lists, each), device=device)
             place = place.sort(-1).values
-            index = (place // shape.head_dim << 11 | place % shape.head_dim).to(torch.int16).view(count, -1)
+            index = (
+                (place // shape.head_dim << COORDINATE_BITS | place % shape.head_dim)
+                .to(torch.int16)
+                .view(count, -1)
+            )
             residual = torch.randn(count, lists * each, device=device).half()
             starts = each * torch.arange(lists + 1, dtype=torch.int32, device=device)
             starts = starts.expand(count, -1).contiguous()

@@ -140,21 +140,30 @@ def test_position_ids_of_the_wrong_shape(llama, artifact):
         cache._positions(torch.zeros(3, 1, 5, dtype=torch.int64), 5, cache.device)
 
 
-def test_layers_that_disagree_after_a_failed_pass(llama, artifact):
-    cache = KVQCache(artifact, llama)
+@pytest.mark.parametrize("after", ["run again", "crop", "reset"])
+def test_layers_that_disagree_after_a_failed_pass(llama, artifact, after):
+    cache, clean = KVQCache(artifact, llama), KVQCache(artifact, llama)
     fill(llama, cache)
+    fill(llama, clean)
 
     def fail(*args):
         raise KeyboardInterrupt
 
     hook = llama.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        fill(llama, cache, tokens=1)
+        fill(llama, cache, tokens=30)
     hook.remove()
-    with pytest.raises(RuntimeMismatchError, match=r"failed midway\); reset\(\) it"):
-        fill(llama, cache, tokens=1)
-    cache.reset()
-    fill(llama, cache)
+    if after == "run again":
+        with pytest.raises(RuntimeMismatchError, match=r"failed midway\); what it stored is undone now"):
+            fill(llama, cache, tokens=1)
+    elif after == "crop":
+        cache.crop(35)
+        clean.crop(35)
+    else:
+        cache.reset()
+        clean.reset()
+    assert cache.get_seq_length() == clean.get_seq_length()
+    assert torch.equal(*(fill(llama, each, tokens=3).logits for each in (cache, clean)))
 
 
 @pytest.mark.parametrize("held", [0, 40, 300, 500])

@@ -6,7 +6,8 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -112,60 +113,45 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 pass.
         """
         self._pending = False
-        try:
-            return self._attend(module, query, key, value, mask, embeddings, options)
-        except BaseException:
-            self.cache._roll_back()
-            raise
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        embeddings: Any,
-        options: Mapping[str, Any],
-    ) -> Tensor:
-        cache, ops = self.cache, self.ops
-        batch, _, tokens, size = query.shape
-        if module not in cache._modules:
-            raise RuntimeMismatchError(
-                "this cache was made for another model; make KVQCache(artifact, model) for each"
+        with self.cache._undone_on_failure():
+            cache, ops = self.cache, self.ops
+            batch, _, tokens, size = query.shape
+            if module not in cache._modules:
+                raise RuntimeMismatchError(
+                    "this cache was made for another model; make KVQCache(artifact, model) for each"
+                )
+            visibility = Visibility(mask, self.length + tokens, tokens, options.get("sliding_window"))
+            keys, rotation = key, None
+            if ops.key.spec.pre_rope and ops.key.rope is not None:
+                rotation = self._rotation(module, embeddings)
+                keys = rotation.unrotate(key)
+            if cache._begins(self, batch, tokens):
+                positions = cache._positions(options.get("position_ids"), tokens, query.device)
+                if rotation is not None and self.index in cache._rope_witnesses:
+                    self._check_rope(keys, key, positions)
+                cache._begin(batch, positions, visibility.real())
+            elif rotation is not None and self.index in cache._rope_witnesses:
+                self._check_rope(keys, key, cache.new_positions(tokens))
+            storage, table = self.storage, cache.table
+            assert storage is not None
+            assert table is not None
+            if self.sliding_window is not None:
+                storage.drop_before(self.length + 1 - self.sliding_window, table)
+            cache._pass.layers.append((storage, storage.mark()))
+            ops.append(storage, keys, value, table)
+            scaling = options.get("scaling")
+            request = AttentionRequest(
+                query,
+                visibility,
+                size**-0.5 if scaling is None else float(scaling),
+                options.get("softcap"),
+                options.get("s_aux"),
             )
-        visibility = Visibility(mask, self.length + tokens, tokens, options.get("sliding_window"))
-        keys, rotation = key, None
-        if ops.key.spec.pre_rope and ops.key.rope is not None:
-            rotation = self._rotation(module, embeddings)
-            keys = rotation.unrotate(key)
-        if cache._begins(self, batch, tokens):
-            positions = cache._positions(options.get("position_ids"), tokens, query.device)
-            if rotation is not None and self.index in cache._rope_witnesses:
-                self._check_rope(keys, key, positions)
-            cache._begin(batch, positions, visibility.real())
-        elif rotation is not None and self.index in cache._rope_witnesses:
-            self._check_rope(keys, key, cache.new_positions(tokens))
-        storage, table = self.storage, cache.table
-        assert storage is not None
-        assert table is not None
-        if self.sliding_window is not None:
-            storage.drop_before(self.length + 1 - self.sliding_window, table)
-        cache._pass.layers.append((storage, storage.mark()))
-        ops.append(storage, keys, value, table)
-        scaling = options.get("scaling")
-        request = AttentionRequest(
-            query,
-            visibility,
-            size**-0.5 if scaling is None else float(scaling),
-            options.get("softcap"),
-            options.get("s_aux"),
-        )
-        attended = ops.attend(request, storage, table)
-        if self.index == len(cache.layers) - 1:
-            table.angles.clear()
-            cache._pass = _Pass()
-        return attended
+            attended = ops.attend(request, storage, table)
+            if self.index == len(cache.layers) - 1:
+                table.angles.clear()
+                cache._pass = _Pass()
+            return attended
 
     def _rotation(self, module: nn.Module, embeddings: Any) -> Rotation:
         if embeddings is None:
@@ -334,12 +320,13 @@ class KVQCache(Cache):  # type: ignore[misc]
                     f"the cache holds {self.table.batch} sequences and was given {batch}; "
                     "reset() it, or use batch_select_indices or batch_repeat_interleave"
                 )
-        if layer.length != known:
-            if layer.length + tokens == known and layer.storage is not None:
-                return False
+        if layer.length + tokens == known and layer.storage is not None:
+            return False
+        # A pass that ended early left layers behind; one that begins after it finds its record.
+        if layer.length != known or self._pass.layers:
             raise RuntimeMismatchError(
                 "the layers of the cache hold different numbers of tokens (a forward pass failed midway); "
-                "reset() it"
+                "what it stored is undone now, so run it again"
             )
         if self.max_tokens is not None and known + tokens > self.max_tokens:
             raise RuntimeMismatchError(
@@ -373,8 +360,16 @@ class KVQCache(Cache):  # type: ignore[misc]
                 layer.storage = LayerStorage(layer.ops.key, layer.ops.value, batch, sinks, self.device)
         self.table.append(positions, real if real is None else real.expand(batch, -1))
 
+    @contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._roll_back()
+            raise
+
     def _roll_back(self) -> None:
-        """Become what the cache was before the forward pass that failed."""
+        """Become what the cache was before the forward pass that is under way, if there is one."""
         failed, self._pass = self._pass, _Pass()
         if failed.length == 0:
             self.reset()
@@ -401,6 +396,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         Raises:
             RuntimeMismatchError: a sliding window has freed tokens that would be visible again.
         """
+        self._roll_back()
         length = self.get_seq_length()
         if count > 0:
             kept = count
@@ -434,6 +430,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             layer.reset()
 
     def _select(self, rows: Tensor) -> None:
+        self._roll_back()
         if self.table is None:
             return
         rows = rows.to(self.device)
