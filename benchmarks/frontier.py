@@ -49,6 +49,7 @@ def variants() -> list[Variant]:
         "trellis": ("cache.key.trellis=false", "cache.value.trellis=false"),
         "shrinkage": ("allocation.shrinkage=0",),
         "corrections": ("allocation.corrections=0",),
+        "foreign": ("allocation.foreign=0", "allocation.first_layer=1"),
         "learning": ("learn=null",),
     }
 
@@ -70,6 +71,11 @@ def variants() -> list[Variant]:
             8,
             "and the budget corrected by measured costs",
             on=("phase", "feedback", "shrinkage", "trellis", "corrections"),
+        ),
+        step(
+            9,
+            "and foreign tokens, and four times the weight for the first layer",
+            on=("phase", "feedback", "shrinkage", "trellis", "corrections", "foreign"),
         ),
         Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", "learn=null"), lean),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
@@ -181,7 +187,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes = figure.subplots()
     lines = {
         "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-8", "kvq3-fit", "kvq4-fit"],
+        "kvq without learning": ["kvq2-fit", "step-9", "kvq3-fit", "kvq4-fit"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],

@@ -52,6 +52,11 @@ class AllocationConfig(_Settings):
             again. The estimate by gradients can be far too low where a layer's errors are large.
         shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
             few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
+        foreign: share of tokens drawn from the whole vocabulary in that part of a channel's distribution that follows no
+            weights; all of it in the first layer, where keys and values depend on the token alone. 0 leaves out the
+            forward pass that collects them.
+        first_layer: times that errors of the first layer count. Tokens that the calibration text does not have fare worst
+            there, and no measurement on that text shows it; 4 gives the layer about a bit more.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -61,6 +66,8 @@ class AllocationConfig(_Settings):
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
     codebooks: Annotated[int, Field(ge=1, le=64)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
+    foreign: Annotated[float, Field(ge=0, le=1)] = 0.1
+    first_layer: Annotated[float, Field(gt=0, le=1024)] = 4.0
     corrections: Annotated[int, Field(ge=0, le=8)] = 1
 
 

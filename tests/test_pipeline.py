@@ -199,13 +199,25 @@ def test_work_is_not_lost_when_the_artifact_cannot_be_saved(model, tmp_path, mon
     assert not checkpoint.exists()
 
 
+UNLEARNED = ("kvq3", "learn=null", "allocation.context=65536")
+
+
 @pytest.mark.parametrize(
-    "stop_at", [("thresholds", 2), ("thresholds", 3), ("codebooks", 1), ("codebooks", 3)]
+    ("settings", "stop_at"),
+    [
+        (("nuq3-1p",), ("thresholds", 2)),
+        (("nuq3-1p",), ("thresholds", 3)),
+        (("nuq3-1p",), ("codebooks", 1)),
+        (("nuq3-1p",), ("codebooks", 3)),
+        (UNLEARNED, ("foreign tokens", 1)),
+        (UNLEARNED, ("foreign tokens", 3)),
+        (UNLEARNED, ("codebooks", 2)),
+    ],
 )
-def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, stop_at):
+def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, settings, stop_at):
     monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "run.checkpoint"
-    data, settings = windows(samples=4), config()
+    data, settings = windows(samples=4), config(*settings)
 
     def interrupt(what, done, total):
         if (what, done) == stop_at:
@@ -225,8 +237,9 @@ def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, sto
     assert resumed.to_bytes() == run(model, settings, data).to_bytes()
     assert not checkpoint.exists()
     # The checkpoint is written after the callback, so the window at which the run stopped is done again.
-    before = stop_at[1] - 1 + (4 if stop_at[0] == "codebooks" else 0)
-    assert len(steps) == 8 - before
+    passes = ["thresholds", *(["foreign tokens"] if settings.allocation else []), "codebooks"]
+    every = [(what, done) for what in passes for done in (1, 2, 3, 4)]
+    assert [step for step in steps if step[0] in passes] == every[every.index(stop_at) :]
 
 
 def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
@@ -280,14 +293,14 @@ def test_a_run_says_where_time_and_memory_went(model):
         model_id="",
         model_config={},
     )
-    assert set(result.seconds) == {"thresholds", "codebooks", "learning", "fit"}
+    assert set(result.seconds) == {"thresholds", "foreign tokens", "codebooks", "learning", "fit"}
     assert min(result.seconds.values()) > 0
-    assert set(result.statistics_seconds) == {"thresholds", "codebooks"}
+    assert set(result.statistics_seconds) == {"thresholds", "foreign tokens", "codebooks"}
     for part, seconds in result.statistics_seconds.items():
         assert 0 < seconds < result.seconds[part]
     channels = 2 * 2 * model.config.head_dim  # of two layers
-    # Weighted histograms of keys and values, moments, and gradient covariances of keys.
-    assert result.statistics_bytes == pytest.approx(2 * channels * 4 * 512 * 8, rel=0.05)
+    # Histograms of keys and values, of the text's tokens and of foreign ones, moments, and gradient covariances of keys.
+    assert result.statistics_bytes == pytest.approx(2 * 2 * channels * 4 * 512 * 8, rel=0.05)
     again = calibrate(model, windows(samples=9), {"r": config("nuq3-1p")}, model_id="", model_config={})
     assert again.statistics_bytes == pytest.approx(channels * 1024 * 8 + 2 * 2 * 2 * 4096 * 8, rel=0.01)
     assert list(again.peak_bytes.values()) == sorted(again.peak_bytes.values())

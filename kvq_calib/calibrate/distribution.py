@@ -168,12 +168,21 @@ class WeightedHistogram:
             self.sums[row] += found.view(y.shape[1], -1).to(self.sums.device)
         self.count += y.shape[0]
 
-    def distribution(self, mean: Tensor, deviation: Tensor, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
+    def distribution(
+        self,
+        mean: Tensor,
+        deviation: Tensor,
+        shrinkage: float = 0.0,
+        foreign: WeightedHistogram | None = None,
+        share: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
         """The weighted distribution of one token.
 
         Args:
             mean, deviation: what :meth:`update` was given.
             shrinkage: how far every weight is moved towards the mean of its channel, 0 to 1.
+            foreign: values of the same channels for other tokens, in the same bins.
+            share: of them among the values that the moved part of the weight goes to, 0 to 1.
 
         Returns:
             ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C,
@@ -183,7 +192,10 @@ class WeightedHistogram:
         edges = torch.linspace(-1, 1, WEIGHTED_BINS + 1, dtype=torch.float64)
         edges = mean + deviation * torch.sinh(edges * torch.asinh(torch.tensor(_REACH, dtype=torch.float64)))
         common = self.sums[0].sum(1, keepdim=True) / self.count.clamp(min=1)
-        weight, moment = self.sums[:2] * (1 - shrinkage) + self.sums[2:] * common * shrinkage
+        plain = self.sums[2:]
+        if foreign is not None:
+            plain = plain * (1 - share) + foreign.sums[2:] * (self.count / foreign.count.clamp(min=1)) * share
+        weight, moment = self.sums[:2] * (1 - shrinkage) + plain * common * shrinkage
         middle = (edges[:, 1:] + edges[:, :-1]) / 2
         points = torch.where(weight > 0, moment / weight.clamp(min=torch.finfo(torch.float64).tiny), middle)
         # Rounding must not move a mean out of its bin: points stay sorted. The end bins are open.

@@ -1,7 +1,8 @@
 """Calibration from a model and windows of text to artifacts, in two streaming passes.
 
 Pass one (forward) sketches every channel, which gives static thresholds. Pass two (forward, and backward where
-codebooks are Fisher-weighted) collects the weighted distribution of normalised values, which gives the codebooks.
+codebooks are Fisher-weighted) collects the weighted distribution of normalised values, which gives the codebooks. Recipes
+with an allocation ask for one more (forward) between them, over the text with foreign tokens in it.
 Several recipes share both passes: what two recipes have in common is measured once.
 """
 
@@ -29,6 +30,7 @@ from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.feedback import GradientCovariance
 from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.calibrate.foreign import strewn
 from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
 from kvq_calib.calibrate.sensitivity import error_sensitivity
@@ -111,6 +113,7 @@ def calibrate(
     if resume:
         run.resume()
     run.first_pass()
+    run.foreign_pass()
     run.second_pass()
     artifacts = run.fit(model_id, model_config)
     if deliver is not None and world()[0] == 0:
@@ -180,6 +183,17 @@ class _Subject:
     def covariance(self) -> str:
         """Name of the statistics of its gradients, where errors are fed back."""
         return f"covariance.{self._turned}"
+
+    @property
+    def foreign(self) -> str:
+        """Name of the distribution of its values for tokens drawn from the vocabulary."""
+        return f"foreign.{self._turned}"
+
+    @property
+    def wants_foreign(self) -> bool:
+        """Whether it takes up that distribution."""
+        settings = self.config.allocation
+        return settings is not None and settings.foreign > 0 and settings.shrinkage > 0
 
     @property
     def needs_histogram(self) -> bool:
@@ -305,7 +319,7 @@ class _Run:
             return ChannelMoments(
                 geometry.channels, *pair_channels(rope, geometry.num_kv_heads, geometry.head_dim)
             )
-        if family == "weighted":
+        if family in ("weighted", "foreign"):
             return WeightedHistogram(geometry.channels)
         if family == "covariance":
             return GradientCovariance(geometry.num_kv_heads, geometry.head_dim)
@@ -313,15 +327,21 @@ class _Run:
             return Magnitude()
         return LevelHistogram(weighted=rest.endswith(".fisher"))
 
-    def _each_window(self, what: str, names: Iterable[str], step: Callable[[Tensor], None]) -> None:
-        """Run ``step`` on this rank's windows that are not done yet, then add up what ``names`` lists over ranks."""
+    def _each_window(
+        self, what: str, names: Iterable[str], step: Callable[[Tensor], None], text: Tensor | None = None
+    ) -> None:
+        """Run ``step`` on this rank's windows that are not done yet, then add up what ``names`` lists over ranks.
+
+        Windows are those of the calibration text, or rows of ``text``, int64 ``[N, T]``.
+        """
+        text = self.windows.ids if text is None else text
         rank, ranks = world()
-        mine = range(rank, len(self.windows.ids), ranks)
+        mine = range(rank, len(text), ranks)
         started = time.monotonic()
         for number, index in enumerate(mine):
             if number < self.done.get(what, 0):
                 continue
-            step(self.windows.ids[index : index + 1].to(input_device(self.model)))
+            step(text[index : index + 1].to(input_device(self.model)))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
             self._save()
@@ -383,6 +403,30 @@ class _Run:
         """A forward pass for the hooks alone: the body suffices, logits are nobody's business."""
         self.model.base_model(input_ids=ids, use_cache=False)
 
+    def foreign_pass(self) -> None:
+        """Collect the distribution of values for tokens drawn from the vocabulary, strewn into the text."""
+        subjects = _unique(
+            (subject for subject in self.subjects if subject.wants_foreign), lambda subject: subject.foreign
+        )
+        if not subjects:
+            return
+        by_layer = _by_layer(subjects)
+        weigh = {subject: self._weigh(subject, subject.foreign) for subject in subjects}
+        text, places = strewn(
+            self.windows.ids,
+            self.model.get_input_embeddings().num_embeddings,
+            first=max(1, *(subject.config.cache.sink_tokens for subject in subjects)),
+            seed=next(iter(self.configs.values())).seed,
+        )
+
+        def observe(kv: LayerKV) -> None:
+            for subject in by_layer.get(kv.layer, ()):
+                weigh[subject](_select(kv, subject.kind, subject.spec.pre_rope)[:, :, places], None)
+
+        names = self._prepare(subject.foreign for subject in subjects)
+        with torch.no_grad(), capture(self.model, self._clocked("foreign tokens", observe)):
+            self._each_window("foreign tokens", names, self._forward, text)
+
     def second_pass(self) -> None:
         """Collect the distribution of normalised values, weighted by squared gradients where wanted."""
         subjects = _unique(
@@ -392,7 +436,9 @@ class _Run:
         if not subjects:
             return
         quantizers = {subject: self._quantizer(subject) for subject in subjects if not subject.allocated}
-        weigh = {subject: self._weigh(subject) for subject in subjects if subject.allocated}
+        weigh = {
+            subject: self._weigh(subject, subject.histogram) for subject in subjects if subject.allocated
+        }
         forward = _by_layer(subject for subject in subjects if not subject.weighted)
         backward = _by_layer(subject for subject in subjects if subject.weighted)
 
@@ -446,8 +492,8 @@ class _Run:
             with torch.no_grad(), capture(self.model, in_forward):
                 self._each_window("codebooks", names, self._forward)
 
-    def _weigh(self, subject: _Subject) -> Callable[[Tensor, Tensor | None], None]:
-        """Adds ``[B, H, T, D]`` values and their gradients to the weighted distribution of the subject's channels."""
+    def _weigh(self, subject: _Subject, name: str) -> Callable[[Tensor, Tensor | None], None]:
+        """Adds ``[B, H, T, D]`` values and their gradients to the distribution ``name`` of the subject's channels."""
         geometry = self.geometry.layers[subject.layer]
         rope = self.geometry.rope_of(subject.layer)
         moments = self.totals[subject.sketch]
@@ -470,7 +516,7 @@ class _Run:
                     covariance = self.statistics[subject.covariance]
                     assert isinstance(covariance, GradientCovariance)
                     covariance.update(gradient)
-            statistics = self.statistics[subject.histogram]
+            statistics = self.statistics[name]
             assert isinstance(statistics, WeightedHistogram)
             statistics.update(y, weights, mean, deviation)
 
@@ -571,7 +617,7 @@ class _Run:
             return tuple(
                 LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(self.geometry.layers))
             )
-        moments, histograms, covariances = {}, {}, {}
+        moments, histograms, covariances, foreign = {}, {}, {}, {}
         for at, subject in subjects.items():
             first, second = self.totals[subject.sketch], self.totals[subject.histogram]
             assert isinstance(first, ChannelMoments)
@@ -581,6 +627,10 @@ class _Run:
                 third = self.totals[subject.covariance]
                 assert isinstance(third, GradientCovariance)
                 covariances[at] = third
+            if subject.wants_foreign:
+                fourth = self.totals[subject.foreign]
+                assert isinstance(fourth, WeightedHistogram)
+                foreign[at] = fourth
 
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
             pieces = self.windows.ids[:_SENSITIVITY_PIECES, :_SENSITIVITY_TOKENS]
@@ -589,7 +639,7 @@ class _Run:
             )
 
         return fit_layers(
-            config.cache, config.allocation, self.geometry, moments, histograms, covariances, measure
+            config.cache, config.allocation, self.geometry, moments, histograms, covariances, foreign, measure
         )
 
     def _learn(

@@ -47,6 +47,7 @@ def fit_layers(
     moments: Mapping[Place, ChannelMoments],
     histograms: Mapping[Place, WeightedHistogram],
     covariances: Mapping[Place, GradientCovariance],
+    foreign: Mapping[Place, WeightedHistogram] | None = None,
     measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, float]] | None = None,
 ) -> tuple[LayerParams, ...]:
     """Fit everything a layer stores, for all layers.
@@ -58,6 +59,8 @@ def fit_layers(
         geometry: of the model.
         moments, histograms: statistics of each layer and kind.
         covariances: of the gradients, where errors are fed back.
+        foreign: values for tokens drawn from the vocabulary, in the bins of ``histograms``; without them those of the
+            text stand alone.
         measure: what the errors of a fit cost, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
             Needed for ``settings.corrections``.
 
@@ -74,7 +77,13 @@ def fit_layers(
     apart: dict[Place, dict[str, Tensor]] = {}  # what does not depend on the widths
     for layer, kind in places:
         mean, deviation = moments[layer, kind].turned(phases[layer, kind])
-        points, weights = histograms[layer, kind].distribution(mean, deviation, settings.shrinkage)
+        points, weights = histograms[layer, kind].distribution(
+            mean,
+            deviation,
+            settings.shrinkage,
+            (foreign or {}).get((layer, kind)),
+            settings.foreign if layer else 1.0,
+        )
         phase = phases[layer, kind]
         apart[layer, kind] = {} if phase is None else {"phase": phase}
         if specs[layer].of(kind).feedback:
@@ -88,9 +97,13 @@ def fit_layers(
     tables = [curves[place].distortion for place in places]
 
     def chosen_at(budget: float) -> list[Tensor]:
+        counted = [
+            table if layer else table * settings.first_layer
+            for table, (layer, _) in zip(tables, places, strict=True)
+        ]
         if settings.scope == "model":
-            return allocate(tables, floor, budget)
-        single = [allocate([table], [least], budget) for table, least in zip(tables, floor, strict=True)]
+            return allocate(counted, floor, budget)
+        single = [allocate([table], [least], budget) for table, least in zip(counted, floor, strict=True)]
         return [widths for (widths,) in single]
 
     def stored_bits(widths: list[Tensor]) -> float:

@@ -1,0 +1,41 @@
+"""Tokens that the calibration text does not have.
+
+A few windows of text hold a tenth of a vocabulary. Keys and values of the first layer are functions of the token alone, and
+those of the next few layers nearly are, so a token that another text uses often may lie far from everything that was
+seen. What it would give is no secret: the model can be asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["strewn"]
+
+#: Vocabularies are numbered about in the order of how common their tokens are (merges of byte-pair encoding, scores of
+#: unigram models), so tokens are drawn by Zipf's law of their number. The first thousand (bytes, special tokens and the
+#: commonest words) count alike.
+_ALIKE = 1000
+
+
+def strewn(ids: Tensor, vocabulary: int, *, first: int, seed: int) -> tuple[Tensor, slice]:
+    """Replace every other token of a text by one drawn from the vocabulary, token ``n`` in proportion to ``1 / (n + 1000)``.
+
+    Args:
+        ids: int64 ``[N, T]``.
+        vocabulary: number of tokens that can be drawn.
+        first: tokens at the start of every window that stay.
+        seed: of the draw.
+
+    Returns:
+        int64 ``[N, T]``, and the places of the drawn tokens in every window.
+    """
+    places = slice(first, None, 2)
+    text = ids.clone()
+    wanted = text[:, places]
+    odds = 1.0 / (torch.arange(vocabulary, dtype=torch.float64) + _ALIKE)
+    drawn = torch.multinomial(
+        odds, max(wanted.numel(), 1), replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
+    text[:, places] = drawn[: wanted.numel()].view(wanted.shape).to(text)
+    return text, places
