@@ -80,6 +80,17 @@ def test_recipes_share_their_passes(model, monkeypatch):
     assert seen == [(what, done, 3) for what in ("thresholds", "codebooks") for done in (1, 2, 3)]
 
 
+def test_learning_is_told_apart_by_recipe(model):
+    seen = []
+    configs = {
+        name: config(name, "learn={steps: 2, seqlen: 16}", "allocation.context=65536")
+        for name in ("kvq3", "kvq2")
+    }
+    run(model, configs, progress=lambda *step: seen.append(step))
+    learning = [step for step in seen if step[0].startswith("learning")]
+    assert learning == [(f"learning {name}", done, 2) for name in configs for done in (1, 2)]
+
+
 def test_data_free_levels_need_one_pass(model):
     seen = []
     run(model, config("nf3"), progress=lambda what, *_: seen.append(what))

@@ -643,11 +643,15 @@ class _Run:
         )
 
     def _learn(
-        self, config: CalibrationConfig, layers: tuple[LayerParams, ...]
+        self, name: str, config: CalibrationConfig, layers: tuple[LayerParams, ...]
     ) -> tuple[tuple[LayerParams, ...], dict[str, Any]]:
         """Train what was fitted, and what that brought on the calibration window that was not trained on."""
         assert config.learn is not None
         started = time.monotonic()
+
+        def progress(what: str, done: int, total: int) -> None:  # each recipe is a part of its own
+            self.progress(f"{what} {name}", done, total)
+
         learned = learn(
             self.model,
             self.windows.ids,
@@ -659,7 +663,7 @@ class _Run:
             learning_rate=config.learn.learning_rate,
             seed=config.seed,
             recompute=self.recompute,
-            progress=self.progress,
+            progress=progress,
         )
         self._finished("learning", started)
         return learned.layers, {
@@ -680,7 +684,7 @@ class _Run:
             fitted = self._fit_layers(config, subjects)
             learning: dict[str, Any] = {}
             if config.learn is not None:
-                fitted, learning = self._learn(config, fitted)
+                fitted, learning = self._learn(name, config, fitted)
             artifacts[name] = KVArtifact(
                 spec=config.cache,
                 geometry=self.geometry,
