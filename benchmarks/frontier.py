@@ -50,6 +50,7 @@ def variants() -> list[Variant]:
         "shrinkage": ("allocation.shrinkage=0",),
         "corrections": ("allocation.corrections=0",),
         "foreign": ("allocation.foreign=0", "allocation.first_layer=1"),
+        "written": ("allocation.written=0",),
         "learning": ("learn=null",),
     }
 
@@ -76,6 +77,11 @@ def variants() -> list[Variant]:
             9,
             "and foreign tokens, and four times the weight for the first layer",
             on=("phase", "feedback", "shrinkage", "trellis", "corrections", "foreign"),
+        ),
+        step(
+            10,
+            "and text that the model writes",
+            on=("phase", "feedback", "shrinkage", "trellis", "corrections", "foreign", "written"),
         ),
         Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", "learn=null"), lean),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
@@ -187,7 +193,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes = figure.subplots()
     lines = {
         "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-9", "kvq3-fit", "kvq4-fit"],
+        "kvq without learning": ["kvq2-fit", "step-10", "kvq3-fit", "kvq4-fit"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],

@@ -57,6 +57,8 @@ class AllocationConfig(_Settings):
             forward pass that collects them.
         first_layer: times that errors of the first layer count. Tokens that the calibration text does not have fare worst
             there, and no measurement on that text shows it; 4 gives the layer about a bit more.
+        written: windows of text that the model writes itself, for each window of the calibration text. They join it in
+            statistics, corrections and learning. 0 for none.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -68,6 +70,7 @@ class AllocationConfig(_Settings):
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
     foreign: Annotated[float, Field(ge=0, le=1)] = 0.1
     first_layer: Annotated[float, Field(gt=0, le=1024)] = 4.0
+    written: Annotated[float, Field(ge=0, le=16)] = 0.5
     corrections: Annotated[int, Field(ge=0, le=8)] = 1
 
 

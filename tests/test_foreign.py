@@ -72,7 +72,7 @@ def windows_without_it() -> TokenWindows:
 def error_of_the_token(model, *assignments: str) -> float:
     """Squared error of the first layer's keys and values of a token that the text does not have."""
     settings = calibration_config(
-        "kvq3", assignments=("learn=null", "allocation.context=65536", *assignments)
+        "kvq3", assignments=("learn=null", "allocation.context=65536", "allocation.written=0", *assignments)
     )
     done = calibrate(model, windows_without_it(), {"r": settings}, model_id="", model_config={})
     quantizers = done.artifacts["r"].quantizers("cpu")[0]

@@ -100,7 +100,7 @@ def recipe(**changes: object) -> CalibrationConfig:
                 "key": {"bits": 3, "variable_bits": True, "phase": True, "datatype": "learned"},
                 "value": {"bits": 3, "variable_bits": True, "datatype": "learned"},
             },
-            "allocation": {"bits_per_element": 2.0, "context": 65536},
+            "allocation": {"bits_per_element": 2.0, "context": 65536, "written": 0},
             "learn": {"steps": 32, "seqlen": 48, "learning_rate": 0.01},
             **changes,
         }

@@ -42,7 +42,7 @@ def on_disk(model):
         (
             {"device_map": "auto", "max_memory": {"cpu": "100KB"}},
             "kvq3",
-            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536"),
+            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536", "allocation.written=0"),
         ),
     ],
     ids=["disk-nuq3-1p", "auto-kvq3"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["strewn"]
+__all__ = ["drawn", "strewn"]
 
 #: Vocabularies are numbered about in the order of how common their tokens are (merges of byte-pair encoding, scores of
 #: unigram models), so tokens are drawn by Zipf's law of their number. The first thousand (bytes, special tokens and the
@@ -18,8 +18,14 @@ __all__ = ["strewn"]
 _ALIKE = 1000
 
 
+def drawn(vocabulary: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw tokens from the vocabulary, token ``n`` in proportion to ``1 / (n + 1000)``: int64 ``[count]``."""
+    odds = 1.0 / (torch.arange(vocabulary, dtype=torch.float64) + _ALIKE)
+    return torch.multinomial(odds, max(count, 1), replacement=True, generator=generator)[:count]
+
+
 def strewn(ids: Tensor, vocabulary: int, *, first: int, seed: int) -> tuple[Tensor, slice]:
-    """Replace every other token of a text by one drawn from the vocabulary, token ``n`` in proportion to ``1 / (n + 1000)``.
+    """Replace every other token of a text by a drawn one.
 
     Args:
         ids: int64 ``[N, T]``.
@@ -33,9 +39,6 @@ def strewn(ids: Tensor, vocabulary: int, *, first: int, seed: int) -> tuple[Tens
     places = slice(first, None, 2)
     text = ids.clone()
     wanted = text[:, places]
-    odds = 1.0 / (torch.arange(vocabulary, dtype=torch.float64) + _ALIKE)
-    drawn = torch.multinomial(
-        odds, max(wanted.numel(), 1), replacement=True, generator=torch.Generator().manual_seed(seed)
-    )
-    text[:, places] = drawn[: wanted.numel()].view(wanted.shape).to(text)
+    found = drawn(vocabulary, wanted.numel(), torch.Generator().manual_seed(seed))
+    text[:, places] = found.view(wanted.shape).to(text)
     return text, places

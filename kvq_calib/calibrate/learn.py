@@ -216,13 +216,14 @@ def learn(
     seqlen: int,
     learning_rate: float,
     seed: int,
+    held_out: int = 1,
     recompute: bool = False,
     progress: Progress | None = None,
 ) -> Learned:
     """Train an artifact's numbers on windows of text.
 
-    Adam with a short warm-up and a cosine decay, one short window a step. The last calibration window is not
-    trained on. It decides how far to go from the start to where training ended: halfway keeps half of what all
+    Adam with a short warm-up and a cosine decay, one short window a step. The last windows are not
+    trained on. They decide how far to go from the start to where training ended: halfway keeps half of what all
     steps agree on, and a quarter of the error that noise adds.
 
     Args:
@@ -235,6 +236,7 @@ def learn(
         seqlen: tokens of one step; windows are cut into pieces of this length.
         learning_rate: of Adam, in the units of :class:`Trainable`.
         seed: of the order of windows.
+        held_out: windows at the end that are not trained on, as far as there are more.
         recompute: recompute layers in the backward pass.
         progress: told after every step.
 
@@ -252,7 +254,8 @@ def learn(
         for number, (spec, params) in enumerate(zip(cache.resolved(len(layers)), layers, strict=True))
     ]
     seqlen = min(seqlen, windows.shape[1])
-    held_out, training = (windows[-1:], windows[:-1]) if len(windows) > 1 else (None, windows)
+    held_out = min(held_out, len(windows) - 1)
+    kept, training = windows[len(windows) - held_out :], windows[: len(windows) - held_out]
     pieces = training[:, : training.shape[1] // seqlen * seqlen].reshape(-1, seqlen)
     order = _orders(len(pieces), seed)
     rank, ranks = world()
@@ -261,7 +264,7 @@ def learn(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
 
     def measure(current: Sequence[LayerParams]) -> float | None:
-        if held_out is None:
+        if not held_out:
             return None
         specs = cache.resolved(len(current))
         quantizers: list[dict[Kind, Callable[[Tensor], Tensor]]] = [
@@ -277,7 +280,10 @@ def learn(
             }
             for number, params in enumerate(current)
         ]
-        return divergence(model, held_out.to(device), cache, quantizers)
+        return (
+            math.fsum(divergence(model, window[None].to(device), cache, quantizers) for window in kept)
+            / held_out
+        )
 
     with ExitStack() as stack:
         stack.enter_context(activations_only(model))
@@ -299,10 +305,8 @@ def learn(
             schedule.step()
             if progress is not None:
                 progress("learning", step + 1, steps)
-    choices: list[tuple[float, tuple[LayerParams, ...]]] = (
-        [(0.0, tuple(layers))] if held_out is not None else []
-    )
-    for fraction in _FRACTIONS if held_out is not None else (1.0,):
+    choices: list[tuple[float, tuple[LayerParams, ...]]] = [(0.0, tuple(layers))] if held_out else []
+    for fraction in _FRACTIONS if held_out else (1.0,):
         reached = tuple(
             LayerParams(parts["key"].result(fraction), parts["value"].result(fraction)) for parts in trained
         )

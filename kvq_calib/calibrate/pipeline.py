@@ -2,7 +2,8 @@
 
 Pass one (forward) sketches every channel, which gives static thresholds. Pass two (forward, and backward where
 codebooks are Fisher-weighted) collects the weighted distribution of normalised values, which gives the codebooks. Recipes
-with an allocation ask for one more (forward) between them, over the text with foreign tokens in it.
+with an allocation ask for one more (forward) between them, over the text with foreign tokens in it, and for text that
+the model writes itself beside that of the calibration.
 Several recipes share both passes: what two recipes have in common is measured once.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,13 +36,14 @@ from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
+from kvq_calib.calibrate.written import WrittenText
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.files import write_atomically
 from kvq_calib.fit.levels import fit_levels, q_norm, storable
 from kvq_calib.geometry import model_geometry
-from kvq_calib.placement import input_device
+from kvq_calib.placement import input_device, is_offloaded
 from kvq_calib.profiling import peak_resident_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerSpec, QuantSpec
@@ -53,6 +55,8 @@ Progress = Callable[[str, int, int], None]
 CHECKPOINT_SECONDS = 30.0
 #: A channel that never moves still needs a positive scale.
 _SMALLEST_SCALE = 1e-8
+#: Name of the text that the model writes itself, among the statistics.
+_WRITTEN = "written"
 #: Text on which the cost of a fit's errors is measured: windows, and tokens of each.
 _SENSITIVITY_PIECES = 4
 _SENSITIVITY_TOKENS = 768
@@ -112,6 +116,7 @@ def calibrate(
     run = _Run(model, windows, configs, model_config, checkpoint, progress)
     if resume:
         run.resume()
+    run.write()
     run.first_pass()
     run.foreign_pass()
     run.second_pass()
@@ -149,7 +154,7 @@ class _Subject:
     def sketch(self) -> str:
         """Name of the statistics of pass one: channel moments, or the sketch its thresholds come from."""
         if self.allocated:
-            return f"moments.{self.layer}.{self.kind}.{self.config.cache.sink_tokens}"
+            return f"moments.{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{self._written}"
         pre_rope = self.spec.pre_rope if self.kind == "key" else True
         return f"channels.{self.layer}.{self.kind}.{'pre' if pre_rope else 'post'}.{self.config.cache.sink_tokens}"
 
@@ -177,7 +182,11 @@ class _Subject:
     @property
     def _turned(self) -> str:
         turned = "turned" if self.spec.phase else "plain"
-        return f"{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}"
+        return f"{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}.{self._written}"
+
+    @property
+    def _written(self) -> float:
+        return 0.0 if self.config.allocation is None else self.config.allocation.written
 
     @property
     def covariance(self) -> str:
@@ -229,6 +238,8 @@ class _Run:
         self.statistics: dict[str, Statistics] = {}
         self.totals: dict[str, Statistics] = {}
         self.done: dict[str, int] = {}
+        #: The one that is under way.
+        self.window = 0
         self.seconds: dict[str, float] = {}
         self.statistics_seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
@@ -310,6 +321,8 @@ class _Run:
 
     def _new(self, name: str) -> Statistics:
         """An empty accumulator for a name that a subject gave."""
+        if name == _WRITTEN:
+            return self._written_text()
         family, layer, rest = name.split(".", 2)
         geometry = self.geometry.layers[int(layer)]
         if family == "channels":
@@ -332,15 +345,17 @@ class _Run:
     ) -> None:
         """Run ``step`` on this rank's windows that are not done yet, then add up what ``names`` lists over ranks.
 
-        Windows are those of the calibration text, or rows of ``text``, int64 ``[N, T]``.
+        Windows are those of the calibration text and what of the written text anything takes up, or rows of ``text``,
+        int64 ``[N, T]``.
         """
-        text = self.windows.ids if text is None else text
+        text = self._text(max(map(self._written_windows, self.configs.values()))) if text is None else text
         rank, ranks = world()
         mine = range(rank, len(text), ranks)
         started = time.monotonic()
         for number, index in enumerate(mine):
             if number < self.done.get(what, 0):
                 continue
+            self.window = index
             step(text[index : index + 1].to(input_device(self.model)))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
@@ -377,6 +392,65 @@ class _Run:
                 total.all_reduce()
             self.totals[name] = total
 
+    def _written_windows(self, config: CalibrationConfig) -> int:
+        """Windows of its own text that the model writes for a recipe."""
+        return 0 if config.allocation is None else round(config.allocation.written * len(self.windows.ids))
+
+    def _written_text(self) -> WrittenText:
+        bos = self.windows.source.get("bos")
+        return WrittenText(
+            max(map(self._written_windows, self.configs.values())),
+            self.windows.ids.shape[1],
+            prefix=() if bos is None else (bos,),
+            vocabulary=self._vocabulary,
+            seed=self._seed,
+        )
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def _seed(self) -> int:
+        return next(iter(self.configs.values())).seed
+
+    def _text(self, written: int) -> Tensor:
+        """The calibration text and the first ``written`` windows of the model's own, int64 ``[N, T]``."""
+        if written == 0:
+            return self.windows.ids
+        text = self.totals[_WRITTEN]
+        assert isinstance(text, WrittenText)
+        return torch.cat((self.windows.ids, text.windows()[:written]))
+
+    def _looking(self, by_layer: Mapping[int, Sequence[_Subject]], layer: int) -> list[_Subject]:
+        """The subjects of a layer that take up the window that is under way."""
+        own = self.window - len(self.windows.ids)
+        return [s for s in by_layer.get(layer, ()) if own < self._written_windows(s.config)]
+
+    def write(self) -> None:
+        """Let the model write what recipes ask for."""
+        if not any(map(self._written_windows, self.configs.values())):
+            return
+        if is_offloaded(self.model):
+            raise ConfigError(
+                "to write text, a model whose weights wait on disk or in CPU memory reads all of them for every token; "
+                "leave that out with --set allocation.written=0"
+            )
+        (name,) = self._prepare([_WRITTEN])
+        text = self.statistics[name]
+        assert isinstance(text, WrittenText)
+
+        def step(_: Tensor) -> None:
+            try:
+                text.write(self.model, self.window)
+            except CalibrationError:
+                self._prepare(self._magnitudes())
+                with torch.no_grad(), capture(self.model, self._look):  # it may know the layer
+                    self._forward(self.windows.ids[:1].to(input_device(self.model)))
+                raise
+
+        self._each_window("writing", [name], step, text.beginnings)
+
     def first_pass(self) -> None:
         """Sketch every channel whose thresholds are static."""
         subjects = _unique(
@@ -389,7 +463,7 @@ class _Run:
 
         def observe(kv: LayerKV) -> None:
             self._look(kv)
-            for subject in by_layer.get(kv.layer, ()):
+            for subject in self._looking(by_layer, kv.layer):
                 x = _select(kv, subject.kind, subject.spec.pre_rope)[:, :, subject.config.cache.sink_tokens :]
                 statistics = self.statistics[subject.sketch]
                 assert isinstance(statistics, ChannelHistogram | ChannelMoments)
@@ -414,9 +488,9 @@ class _Run:
         weigh = {subject: self._weigh(subject, subject.foreign) for subject in subjects}
         text, places = strewn(
             self.windows.ids,
-            self.model.get_input_embeddings().num_embeddings,
+            self._vocabulary,
             first=max(1, *(subject.config.cache.sink_tokens for subject in subjects)),
-            seed=next(iter(self.configs.values())).seed,
+            seed=self._seed,
         )
 
         def observe(kv: LayerKV) -> None:
@@ -467,12 +541,12 @@ class _Run:
 
         def observe(kv: LayerKV) -> None:
             self._look(kv)
-            for subject in forward.get(kv.layer, ()):
+            for subject in self._looking(forward, kv.layer):
                 collect(kv, subject, None)
 
         def observe_gradients(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
             rotated = None
-            for subject in backward.get(kv.layer, ()):
+            for subject in self._looking(backward, kv.layer):
                 gradient = grad_keys if subject.kind == "key" else grad_values
                 if subject.kind == "key" and not subject.spec.pre_rope:
                     rotated = kv.rotation.rotate(grad_keys) if rotated is None else rotated
@@ -528,6 +602,10 @@ class _Run:
 
     def _look(self, kv: LayerKV) -> None:
         """Note magnitudes, and name the first layer that gives something else than numbers; later ones only follow it."""
+        if self.window >= len(
+            self.windows.ids
+        ):  # all recipes record the same, whichever are calibrated together
+            return
         for kind, x in zip(KINDS, (kv.rotated_keys, kv.values), strict=True):
             magnitude = self.statistics[_magnitude(kv.layer, kind)]
             assert isinstance(magnitude, Magnitude)
@@ -633,7 +711,12 @@ class _Run:
                 foreign[at] = fourth
 
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
-            pieces = self.windows.ids[:_SENSITIVITY_PIECES, :_SENSITIVITY_TOKENS]
+            own = self._text(self._written_windows(config))[len(self.windows.ids) :][
+                : _SENSITIVITY_PIECES // 2
+            ]
+            pieces = torch.cat((self.windows.ids[: _SENSITIVITY_PIECES - len(own)], own))[
+                :, :_SENSITIVITY_TOKENS
+            ]
             return error_sensitivity(
                 self.model, pieces, config.cache, self.geometry, layers, recompute=self.recompute
             )
@@ -652,15 +735,21 @@ class _Run:
         def progress(what: str, done: int, total: int) -> None:  # each recipe is a part of its own
             self.progress(f"{what} {name}", done, total)
 
+        own = self._written_windows(config)
+        text = self._text(own)
+        # What comes last is not trained on: a window of each kind.
+        last = [len(self.windows.ids) - 1, len(text) - 1][: 1 + (own > 0)]
+        rest = [row for row in range(len(text)) if row not in last]
         learned = learn(
             self.model,
-            self.windows.ids,
+            text[rest + last],
             config.cache,
             self.geometry,
             layers,
             steps=config.learn.steps,
             seqlen=config.learn.seqlen,
             learning_rate=config.learn.learning_rate,
+            held_out=len(last),
             seed=config.seed,
             recompute=self.recompute,
             progress=progress,

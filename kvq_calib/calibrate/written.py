@@ -1,0 +1,104 @@
+"""Text that the model writes itself.
+
+Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can be
+given: what it writes is drawn from its own distribution, with the registers, languages and oddities of its training text.
+(Self-generated calibration data: LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, for weights.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.calibrate.foreign import drawn
+from kvq_calib.errors import CalibrationError
+from kvq_calib.placement import input_device
+
+__all__ = ["WrittenText", "write"]
+
+#: Tokens of a document: as much as short documents of web text have, and many beginnings for the same work.
+_DOCUMENT_TOKENS = 256
+#: Documents written at a time: their cache is that of two windows of 2,048 tokens.
+_DOCUMENTS = 16
+
+
+class WrittenText:
+    """Documents by the batch they are written in; those of batches that are not written yet are zeros.
+
+    Args:
+        windows: that the documents are to fill.
+        seqlen: tokens of a window.
+        prefix: tokens that a text begins with, such as the beginning-of-sequence token.
+        vocabulary: number of tokens that a document can begin with.
+        seed: of every draw.
+    """
+
+    def __init__(
+        self, windows: int, seqlen: int, *, prefix: tuple[int, ...], vocabulary: int, seed: int
+    ) -> None:
+        self._windows, self._prefix, self._seed = windows, torch.tensor(prefix, dtype=torch.int64), seed
+        self._body = seqlen - len(prefix)
+        length = min(_DOCUMENT_TOKENS, self._body)
+        documents = -(-windows * self._body // length)
+        # Whole batches, so that more windows begin with the same text.
+        self.ids = torch.zeros(-(-documents // _DOCUMENTS), _DOCUMENTS, length, dtype=torch.int64)
+        first = drawn(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
+        #: What each document begins with, int64 ``[batches, documents]``.
+        self.beginnings = first.view(self.ids.shape[:2])
+
+    def write(self, model: Any, batch: int) -> None:
+        """Write one batch."""
+        generator = torch.Generator().manual_seed((self._seed + ((batch + 1) << 32)) % (1 << 63))
+        prompt = torch.cat((self._prefix.expand(self.ids.shape[1], -1), self.beginnings[batch, :, None]), 1)
+        self.ids[batch] = write(model, prompt, self.ids.shape[2] - 1, generator)[:, len(self._prefix) :]
+
+    def windows(self) -> Tensor:
+        """The documents one after the other, int64 ``[windows, seqlen]``."""
+        text = self.ids.flatten()[: self._windows * self._body].view(self._windows, self._body)
+        return torch.cat((self._prefix.expand(self._windows, -1), text), 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"ids": self.ids}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.ids = state["ids"]
+
+    def all_reduce(self) -> None:
+        """Bring together what the ranks of the default process group wrote."""
+        dist.all_reduce(self.ids)
+
+
+@torch.no_grad()
+def write(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """Continue texts by tokens drawn from the model's predictions, whatever it says of their end.
+
+    Args:
+        model: causal language model in eval mode.
+        prompt: int64 ``[B, P]``.
+        tokens: to write.
+        generator: of the draws.
+
+    Returns:
+        int64 ``[B, P + tokens]``, the prompt included.
+
+    Raises:
+        CalibrationError: the model's predictions are not numbers.
+    """
+    text, step, cache = [prompt], prompt, None
+    for _ in range(tokens):
+        output = model(input_ids=step.to(input_device(model)), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        odds = output.logits[:, -1].double().softmax(-1).cpu()
+        if not bool(torch.isfinite(odds).all()):
+            raise CalibrationError(
+                "the model's predictions are not finite; load it with --dtype float32 or bfloat16"
+            )
+        step = torch.multinomial(odds, 1, generator=generator)
+        text.append(step)
+    return torch.cat(text, 1)

@@ -1,0 +1,158 @@
+"""Text that the model writes itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_zoo import FAMILIES, tiny_model, token_ids
+
+from kvq_calib.calibrate import pipeline
+from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.written import WrittenText, write
+from kvq_calib.config import calibration_config
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import CalibrationError, ConfigError
+
+pytestmark = pytest.mark.model
+
+FIT = ("learn=null", "allocation.context=65536")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def written(model, windows=3, seqlen=40, **changes):
+    settings = {"prefix": (), "vocabulary": 128, "seed": 0, **changes}
+    text = WrittenText(windows, seqlen, **settings)
+    for batch in range(len(text.ids)):
+        text.write(model, batch)
+    return text
+
+
+def run(model, recipes, windows=None, **options):
+    windows = windows or TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
+    return calibrate(model, windows, recipes, model_id="", model_config={}, **options).artifacts
+
+
+def recipe(*assignments):
+    return calibration_config("kvq3", assignments=(*FIT, "allocation.written=1", *assignments))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes(family):
+    model = tiny_model(family)
+    prompt = token_ids(3, 2, 0)
+    text = write(model, prompt, 5, torch.Generator().manual_seed(0))
+    assert text.shape == (3, 7)
+    assert torch.equal(text[:, :2], prompt)
+    assert int(text.min()) >= 0
+    assert int(text.max()) < model.get_input_embeddings().num_embeddings
+
+
+def test_what_is_written_follows_the_predictions(model):
+    """Over many texts a token is as frequent as the model says, on the context it was written in."""
+    prompt = token_ids(1, 3, 0).expand(4000, 3)
+    text = write(model, prompt, 2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for place in (3, 4):
+            # The mean over contexts of the predicted distribution is the distribution of what stands there.
+            expected = model(input_ids=text[:, :place]).logits[:, -1].softmax(-1).mean(0)
+            found = torch.bincount(text[:, place], minlength=len(expected)) / len(text)
+            assert float((found - expected).abs().sum()) < 0.2
+            assert float((found - expected.roll(1)).abs().sum()) > 0.4
+
+
+def test_windows_are_documents_one_after_the_other(model, monkeypatch):
+    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 8)
+    text = written(model)
+    assert text.ids.shape == (1, 16, 8)  # fifteen documents fill three windows of forty tokens
+    rows = text.windows()
+    assert rows.shape == (3, 40)
+    assert torch.equal(rows.flatten(), text.ids.flatten()[:120])
+    assert torch.equal(rows[:, ::8].flatten(), text.beginnings.flatten()[:15])
+    more = written(model, windows=12)
+    assert torch.equal(more.windows()[:3], rows)
+    assert not torch.equal(written(model, seed=1).windows(), rows)
+    assert torch.equal(written(model).windows(), rows)
+
+
+def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
+    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 13)
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    rows = written(model, prefix=(7,)).windows()
+    hook.remove()
+    assert bool((rows[:, 0] == 7).all())
+    prompts = [ids for ids in seen if ids.shape[1] > 1]
+    assert all(bool((ids[:, 0] == 7).all()) for ids in prompts)  # each document is written after it
+    assert int((rows[:, 1:] == 7).sum()) < 10
+
+
+def test_statistics_take_it_up(model):
+    both = run(model, {"with": recipe(), "without": recipe("allocation.written=0")})
+    assert both["with"].to_bytes() != both["without"].to_bytes()
+    # Each is what it is alone: nothing of what is written reaches the other, nor KVQuant's recipes.
+    assert run(model, {"with": recipe()})["with"].to_bytes() == both["with"].to_bytes()
+    assert (
+        run(model, {"without": recipe("allocation.written=0")})["without"].to_bytes()
+        == both["without"].to_bytes()
+    )
+    plain = calibration_config("nuq3-1p")
+    beside = run(model, {"plain": plain, "with": recipe()})
+    assert beside["plain"].to_bytes() == run(model, {"plain": plain})["plain"].to_bytes()
+    fewer = run(model, {"with": recipe(), "half": recipe("allocation.written=0.5")})
+    assert (
+        fewer["half"].to_bytes() == run(model, {"half": recipe("allocation.written=0.5")})["half"].to_bytes()
+    )
+    assert fewer["with"].to_bytes() == both["with"].to_bytes()
+
+
+def test_statistics_are_those_of_both_texts(model):
+    """What is written counts as any other window does."""
+    windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
+    config = recipe()
+    first = pipeline._Run(model, windows, {"r": config}, {}, None, None)
+    first.write()
+    first.first_pass()
+    text = first._text(4)
+    assert torch.equal(text[:4], windows.ids)
+    second = pipeline._Run(
+        model, TokenWindows(text, windows.source), {"r": recipe("allocation.written=0")}, {}, None, None
+    )
+    second.first_pass()
+    subjects = zip(first.subjects, second.subjects, strict=True)
+    for one, other in subjects:
+        moments = second.totals[other.sketch].state()
+        for part, tensor in first.totals[one.sketch].state().items():
+            torch.testing.assert_close(tensor, moments[part])
+
+
+def test_learning_takes_it_up(model):
+    learned = ("learn={steps: 2, seqlen: 16}", "allocation.context=65536")
+    configs = {
+        name: calibration_config("kvq3", assignments=(*learned, f"allocation.written={share}"))
+        for name, share in (("with", 1), ("without", 0))
+    }
+    found = run(model, configs)
+    assert found["with"].to_bytes() == run(model, configs)["with"].to_bytes()
+    assert found["with"].calibration["learning"] != found["without"].calibration["learning"]
+
+
+def test_predictions_that_are_not_numbers_are_refused():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(CalibrationError, match="predictions are not finite"):
+        run(model, {"r": recipe()})
+
+
+def test_a_model_that_waits_on_disk_does_not_write(model, monkeypatch):
+    monkeypatch.setattr(pipeline, "is_offloaded", lambda _: True)
+    steps = []
+    with pytest.raises(ConfigError, match=r"allocation\.written=0"):
+        run(model, {"r": recipe()}, progress=lambda *step: steps.append(step))
+    assert not steps
