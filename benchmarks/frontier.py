@@ -43,46 +43,31 @@ def variants() -> list[Variant]:
         for name in ("nuq2-1p", "nuq3-1p", "nuq4-1p")
     ]
     lean = "kvq3-lean"
-    off = {
-        "phase": ("cache.key.phase=false",),
-        "feedback": ("cache.key.feedback=false",),
-        "trellis": ("cache.key.trellis=false", "cache.value.trellis=false"),
-        "shrinkage": ("allocation.shrinkage=0",),
-        "corrections": ("allocation.corrections=0",),
-        "foreign": ("allocation.foreign=0", "allocation.first_layer=1"),
-        "written": ("allocation.written=0",),
-        "learning": ("learn=null",),
+    #: What steps 4 and on switch on, one after the other, and what keeps it off.
+    switches = {
+        "and phases": ("cache.key.phase=false",),
+        "and error feedback for keys": ("cache.key.feedback=false",),
+        "and weights shrunk by a quarter towards the mean of the channel": ("allocation.shrinkage=0",),
+        "and trellis codes": ("cache.key.trellis=false", "cache.value.trellis=false"),
+        "and the budget corrected by measured costs": ("allocation.corrections=0",),
+        "and foreign tokens, and four times the weight for the first layer": (
+            "allocation.foreign=0",
+            "allocation.first_layer=1",
+        ),
+        "and text that the model writes": ("allocation.written=0",),
     }
 
-    def step(number: int, text: str, *more: str, on: Sequence[str] = ()) -> Variant:
-        """kvq3-lean without the switches that are not ``on`` yet."""
-        settings = [setting for name, all_of_it in off.items() if name not in on for setting in all_of_it]
-        return Variant(f"step-{number}", STEPS, text, (*more, *settings), lean)
+    def step(number: int, text: str, *more: str) -> Variant:
+        """kvq3-lean without learning and without what later steps switch on."""
+        still_off = [setting for off in list(switches.values())[max(number - 3, 0) :] for setting in off]
+        return Variant(f"step-{number}", STEPS, text, (*more, *still_off, "learn=null"), lean)
 
     rows += [
         Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
         step(1, "static levels per channel for keys and values, gradient-weighted", *uniform),
         step(2, "and widths per channel, the same budget for every layer's keys and values", "allocation.scope=layer"),
         step(3, "and one budget for the model"),
-        step(4, "and phases", on=("phase",)),
-        step(5, "and error feedback for keys", on=("phase", "feedback")),
-        step(6, "and weights shrunk by a quarter towards the mean of the channel", on=("phase", "feedback", "shrinkage")),
-        step(7, "and trellis codes", on=("phase", "feedback", "shrinkage", "trellis")),
-        step(
-            8,
-            "and the budget corrected by measured costs",
-            on=("phase", "feedback", "shrinkage", "trellis", "corrections"),
-        ),
-        step(
-            9,
-            "and foreign tokens, and four times the weight for the first layer",
-            on=("phase", "feedback", "shrinkage", "trellis", "corrections", "foreign"),
-        ),
-        step(
-            10,
-            "and text that the model writes",
-            on=("phase", "feedback", "shrinkage", "trellis", "corrections", "foreign", "written"),
-        ),
+        *(step(number, text) for number, text in enumerate(switches, start=4)),
         Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", "learn=null"), lean),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
         Variant("kvq3-fit", STEPS, "kvq3 without learning", ("learn=null",), "kvq3"),

@@ -118,7 +118,7 @@ def test_statistics_are_those_of_both_texts(model):
     first = pipeline._Run(model, windows, {"r": config}, {}, None, None)
     first.write()
     first.first_pass()
-    text = first._text(4)
+    text = first._text(config)
     assert torch.equal(text[:4], windows.ids)
     second = pipeline._Run(
         model, TokenWindows(text, windows.source), {"r": recipe("allocation.written=0")}, {}, None, None

@@ -24,21 +24,10 @@ def drawn(vocabulary: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(odds, max(count, 1), replacement=True, generator=generator)[:count]
 
 
-def strewn(ids: Tensor, vocabulary: int, *, first: int, seed: int) -> tuple[Tensor, slice]:
-    """Replace every other token of a text by a drawn one.
-
-    Args:
-        ids: int64 ``[N, T]``.
-        vocabulary: number of tokens that can be drawn.
-        first: tokens at the start of every window that stay.
-        seed: of the draw.
-
-    Returns:
-        int64 ``[N, T]``, and the places of the drawn tokens in every window.
-    """
-    places = slice(first, None, 2)
+def strewn(ids: Tensor, vocabulary: int, seed: int) -> Tensor:
+    """Replace the tokens at odd places by drawn ones: int64 ``[N, T]``, as ``ids``."""
     text = ids.clone()
-    wanted = text[:, places]
-    found = drawn(vocabulary, wanted.numel(), torch.Generator().manual_seed(seed))
-    text[:, places] = found.view(wanted.shape).to(text)
-    return text, places
+    places = text[:, 1::2]
+    found = drawn(vocabulary, places.numel(), torch.Generator().manual_seed(seed))
+    places.copy_(found.view(places.shape))
+    return text

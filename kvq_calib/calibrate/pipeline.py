@@ -229,6 +229,7 @@ class _Run:
         self.progress = progress or (lambda what, done, total: None)
         self.geometry: KVGeometry = model_geometry(model)
         self.recompute = shared_setting(self.configs, "recompute")
+        self.seed = shared_setting(self.configs, "seed")
         self.subjects = [
             _Subject(config, layer, kind, spec.of(kind))
             for config in self.configs.values()
@@ -348,7 +349,8 @@ class _Run:
         Windows are those of the calibration text and what of the written text anything takes up, or rows of ``text``,
         int64 ``[N, T]``.
         """
-        text = self._text(max(map(self._written_windows, self.configs.values()))) if text is None else text
+        if text is None:
+            text = max((self._text(config) for config in self.configs.values()), key=len)
         rank, ranks = world()
         mine = range(rank, len(text), ranks)
         started = time.monotonic()
@@ -403,24 +405,24 @@ class _Run:
             self.windows.ids.shape[1],
             prefix=() if bos is None else (bos,),
             vocabulary=self._vocabulary,
-            seed=self._seed,
+            seed=self.seed,
         )
 
     @property
     def _vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
 
-    @property
-    def _seed(self) -> int:
-        return next(iter(self.configs.values())).seed
-
-    def _text(self, written: int) -> Tensor:
-        """The calibration text and the first ``written`` windows of the model's own, int64 ``[N, T]``."""
-        if written == 0:
-            return self.windows.ids
+    def _own(self, count: int) -> Tensor:
+        """The first ``count`` windows that the model wrote, int64 ``[count, T]``."""
+        if count == 0:
+            return self.windows.ids[:0]
         text = self.totals[_WRITTEN]
         assert isinstance(text, WrittenText)
-        return torch.cat((self.windows.ids, text.windows()[:written]))
+        return text.windows()[:count]
+
+    def _text(self, config: CalibrationConfig) -> Tensor:
+        """What a recipe is fitted to: the calibration text, then its share of the model's own, int64 ``[N, T]``."""
+        return torch.cat((self.windows.ids, self._own(self._written_windows(config))))
 
     def _looking(self, by_layer: Mapping[int, Sequence[_Subject]], layer: int) -> list[_Subject]:
         """The subjects of a layer that take up the window that is under way."""
@@ -444,6 +446,7 @@ class _Run:
             try:
                 text.write(self.model, self.window)
             except CalibrationError:
+                self.window = 0
                 self._prepare(self._magnitudes())
                 with torch.no_grad(), capture(self.model, self._look):  # it may know the layer
                     self._forward(self.windows.ids[:1].to(input_device(self.model)))
@@ -486,16 +489,12 @@ class _Run:
             return
         by_layer = _by_layer(subjects)
         weigh = {subject: self._weigh(subject, subject.foreign) for subject in subjects}
-        text, places = strewn(
-            self.windows.ids,
-            self._vocabulary,
-            first=max(1, *(subject.config.cache.sink_tokens for subject in subjects)),
-            seed=self._seed,
-        )
+        text = strewn(self.windows.ids, self._vocabulary, self.seed)
 
         def observe(kv: LayerKV) -> None:
             for subject in by_layer.get(kv.layer, ()):
-                weigh[subject](_select(kv, subject.kind, subject.spec.pre_rope)[:, :, places], None)
+                first = subject.config.cache.sink_tokens | 1  # drawn tokens stand at odd places
+                weigh[subject](_select(kv, subject.kind, subject.spec.pre_rope)[:, :, first::2], None)
 
         names = self._prepare(subject.foreign for subject in subjects)
         with torch.no_grad(), capture(self.model, self._clocked("foreign tokens", observe)):
@@ -602,9 +601,8 @@ class _Run:
 
     def _look(self, kv: LayerKV) -> None:
         """Note magnitudes, and name the first layer that gives something else than numbers; later ones only follow it."""
-        if self.window >= len(
-            self.windows.ids
-        ):  # all recipes record the same, whichever are calibrated together
+        # What is recorded does not depend on the recipes that are calibrated together, so on no text that some asked for.
+        if self.window >= len(self.windows.ids):
             return
         for kind, x in zip(KINDS, (kv.rotated_keys, kv.values), strict=True):
             magnitude = self.statistics[_magnitude(kv.layer, kind)]
@@ -711,12 +709,9 @@ class _Run:
                 foreign[at] = fourth
 
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
-            own = self._text(self._written_windows(config))[len(self.windows.ids) :][
-                : _SENSITIVITY_PIECES // 2
-            ]
-            pieces = torch.cat((self.windows.ids[: _SENSITIVITY_PIECES - len(own)], own))[
-                :, :_SENSITIVITY_TOKENS
-            ]
+            own = self._own(self._written_windows(config))[: _SENSITIVITY_PIECES // 2]
+            rows = torch.cat((self.windows.ids[: _SENSITIVITY_PIECES - len(own)], own))
+            pieces = rows[:, :_SENSITIVITY_TOKENS]
             return error_sensitivity(
                 self.model, pieces, config.cache, self.geometry, layers, recompute=self.recompute
             )
@@ -728,17 +723,16 @@ class _Run:
     def _learn(
         self, name: str, config: CalibrationConfig, layers: tuple[LayerParams, ...]
     ) -> tuple[tuple[LayerParams, ...], dict[str, Any]]:
-        """Train what was fitted, and what that brought on the calibration window that was not trained on."""
+        """Train what was fitted, and what that brought on windows that were not trained on."""
         assert config.learn is not None
         started = time.monotonic()
 
         def progress(what: str, done: int, total: int) -> None:  # each recipe is a part of its own
             self.progress(f"{what} {name}", done, total)
 
-        own = self._written_windows(config)
-        text = self._text(own)
+        text = self._text(config)
         # What comes last is not trained on: a window of each kind.
-        last = [len(self.windows.ids) - 1, len(text) - 1][: 1 + (own > 0)]
+        last = sorted({len(self.windows.ids) - 1, len(text) - 1})
         rest = [row for row in range(len(text)) if row not in last]
         learned = learn(
             self.model,

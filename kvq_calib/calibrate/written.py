@@ -96,9 +96,7 @@ def write(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -
         cache = output.past_key_values
         odds = output.logits[:, -1].double().softmax(-1).cpu()
         if not bool(torch.isfinite(odds).all()):
-            raise CalibrationError(
-                "the model's predictions are not finite; load it with --dtype float32 or bfloat16"
-            )
+            raise CalibrationError("the model's predictions are not finite; try --dtype float32")
         step = torch.multinomial(odds, 1, generator=generator)
         text.append(step)
     return torch.cat(text, 1)
