@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache, QuantizedCache
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.attention import LayerKV, intercept
-from kvq_calib.models import load_model
+from kvq_calib.models import load_model, with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 SAMPLE_TOKENS = 1024
@@ -104,7 +104,7 @@ def measure(
             for name, cache in filled.items():
                 _, seconds = timed(
                     lambda cache=cache, positions=positions: model(
-                        token, past_key_values=cache, position_ids=positions
+                        token, **with_cache(cache), position_ids=positions
                     )
                 )
                 times[name].append(seconds)

@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.geometry import model_geometry
-from kvq_calib.models import model_fingerprint
+from kvq_calib.models import model_fingerprint, with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.spec import KINDS, KVCacheSpec
 
@@ -90,7 +90,7 @@ def decode(model: LlamaForCausalLM, cache: Any, device: torch.device) -> float:
         if step == WARM_UP:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+        logits = model(token, **with_cache(cache), use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
     torch.cuda.synchronize()
     return TOKENS / (time.perf_counter() - begun)

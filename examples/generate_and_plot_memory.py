@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from kvq_calib.artifact import KVArtifact
-from kvq_calib.models import load_model
+from kvq_calib.models import load_model, with_cache
 from kvq_calib.runtime import KVQCache
 
 PROMPT = "Here is a long story about a lighthouse keeper and the sea.\n\n"
@@ -35,7 +35,7 @@ def generate(model: Any, prompt: torch.Tensor, cache: Any, tokens: int) -> tuple
     """Greedy continuation of ``prompt [1, T]`` by ``tokens`` tokens, and the bytes held after each."""
     text, token, sizes = [prompt], prompt, []
     for _ in range(tokens):
-        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, **with_cache(cache)).logits[:, -1:].argmax(-1)
         text.append(token)
         sizes.append(held(cache))
     return torch.cat(text, dim=1), sizes

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvq_calib.errors import ModelError
 from kvq_calib.hub import first_line, hub_reachable, quiet
 
-__all__ = ["LoadedModel", "load_model", "model_fingerprint"]
+__all__ = ["LoadedModel", "cache_of", "load_model", "model_fingerprint", "with_cache"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# transformers 5.24 renamed the argument of models and of `generate`, and the field of their outputs.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +69,6 @@ def load_model(
     """
     if max_memory is not None and device_map is None:
         raise ModelError("max_memory limits the devices of a device_map; give --device-map auto with it")
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("a device map needs accelerate: pip install accelerate")
     if dtype != "auto" and dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
@@ -127,6 +129,16 @@ def load_model(
         except RuntimeError as error:
             raise ModelError(f"cannot put {name} on device {device!r}: {first_line(error)}") from error
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, label)
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The argument that gives a model, or its `generate`, a cache, by its name in the transformers installed."""
+    return {_CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in the output of a model that was called with `use_cache=True`."""
+    return getattr(output, _CACHE)
 
 
 def _device(device: str) -> torch.device:

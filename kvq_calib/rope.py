@@ -59,6 +59,8 @@ def _rotated_width(apply: ApplyRotary, head_dim: int, width: int) -> int:
             _, out = apply(probe, probe, table, table)
         except RuntimeError:  # shapes that do not broadcast
             continue
+        except TypeError as error:  # gptj's takes one tensor, and the sine first
+            raise RopeLayoutError("its rotary function is not called as (q, k, cos, sin)") from error
         if out.shape == probe.shape:
             return rotated
     raise RopeLayoutError(f"its rotary function takes neither {head_dim} nor {width} channels")

@@ -28,6 +28,7 @@ from kvq_calib.evaluate.rivals.oscar import OscarStyle, attention_moments, calib
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
 from kvq_calib.evaluate.rivals.turboquant import TurboQuant, lloyd_max
 from kvq_calib.geometry import model_geometry
+from kvq_calib.models import with_cache
 from kvq_calib.spec import KVGeometry, LayerGeometry
 
 pytestmark = pytest.mark.model
@@ -297,7 +298,7 @@ def _library_layer(rival, model, ids):
 
     axis = 1 if rival.backend == "hqq" else 0
     cache = QuantizedCache(rival.backend, model.config, nbits=rival.bits, axis_key=axis, axis_value=axis)
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **with_cache(cache))
     return cache.layers[0]._quantized_keys, cache.layers[0]._quantized_values
 
 

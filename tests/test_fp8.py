@@ -16,6 +16,7 @@ from kvq_calib.artifact import KVArtifact
 from kvq_calib.cli import artifact_group
 from kvq_calib.errors import ConfigError, KVQError
 from kvq_calib.integrations.fp8 import amax_of, export, losses, read_amax, recorded_amax
+from kvq_calib.models import cache_of
 from kvq_calib.spec import KVGeometry, LayerGeometry, RopeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
@@ -254,7 +255,7 @@ def test_the_page_measures_what_the_command_takes(tmp_path):
     amax = read_amax(tmp_path / "amax.json", 3)
     for ids in windows:
         with torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids, use_cache=True))
         for index, layer in enumerate(cache.layers):
             for kind, cached in (("key", layer.keys), ("value", layer.values)):
                 largest = float(cached.abs().max())

@@ -12,6 +12,7 @@ from models_zoo import tiny_model
 from shim.host import HostLauncher, compiler
 
 from kvq_calib.artifact import KVArtifact
+from kvq_calib.models import with_cache
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -57,7 +58,7 @@ def test_the_caches_that_are_compared(load, recipe) -> None:
     generate_gpu.fill(cache, model, 300, torch.device("cpu"))
     assert cache.get_seq_length() == 300
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+        model(torch.zeros(1, 1, dtype=torch.int64), **with_cache(cache))
 
 
 @pytest.mark.parametrize("name", ["kernels_gpu", "generate_gpu"])

@@ -8,6 +8,7 @@ from artifact_factory import artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from shim.host import HostLauncher, compiler
 
+from kvq_calib.models import with_cache
 from kvq_calib.packing import PageLayout
 from kvq_calib.runtime import KVQCache, detach
 from kvq_calib.runtime import cache as cache_module
@@ -52,7 +53,7 @@ def test_logits_agree_with_the_reference(host_kernels, monkeypatch, padding, sta
         with torch.no_grad():
             for start, stop in [(0, 90), *((i, i + 1) for i in range(90, 110))]:
                 extra = {"attention_mask": mask[:, :stop]} if any(padding) else {}
-                out = model(ids[:, start:stop], past_key_values=cache, **extra)
+                out = model(ids[:, start:stop], **with_cache(cache), **extra)
                 logits.append(out.logits)
         found.append(torch.cat(logits, dim=1).float()[mask.bool()])
         detach(model)
@@ -66,7 +67,7 @@ def test_the_backend_says_its_name(host_kernels) -> None:
     cache = KVQCache(artifact_for(model, SPEC), model, backend="cuda")
     assert cache.backend == CudaOps.name == "cuda"
     with torch.no_grad():
-        model(token_ids(1, 40), past_key_values=cache)
+        model(token_ids(1, 40), **with_cache(cache))
     assert "append_blocks" in host_kernels.launches
     assert cache.nbytes == sum(cache.memory().values())
     detach(model)

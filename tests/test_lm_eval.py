@@ -16,7 +16,7 @@ from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.prefill import quantized_prefill
 from kvq_calib.integrations import lm_eval_command
-from kvq_calib.models import load_model
+from kvq_calib.models import load_model, with_cache
 from kvq_calib.runtime import attached
 
 pytestmark = pytest.mark.model
@@ -128,7 +128,7 @@ def test_text_is_generated_through_the_packed_cache(harness, place, batch_size):
         batch.pop("token_type_ids", None)
         with attached(loaded.model):
             cache = KVQCache(artifact, loaded.model)
-            out = loaded.model.generate(**batch, past_key_values=cache, max_new_tokens=60, do_sample=False)
+            out = loaded.model.generate(**batch, **with_cache(cache), max_new_tokens=60, do_sample=False)
         assert cache.get_seq_length() > 52  # more than the exact window and a block
         width = batch["input_ids"].shape[1]
         for sample, tokens in zip(samples[start : start + batch_size], out[:, width:], strict=True):

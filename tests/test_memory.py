@@ -24,6 +24,7 @@ from kvq_calib.evaluate.memory import (
     shape_report,
     stages,
 )
+from kvq_calib.models import with_cache
 from kvq_calib.packing import packed_tokens
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
@@ -38,8 +39,8 @@ def filled(model, artifact, tokens: int, batch: int = 1, **options) -> KVQCache:
     cache = KVQCache(artifact, model, **options)
     with torch.no_grad():
         ids = token_ids(batch, tokens)
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, :-1], **with_cache(cache))
+        model(ids[:, -1:], **with_cache(cache))
     return cache
 
 

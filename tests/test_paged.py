@@ -15,6 +15,7 @@ from test_runtime_storage import GEOMETRY, HEADS, SIZE, tokens
 from kvq_calib import KVQCache
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.paged import TOKENS, PagedLayout, codes_of, packed_tensor
+from kvq_calib.models import with_cache
 from kvq_calib.quantizer import Quantized, Quantizer
 from kvq_calib.runtime import attached
 from kvq_calib.runtime.reference import PageReader
@@ -161,7 +162,7 @@ def test_the_code_on_the_page_runs():
     model = tiny_model("llama")
     with attached(model), torch.no_grad():
         cache = KVQCache(artifact_for(model, RECIPES["dense2"]), model)
-        model(input_ids=token_ids(2, 300), past_key_values=cache)
+        model(input_ids=token_ids(2, 300), **with_cache(cache))
     names = {"cache": cache, "block_table": torch.randperm(1024)[:36].view(2, 18)}
     exec(compile(code, str(PAGE), "exec"), names)
     assert_same(codes_of(names["again"]), codes_of(names["packed"]))
@@ -183,8 +184,8 @@ def test_a_model_goes_on_from_a_cache_that_went_through_a_pool():
     with attached(model), torch.no_grad():
         cache, expected = KVQCache(artifact, model), KVQCache(artifact, model)
         for each in (cache, expected):
-            model(input_ids=ids[:, :290], past_key_values=each)
-            model(input_ids=ids[:, 290:300], past_key_values=each)
+            model(input_ids=ids[:, :290], **with_cache(each))
+            model(input_ids=ids[:, 290:300], **with_cache(each))
         for layer in cache.layers:
             for kind in KINDS:
                 packed = getattr(layer.storage, kind)
@@ -193,6 +194,6 @@ def test_a_model_goes_on_from_a_cache_that_went_through_a_pool():
                 moved = packed_tensor(layout.unpack(layout.pack(codes_of(packed))), packed.quantizer)
                 moved.dropped_pages, moved.blocks = packed.dropped_pages, packed.blocks
                 setattr(layer.storage, kind, moved)
-        got = model(input_ids=ids[:, 300:], past_key_values=cache).logits
-        want = model(input_ids=ids[:, 300:], past_key_values=expected).logits
+        got = model(input_ids=ids[:, 300:], **with_cache(cache)).logits
+        want = model(input_ids=ids[:, 300:], **with_cache(expected)).logits
     assert torch.equal(got, want)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from kvq_calib.models import with_cache
 from kvq_calib.runtime import KVQCache, attached, detach
 from kvq_calib.spec import KVCacheSpec
 
@@ -27,7 +28,7 @@ def logits_through(model, cache, ids, chunks, mask=None, positions=None):
     """Teacher-forced logits, ``chunks`` tokens per call."""
     parts, done = [], 0
     for tokens in chunks:
-        inputs = {"input_ids": ids[:, done : done + tokens], "past_key_values": cache}
+        inputs = {"input_ids": ids[:, done : done + tokens], **with_cache(cache)}
         done += tokens
         if mask is not None:
             inputs["attention_mask"] = mask[:, :done]
@@ -131,7 +132,7 @@ def test_one_call_chunks_and_single_tokens_store_the_same():
 
 def generate(model, cache=None, **options):
     options = {"max_new_tokens": 40, "do_sample": False, **options}
-    return model.generate(past_key_values=cache, **options)
+    return model.generate(**with_cache(cache), **options)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from kvq_calib.artifact import ArtifactModelError
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.models import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
 
 pytestmark = pytest.mark.model
@@ -31,7 +32,7 @@ def artifact(llama):
 
 def fill(model, cache, tokens=40, batch=1):
     with torch.no_grad():
-        return model(token_ids(batch, tokens), past_key_values=cache)
+        return model(token_ids(batch, tokens), **with_cache(cache))
 
 
 def refused(model, cache, match, **arguments):

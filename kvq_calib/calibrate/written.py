@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvq_calib.calibrate.foreign import drawn
 from kvq_calib.errors import CalibrationError
+from kvq_calib.models import cache_of, with_cache
 from kvq_calib.placement import input_device
 
 __all__ = ["WrittenText", "write"]
@@ -92,8 +93,8 @@ def write(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -
     """
     text, step, cache = [prompt], prompt, None
     for _ in range(tokens):
-        output = model(input_ids=step.to(input_device(model)), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=step.to(input_device(model)), **with_cache(cache), use_cache=True)
+        cache = cache_of(output)
         odds = output.logits[:, -1].double().softmax(-1).cpu()
         if not bool(torch.isfinite(odds).all()):
             raise CalibrationError("the model's predictions are not finite; try --dtype float32")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact import KVArtifact
+from kvq_calib.models import with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["decode_logits"]
@@ -40,7 +41,5 @@ def decode_logits(
     """
     with attached(model):
         cache = KVQCache(artifact, model, recent_tokens=recent_tokens)
-        parts = [
-            model(input_ids=part, past_key_values=cache).logits for part in torch.split(ids, chunk, dim=1)
-        ]
+        parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
     return torch.cat(parts, dim=1)

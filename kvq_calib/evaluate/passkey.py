@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
+from kvq_calib.models import with_cache
 from kvq_calib.placement import input_device
 from kvq_calib.runtime import KVQCache, attached
 
@@ -106,9 +107,9 @@ def passes(model: Any, cache: Any, trial: Trial, chunk: int) -> bool:
     """
     device = input_device(model)
     for part in torch.split(trial.prompt[:, :-1].to(device), chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=part, **with_cache(cache), logits_to_keep=1)
     last = torch.cat((trial.prompt[:, -1:], trial.answer[:, :-1]), dim=1).to(device)
-    said = model(input_ids=last, past_key_values=cache).logits.argmax(-1)
+    said = model(input_ids=last, **with_cache(cache)).logits.argmax(-1)
     return bool((said.cpu() == trial.answer).all())
 
 

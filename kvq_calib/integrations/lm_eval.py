@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.models import load_model, model_fingerprint, with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["KVQuantLM"]
@@ -102,7 +102,7 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
         """Token ids ``[B, T + new]``, generated through a packed cache."""
         with attached(self.model):
             cache = KVQCache(self.artifact, self.model)
-            tokens: torch.Tensor = super()._model_generate(*args, past_key_values=cache, **kwargs)
+            tokens: torch.Tensor = super()._model_generate(*args, **with_cache(cache), **kwargs)
         return tokens
 
     def get_model_info(self) -> dict[str, Any]:

@@ -228,9 +228,9 @@ class _Pass:
 class KVQCache(Cache):  # type: ignore[misc]
     """A packed key-value cache for one model.
 
-    Use it like any cache of transformers: ``model.generate(**inputs, past_key_values=KVQCache(artifact,
-    model))``. The constructor switches the model's attention implementation to one that reads packed storage
-    and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
+    Use it like any cache of transformers: ``model.generate(**inputs, cache=KVQCache(artifact, model))`` (before 5.24
+    the argument is ``past_key_values``). The constructor switches the model's attention implementation to one that
+    reads packed storage and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
 
     Args:
         artifact: calibrated for this model.

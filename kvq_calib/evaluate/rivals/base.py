@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvq_calib.attention import AttentionCall, intercept_calls
 from kvq_calib.data import TokenWindows
+from kvq_calib.models import with_cache
 from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry
 
 __all__ = ["QuantizerRival", "Rival", "decode_in_chunks", "hadamard", "uniform_roundtrip"]
@@ -181,7 +182,7 @@ class _WindowLayer(DynamicLayer):  # type: ignore[misc]
 
 def decode_in_chunks(model: Any, cache: Any, ids: Tensor) -> Tensor:
     """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through a cache, a few tokens at a time."""
-    parts = [model(input_ids=part, past_key_values=cache).logits for part in torch.split(ids, CHUNK, dim=1)]
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, CHUNK, dim=1)]
     return torch.cat(parts, dim=1)
 
 
