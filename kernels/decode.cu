@@ -56,7 +56,8 @@ struct DecodeParams {
     float scaling, softcap;           // of the scores
     float rope_scaling;               // on rotated pairs of exact keys
     int key_rope;                     // exact keys are rotated on read
-    int block_stride, padding;
+    int block_stride;
+    int group;  // query heads that share a key-value head; given, because a quotient takes a register throughout
 };
 
 // ---- shared memory -------------------------------------------------------------------------------------------
@@ -151,7 +152,8 @@ template <int Bits, int Entries, int Count, bool Trellis> struct Units {
 // Channels of different widths: the order of channels makes the branches almost always uniform over a warp.
 template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, Trellis> {
     static constexpr bool kWide = Entries > kMostPlanes;
-    static constexpr int kMost = Entries > (Trellis ? 32 : 16) ? 8 : 4;
+    static constexpr int kLevels = Trellis ? Entries / 2 : Entries;  // that codes can tell apart
+    static constexpr int kMost = kLevels <= 16 ? 4 : kLevels <= 32 ? 5 : 8;
     uint32_t words[Count * kMost];
 
     KVQ_DEVICE void load(const uint32_t *region, Channel channel, int block) {
@@ -194,8 +196,11 @@ template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, 
             if constexpr (kMost == 8) {
                 unpack_unit(words + u * kMost, channel.bits, d.selectors[u], d.high[u]);
             } else {
-                unpack_narrow(words + u * kMost, channel.bits, d.selectors[u]);
-                for (int s = 0; s < 4; ++s) d.high[u][s] = 0;
+                unpack_narrow(words + u * kMost, min(int(channel.bits), 4), d.selectors[u]);
+                if constexpr (kMost == 5)
+                    unpack_selectors<1>(words + u * kMost + 4, d.high[u]);  // zero where there is no fifth bit
+                else
+                    for (int s = 0; s < 4; ++s) d.high[u][s] = 0;
             }
             if (Trellis) trellis_index(d.selectors[u], d.high[u]);
         }
@@ -719,8 +724,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 2) decode_attention(const __grid_con
     KVQ_SHARED;
     Shared &s = *reinterpret_cast<Shared *>(kvq_shared);
     const int head = blockIdx.y / p.subgroups, subgroup = blockIdx.y % p.subgroups;
-    const int group = p.query_heads / p.kv_heads;
-    const int heads = min(kGroup, group - subgroup * kGroup), first_head = head * group + subgroup * kGroup;
+    const int heads = min(kGroup, p.group - subgroup * kGroup), first_head = head * p.group + subgroup * kGroup;
     if (blockIdx.x < p.packed_splits)
         attend_packed(p, s, head, first_head, heads);
     else

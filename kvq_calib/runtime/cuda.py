@@ -298,7 +298,7 @@ class _DecodeParams(ctypes.Structure):
         ("rope_scaling", _F),
         ("key_rope", _I),
         ("block_stride", _I),
-        ("padding", _I),
+        ("group", _I),
     )
 
 
@@ -820,6 +820,7 @@ def decode_attention(
         kv_heads=heads,
         query_heads=query_heads,
         subgroups=subgroups,
+        group=group,
         first_page=first_page,
         pages=pages,
         packed_splits=packed_splits,

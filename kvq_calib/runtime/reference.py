@@ -34,6 +34,8 @@ __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visib
 
 #: Decoded elements of one work space: small enough for the caches, large enough to hide the cost of calls.
 WORK_ELEMENTS = 1 << 19
+#: Work spaces for which outliers and scales of tokens are made ready at once.
+SPANS_READY = 8
 #: Attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
 #: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
@@ -329,26 +331,69 @@ class PageReader:
             pages: one or more.
             normalized: leave scale and zero point to :meth:`affine`; only where ``separable``.
         """
-        batch, layout = pages[0].codes.shape[0], self.layout
-        y = self._levels(torch.stack([page.codes for page in pages]).view(len(pages), batch, -1, PAGE_BLOCKS))
-        params = self.quantizer.params
-        if layout.token_params:
-            pairs = [page.token_params.mT for page in pages if page.token_params is not None]
-            scale, zero_point = (
-                torch.cat(pairs, dim=-1).float().chunk(2, dim=1)
-            )  # contiguous along the tokens
-            torch.addcmul(zero_point, y, scale, out=y)
-        elif not normalized:
-            assert params.scale is not None
-            assert params.zero_point is not None
-            y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
-        if layout.outlier_cap:
-            self._add_outliers(y, pages)
-        if self.quantizer.spec.channel_normalized:
-            assert params.scale is not None
-            assert params.zero_point is not None
-            y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
-        return y.view(batch, layout.heads, layout.head_dim, -1)
+        return next(self.spans(pages, len(pages), normalized))
+
+    def spans(self, pages: Sequence[Page], size: int, normalized: bool = False) -> Iterator[Tensor]:
+        """Decode pages, ``size`` at a time, each time as :meth:`read` does.
+
+        What is small is made ready for :data:`SPANS_READY` spans at once, for the calls cost more than the work.
+        """
+        whole = len(pages) - len(pages) % size
+        for start in range(0, whole, SPANS_READY * size):
+            yield from self._alike(pages[start : min(start + SPANS_READY * size, whole)], size, normalized)
+        if whole < len(pages):
+            yield from self._alike(pages[whole:], len(pages) - whole, normalized)
+
+    def _alike(self, pages: Sequence[Page], size: int, normalized: bool) -> Iterator[Tensor]:
+        """What :meth:`spans` does, for whole spans that are decoded while what is ready for them is kept."""
+        batch, layout, params = pages[0].codes.shape[0], self.layout, self.quantizer.params
+        tokens = self._token_params(pages) if layout.token_params else None
+        corrections = iter(self._corrections(pages, size)) if layout.outlier_cap else None
+        for start in range(0, len(pages), size):
+            codes = torch.stack([page.codes for page in pages[start : start + size]])
+            y = self._levels(codes.view(size, batch, -1, PAGE_BLOCKS))
+            if tokens is not None:
+                scale, zero_point = tokens[..., start * PAGE_TOKENS : (start + size) * PAGE_TOKENS]
+                torch.addcmul(zero_point, y, scale, out=y)
+            elif not normalized:
+                assert params.scale is not None
+                assert params.zero_point is not None
+                y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+            if corrections is not None:
+                y.view(-1).index_add_(0, *next(corrections))
+            if self.quantizer.spec.channel_normalized:
+                assert params.scale is not None
+                assert params.zero_point is not None
+                y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+            yield y.view(batch, layout.heads, layout.head_dim, -1)
+
+    @staticmethod
+    def _token_params(pages: Sequence[Page]) -> Tensor:
+        """Scales and zero points of the tokens, float32 ``[2, B, 1, 256 * n]``."""
+        found = torch.cat([page.token_params for page in pages if page.token_params is not None], dim=1)
+        out = torch.empty(2, len(found), 1, found.shape[1], device=found.device)
+        return out.copy_(found.permute(2, 0, 1)[:, :, None])
+
+    def _corrections(self, pages: Sequence[Page], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every ``size`` pages, where in ``y [B, C, S]`` their outliers stand, int32, and their residuals, float32."""
+        places = size * PAGE_TOKENS
+        start = torch.stack([page.outlier_start for page in pages if page.outlier_start is not None])
+        index = torch.cat([page.outlier_index for page in pages if page.outlier_index is not None])
+        residual = torch.cat([page.outlier_residual for page in pages if page.outlier_residual is not None])
+        # A list's entries begin where its block and head do.
+        device, stop = start.device, len(pages[0].codes) * self.layout.channels * places
+        page = torch.arange(len(pages), dtype=torch.int32, device=device).remainder_(size)
+        block = torch.arange(0, PAGE_TOKENS, BLOCK_TOKENS, dtype=torch.int32, device=device)
+        head = torch.arange(0, stop, self.layout.head_dim * places, dtype=torch.int32, device=device)
+        begin = (page[:, None, None] * PAGE_TOKENS + block[:, None] + head).flatten()
+        count = start.to(torch.int32).diff().flatten()
+        target = begin.repeat_interleave(count, output_size=len(index))
+        index = index.to(torch.int32)
+        target.add_(index & ((1 << COORDINATE_BITS) - 1), alpha=places)
+        # The sign bit is the token's highest.
+        target.add_(index.bitwise_right_shift_(COORDINATE_BITS).bitwise_and_(BLOCK_TOKENS - 1))
+        counts = [sum(page.entries for page in pages[at : at + size]) for at in range(0, len(pages), size)]
+        return zip(target.split(counts), residual.float().split(counts), strict=True)
 
     def affine(self, mixed: Tensor, weight: Tensor) -> Tensor:
         """Weighted sums of values from those of normalized values.
@@ -409,31 +454,6 @@ class PageReader:
             torch.add(data, start[..., None], out=index)
         found = table.index_select(0, index.flatten()).view(torch.float32)
         return found.view(*data.shape[:2], -1)
-
-    def _add_outliers(self, y: Tensor, pages: Sequence[Page]) -> None:
-        """Add the residuals of ``pages`` to ``y [B, C, S]``."""
-        batch, _, places = y.shape
-        counts = [page.entries for page in pages]
-        total = sum(counts)
-        if total == 0:
-            return
-        head = self.layout.head_dim * places
-        heads = torch.arange(0, batch * self.layout.heads * head, head, dtype=torch.int32, device=y.device)
-        blocks = torch.arange(0, places, BLOCK_TOKENS, dtype=torch.int32, device=y.device)
-        base = (blocks[:, None] + heads).flatten()  # where in y each list's block and head begin
-        start = torch.stack([page.outlier_start for page in pages if page.outlier_start is not None])
-        before = torch.tensor([sum(counts[:page]) for page in range(len(pages))], device=y.device)
-        first = (start[:, :-1] + before[:, None]).flatten()
-        # Each entry needs the base of its list: steps at the lists' first entries, summed up.
-        target = torch.zeros(total + 1, dtype=torch.int32, device=y.device)
-        target.index_add_(0, first, base.diff(prepend=base.new_zeros(1)))
-        target = target.cumsum(0, dtype=torch.int32)[:-1]
-        index = torch.cat([page.outlier_index for page in pages if page.outlier_index is not None])
-        index = index.to(torch.int32)
-        target += (index & ((1 << COORDINATE_BITS) - 1)) * places
-        target += index >> COORDINATE_BITS & (BLOCK_TOKENS - 1)  # the sign bit is the token's highest
-        residual = torch.cat([page.outlier_residual for page in pages if page.outlier_residual is not None])
-        y.view(-1).index_add_(0, target, residual.float())
 
 
 class _Softmax:
@@ -633,14 +653,17 @@ class ReferenceOps:
         )
         group = max(group, 1)
         key_reader, value_reader = self.readers
-        for start in range(key.pages_before(request.visibility.first_slot, table), len(key.pages), group):
+        begin = key.pages_before(request.visibility.first_slot, table)
+        all_keys = key_reader.spans(key.pages[begin:], group)
+        all_values = value_reader.spans(value.pages[begin:], group, value_reader.separable)
+        for start, keys, values in zip(
+            range(begin, len(key.pages), group), all_keys, all_values, strict=True
+        ):
             first = (key.dropped_pages + start) * PAGE_BLOCKS
             last = min(first + group * PAGE_BLOCKS, key.blocks)
             low, high = table.first[first], table.first[last - 1] + table.fill[last - 1]
             holes = table.ragged and high - low < (last - first) * BLOCK_TOKENS
             span = _Span(low, high, table.block_slots(first, last) if holes else None)
-            keys = key_reader.read(key.pages[start : start + group])
-            values = value_reader.read(value.pages[start : start + group], value_reader.separable)
             places = (last - first) * BLOCK_TOKENS if holes else high - low
             yield span, keys[..., :places], values[..., :places]
 
