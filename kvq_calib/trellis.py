@@ -74,22 +74,28 @@ def lowest_bits_before(data: Tensor) -> Tensor:
     return before
 
 
-def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest level of each of the four subsets ``levels[:, s::4]``, for ``u [C, n]``.
 
+    One search in the boundaries of all subsets together says where ``u`` stands in each of them.
+
     Returns:
-        Place in the subset, int64 ``[4, C, n]``, and the squared distance, float32 ``[4, C, n]``.
+        Squared distance, float32 ``[C, 4, n]``; rank among all boundaries, int64 ``[C, n]``; and the place in a subset that
+        each rank means, int64 ``[C, 4, ranks]``.
     """
     if levels.shape[1] < 4:  # every channel has width 0
         levels = levels[:, :1].expand(-1, 4)
-    subsets = levels.unflatten(1, (-1, 4)).permute(2, 0, 1).contiguous()  # [4, C, L / 4]
+    subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
     boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
     used = (1 << bits.to(torch.int64)) >> 1
     unused = torch.arange(1, subsets.shape[-1], device=u.device) >= used[:, None]
-    boundaries = boundaries.masked_fill(unused, torch.inf)
-    place = torch.searchsorted(boundaries, u.expand(4, *u.shape).contiguous())
-    distance = u - subsets.gather(-1, place)
-    return place, distance * distance
+    boundaries = boundaries.masked_fill(unused[:, None], torch.inf).flatten(1)
+    boundaries, order = boundaries.sort(dim=1)
+    owner = order[:, None] // max(subsets.shape[-1] - 1, 1) == torch.arange(4, device=u.device)[:, None]
+    place = torch.nn.functional.pad(owner.cumsum(-1), (1, 0))
+    rank = torch.searchsorted(boundaries, u)
+    distance = u[:, None] - subsets.gather(-1, place).gather(-1, rank[:, None].expand(-1, 4, -1))
+    return distance * distance, rank, place
 
 
 def _pair_subsets() -> tuple[list[int], list[int]]:
@@ -120,24 +126,25 @@ def best_path(levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
         uint8 ``[C, B, T]``.
     """
     channels, batch, tokens = u.shape
-    place, distance = _nearest_in_subsets(levels, bits, u.flatten(1))
-    place = place.view(4, channels, batch, tokens)
+    distance, rank, place = _nearest_in_subsets(levels, bits, u.flatten(1).contiguous())
     # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
-    distance = torch.nn.functional.pad(distance.view_as(place), (0, -tokens % BLOCK_TOKENS))
+    distance = torch.nn.functional.pad(
+        distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)
+    ).transpose(0, 1)
     first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 2, 0, 1)  # [16, 4, N] each
     subsets = _pair_subsets()
     pair = (first[:, subsets[0]] + second[:, subsets[1]]).unflatten(1, (4, 4))
     cost = torch.full_like(first[0], torch.inf)
     cost[0] = 0
-    # The inputs so far of the best path into each state, bit t for token t.
-    path = torch.zeros_like(cost, dtype=torch.int64)
-    state = torch.arange(4, device=u.device)[:, None]
-    inputs = (state & 1) << 1 | state >> 1
-    for number in range(BLOCK_TOKENS // 2):
-        cost, before = (pair[number] + cost[:, None]).min(0)
-        path = path.gather(0, before) | inputs << 2 * number
-    best = path.gather(0, cost.min(0, keepdim=True).indices)[0]
-    free = best[:, None] >> torch.arange(BLOCK_TOKENS, device=u.device) & 1
-    free = free.view(channels, batch, -1)[..., :tokens]
-    codes = place.gather(0, (level_index(free) & 3)[None])[0] << 1 | free
+    best = []  # per two tokens the state before that leads best into each state
+    for step in pair:
+        cost, before = (step + cost[:, None]).min(0)
+        best.append(before)
+    states = [cost.min(0, keepdim=True).indices]
+    for before in reversed(best[1:]):
+        states.append(before.gather(0, states[-1]))
+    ends = torch.cat(states[::-1])  # [16, N]
+    free = torch.stack((ends >> 1, ends & 1), -1).transpose(0, 1).reshape(channels, batch, -1)[..., :tokens]
+    subset = (level_index(free) & 3).flatten(1)
+    codes = place.flatten(1).gather(1, subset * place.shape[-1] + rank).view_as(free) << 1 | free
     return codes.masked_fill((bits == 0)[:, None, None], 0).to(torch.uint8)
