@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, pack_codebooks
 from kvq_calib.spec import Kind, LayerGeometry, QuantSpec, RopeSpec
 
 OUTLIERS = 0.01
@@ -72,12 +72,15 @@ class Recipe:
             extra |= {"scale": torch.full((channels,), _REACH), "zero_point": torch.zeros(channels)}
         heads, size = geometry.num_kv_heads, geometry.head_dim
         if spec.phase and rope is not None:
-            extra["phase"] = torch.rand(heads, len(rope.pairs), generator=generator) - 0.5
+            extra["phase"] = (torch.rand(heads, len(rope.pairs), generator=generator) - 0.5).half()
         if spec.feedback:
             count = (heads, size * (size - 1) // 2)
             extra["feedback"] = torch.randint(-20, 21, count, generator=generator).to(torch.int8)
             extra["feedback_scale"] = torch.full((heads,), 1e-3)
-        return QuantParams(widths.to(torch.uint8), torch.stack(rows), index.to(torch.int32), **extra)
+        codebook = torch.stack(rows)
+        if spec.variable_bits:
+            codebook, index = pack_codebooks(spec, widths, codebook.half().float(), index)
+        return QuantParams(widths.to(torch.uint8), codebook, index.to(torch.uint8), **extra)
 
 
 def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:

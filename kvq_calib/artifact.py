@@ -24,18 +24,21 @@ from torch import Tensor
 from kvq_calib.errors import KVQError
 from kvq_calib.files import write_atomically
 from kvq_calib.packing import packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.quantizer import Quantizer, QuantParams, pack_codebooks
 from kvq_calib.spec import (
     KINDS,
+    MAX_CODEBOOKS,
     Kind,
     KVCacheSpec,
     KVGeometry,
     LayerGeometry,
+    LayerSpec,
     QuantSpec,
+    TensorShape,
     expected_tensors,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30
@@ -96,6 +99,8 @@ class KVArtifact:
         model: the model it is for: ``id`` (as the user named it) and ``config``, the fields a model must share.
         calibration: where the numbers come from: data, hashes, window, seed, settings, library versions.
         outliers_per_token: expected outliers of one token, per kind and layer, measured at calibration.
+        older_sha256: of the file it was read from, if that is of an older format version: caches that were saved then
+            name their artifact by it. Not taken over by a changed copy.
     """
 
     spec: KVCacheSpec
@@ -104,6 +109,7 @@ class KVArtifact:
     model: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     outliers_per_token: Mapping[Kind, Sequence[float]] = field(default_factory=dict)
+    older_sha256: str | None = field(default=None, init=False, compare=False)
 
     # ------------------------------------------------------------------ use
 
@@ -209,6 +215,8 @@ class KVArtifact:
                         raise ArtifactValueError(
                             f"layers.{index}.{kind} needs variable_bits: its channels have widths or codebooks of their own"
                         )
+                elif int(stored["codebook_index"].max()) >= MAX_CODEBOOKS:
+                    raise _too_many_codebooks(f"layers.{index}.{kind}.", stored["codebook_index"])
                 for name, tensor in stored.items():
                     tensors[f"layers.{index}.{kind}.{name}"] = tensor.detach().cpu().contiguous()
         return tensors
@@ -294,6 +302,8 @@ class KVArtifact:
                 raise ArtifactMetadataError(f"{name}: metadata {section!r} is not an object")
         rates = _check_rates(metadata.get("outliers_per_token"), len(geometry.layers), name)
         try:
+            if version < 3:
+                tensors = _packed(spec, geometry, tensors)
             _validate(spec, geometry, tensors)
         except ArtifactError as error:
             raise type(error)(f"{name}: {error}") from None
@@ -307,7 +317,10 @@ class KVArtifact:
             )
             for index, layer in enumerate(geometry.layers)
         )
-        return cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
+        artifact = cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
+        if version < FORMAT_VERSION:
+            object.__setattr__(artifact, "older_sha256", hashlib.sha256(data).hexdigest())
+        return artifact
 
 
 def _params(
@@ -386,67 +399,136 @@ def _check_rates(rates: object, layers: int, name: str) -> dict[Kind, list[float
     return checked
 
 
-def _validate(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> None:
-    """Check names, shapes, dtypes and ranges of every tensor against spec and geometry."""
+def _resolved(spec: KVCacheSpec, geometry: KVGeometry) -> tuple[LayerSpec, ...]:
     try:
-        resolved = spec.resolved(len(geometry.layers))
+        return spec.resolved(len(geometry.layers))
     except ValueError as error:
         raise ArtifactMetadataError(str(error)) from error
-    missing = set(tensors)
-    for index, layer in enumerate(resolved):
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str, expected: TensorShape) -> Tensor:
+    """The tensor ``name``, if it is there and as expected."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ArtifactTensorError(f"tensor {name} is missing")
+    shape, dtypes = expected
+    actual, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    fits = len(actual) == len(shape) and all(
+        size >= 1 if wanted is None else size == wanted for size, wanted in zip(actual, shape, strict=True)
+    )
+    if not fits or dtype not in dtypes:
+        wanted_shape = ["any" if size is None else size for size in shape]
+        raise ArtifactTensorError(
+            f"tensor {name} is {dtype} {list(actual)}, not {' or '.join(dtypes)} {wanted_shape}"
+        )
+    return tensor
+
+
+def _value_error(name: str, what: str) -> ArtifactValueError:
+    return ArtifactValueError(f"tensor {name} {what}")
+
+
+def _too_many_codebooks(prefix: str, index: Tensor) -> ArtifactValueError:
+    what = (
+        f"names {int(index.max()) + 1} codebooks, at most {MAX_CODEBOOKS} can be stored; calibrate with fewer"
+    )
+    return _value_error(prefix + "codebook_index", what)
+
+
+def _packed(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file of version 1 or 2, where rows of a codebook are padded float32 and channels of several widths
+    may share one, with the codebooks of version 3. Every reader computes what it did."""
+    found = dict(tensors)
+    for index, layer in enumerate(_resolved(spec, geometry)):
+        for kind in KINDS:
+            prefix, quant = f"layers.{index}.{kind}.", layer.of(kind)
+            if not quant.variable_bits:
+                continue
+            per_channel = (geometry.layers[index].channels,)
+            bits = _checked(tensors, prefix + "bits", (per_channel, ("uint8",)))
+            row_of = _checked(tensors, prefix + "codebook_index", (per_channel, ("int32",)))
+            table = _checked(tensors, prefix + "codebook", ((None, None), ("float32",)))
+            _validate_widths(prefix, quant, bits)
+            needed = quant.level_count(int(bits.max()))
+            if not needed <= table.shape[1] <= 256:
+                raise _value_error(prefix + "codebook", f"has {table.shape[1]} columns for {needed} levels")
+            if int(row_of.min()) < 0 or int(row_of.max()) >= len(table):
+                raise _value_error(prefix + "codebook_index", f"points outside the {len(table)} codebooks")
+            if not bool(torch.isfinite(table).all()):
+                raise _value_error(prefix + "codebook", "has values that are not finite")
+            if bool((table[:, 1:] < table[:, :-1]).any()):
+                raise _value_error(prefix + "codebook", "has unsorted levels")
+            try:
+                codebook, packed = pack_codebooks(quant, bits, table, row_of)
+            except ValueError as error:
+                raise _value_error(prefix + "codebook", f"{error}; calibrate again") from None
+            if packed.dtype != torch.uint8:
+                raise _too_many_codebooks(prefix, packed)
+            found[prefix + "codebook"], found[prefix + "codebook_index"] = codebook, packed
+    return found
+
+
+def _validate(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> None:
+    """Check names, shapes, dtypes and ranges of every tensor against spec and geometry."""
+    unknown = set(tensors)
+    for index, layer in enumerate(_resolved(spec, geometry)):
         rope = geometry.rope_of(index)
         for kind in KINDS:
             prefix = f"layers.{index}.{kind}."
             quant = layer.of(kind)
-            for name, (shape, dtype) in expected_tensors(quant, geometry.layers[index], rope).items():
-                tensor = tensors.get(prefix + name)
-                if tensor is None:
-                    raise ArtifactTensorError(f"tensor {prefix}{name} is missing")
-                missing.discard(prefix + name)
-                actual = tuple(tensor.shape)
-                fits = len(actual) == len(shape) and all(
-                    size >= 1 if wanted is None else size == wanted
-                    for size, wanted in zip(actual, shape, strict=True)
-                )
-                if not fits or str(tensor.dtype) != f"torch.{dtype}":
-                    wanted_shape = ["any" if size is None else size for size in shape]
-                    raise ArtifactTensorError(
-                        f"tensor {prefix}{name} is {str(tensor.dtype).removeprefix('torch.')} {list(actual)}, "
-                        f"not {dtype} {wanted_shape}"
-                    )
+            for name, expected in expected_tensors(quant, geometry.layers[index], rope).items():
+                _checked(tensors, prefix + name, expected)
+                unknown.discard(prefix + name)
             _validate_values(prefix, quant, tensors)
-    if missing:
-        raise ArtifactTensorError(f"tensor {sorted(missing)[0]} is unknown")
+    if unknown:
+        raise ArtifactTensorError(f"tensor {sorted(unknown)[0]} is unknown")
+
+
+def _validate_widths(prefix: str, spec: QuantSpec, bits: Tensor) -> None:
+    if int(bits.max()) > spec.bits:
+        raise _value_error(prefix + "bits", f"has widths over {spec.bits}")
+
+
+def _validate_codebooks(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Rows of a codebook of ``variable_bits``: each used, by channels of one width, and sorted."""
+    codebook, bits = tensors[prefix + "codebook"], tensors[prefix + "bits"]
+    index = tensors[prefix + "codebook_index"].to(torch.int64)
+    _validate_widths(prefix, spec, bits)
+    widths: dict[int, int] = {}
+    for row, width in zip(index.tolist(), bits.tolist(), strict=True):
+        if widths.setdefault(row, width) != width:
+            what = f"gives codebook {row} to channels of {widths[row]} and of {width} bits"
+            raise _value_error(prefix + "codebook_index", what)
+    rows = max(widths) + 1
+    if len(widths) < rows:
+        unused = min(set(range(rows)) - widths.keys())
+        raise _value_error(prefix + "codebook_index", f"gives codebook {unused} to no channel")
+    counts = [spec.level_count(widths[row]) for row in range(rows)]
+    if len(codebook) != sum(counts):
+        what = f"has {len(codebook)} levels, the widths of its channels need {sum(counts)}"
+        raise _value_error(prefix + "codebook", what)
+    if any(bool((row[1:] < row[:-1]).any()) for row in codebook.split(counts)):
+        raise _value_error(prefix + "codebook", "has unsorted levels")
 
 
 def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-    def problem(name: str, what: str) -> ArtifactValueError:
-        return ArtifactValueError(f"tensor {prefix}{name} {what}")
-
     for name in ("codebook", "scale", "zero_point", "phase", "rotation", "feedback_scale"):
         tensor = tensors.get(prefix + name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise problem(name, "has values that are not finite")
+            raise _value_error(prefix + name, "has values that are not finite")
     codebook = tensors[prefix + "codebook"]
-    if bool((codebook[:, 1:] < codebook[:, :-1]).any()):
-        raise problem("codebook", "has unsorted levels")
     if spec.variable_bits:
-        bits, index = tensors[prefix + "bits"], tensors[prefix + "codebook_index"]
-        if int(bits.max()) > spec.bits:
-            raise problem("bits", f"has widths over {spec.bits}")
-        levels = spec.level_count(int(bits.max()))
-        if codebook.shape[1] < levels or codebook.shape[1] > 256:
-            raise problem("codebook", f"has {codebook.shape[1]} columns for {levels} levels")
-        if int(index.min()) < 0 or int(index.max()) >= codebook.shape[0]:
-            raise problem("codebook_index", f"points outside the {codebook.shape[0]} codebooks")
+        _validate_codebooks(prefix, spec, tensors)
+    elif bool((codebook[:, 1:] < codebook[:, :-1]).any()):
+        raise _value_error(prefix + "codebook", "has unsorted levels")
     scale = tensors.get(prefix + "scale")
     if scale is not None and bool((scale <= 0).any()):
-        raise problem("scale", "must be positive")
+        raise _value_error(prefix + "scale", "must be positive")
     step = tensors.get(prefix + "feedback_scale")
     if step is not None and bool((step < 0).any()):
-        raise problem("feedback_scale", "must not be negative")
+        raise _value_error(prefix + "feedback_scale", "must not be negative")
     rotation = tensors.get(prefix + "rotation")
     if rotation is not None:
         identity = torch.eye(rotation.shape[-1])
         if bool(((rotation @ rotation.mT - identity).abs() > 1e-3).any()):
-            raise problem("rotation", "is not orthogonal")
+            raise _value_error(prefix + "rotation", "is not orthogonal")

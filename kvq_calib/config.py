@@ -47,7 +47,8 @@ class AllocationConfig(_Settings):
             ``uniform``: every channel has the width that the cache section says.
         min_key_bits, min_value_bits: least width of a channel. The error of a channel without any bits is large,
             and the estimate by gradients holds for small ones.
-        codebooks: most codebooks that channels of one width share, per layer and kind.
+        codebooks: most codebooks that channels of one width share, per layer and kind. 32 for each width up to 8 are
+            what a byte can number.
         corrections: rounds of measuring what the errors of every layer cost on the model's output and spending the budget
             again. The estimate by gradients can be far too low where a layer's errors are large.
         shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
@@ -66,7 +67,7 @@ class AllocationConfig(_Settings):
     scope: Literal["model", "layer", "uniform"] = "model"
     min_key_bits: Annotated[int, Field(ge=0, le=8)] = 1
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
-    codebooks: Annotated[int, Field(ge=1, le=64)] = 2
+    codebooks: Annotated[int, Field(ge=1, le=32)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
     foreign: Annotated[float, Field(ge=0, le=1)] = 0.1
     first_layer: Annotated[float, Field(gt=0, le=1024)] = 4.0

@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 
 from kvq_calib.packing import PageLayout
-from kvq_calib.spec import KVCacheSpec, LayerGeometry, QuantSpec, RopeSpec, StorageDtype
+from kvq_calib.spec import (
+    MAX_BITS,
+    MAX_CODEBOOKS,
+    KVCacheSpec,
+    LayerGeometry,
+    QuantSpec,
+    RopeSpec,
+    StorageDtype,
+)
 from kvq_calib.trellis import best_path, level_index
 
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,10 +49,13 @@ class QuantParams:
 
     Attributes:
         bits: uint8 ``[C]``, width of each channel.
-        codebook: float32 ``[G, L]``, see :func:`kvq_calib.spec.expected_tensors`.
-        codebook_index: int32 ``[C]``, the row of each channel.
+        codebook: with ``variable_bits`` float16 ``[N]``, else float32 ``[1, L]``, see
+            :func:`kvq_calib.spec.expected_tensors`; while it is fitted or trained float32 ``[G, L]`` for either. Readers take
+            :func:`codebook_table`.
+        codebook_index: uint8 ``[C]``, the row of each channel.
         scale, zero_point: float32 ``[C]``, static thresholds ``zero_point -+ scale``.
-        phase: float32 ``[H, P]``, radians by which each RoPE pair is turned before quantization.
+        phase: float16 ``[H, P]`` (float32 from an artifact of a version before 3), radians by which each RoPE pair is
+            turned before quantization. Computed with in float32.
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
         feedback: int8 ``[H, D (D - 1) / 2]``, see :func:`kvq_calib.spec.expected_tensors`.
         feedback_scale: float32 ``[H]``.
@@ -68,7 +79,7 @@ class QuantParams:
         return cls(
             torch.tensor([bits], dtype=torch.uint8, device=codebook.device).expand(channels),
             codebook,
-            torch.zeros(1, dtype=torch.int32, device=codebook.device).expand(channels),
+            torch.zeros(1, dtype=torch.uint8, device=codebook.device).expand(channels),
             scale,
             **others,
         )
@@ -94,6 +105,48 @@ class QuantParams:
             return tensor[:1].to(device).expand(tensor.shape) if repeated else tensor.to(device)
 
         return replace(self, **{name: move(tensor) for name, tensor in self.tensors().items()})
+
+
+def codebook_table(spec: QuantSpec, params: QuantParams) -> Tensor:
+    """Levels by codebook: float32 ``[G, L]``; a row of fewer than ``L`` levels repeats its last one."""
+    if params.codebook.ndim == 2:
+        return params.codebook
+    index, device = params.codebook_index.to(torch.int64), params.codebook.device
+    width = torch.zeros(int(index.max()) + 1, dtype=torch.int64, device=device)
+    width[index] = params.bits.to(torch.int64)  # one for all channels of a row
+    count = torch.tensor([spec.level_count(bits) for bits in width.tolist()], device=device)
+    stop = count.cumsum(0)[:, None]
+    place = stop - count[:, None] + torch.arange(int(count.max()), device=device)
+    return params.codebook[place.minimum(stop - 1)].float()
+
+
+def pack_codebooks(spec: QuantSpec, bits: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Codebooks as they are stored with ``variable_bits``, the inverse of :func:`codebook_table`.
+
+    Rows that no channel uses are left out; of a row that channels of several widths use, each width gets the part that it
+    reads.
+
+    Args:
+        spec: of the tensor.
+        bits: uint8 ``[C]``.
+        table: float32 ``[G, L]``, levels representable in float16.
+        index: integer ``[C]``, the row of each channel.
+
+    Returns:
+        ``codebook``, float16 ``[N]``, and ``codebook_index``, uint8 ``[C]``; int32 where the rows are more than
+        :data:`kvq_calib.spec.MAX_CODEBOOKS`, which no artifact can hold.
+
+    Raises:
+        ValueError: rounding to float16 would change a level.
+    """
+    rows, packed = torch.unique(index.to(torch.int64) * (MAX_BITS + 1) + bits, return_inverse=True)
+    levels = torch.cat(
+        [table[row // (MAX_BITS + 1), : spec.level_count(row % (MAX_BITS + 1))] for row in rows.tolist()]
+    )
+    rounded = levels.half()
+    if not bool((rounded.float() == levels).all()):
+        raise ValueError("has levels that are no float16 numbers")
+    return rounded, packed.to(torch.uint8 if len(rows) <= MAX_CODEBOOKS else torch.int32)
 
 
 @dataclass(frozen=True)
@@ -262,9 +315,14 @@ class Quantizer:
     # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
 
     @property
+    def table(self) -> Tensor:
+        """Levels per codebook, float32 ``[G, L]``: :func:`codebook_table`."""
+        return codebook_table(self.spec, self.params)
+
+    @property
     def levels(self) -> Tensor:
         """Levels per channel, float32 ``[C, L]``."""
-        return self.params.codebook[self.params.codebook_index.to(torch.int64)]
+        return self.table[self.params.codebook_index.to(torch.int64)]
 
     @property
     def boundaries(self) -> Tensor:
@@ -275,7 +333,7 @@ class Quantizer:
     def _phase_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert self.params.phase is not None and self.rope is not None
         pairs = torch.tensor(self.rope.pairs, dtype=torch.int64, device=self.params.phase.device)
-        phase = self.params.phase[:, None, :]  # [H, 1, P]
+        phase = self.params.phase.float()[:, None, :]  # [H, 1, P]
         return pairs[:, 0], pairs[:, 1], phase.cos(), phase.sin()
 
     def _turn(self, x: Tensor, sign: float) -> Tensor:
@@ -339,13 +397,17 @@ class Quantizer:
         return self._codes(self.levels, self.params.bits, normalised.permute(2, 0, 1)).permute(1, 2, 0)
 
     @property
+    def _one_codebook(self) -> bool:
+        return not bool(self.params.codebook_index.any())
+
+    @property
     def _one_table(self) -> bool:
-        return self.params.codebook.shape[0] == 1 and bool((self.params.bits == self.params.bits[0]).all())
+        return self._one_codebook and bool((self.params.bits == self.params.bits[0]).all())
 
     def decode(self, codes: Tensor) -> Tensor:
         """Levels of codes: uint8 ``[B, T, C]`` to float32 ``[B, T, C]``; tokens as in :meth:`encode`."""
-        if not self.spec.trellis and self.params.codebook.shape[0] == 1:
-            return self.params.codebook[0][codes.to(torch.int64)]
+        if not self.spec.trellis and self._one_codebook:
+            return self.table[0][codes.to(torch.int64)]
         return self._levels_of(self.levels, codes.permute(2, 0, 1)).permute(1, 2, 0)
 
     @property

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.errors import ConfigError
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, codebook_table, pack_codebooks
 from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, QuantSpec
 
 __all__ = ["shard"]
@@ -85,8 +84,7 @@ def _slice(
         step = tensor.shape[0] // geometry.num_kv_heads  # channels of a head, or 1
         found[name] = tensor[first * step : (first + count) * step]
     if spec.variable_bits:  # rows that other heads use alone stay with them
-        used, index = torch.unique(found["codebook_index"], return_inverse=True)
-        levels = spec.level_count(int(found["bits"].max()))
-        found["codebook"] = found["codebook"][used.to(torch.int64), :levels].contiguous()
-        found["codebook_index"] = index.to(torch.int32)
+        found["codebook"], found["codebook_index"] = pack_codebooks(
+            spec, found["bits"], codebook_table(spec, params), found["codebook_index"]
+        )
     return QuantParams(**found)

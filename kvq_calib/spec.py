@@ -24,6 +24,8 @@ Datatype = Literal["uniform", "normal_float", "kmeans", "learned"]
 StorageDtype = Literal["float16", "bfloat16"]
 
 MAX_BITS = 8
+#: Most codebooks of one layer's keys or values that a ``codebook_index`` can name.
+MAX_CODEBOOKS = 256
 #: Largest head dimension an outlier index can address (see ``packing.py``).
 MAX_HEAD_DIM = 2048
 
@@ -281,8 +283,8 @@ class KVGeometry(_Frozen):
         return None if index is None else self.ropes[index]
 
 
-#: Shape (``None`` is "any, at least 1") and dtype name of one stored tensor.
-TensorShape = tuple[tuple[int | None, ...], str]
+#: Shape (``None`` is "any, at least 1") and dtype names of one stored tensor, that of new artifacts first.
+TensorShape = tuple[tuple[int | None, ...], tuple[str, ...]]
 
 
 def expected_tensors(
@@ -290,28 +292,30 @@ def expected_tensors(
 ) -> dict[str, TensorShape]:
     """Names, shapes and dtypes of the tensors that describe one layer's keys or values.
 
-    ``codebook`` is ``[G, L]``: row ``g`` is non-decreasing and holds the ``2 ** bits`` levels (``2 ** (bits + 1)`` with a
-    trellis; one for width 0) of the channels whose ``codebook_index`` is ``g``, then repeats its last level. Without
-    ``variable_bits`` there is one row for all channels, and neither ``bits`` nor ``codebook_index``.
+    ``codebook`` is ``[1, 2 ** bits]`` (``2 ** (bits + 1)`` with a trellis), non-decreasing. With ``variable_bits`` it is
+    ``[N]``: the non-decreasing rows ``0 .. G - 1`` one after the other, without padding. Row ``g`` holds the
+    ``level_count(width)`` levels of the channels whose ``codebook_index`` is ``g``; they are there, and of one width.
+
+    ``phase`` is float16, float32 where it was read from a file of a version before 3.
 
     ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
     head's ``feedback_scale``.
     """
     channels = geometry.channels
-    tensors: dict[str, TensorShape] = {"codebook": ((1, spec.level_count(spec.bits)), "float32")}
+    heads, size, float32 = geometry.num_kv_heads, geometry.head_dim, ("float32",)
+    tensors: dict[str, TensorShape] = {"codebook": ((1, spec.level_count(spec.bits)), float32)}
     if spec.variable_bits:
-        tensors["codebook"] = ((None, None), "float32")
-        tensors["bits"] = ((channels,), "uint8")
-        tensors["codebook_index"] = ((channels,), "int32")
+        tensors["codebook"] = ((None,), ("float16",))
+        tensors["bits"] = ((channels,), ("uint8",))
+        tensors["codebook_index"] = ((channels,), ("uint8",))
     if spec.static_channels:
-        tensors["scale"] = ((channels,), "float32")
-        tensors["zero_point"] = ((channels,), "float32")
+        tensors["scale"] = ((channels,), float32)
+        tensors["zero_point"] = ((channels,), float32)
     if spec.phase and rope is not None:
-        tensors["phase"] = ((geometry.num_kv_heads, len(rope.pairs)), "float32")
+        tensors["phase"] = ((heads, len(rope.pairs)), ("float16", "float32"))
     if spec.rotation:
-        tensors["rotation"] = ((geometry.num_kv_heads, geometry.head_dim, geometry.head_dim), "float32")
+        tensors["rotation"] = ((heads, size, size), float32)
     if spec.feedback:
-        entries = geometry.head_dim * (geometry.head_dim - 1) // 2
-        tensors["feedback"] = ((geometry.num_kv_heads, entries), "int8")
-        tensors["feedback_scale"] = ((geometry.num_kv_heads,), "float32")
+        tensors["feedback"] = ((heads, size * (size - 1) // 2), ("int8",))
+        tensors["feedback_scale"] = ((heads,), float32)
     return tensors

@@ -11,7 +11,7 @@ from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.geometry import model_geometry
 from kvq_calib.models import model_fingerprint
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, pack_codebooks
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
 #: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
@@ -157,7 +157,7 @@ def _params(
         bits = torch.randint(0, spec.bits + 1, (channels,), generator=generator).to(torch.uint8)
     columns = spec.level_count(int(bits.max()))
     rows, row_of = [], {}
-    codebook_index = torch.empty(channels, dtype=torch.int32)
+    codebook_index = torch.empty(channels, dtype=torch.uint8)
     for channel, width in enumerate(bits.tolist()):
         variant = (width, channel % codebooks)
         if variant not in row_of:
@@ -166,7 +166,7 @@ def _params(
         codebook_index[channel] = row_of[variant]
     phase = rotation = scale = zero_point = None
     if spec.phase and rope is not None:
-        phase = 3.0 * normal(heads, len(rope.pairs))
+        phase = (3.0 * normal(heads, len(rope.pairs))).half()
     if spec.rotation:
         rotation = torch.linalg.qr(normal(heads, size, size)).Q.contiguous()
     if sample is None:
@@ -186,7 +186,9 @@ def _params(
         entries = size * (size - 1) // 2
         feedback["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
         feedback["feedback_scale"] = 0.3 / size * (1 + torch.rand(heads, generator=generator)) / 127
-    if not spec.variable_bits and codebooks == 1:
+    if spec.variable_bits:
+        codebook, codebook_index = pack_codebooks(spec, bits, codebook.half().float(), codebook_index)
+    elif codebooks == 1:
         return QuantParams.uniform(
             spec.bits,
             channels,

@@ -1,5 +1,6 @@
 """The artifact: the same bytes for the same content, golden bytes, and a named refusal for every damage."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from artifact_factory import random_artifact
+from artifact_factory import RECIPES, random_artifact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +27,22 @@ from kvq_calib.artifact import (
 )
 from kvq_calib.errors import KVQError
 from kvq_calib.files import WriteError
-from kvq_calib.quantizer import QuantParams
-from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, LayerSpec, OutlierSpec, QuantSpec, RopeSpec
+from kvq_calib.quantizer import Quantizer, QuantParams, codebook_table, pack_codebooks
+from kvq_calib.sharding import shard
+from kvq_calib.spec import (
+    KINDS,
+    KVCacheSpec,
+    KVGeometry,
+    LayerGeometry,
+    LayerSpec,
+    OutlierSpec,
+    QuantSpec,
+    RopeSpec,
+)
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 #: Of the present version.
-GOLDEN = GOLDEN_FILES / "tiny-2.kvq.safetensors"
+GOLDEN = GOLDEN_FILES / "tiny-3.kvq.safetensors"
 GEOMETRY = KVGeometry(
     layers=(
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=4, rope=0),
@@ -49,6 +60,9 @@ SPEC = KVCacheSpec(
         )
     },
 )
+LEVELS = [-1, -0.5, -0.25, -0.125, 0, 0.25, 0.5, 1.0]
+#: By width. Versions before 3 let channels of all widths share one row.
+ROWS = [LEVELS[: 1 << width] for width in range(4)]
 
 
 def tiny() -> KVArtifact:
@@ -58,11 +72,11 @@ def tiny() -> KVArtifact:
         widths = torch.tensor([3, 2, 1, 0, 3, 2, 1, 3], dtype=torch.uint8)
         key = QuantParams(
             bits=widths,
-            codebook=torch.tensor([[-1, -0.5, -0.25, -0.125, 0, 0.25, 0.5, 1.0]]),
-            codebook_index=torch.zeros(8, dtype=torch.int32),
+            codebook=torch.tensor([level for row in ROWS for level in row]).half(),
+            codebook_index=widths.clone(),
             scale=torch.arange(1, 9) / 8,
             zero_point=torch.arange(8) / 16,
-            phase=torch.tensor([[0.5, -0.25], [0.0, 1.0]]) if index == 0 else None,
+            phase=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half() if index == 0 else None,
             feedback=torch.arange(-6, 6).to(torch.int8).view(2, 6) if index == 1 else None,
             feedback_scale=torch.tensor([0.125, 0.25]) if index == 1 else None,
         )
@@ -87,9 +101,9 @@ def same(a: KVArtifact, b: KVArtifact) -> bool:
     return a.to_bytes() == b.to_bytes()
 
 
-def repacked(change_metadata=None, change_tensors=None, rehash=True) -> bytes:
-    """The tiny artifact's file with something changed, and the digest made right again."""
-    metadata, tensors = module._parse(tiny().to_bytes(), "tiny")
+def repacked(change_metadata=None, change_tensors=None, rehash=True, file=None) -> bytes:
+    """The tiny artifact's file, or another, with something changed, and the digest made right again."""
+    metadata, tensors = module._parse(tiny().to_bytes() if file is None else file, "tiny")
     if change_metadata:
         change_metadata(metadata)
     if change_tensors:
@@ -98,6 +112,50 @@ def repacked(change_metadata=None, change_tensors=None, rehash=True) -> bytes:
         metadata.pop("digest", None)
         metadata["digest"] = module._digest(metadata, tensors)
     return safetensors.torch.save(tensors, {"kvq": json.dumps(metadata)})
+
+
+def set_tensor(name, change):
+    def apply(tensors):
+        tensors[name] = change(tensors[name].clone())
+
+    return apply
+
+
+def put(name, index, value):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return set_tensor(name, change)
+
+
+def with_float32_phases(artifact: KVArtifact) -> KVArtifact:
+    def key(params: QuantParams) -> QuantParams:
+        return replace(params, phase=None if params.phase is None else params.phase.float())
+
+    return replace(
+        artifact, layers=tuple(LayerParams(key(layer.key), layer.value) for layer in artifact.layers)
+    )
+
+
+def as_version_2(artifact: KVArtifact, change=None) -> bytes:
+    """The file that version 2 had for an artifact: rows padded, in float32; indices int32."""
+    quantizers = artifact.quantizers()
+
+    def tensors(found):
+        for name in list(found):
+            _, layer, kind, what = name.split(".")
+            quantizer = quantizers[int(layer)][kind]
+            if what == "codebook" and quantizer.spec.variable_bits:
+                found[name] = quantizer.table.contiguous()
+            elif what == "codebook_index":
+                found[name] = found[name].to(torch.int32)
+            elif what == "phase":
+                found[name] = found[name].float()
+        if change:
+            change(found)
+
+    return repacked(lambda m: m.update(format_version=2), tensors, file=artifact.to_bytes())
 
 
 def test_round_trip(tmp_path):
@@ -117,11 +175,102 @@ def test_golden_bytes():
     assert same(KVArtifact.load(GOLDEN), tiny())
 
 
-def test_files_of_older_versions_are_read():
-    """Version 1 knows no trellis."""
-    old = GOLDEN_FILES / "tiny-1.kvq.safetensors"
-    assert b'"trellis' not in old.read_bytes()
-    assert same(KVArtifact.load(old), tiny())
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_versions_are_read(version):
+    """Version 1 knows no trellis, version 2 no compact codebooks."""
+    old = GOLDEN_FILES / f"tiny-{version}.kvq.safetensors"
+    assert (b'"trellis' in old.read_bytes()) == (version > 1)
+    loaded = KVArtifact.load(old)
+    assert same(loaded, with_float32_phases(tiny()))
+    assert same(KVArtifact.from_bytes(loaded.to_bytes()), loaded)
+    x = torch.randn(1, 2, 40, 4, generator=torch.Generator().manual_seed(0))
+    tensors = safetensors.torch.load_file(old)
+    for number, (layer, now) in enumerate(zip(loaded.quantizers(), tiny().quantizers(), strict=True)):
+        for kind in KINDS:
+            assert torch.equal(layer[kind](x), now[kind](x))
+        # The single row of all widths, as the file has it.
+        params = replace(
+            loaded.layers[number].key,
+            codebook=tensors[f"layers.{number}.key.codebook"],
+            codebook_index=tensors[f"layers.{number}.key.codebook_index"],
+        )
+        quantizer = layer["key"]
+        as_before = Quantizer(quantizer.spec, params, quantizer.geometry, quantizer.rope)
+        codes = quantizer.quantize(x).codes
+        assert codes.unique().numel() > 4
+        assert torch.equal(as_before.quantize(x).codes, codes)
+        assert torch.equal(as_before(x), quantizer(x))
+
+
+@pytest.mark.parametrize("name", ["mixed-phase-rotation", "feedback", "trellis", "nuq4-1p"])
+def test_a_file_of_version_2_reads_as_that_of_version_3(name):
+    artifact = random_artifact(GEOMETRY, RECIPES[name], codebooks=2 if "mixed" in name else 1)
+    old = as_version_2(artifact)
+    loaded = KVArtifact.from_bytes(old)
+    assert same(loaded, with_float32_phases(artifact))
+    x = torch.randn(2, 2, 40, 4, generator=torch.Generator().manual_seed(0))
+    for before, now in zip(loaded.quantizers(), artifact.quantizers(), strict=True):
+        for kind in KINDS:
+            one, other = before[kind].quantize(x), now[kind].quantize(x)
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(before[kind].dequantize(one), now[kind].dequantize(other))
+            padded = replace(before[kind].params, codebook=before[kind].table)  # as version 2 held it
+            quantizer = Quantizer(before[kind].spec, padded, before[kind].geometry, before[kind].rope)
+            assert torch.equal(quantizer(x), now[kind](x))
+
+
+def test_phases_of_version_2_stay_as_they_are():
+    angle = torch.tensor([[0.3, -1.1], [2.0, 0.7]])  # no float16 numbers
+    loaded = KVArtifact.from_bytes(as_version_2(tiny(), set_tensor("layers.0.key.phase", lambda _: angle)))
+    again = KVArtifact.from_bytes(loaded.to_bytes())
+    for artifact in (loaded, again):
+        assert artifact.layers[0].key.phase.dtype == torch.float32
+        assert torch.equal(artifact.layers[0].key.phase, angle)
+
+
+def test_an_artifact_remembers_the_older_file_that_saved_caches_name():
+    old = as_version_2(tiny())
+    loaded = KVArtifact.from_bytes(old)
+    assert loaded.older_sha256 == hashlib.sha256(old).hexdigest()
+    assert KVArtifact.load(GOLDEN).older_sha256 is None
+    assert shard(loaded, 0, 2).older_sha256 is None  # another artifact
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            put("layers.0.key.codebook", (3, 0), -0.9999),
+            ArtifactValueError,
+            "no float16 numbers; calibrate again",
+        ),
+        (put("layers.0.key.codebook", (0, 0), float("nan")), ArtifactValueError, "not finite"),
+        (put("layers.0.key.codebook", (3, 0), 0.9), ArtifactValueError, "unsorted"),
+        (put("layers.0.key.codebook_index", 2, 4), ArtifactValueError, "outside the 4 codebooks"),
+        (put("layers.0.key.codebook_index", 2, -1), ArtifactValueError, "outside the 4 codebooks"),
+        (put("layers.0.key.bits", 0, 4), ArtifactValueError, "widths over 3"),
+        (
+            set_tensor("layers.0.key.codebook", lambda x: x[:, :4].contiguous()),
+            ArtifactValueError,
+            "4 columns for 8",
+        ),
+        (
+            set_tensor("layers.0.key.codebook", lambda x: x[0]),
+            ArtifactTensorError,
+            "not float32 \\['any', 'any'\\]",
+        ),
+        (set_tensor("layers.0.key.codebook", lambda x: x.half()), ArtifactTensorError, "not float32"),
+        (
+            set_tensor("layers.0.key.codebook_index", lambda x: x.to(torch.uint8)),
+            ArtifactTensorError,
+            "not int32",
+        ),
+        (lambda t: t.pop("layers.0.key.bits"), ArtifactTensorError, "bits is missing"),
+    ],
+)
+def test_wrong_tensors_of_version_2_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        KVArtifact.from_bytes(as_version_2(tiny(), change))
 
 
 def test_random_artifacts_round_trip():
@@ -138,21 +287,6 @@ def test_loading_needs_no_pickle_and_no_model():
             assert torch.isfinite(quantizer(x)).all()
 
 
-def set_tensor(name, change):
-    def apply(tensors):
-        tensors[name] = change(tensors[name].clone())
-
-    return apply
-
-
-def put(name, index, value):
-    def change(tensor):
-        tensor[index] = value
-        return tensor
-
-    return set_tensor(name, change)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -161,11 +295,19 @@ def put(name, index, value):
         (lambda t: t.update({"layers.9.key.bits": torch.zeros(1)}), ArtifactTensorError, "unknown"),
         (set_tensor("layers.1.key.bits", lambda x: x[:-1]), ArtifactTensorError, "not uint8 \\[8\\]"),
         (set_tensor("layers.0.key.scale", lambda x: x.double()), ArtifactTensorError, "not float32"),
-        (set_tensor("layers.0.key.codebook", lambda x: x[0]), ArtifactTensorError, "any"),
+        (set_tensor("layers.0.key.codebook", lambda x: x[None]), ArtifactTensorError, "any"),
+        (set_tensor("layers.0.key.codebook", lambda x: x.float()), ArtifactTensorError, "not float16"),
+        (
+            set_tensor("layers.0.key.codebook_index", lambda x: x.to(torch.int32)),
+            ArtifactTensorError,
+            "not uint8",
+        ),
+        (set_tensor("layers.0.key.phase", lambda x: x.double()), ArtifactTensorError, "float16 or float32"),
         (put("layers.0.key.scale", 0, float("nan")), ArtifactValueError, "not finite"),
         (put("layers.0.key.zero_point", 0, float("inf")), ArtifactValueError, "not finite"),
         (put("layers.0.key.scale", 3, 0.0), ArtifactValueError, "must be positive"),
-        (put("layers.0.key.codebook", (0, 0), 0.9), ArtifactValueError, "unsorted"),
+        (put("layers.0.key.codebook", 3, 0.9), ArtifactValueError, "unsorted"),
+        (put("layers.0.key.codebook", 0, float("inf")), ArtifactValueError, "not finite"),
         (put("layers.0.key.bits", 0, 4), ArtifactValueError, "widths over 3"),
         (lambda t: t.update({"layers.0.value.bits": torch.full((8,), 2)}), ArtifactTensorError, "unknown"),
         (
@@ -173,9 +315,19 @@ def put(name, index, value):
             ArtifactTensorError,
             "not float32 \\[1, 4\\]",
         ),
-        (set_tensor("layers.0.key.codebook", lambda x: x[:, :4]), ArtifactValueError, "4 columns for 8"),
-        (put("layers.0.key.codebook_index", 2, 1), ArtifactValueError, "outside the 1 codebooks"),
-        (put("layers.0.key.codebook_index", 2, -1), ArtifactValueError, "outside the 1 codebooks"),
+        (set_tensor("layers.0.key.codebook", lambda x: x[1:]), ArtifactValueError, "14 levels, .* need 15"),
+        (
+            set_tensor("layers.0.key.codebook", lambda x: torch.cat((x, x[-1:]))),
+            ArtifactValueError,
+            "16 levels, .* need 15",
+        ),
+        (put("layers.0.key.codebook_index", 3, 4), ArtifactValueError, "codebook 0 to no channel"),
+        (put("layers.0.key.codebook_index", 0, 255), ArtifactValueError, "codebook 4 to no channel"),
+        (
+            put("layers.0.key.codebook_index", 0, 2),
+            ArtifactValueError,
+            "codebook 2 to channels of 3 and of 2 bits",
+        ),
         (put("layers.0.key.phase", (0, 0), float("nan")), ArtifactValueError, "not finite"),
         (put("layers.1.key.feedback_scale", 0, -1.0), ArtifactValueError, "must not be negative"),
         (put("layers.0.value.rotation", (0, 0, 0), 0.5), ArtifactValueError, "not orthogonal"),
@@ -189,7 +341,7 @@ def test_wrong_tensors_are_named(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m.update(format_version=3), ArtifactVersionError, "update kvq-calib"),
+        (lambda m: m.update(format_version=4), ArtifactVersionError, "update kvq-calib"),
         (lambda m: m.update(format_version="1"), ArtifactMetadataError, "format_version"),
         (lambda m: m.update(format_version=True), ArtifactMetadataError, "format_version"),
         (lambda m: m["spec"].update(sink_tokens=-1), ArtifactMetadataError, "sink_tokens"),
@@ -289,7 +441,7 @@ def test_an_edit_without_the_digest_is_noticed():
 
 def test_an_illegal_artifact_cannot_be_written(tmp_path):
     broken = tiny()
-    broken.layers[0].key.codebook[0, 0] = 5.0
+    broken.layers[0].key.codebook[1] = 5.0
     with pytest.raises(ArtifactValueError, match="unsorted"):
         broken.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -305,9 +457,71 @@ def test_channels_with_widths_of_their_own_need_variable_bits():
 
 def test_what_is_the_same_for_all_channels_is_held_once():
     loaded = KVArtifact.load(GOLDEN)
-    assert loaded.layers[0].value.held_bytes == 1 + 4 + 4 * 4 + 2 * 16 * 4
-    assert loaded.layers[0].key.held_bytes == 8 + 8 * 4 + 8 * 4 + 2 * 8 * 4 + 4 * 4
+    assert loaded.layers[0].value.held_bytes == 1 + 1 + 4 * 4 + 2 * 16 * 4
+    assert loaded.layers[0].key.held_bytes == 8 + 8 + 15 * 2 + 2 * 8 * 4 + 4 * 2
     assert loaded.layers[0].value.to("cpu").held_bytes == loaded.layers[0].value.held_bytes
+
+
+@pytest.mark.parametrize("name", ["mixed-phase-rotation", "trellis"])
+def test_what_is_held_is_what_the_file_has(name):
+    artifact = random_artifact(GEOMETRY, RECIPES[name], codebooks=3 if "mixed" in name else 1)
+    _, tensors = module._parse(artifact.to_bytes(), name)
+    _, padded = module._parse(as_version_2(artifact), name)
+
+    def size(found):
+        return sum(t.numel() * t.element_size() for key, t in found.items() if ".key." in key)
+
+    assert artifact.spec.key.variable_bits
+    assert sum(layer.key.held_bytes for layer in artifact.layers) == size(tensors)
+    assert sum(layer.key.held_bytes for layer in KVArtifact.from_bytes(artifact.to_bytes()).layers) == size(
+        tensors
+    )
+    assert size(tensors) < 0.8 * size(padded)
+
+
+def test_more_codebooks_than_a_byte_can_number_are_refused():
+    channels = 257
+    geometry = KVGeometry(layers=(LayerGeometry(num_query_heads=1, num_kv_heads=1, head_dim=channels),))
+    side = QuantSpec(bits=1, variable_bits=True)
+    bits = torch.ones(channels, dtype=torch.uint8)
+    table = torch.tensor([[-1.0, 1.0]]).expand(channels, 2)
+    codebook, index = pack_codebooks(side, bits, table, torch.arange(channels))
+    params = QuantParams(bits, codebook, index, torch.ones(channels), torch.zeros(channels))
+
+    def copy(params):  # tensors of a file share no memory
+        return QuantParams(**{name: tensor.clone() for name, tensor in params.tensors().items()})
+
+    assert torch.equal(codebook_table(side, params), table)
+    rates = {kind: [0.0] for kind in KINDS}
+    layers = (LayerParams(params, copy(params)),)
+    artifact = KVArtifact(KVCacheSpec(key=side, value=side), geometry, layers, outliers_per_token=rates)
+    with pytest.raises(ArtifactValueError, match="names 257 codebooks, at most 256") as caught:
+        artifact.to_bytes()
+    assert "\n" not in str(caught.value)
+
+    def more(tensors):
+        for kind in KINDS:
+            tensors[f"layers.0.{kind}.codebook"] = table.clone()
+            tensors[f"layers.0.{kind}.codebook_index"] = index.clone()
+
+    fits = replace(params, codebook=codebook[:2], codebook_index=torch.zeros_like(bits))
+    fewer = replace(artifact, layers=(LayerParams(fits, copy(fits)),))
+    assert same(KVArtifact.from_bytes(fewer.to_bytes()), fewer)
+    with pytest.raises(ArtifactValueError, match="names 257 codebooks, at most 256"):
+        KVArtifact.from_bytes(as_version_2(fewer, more))
+
+
+def test_packed_codebooks_are_those_that_are_used():
+    spec = QuantSpec(bits=2, variable_bits=True)
+    table = torch.tensor([[9.0, 9, 9, 9], [-1, -0.5, 0.5, 1], [0, 1, 1, 1]])
+    bits = torch.tensor([2, 1, 0, 2], dtype=torch.uint8)
+    codebook, index = pack_codebooks(spec, bits, table, torch.tensor([1, 1, 2, 1]))
+    assert codebook.tolist() == [-1, -0.5, -1, -0.5, 0.5, 1, 0]
+    assert index.tolist() == [1, 0, 2, 1]
+    padded = codebook_table(spec, QuantParams(bits, codebook, index))
+    assert padded.tolist() == [[-1, -0.5, -0.5, -0.5], [-1, -0.5, 0.5, 1], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="no float16"):
+        pack_codebooks(spec, bits, table + 1e-5, torch.tensor([1, 1, 2, 1]))
 
 
 def test_another_model_is_refused_by_the_field_that_differs():

@@ -9,7 +9,7 @@ from kvq_calib.calibrate.learn import Trainable, divergence, learn
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.config import CalibrationConfig
 from kvq_calib.data import TokenWindows
-from kvq_calib.quantizer import Quantizer, QuantParams
+from kvq_calib.quantizer import Quantizer, QuantParams, pack_codebooks
 from kvq_calib.spec import KINDS, KVCacheSpec, LayerGeometry, QuantSpec, RopeSpec
 
 pytestmark = pytest.mark.model
@@ -28,13 +28,13 @@ def params() -> QuantParams:
             [-1, -0.6, -0.4, -0.1, 0.1, 0.4, 0.6, 1],
         ]
     )
+    widths = torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.uint8)
     return QuantParams(
-        bits=torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.uint8),
-        codebook=table.half().float(),
-        codebook_index=torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.int32),
+        widths,
+        *pack_codebooks(SPEC, widths, table.half().float(), widths),
         scale=torch.linspace(0.5, 2, 8),
         zero_point=torch.linspace(-0.3, 0.3, 8),
-        phase=torch.tensor([[0.3, -0.2], [1.0, 0.0]]),
+        phase=torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half(),
     )  # fmt: skip
 
 
@@ -56,8 +56,12 @@ def test_starts_as_the_reference_quantizer_and_stores_what_it_computes() -> None
         if name in ("zero_point", "phase"):
             middle = (start.tensors()[name] + result.tensors()[name]) / 2
             torch.testing.assert_close(half, middle)
-    assert bool((result.codebook.diff(dim=1) >= 0).all())
-    assert bool((result.codebook[1, 1:] == result.codebook[1, 1]).all())  # unused levels repeat the last one
+    table = Quantizer(SPEC, result, GEOMETRY, ROPE).table
+    assert bool((table.diff(dim=1) >= 0).all())
+    assert bool((table[1, 1:] == table[1, 1]).all())  # unused levels repeat the last one
+    assert (result.codebook.dtype, result.codebook_index.dtype) == (torch.float16, torch.uint8)
+    assert result.phase is not None
+    assert result.phase.dtype == torch.float16
     assert result.scale is not None
     assert bool((result.scale > 0).all())
     stored = Quantizer(SPEC, result, GEOMETRY, ROPE)(sample())
@@ -108,7 +112,7 @@ def recipe(**changes: object) -> CalibrationConfig:
 
 
 def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[str, float]]:
-    windows = TokenWindows(token_ids(17, 48, 0), {"name": "random"})
+    windows = TokenWindows(token_ids(17, 48, 2), {"name": "random"})
     result = calibrate(tiny_model(family), windows, {"r": config}, model_id="tiny", model_config={})
     artifact = result.artifacts["r"]
     return artifact, dict(artifact.calibration.get("learning", {}))

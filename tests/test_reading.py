@@ -8,6 +8,7 @@ import pytest
 import torch
 from artifact_factory import RECIPES, random_artifact
 
+from kvq_calib.artifact import KVArtifact
 from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, RopeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "reading.md"
@@ -35,12 +36,11 @@ def page():
     return names
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_codes_become_what_the_reference_sees(page, tmp_path, name):
-    artifact = random_artifact(GEOMETRY, RECIPES[name])
-    artifact.save(tmp_path / "a.kvq.safetensors")
-    meta, tensors = page["load"](tmp_path / "a.kvq.safetensors")
-    x = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(3))
+def assert_read_as_by_the_reference(page, file, artifact):
+    meta, tensors = page["load"](file)
+    x = torch.randn(
+        1, 2, 40, artifact.geometry.layers[0].head_dim, generator=torch.Generator().manual_seed(3)
+    )
     for layer, quantizers in enumerate(artifact.quantizers()):
         for kind in KINDS:
             quantized = quantizers[kind].quantize(x)
@@ -60,6 +60,19 @@ def test_codes_become_what_the_reference_sees(page, tmp_path, name):
             )
             want = quantizers[kind].dequantize(quantized)[0].transpose(0, 1)
             torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_codes_become_what_the_reference_sees(page, tmp_path, name):
+    artifact = random_artifact(GEOMETRY, RECIPES[name], codebooks=2 if "mixed" in name else 1)
+    artifact.save(tmp_path / "a.kvq.safetensors")
+    assert_read_as_by_the_reference(page, tmp_path / "a.kvq.safetensors", artifact)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_files_of_every_version_are_read(page, version):
+    file = Path(__file__).parent / "golden" / f"tiny-{version}.kvq.safetensors"
+    assert_read_as_by_the_reference(page, file, KVArtifact.load(file))
 
 
 def test_rotation_is_that_of_the_geometry(page, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -211,6 +212,13 @@ class TestSavedCache:
         path = tmp_path / "cache.safetensors"
         cache.save(path)
         return path
+
+    def test_the_artifact_may_be_of_an_older_format(self, llama, artifact, saved):
+        """A cache that was saved before the format changed names the file of then."""
+        again = replace(artifact)
+        object.__setattr__(again, "older_sha256", "f" * 64)
+        self.rewrite(saved, lambda _, m: m.update(artifact="f" * 64))
+        assert KVQCache.load(saved, again, llama).get_seq_length() == 300
 
     def rewrite(self, path, change):
         """Apply ``change(tensors, metadata)`` to the file."""

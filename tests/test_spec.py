@@ -97,12 +97,14 @@ def test_geometry_is_checked():
 
 
 def test_expected_tensors_follow_the_spec():
-    assert expected_tensors(VALUE, SHAPE, ROPE) == {"codebook": ((1, 8), "float32")}
+    assert expected_tensors(VALUE, SHAPE, ROPE) == {"codebook": ((1, 8), ("float32",))}
     mixed = expected_tensors(QuantSpec(bits=3, variable_bits=True), SHAPE, ROPE)
     assert set(mixed) == {"bits", "codebook", "codebook_index", "scale", "zero_point"}
+    assert mixed["codebook"] == ((None,), ("float16",))
+    assert mixed["codebook_index"] == mixed["bits"] == ((16,), ("uint8",))
     full = expected_tensors(QuantSpec(bits=3, phase=True), SHAPE, ROPE)
-    assert full["phase"] == ((2, 2), "float32")
-    assert full["scale"] == ((16,), "float32")
+    assert full["phase"] == ((2, 2), ("float16", "float32"))
+    assert full["scale"] == ((16,), ("float32",))
     rotated = QuantSpec(bits=3, granularity="token", dynamic=True, rotation=True, channel_normalized=True)
-    assert expected_tensors(rotated, SHAPE, ROPE)["rotation"] == ((2, 8, 8), "float32")
+    assert expected_tensors(rotated, SHAPE, ROPE)["rotation"] == ((2, 8, 8), ("float32",))
     assert "scale" in expected_tensors(rotated, SHAPE, ROPE)

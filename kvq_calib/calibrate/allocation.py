@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvq_calib.errors import ConfigError
 from kvq_calib.packing import BLOCK_TOKENS
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, pack_codebooks
 from kvq_calib.spec import QuantSpec
 from kvq_calib.trellis import best_path, level_index
 
@@ -178,12 +178,14 @@ def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float)
     return [table.to(torch.uint8) for table in widths(high)]
 
 
-def codebook_rows(widths: Tensor, most: int, spec: QuantSpec) -> int:
-    """Rows of the codebook table of one layer's keys or values; what :func:`share_codebooks` will build."""
+def codebook_levels(widths: Tensor, most: int, spec: QuantSpec) -> int:
+    """Levels in all codebooks of one layer's keys or values; what :func:`share_codebooks` will build, or more where it
+    finds a codebook that serves no channel best."""
     counts = torch.bincount(widths.to(torch.int64), minlength=2).tolist()
     # Two levels or one need no shapes: scale and zero point reach every pair of levels.
     return sum(
-        min(most, count) if spec.level_count(width) > 2 else 1 for width, count in enumerate(counts) if count
+        levels * (min(most, count) if levels > 2 else 1)
+        for count, levels in ((count, spec.level_count(width)) for width, count in enumerate(counts) if count)
     )
 
 
@@ -202,7 +204,7 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
         spec: of the layer's keys or values.
 
     Returns:
-        Parameters without phases; levels are representable in float16.
+        Parameters as they are stored, without phases.
     """
     channels = len(widths)
     scale = torch.ones(channels, dtype=torch.float64)
@@ -233,10 +235,11 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
         rows.extend(books)
     size = max(len(row) for row in rows)
     table = torch.stack([torch.cat([row, row[-1:].expand(size - len(row))]) for row in rows])
+    codebook, packed = pack_codebooks(spec, widths, storable_levels(table.float()), index)
     return QuantParams(
         bits=widths.to(torch.uint8),
-        codebook=storable_levels(table.float()),
-        codebook_index=index.to(torch.int32),
+        codebook=codebook,
+        codebook_index=packed,
         scale=scale.float().clamp(min=_SMALLEST_SCALE),
         zero_point=zero_point.float(),
     )

@@ -83,10 +83,10 @@ class ChannelMoments:
         """Angle that turns each pair to its principal axes, so that its halves are uncorrelated.
 
         Returns:
-            float32 ``[H, P]`` in radians, as :class:`kvq_calib.quantizer.QuantParams` has it.
+            float16 ``[H, P]`` in radians, as it is stored: whoever fits to turned values sees the rounded angle.
         """
         spread = self.variance[self.first] - self.variance[self.second]
-        return (-0.5 * torch.atan2(2 * self.covariance, spread)).float()
+        return (-0.5 * torch.atan2(2 * self.covariance, spread)).half()
 
     def turned(self, phase: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every channel after turning each pair by ``phase``.

@@ -29,7 +29,13 @@ from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import activations_only, head_logits, is_splittable, recomputed_layers
 from kvq_calib.errors import CalibrationError
 from kvq_calib.placement import input_device, is_offloaded
-from kvq_calib.quantizer import Quantizer, QuantParams, roundtrip_storage
+from kvq_calib.quantizer import (
+    Quantizer,
+    QuantParams,
+    codebook_table,
+    pack_codebooks,
+    roundtrip_storage,
+)
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
 __all__ = ["Learned", "Trainable", "divergence", "learn"]
@@ -70,7 +76,8 @@ class Trainable:
         assert params.scale is not None  # static channel thresholds have both
         assert params.zero_point is not None
         self.spec, self.geometry, self.rope = spec, geometry, rope
-        self.start = params.to(device)
+        phase = None if params.phase is None else params.phase.float()
+        self.start = replace(params, codebook=codebook_table(spec, params), phase=phase).to(device)
         index = self.start.codebook_index.to(torch.int64)
         bits = self.start.bits.to(torch.int64)
         row_bits = torch.zeros(len(self.start.codebook), dtype=torch.int64, device=device)
@@ -93,7 +100,7 @@ class Trainable:
         self._real = torch.minimum(columns, counts[:, None] - 1)
 
     def live(self, fraction: float = 1.0) -> QuantParams:
-        """The numbers as they stand, or this ``fraction`` of the way there; part of the autograd graph."""
+        """The numbers as they stand, or this ``fraction`` of the way there; part of the autograd graph, float32."""
         start = self.start
         offsets = {name: fraction * offset for name, offset in self.offsets.items()}
         assert start.scale is not None  # static channel thresholds have both
@@ -106,10 +113,14 @@ class Trainable:
         return replace(start, scale=scale, zero_point=zero_point, codebook=codebook, phase=phase)
 
     def result(self, fraction: float = 1.0) -> QuantParams:
-        """The same, ready to be stored."""
+        """The same, rounded to what is stored."""
         live = self.live(fraction)
         detached = replace(live, **{name: tensor.detach() for name, tensor in live.tensors().items()})
-        return replace(detached, codebook=storable_levels(detached.codebook)).to("cpu")
+        codebook, index = storable_levels(detached.codebook), detached.codebook_index
+        if self.spec.variable_bits:
+            codebook, index = pack_codebooks(self.spec, detached.bits, codebook, index)
+        phase = None if detached.phase is None else detached.phase.half()
+        return replace(detached, codebook=codebook, codebook_index=index, phase=phase).to("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``[B, H, T, D]``, differentiably; float32."""

@@ -573,8 +573,8 @@ class _Run:
         assert isinstance(moments, ChannelMoments)
         phase = phase_of(moments, subject.spec, rope)
         mean, deviation = moments.turned(phase)
-        idle = torch.zeros(geometry.channels, dtype=torch.int32)  # only the transform is used
-        params = QuantParams(idle.to(torch.uint8), torch.zeros(1, 1), idle, phase=phase)
+        idle = torch.zeros(geometry.channels, dtype=torch.uint8)  # only the transform is used
+        params = QuantParams(idle, torch.zeros(1, 1), idle, phase=phase)
         transform = Quantizer(subject.spec, params, geometry, rope).transform
 
         def add(x: Tensor, gradient: Tensor | None) -> None:

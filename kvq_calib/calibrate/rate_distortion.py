@@ -13,7 +13,7 @@ from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.calibrate.allocation import (
     Curves,
     allocate,
-    codebook_rows,
+    codebook_levels,
     fit_curves,
     share_codebooks,
     spend,
@@ -35,7 +35,7 @@ _FURTHEST = 64.0
 
 
 def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
-    """The phases that keys are turned by, float32 ``[H, P]``; ``None`` where the spec or the layer has
+    """The phases that keys are turned by, float16 ``[H, P]``; ``None`` where the spec or the layer has
     none."""
     return moments.principal_phase() if spec.phase and rope is not None else None
 
@@ -164,8 +164,8 @@ def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:
     channels = len(widths)
     return QuantParams(
         bits=widths,
-        codebook=torch.zeros(codebook_rows(widths, codebooks, spec), spec.level_count(int(widths.max()))),
-        codebook_index=torch.zeros(channels, dtype=torch.int32),
+        codebook=torch.zeros(codebook_levels(widths, codebooks, spec), dtype=torch.float16),
+        codebook_index=torch.zeros(channels, dtype=torch.uint8),
         scale=torch.ones(channels),
         zero_point=torch.zeros(channels),
     )

@@ -227,7 +227,7 @@ class _Collector:
         self.channels = (index == row).nonzero()[:, 0]
         bits = int(quantizer.params.bits[self.channels[0]])
         self.use = CodebookUse(
-            levels=quantizer.params.codebook[row, : quantizer.spec.level_count(bits)].tolist(),
+            levels=quantizer.table[row, : quantizer.spec.level_count(bits)].tolist(),
             bits=bits,
             channels=len(self.channels),
             of=len(index),

@@ -175,13 +175,13 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
     Rotary pairs are taken to cover the head, which decides the number of phases.
     """
     channels = geometry.channels
-    size = 4 * spec.level_count(spec.bits) + 1 + 4
-    if spec.variable_bits:
-        size += (1 + 4) * (channels - 1)
+    # Widths and codebook indices are bytes; where all are the same, one of each is held.
+    size = 2 * channels if spec.variable_bits else 2
+    size += (2 if spec.variable_bits else 4) * spec.level_count(spec.bits)
     if spec.static_channels:
         size += 2 * 4 * channels
     if spec.phase:
-        size += 4 * channels // 2
+        size += 2 * (channels // 2)
     if spec.rotation:
         size += 4 * channels * geometry.head_dim
     if spec.feedback:

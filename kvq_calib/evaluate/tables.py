@@ -18,6 +18,7 @@ from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import EvalConfig
 from kvq_calib.evaluate.perplexity import PerplexityResult
 from kvq_calib.placement import input_device
+from kvq_calib.quantizer import codebook_table
 from kvq_calib.spec import KINDS
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _version(package: str) -> str:
 
 def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, Any]:
     """Content of an artifact as plain data."""
+    specs = artifact.spec.resolved(len(artifact.layers))
     return {
         "spec": artifact.spec.model_dump(mode="json"),
         "model": dict(artifact.model),
@@ -197,7 +199,7 @@ def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, A
             {
                 kind: {
                     "bits": _width_counts(artifact, index, kind),
-                    "codebook": params.of(kind).codebook.tolist(),
+                    "codebook": codebook_table(specs[index].of(kind), params.of(kind)).tolist(),
                     "outliers_per_token": artifact.outliers_per_token[kind][index],
                 }
                 for kind in KINDS
@@ -254,10 +256,10 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     layers = Table(title="layers")
     for heading in ("layer", "kind", "channels by width", "outliers/token", "levels"):
         layers.add_column(heading)
-    for index, params in enumerate(artifact.layers):
+    for index, quantizers in enumerate(artifact.quantizers()):
         for kind in KINDS:
             widths = _width_counts(artifact, index, kind)
-            levels = params.of(kind).codebook[0].tolist()
+            levels = quantizers[kind].table[0].tolist()
             shown = " ".join(f"{level:+.2f}" for level in levels[:16])
             layers.add_row(
                 str(index),

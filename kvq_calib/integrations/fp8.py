@@ -23,7 +23,7 @@ from torch import Tensor
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import WriteError, write_atomically
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, codebook_table
 from kvq_calib.spec import KINDS, Kind, QuantSpec, RopeSpec
 
 __all__ = [
@@ -59,7 +59,7 @@ def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None
         return None
     if not spec.variable_bits and spec.datatype != "learned":
         return params.zero_point, params.scale
-    rows = params.codebook[params.codebook_index.to(torch.int64)]
+    rows = codebook_table(spec, params)[params.codebook_index.to(torch.int64)]
     low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
     below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
     above = high - torch.where(rows < high, rows, -torch.inf).amax(1, keepdim=True)

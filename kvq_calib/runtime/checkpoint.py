@@ -114,7 +114,9 @@ def load_cache(cache: KVQCache, path: str | os.PathLike[str]) -> None:
         raise reader.problem(
             f"it has format version {reader.metadata.get('format_version')!r}, not {FORMAT_VERSION}"
         )
-    if reader.metadata.get("artifact") != _artifact_digest(cache.artifact):
+    # Caches saved before the artifact's format changed name the older file.
+    names = {_artifact_digest(cache.artifact), cache.artifact.older_sha256}
+    if reader.metadata.get("artifact") not in names - {None}:
         raise reader.problem("it was filled with another artifact")
     dropped = reader.metadata.get("dropped_pages")
     if not isinstance(dropped, list) or len(dropped) != len(cache.layers):

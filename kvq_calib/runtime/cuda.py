@@ -447,7 +447,7 @@ class KernelTables:
         self.storage_bfloat = quantizer.storage == torch.bfloat16
         self.bits = params.bits.contiguous()
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
-        shared = params.codebook.shape[0] == 1 and len(set(layout.widths)) == 1
+        shared = not bool(params.codebook_index.any()) and len(set(layout.widths)) == 1
         rows = slice(0, 1) if shared else slice(None)
         self.levels = quantizer.levels[rows].contiguous()
         if self.trellis:
@@ -508,7 +508,8 @@ class KernelTables:
         for number, (first, second) in enumerate(self.rope_pairs[0][: phase.shape[1]]):
             place[first] = second | number << 16
             place[second] = first | number << 16 | 1 << 15
-        return phase.cos().contiguous(), phase.sin().contiguous(), self._tensor([*place, phase.shape[1]])
+        angle = phase.float()
+        return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, phase.shape[1]])
 
     # Tables of the decode kernel.
 

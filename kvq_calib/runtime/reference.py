@@ -251,11 +251,12 @@ class PageReader:
         groups = list(self._widths())
         self._paired = [group for group in groups if group.paired]
         #: Float64 ``[rows]`` of level pairs, a table after the other, and int32 ``[C, 1]`` where each channel's table starts.
-        self._pairs, self._pairs_start = self._pair_tables()
+        table = quantizer.table
+        self._pairs, self._pairs_start = self._pair_tables(table)
         #: Int64 ``[C]``: where each channel stands among the paired ones, or ``None`` for the same place.
         self._order = self._paired_order()
         #: The other channels, float32 ``[L * r]`` levels, and int32 ``[n, 1]`` where each channel's start.
-        self._single = [(group, *self._level_table(group)) for group in groups if not group.paired]
+        self._single = [(group, *self._level_table(group, table)) for group in groups if not group.paired]
 
     def _widths(self) -> Iterator[_Group]:
         index = self.quantizer.params.codebook_index.to(torch.int64)
@@ -274,7 +275,7 @@ class PageReader:
             channels = (self.quantizer.params.bits == 0).nonzero().flatten()
             yield group(0, channels, channels[:0])
 
-    def _pair_tables(self) -> tuple[Tensor, Tensor | None]:
+    def _pair_tables(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         start = torch.zeros(self.layout.channels, 1, dtype=torch.int32, device=self.device)
         tables: list[Tensor] = []
         first = 0
@@ -282,7 +283,7 @@ class PageReader:
             rows = self._pair_rows(group.width)
             chosen = slice(None) if group.channels is None else group.channels
             start[chosen, 0] = (first + len(rows) * group.part).to(torch.int32)
-            tables.append(self.quantizer.params.codebook[group.codebooks][:, rows])
+            tables.append(table[group.codebooks][:, rows])
             first += len(rows) * len(group.codebooks)
         if not tables:
             return torch.empty(0, dtype=torch.float64, device=self.device), None
@@ -307,8 +308,8 @@ class PageReader:
             done += len(group.part)
         return order
 
-    def _level_table(self, group: _Group) -> tuple[Tensor, Tensor | None]:
-        levels = self.quantizer.params.codebook[group.codebooks, : group.count].flatten().clone()
+    def _level_table(self, group: _Group, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        levels = table[group.codebooks, : group.count].flatten().clone()
         if len(group.codebooks) == 1:
             return levels, None
         return levels, (group.part * group.count).to(torch.int32)[:, None]
@@ -638,7 +639,8 @@ class ReferenceOps:
         phase = self.key.params.phase
         if phase is None:
             return query, query
-        turned = self.rope.rotate_(query.mT.clone(), phase.cos()[..., None], phase.sin()[..., None])
+        angle = phase.float()[..., None]
+        turned = self.rope.rotate_(query.mT.clone(), angle.cos(), angle.sin())
         return query, turned.mT
 
     def _segments(
