@@ -7,16 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_zoo import tiny_model
+from pydantic import ValidationError
 
 from kvq_calib.calibrate import allocation
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig
+from kvq_calib.config import AllocationConfig, CalibrationConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.kmeans import distortion, exact_kmeans
 from kvq_calib.quantizer import Quantizer, QuantParams, codebook_table
-from kvq_calib.spec import LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.spec import MAX_BITS, MAX_CODEBOOKS, LayerGeometry, QuantSpec, RopeSpec
 
 HALVES = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(1.0, 0.1))
 
@@ -253,6 +254,16 @@ def test_recipe_keeps_its_budget_on_every_kind_of_rope(family: str) -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_as_many_codebooks_as_a_recipe_may_ask_for_can_be_numbered(trellis: bool) -> None:
+    most = AllocationConfig.model_validate({"codebooks": 32}).codebooks
+    with pytest.raises(ValidationError, match="codebooks"):
+        AllocationConfig.model_validate({"codebooks": 33})
+    spec = widths_to(MAX_BITS - trellis, trellis=trellis)
+    widths = range(spec.bits + 1)
+    assert sum(most if spec.level_count(width) > 2 else 1 for width in widths) <= MAX_CODEBOOKS
 
 
 def test_shrinkage_moves_weights_towards_their_mean() -> None:
