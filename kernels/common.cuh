@@ -28,6 +28,21 @@ constexpr int kCoordinateBits = 11;
 KVQ_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 KVQ_DEVICE int warp_id() { return threadIdx.x / kWarp; }
 
+// threadIdx.x and blockIdx.y, read anew: for the end of a long kernel, so that no register holds them, or what follows
+// from them, all the way.
+#ifdef __CUDACC__
+KVQ_DEVICE int thread_anew() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+KVQ_DEVICE int block_y_anew() {
+    int y;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+    return y;
+}
+#endif
+
 // ---- 16-bit floats -------------------------------------------------------------------------------------------
 
 struct Half {

@@ -154,6 +154,7 @@ template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, 
     static constexpr bool kWide = Entries > kMostPlanes;
     static constexpr int kLevels = Trellis ? Entries / 2 : Entries;  // that codes can tell apart
     static constexpr int kMost = kLevels <= 16 ? 4 : kLevels <= 32 ? 5 : 8;
+    static constexpr bool kFifth = kMost == 5 && !kWide && !Trellis;
     uint32_t words[Count * kMost];
 
     KVQ_DEVICE void load(const uint32_t *region, Channel channel, int block) {
@@ -168,7 +169,8 @@ template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, 
     struct Decoded {
         Levels<kWide ? 8 : Entries> levels;
         const uint16_t *row;
-        uint32_t selectors[Count][4], high[Count][4];
+        // The upper nibbles of the four slices, or with kFifth the word of the fifth bits: three registers less.
+        uint32_t selectors[Count][4], high[Count][kFifth ? 1 : 4];
 
         KVQ_DEVICE void four(int unit, int four, uint32_t *pair) const {
             if constexpr (kWide) {
@@ -179,6 +181,9 @@ template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, 
                     const uint32_t second = __ldg(row + code_of(selectors[unit], high[unit], token + 1));
                     pair[i] = first | second << 16;
                 }
+            } else if constexpr (kFifth) {
+                const uint32_t fifth = high[unit][0] >> (four / 2) & 0x11111111u;
+                levels.lookup(selectors[unit][four / 2], fifth, four % 2, pair);
             } else {
                 levels.lookup(selectors[unit][four / 2], high[unit][four / 2], four % 2, pair);
             }
@@ -197,8 +202,11 @@ template <int Entries, int Count, bool Trellis> struct Units<0, Entries, Count, 
                 unpack_unit(words + u * kMost, channel.bits, d.selectors[u], d.high[u]);
             } else {
                 unpack_narrow(words + u * kMost, min(int(channel.bits), 4), d.selectors[u]);
-                if constexpr (kMost == 5)
-                    unpack_selectors<1>(words + u * kMost + 4, d.high[u]);  // zero where there is no fifth bit
+                // Zero where there is no fifth bit.
+                if constexpr (kFifth)
+                    d.high[u][0] = words[u * kMost + 4];
+                else if constexpr (kMost == 5)
+                    unpack_selectors<1>(words + u * kMost + 4, d.high[u]);
                 else
                     for (int s = 0; s < 4; ++s) d.high[u][s] = 0;
             }
@@ -444,11 +452,25 @@ KVQ_DEVICE void mix_outliers(const DecodeParams &p, const Shared &s, const PageP
 
 // ---- a split -------------------------------------------------------------------------------------------------
 
-// Combines what the warps of a block found and writes it as one split.
-KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, const float2 *affine, int first_head, int heads) {
+struct Share {  // the query heads of a thread block
+    int head;   // their key-value head
+    int first, heads;
+
+    KVQ_DEVICE Share(const DecodeParams &p, int block) {
+        head = block / p.subgroups;
+        const int before = block % p.subgroups * kGroup;
+        first = head * p.group + before;
+        heads = min(kGroup, p.group - before);
+    }
+};
+
+// Combines what the warps of a block found and writes it as one split. Packed values are still to be scaled.
+KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
     __syncthreads();
+    const Share share(p, block_y_anew());
+    const float2 *affine = p.value_affine + share.head * kDim;
     const int row = blockIdx.z;
-    for (int i = threadIdx.x; i < heads * kDim; i += kThreads) {
+    for (int i = thread_anew(); i < share.heads * kDim; i += kThreads) {
         const int h = i / kDim, coordinate = i % kDim;
         float maximum = kMinusInfinity, sum = 0.0f, offset = 0.0f, mixed = 0.0f;
         for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, s.maximum[w][h]);
@@ -459,8 +481,8 @@ KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, const float2 *affi
             offset += weight * s.offset[w][h];
             mixed += weight * s.out[(w * kGroup + h) * kDim + coordinate];
         }
-        const float2 channel = affine ? affine[coordinate] : make_float2(1.0f, 0.0f);
-        const int64_t split = (int64_t(row) * p.query_heads + first_head + h) * p.splits + blockIdx.x;
+        const float2 channel = packed ? affine[coordinate] : make_float2(1.0f, 0.0f);
+        const int64_t split = (int64_t(row) * p.query_heads + share.first + h) * p.splits + blockIdx.x;
         p.partial[split * kDim + coordinate] = channel.y * sum + channel.x * (offset + mixed);
         if (coordinate == 0) p.partial_sum[split] = make_float2(maximum, sum);
     }
@@ -617,6 +639,8 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     }
 
     __syncthreads();  // Shared::out takes the place of the queries
+    const int thread = thread_anew(), warp = thread / kWarp, lane = thread % kWarp;
+    const int row_group = lane / 4, head_column = 2 * (lane % 4);
     const float undo = __uint_as_float(uint32_t(127 + exponent - kWeightExponent) << 23);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -624,21 +648,21 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             sum[i] += __shfl_xor_sync(kAll, sum[i], step);
             offset[i] += __shfl_xor_sync(kAll, offset[i], step);
         }
-        if (2 * column + i >= kGroup) continue;
-        if (group == 0) {
-            s.maximum[warp_id()][2 * column + i] = maximum[i];
-            s.sum[warp_id()][2 * column + i] = sum[i];
-            s.offset[warp_id()][2 * column + i] = offset[i];
+        if (head_column + i >= kGroup) continue;
+        if (row_group == 0) {
+            s.maximum[warp][head_column + i] = maximum[i];
+            s.sum[warp][head_column + i] = sum[i];
+            s.offset[warp][head_column + i] = offset[i];
         }
-        float *target = s.out + (warp_id() * kGroup + 2 * column + i) * kDim;
+        float *target = s.out + (warp * kGroup + head_column + i) * kDim;
 #pragma unroll
         for (int tile = 0; tile < kSteps; ++tile) {
-            const float4 out = tiles[tile][lane_id()];
-            target[s.value_channels[16 * tile + group].coordinate] = undo * (i ? out.y : out.x);
-            target[s.value_channels[16 * tile + 8 + group].coordinate] = undo * (i ? out.w : out.z);
+            const float4 out = s.tiles[warp][tile][lane];
+            target[s.value_channels[16 * tile + row_group].coordinate] = undo * (i ? out.y : out.x);
+            target[s.value_channels[16 * tile + 8 + row_group].coordinate] = undo * (i ? out.w : out.z);
         }
     }
-    write_split(p, s, p.value_affine + head * kDim, first_head, heads);
+    write_split(p, s, true);
 }
 
 // Sinks and tail: 16-bit keys and values, a token at a time per warp.
@@ -716,19 +740,18 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
         for (int i = 0; i < kOwn; ++i)
             if (i * kWarp + lane < kDim) s.out[(warp_id() * kGroup + h) * kDim + i * kWarp + lane] = out[h][i];
     }
-    write_split(p, s, nullptr, first_head, heads);
+    write_split(p, s, false);
 }
 
 // Grid: splits, key-value heads x subgroups of query heads, sequences; 128 threads; sizeof(Shared) bytes.
 KVQ_KERNEL void __launch_bounds__(kThreads, 2) decode_attention(const __grid_constant__ DecodeParams p) {
     KVQ_SHARED;
     Shared &s = *reinterpret_cast<Shared *>(kvq_shared);
-    const int head = blockIdx.y / p.subgroups, subgroup = blockIdx.y % p.subgroups;
-    const int heads = min(kGroup, p.group - subgroup * kGroup), first_head = head * p.group + subgroup * kGroup;
+    const Share share(p, blockIdx.y);
     if (blockIdx.x < p.packed_splits)
-        attend_packed(p, s, head, first_head, heads);
+        attend_packed(p, s, share.head, share.first, share.heads);
     else
-        attend_exact(p, s, head, first_head, heads);
+        attend_exact(p, s, share.head, share.first, share.heads);
 }
 
 // ---- reduction -----------------------------------------------------------------------------------------------
