@@ -41,6 +41,12 @@ KVQ_DEVICE int block_y_anew() {
     asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
     return y;
 }
+
+// The same address, which the compiler cannot take apart to hold in registers what is the same for all pages.
+template <typename T> KVQ_DEVICE T *opaque(T *address) {
+    asm("" : "+l"(address));
+    return address;
+}
 #endif
 
 // ---- 16-bit floats -------------------------------------------------------------------------------------------

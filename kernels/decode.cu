@@ -543,7 +543,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
 
         float score[16][4];
         score_page(s, p.key_levels + (KVQ_KEY_ENTRIES > kMostPlanes ? int64_t(head) * kDim * KVQ_KEY_ENTRIES / 8 : 0),
-                   keys.codes + int64_t(row) * p.key_words, base, score);
+                   opaque(keys.codes + int64_t(row) * p.key_words), base, score);
         if (KVQ_KEY_OUTLIERS) {
             for (int i = lane_id(); i < kScores; i += kWarp) scores[i] = 0.0f;
             __syncwarp();
@@ -581,8 +581,8 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             sum[i] *= rescale[i];
             offset[i] *= rescale[i];
         }
-        const uint4 *token_params = reinterpret_cast<const uint4 *>(
-            values.token_params + (int64_t(row) * kPageTokens + group * kBlockTokens) * 2);
+        const uint4 *token_params = opaque(reinterpret_cast<const uint4 *>(
+            values.token_params + (int64_t(row) * kPageTokens + group * kBlockTokens) * 2));
         float largest = 0.0f;
 #pragma unroll
         for (int quad = 0; quad < 8; ++quad) {
@@ -630,7 +630,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             weights[pair][1] = permute(transposed[0], transposed[1], 0x7632);
         }
         mix_page(s, p.value_levels + (KVQ_VALUE_ENTRIES > kMostPlanes ? int64_t(head) * kDim * KVQ_VALUE_ENTRIES / 8 : 0),
-                 values.codes + int64_t(row) * p.value_words, weights, rescale, tiles);
+                 opaque(values.codes + int64_t(row) * p.value_words), weights, rescale, tiles);
         if (KVQ_VALUE_OUTLIERS) {
             __syncwarp();
             mix_outliers(p, s, values, row, head, scores, unit, tiles);

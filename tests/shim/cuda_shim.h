@@ -305,6 +305,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline uint32_t masked(uint32_t x, uint32_t mask) { return x & mask; }
 inline int thread_anew() { return int(threadIdx.x); }
 inline int block_y_anew() { return int(blockIdx.y); }
+template <typename T> inline T *opaque(T *address) { return address; }
 inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
