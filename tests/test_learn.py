@@ -112,7 +112,8 @@ def recipe(**changes: object) -> CalibrationConfig:
 
 
 def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[str, float]]:
-    windows = TokenWindows(token_ids(17, 48, 2), {"name": "random"})
+    # Windows of two pieces: on a single piece left out, the gain can drown in the noise of a phase's last bit.
+    windows = TokenWindows(token_ids(17, 96, 0), {"name": "random"})
     result = calibrate(tiny_model(family), windows, {"r": config}, model_id="tiny", model_config={})
     artifact = result.artifacts["r"]
     return artifact, dict(artifact.calibration.get("learning", {}))

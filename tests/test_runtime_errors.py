@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -215,7 +214,7 @@ class TestSavedCache:
 
     def test_the_artifact_may_be_of_an_older_format(self, llama, artifact, saved):
         """A cache that was saved before the format changed names the file of then."""
-        again = replace(artifact)
+        again = dataclasses.replace(artifact)
         object.__setattr__(again, "older_sha256", "f" * 64)
         self.rewrite(saved, lambda _, m: m.update(artifact="f" * 64))
         assert KVQCache.load(saved, again, llama).get_seq_length() == 300

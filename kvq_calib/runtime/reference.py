@@ -347,9 +347,9 @@ class PageReader:
 
     def _alike(self, pages: Sequence[Page], size: int, normalized: bool) -> Iterator[Tensor]:
         """What :meth:`spans` does, for whole spans that are decoded while what is ready for them is kept."""
-        batch, layout, params = pages[0].codes.shape[0], self.layout, self.quantizer.params
+        batch, layout = pages[0].codes.shape[0], self.layout
         tokens = self._token_params(pages) if layout.token_params else None
-        corrections = iter(self._corrections(pages, size)) if layout.outlier_cap else None
+        corrections = self._corrections(pages, size) if layout.outlier_cap else None
         for start in range(0, len(pages), size):
             codes = torch.stack([page.codes for page in pages[start : start + size]])
             y = self._levels(codes.view(size, batch, -1, PAGE_BLOCKS))
@@ -357,16 +357,19 @@ class PageReader:
                 scale, zero_point = tokens[..., start * PAGE_TOKENS : (start + size) * PAGE_TOKENS]
                 torch.addcmul(zero_point, y, scale, out=y)
             elif not normalized:
-                assert params.scale is not None
-                assert params.zero_point is not None
-                y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+                self._scale_channels(y)
             if corrections is not None:
                 y.view(-1).index_add_(0, *next(corrections))
             if self.quantizer.spec.channel_normalized:
-                assert params.scale is not None
-                assert params.zero_point is not None
-                y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+                self._scale_channels(y)
             yield y.view(batch, layout.heads, layout.head_dim, -1)
+
+    def _scale_channels(self, y: Tensor) -> None:
+        """Apply the channels' scales and zero points to ``y [B, C, S]`` in place."""
+        params = self.quantizer.params
+        assert params.scale is not None
+        assert params.zero_point is not None
+        y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
 
     @staticmethod
     def _token_params(pages: Sequence[Page]) -> Tensor:
