@@ -38,7 +38,7 @@ from kvq_calib.spec import (
     expected_tensors,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30

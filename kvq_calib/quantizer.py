@@ -40,6 +40,9 @@ from kvq_calib.spec import (
 )
 from kvq_calib.trellis import best_path, level_index
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+#: The smallest positive float16.
+_SMALLEST_HALF = 2.0**-24
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -53,7 +56,8 @@ class QuantParams:
             :func:`kvq_calib.spec.expected_tensors`; while it is fitted or trained float32 ``[G, L]`` for either. Readers take
             :func:`codebook_table`.
         codebook_index: uint8 ``[C]``, the row of each channel.
-        scale, zero_point: float32 ``[C]``, static thresholds ``zero_point -+ scale``.
+        scale, zero_point: ``[C]``, static thresholds ``zero_point -+ scale``; float32, or float16 with ``variable_bits``.
+            Computed with in float32.
         phase: float16 ``[H, P]`` (float32 from an artifact of a version before 3), radians by which each RoPE pair is
             turned before quantization. Computed with in float32.
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
@@ -147,6 +151,20 @@ def pack_codebooks(spec: QuantSpec, bits: Tensor, table: Tensor, index: Tensor) 
     if not bool((rounded.float() == levels).all()):
         raise ValueError("has levels that are no float16 numbers")
     return rounded, packed.to(torch.uint8 if len(rows) <= MAX_CODEBOOKS else torch.int32)
+
+
+def storable_thresholds(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the channels as new artifacts hold them.
+
+    With ``variable_bits`` float16, if it reaches that far, else float32.
+
+    Args:
+        spec: of the tensor.
+        scale, zero_point: float ``[C]``, ``scale`` positive.
+    """
+    if not spec.variable_bits or float(torch.maximum(scale, zero_point.abs()).max()) > _LARGEST_HALF:
+        return scale.float(), zero_point.float()
+    return scale.half().clamp(min=_SMALLEST_HALF), zero_point.half()
 
 
 @dataclass(frozen=True)
@@ -315,6 +333,18 @@ class Quantizer:
     # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
 
     @property
+    def scale(self) -> Tensor:
+        """Static scale per channel, float32 ``[C]``; only where the spec has ``static_channels``."""
+        assert self.params.scale is not None
+        return self.params.scale.float()
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Static zero point per channel, float32 ``[C]``; as :attr:`scale`."""
+        assert self.params.zero_point is not None
+        return self.params.zero_point.float()
+
+    @property
     def table(self) -> Tensor:
         """Levels per codebook, float32 ``[G, L]``: :func:`codebook_table`."""
         return codebook_table(self.spec, self.params)
@@ -372,8 +402,7 @@ class Quantizer:
         """The static channel normalisation that precedes per-token thresholds, where the spec has one."""
         if not self.spec.channel_normalized:
             return y
-        assert self.params.scale is not None and self.params.zero_point is not None
-        return (y - self.params.zero_point) * reciprocal(self.params.scale)
+        return (y - self.zero_point) * reciprocal(self.scale)
 
     def _codes(self, levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
         """Codes of some channels: levels ``[C, L]``, widths ``[C]`` and normalised elements ``[C, B, T]`` to uint8."""
@@ -436,7 +465,6 @@ class Quantizer:
         Returns:
             ``t``, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
         """
-        assert self.params.scale is not None and self.params.zero_point is not None
         heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
 
         def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
@@ -444,9 +472,7 @@ class Quantizer:
             return split.transpose(0, 1).contiguous()
 
         levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
-        scale, zero_point = (
-            by_coordinate(p)[..., None, None] for p in (self.params.scale, self.params.zero_point)
-        )
+        scale, zero_point = (by_coordinate(p)[..., None, None] for p in (self.scale, self.zero_point))
         inverse = reciprocal(scale)
         shares = self.feedback.permute(2, 1, 0)[..., None, None].contiguous()  # [from, to, H, 1, 1]
         exact = by_coordinate(y.permute(2, 0, 1))
@@ -475,8 +501,7 @@ class Quantizer:
         elif self.spec.dynamic:
             scale, zero_point = self._dynamic_channels(y)
         else:
-            assert self.params.scale is not None and self.params.zero_point is not None
-            scale, zero_point = self.params.scale, self.params.zero_point
+            scale, zero_point = self.scale, self.zero_point
         distance = y - zero_point
         normalised = distance * reciprocal(scale)
         outliers = None
@@ -512,13 +537,11 @@ class Quantizer:
         elif q.channel_scale is not None and q.channel_zero_point is not None:
             y = q.channel_zero_point + q.channel_scale * y
         else:
-            assert self.params.scale is not None and self.params.zero_point is not None
-            y = self.params.zero_point + self.params.scale * y
+            y = self.zero_point + self.scale * y
         if q.residual is not None:
             y = y + q.residual.float()
         if self.spec.channel_normalized:
-            assert self.params.scale is not None and self.params.zero_point is not None
-            y = self.params.zero_point + self.params.scale * y
+            y = self.zero_point + self.scale * y
         return self.inverse_transform(y)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -296,7 +296,8 @@ def expected_tensors(
     ``[N]``: the non-decreasing rows ``0 .. G - 1`` one after the other, without padding. Row ``g`` holds the
     ``level_count(width)`` levels of the channels whose ``codebook_index`` is ``g``; they are there, and of one width.
 
-    ``phase`` is float16, float32 where it was read from a file of a version before 3.
+    ``phase`` is float16, float32 where it was read from a file of a version before 3. With ``variable_bits`` ``scale`` and
+    ``zero_point`` are float16; float32 from a version before 4, or where numbers are beyond float16.
 
     ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
     head's ``feedback_scale``.
@@ -309,8 +310,9 @@ def expected_tensors(
         tensors["bits"] = ((channels,), ("uint8",))
         tensors["codebook_index"] = ((channels,), ("uint8",))
     if spec.static_channels:
-        tensors["scale"] = ((channels,), float32)
-        tensors["zero_point"] = ((channels,), float32)
+        of_channels = ("float16", "float32") if spec.variable_bits else float32
+        tensors["scale"] = ((channels,), of_channels)
+        tensors["zero_point"] = ((channels,), of_channels)
     if spec.phase and rope is not None:
         tensors["phase"] = ((heads, len(rope.pairs)), ("float16", "float32"))
     if spec.rotation:

@@ -11,7 +11,7 @@ from kvq_calib.artifact import KVArtifact, LayerParams
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.geometry import model_geometry
 from kvq_calib.models import model_fingerprint
-from kvq_calib.quantizer import QuantParams, pack_codebooks
+from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
 #: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
@@ -179,7 +179,7 @@ def _params(
             y = torch.cat((y, y.abs().amax(-1, keepdim=True).expand_as(y)), dim=2)
         y = y.transpose(1, 2).flatten(2).flatten(0, 1)
         low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
-        zero_point, scale = (low + high) / 2, (high - low) / 2 + 1e-3
+        scale, zero_point = storable_thresholds(spec, (high - low) / 2 + 1e-3, (low + high) / 2)
     codebook = torch.stack(rows)
     feedback: dict[str, Tensor] = {}
     if spec.feedback:

@@ -42,7 +42,7 @@ from kvq_calib.spec import (
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 #: Of the present version.
-GOLDEN = GOLDEN_FILES / "tiny-3.kvq.safetensors"
+GOLDEN = GOLDEN_FILES / "tiny-4.kvq.safetensors"
 GEOMETRY = KVGeometry(
     layers=(
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=4, rope=0),
@@ -74,8 +74,8 @@ def tiny() -> KVArtifact:
             bits=widths,
             codebook=torch.tensor([level for row in ROWS for level in row]).half(),
             codebook_index=widths.clone(),
-            scale=torch.arange(1, 9) / 8,
-            zero_point=torch.arange(8) / 16,
+            scale=(torch.arange(1, 9) / 8).half(),
+            zero_point=(torch.arange(8) / 16).half(),
             phase=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half() if index == 0 else None,
             feedback=torch.arange(-6, 6).to(torch.int8).view(2, 6) if index == 1 else None,
             feedback_scale=torch.tensor([0.125, 0.25]) if index == 1 else None,
@@ -129,13 +129,20 @@ def put(name, index, value):
     return set_tensor(name, change)
 
 
-def with_float32_phases(artifact: KVArtifact) -> KVArtifact:
-    def key(params: QuantParams) -> QuantParams:
-        return replace(params, phase=None if params.phase is None else params.phase.float())
+def as_read_from(version: int, artifact: KVArtifact) -> KVArtifact:
+    """The artifact with the numbers in float32 that an older version held so."""
+    names = {
+        1: ("phase", "scale", "zero_point"),
+        2: ("phase", "scale", "zero_point"),
+        3: ("scale", "zero_point"),
+    }
 
-    return replace(
-        artifact, layers=tuple(LayerParams(key(layer.key), layer.value) for layer in artifact.layers)
-    )
+    def wide(params: QuantParams) -> QuantParams:
+        found = params.tensors()
+        return replace(params, **{name: found[name].float() for name in names[version] if name in found})
+
+    layers = tuple(LayerParams(wide(layer.key), wide(layer.value)) for layer in artifact.layers)
+    return replace(artifact, layers=layers)
 
 
 def as_version_2(artifact: KVArtifact, change=None) -> bytes:
@@ -150,7 +157,7 @@ def as_version_2(artifact: KVArtifact, change=None) -> bytes:
                 found[name] = quantizer.table.contiguous()
             elif what == "codebook_index":
                 found[name] = found[name].to(torch.int32)
-            elif what == "phase":
+            elif what in ("phase", "scale", "zero_point"):
                 found[name] = found[name].float()
         if change:
             change(found)
@@ -175,13 +182,13 @@ def test_golden_bytes():
     assert same(KVArtifact.load(GOLDEN), tiny())
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_files_of_older_versions_are_read(version):
-    """Version 1 knows no trellis, version 2 no compact codebooks."""
+    """Version 1 knows no trellis, version 2 no compact codebooks, version 3 no thresholds in float16."""
     old = GOLDEN_FILES / f"tiny-{version}.kvq.safetensors"
     assert (b'"trellis' in old.read_bytes()) == (version > 1)
     loaded = KVArtifact.load(old)
-    assert same(loaded, with_float32_phases(tiny()))
+    assert same(loaded, as_read_from(version, tiny()))
     assert same(KVArtifact.from_bytes(loaded.to_bytes()), loaded)
     x = torch.randn(1, 2, 40, 4, generator=torch.Generator().manual_seed(0))
     tensors = safetensors.torch.load_file(old)
@@ -203,11 +210,11 @@ def test_files_of_older_versions_are_read(version):
 
 
 @pytest.mark.parametrize("name", ["mixed-phase-rotation", "feedback", "trellis", "nuq4-1p"])
-def test_a_file_of_version_2_reads_as_that_of_version_3(name):
+def test_a_file_of_version_2_reads_as_a_new_one(name):
     artifact = random_artifact(GEOMETRY, RECIPES[name], codebooks=2 if "mixed" in name else 1)
     old = as_version_2(artifact)
     loaded = KVArtifact.from_bytes(old)
-    assert same(loaded, with_float32_phases(artifact))
+    assert same(loaded, as_read_from(2, artifact))
     x = torch.randn(2, 2, 40, 4, generator=torch.Generator().manual_seed(0))
     for before, now in zip(loaded.quantizers(), artifact.quantizers(), strict=True):
         for kind in KINDS:
@@ -259,7 +266,11 @@ def test_an_artifact_remembers_the_older_file_that_saved_caches_name():
             ArtifactTensorError,
             "not float32 \\['any', 'any'\\]",
         ),
-        (set_tensor("layers.0.key.codebook", lambda x: x.half()), ArtifactTensorError, "not float32"),
+        (
+            set_tensor("layers.0.key.codebook", lambda x: x.half()),
+            ArtifactTensorError,
+            "not float16 or float32",
+        ),
         (
             set_tensor("layers.0.key.codebook_index", lambda x: x.to(torch.uint8)),
             ArtifactTensorError,
@@ -294,7 +305,11 @@ def test_loading_needs_no_pickle_and_no_model():
         (lambda t: t.update(extra=torch.zeros(1)), ArtifactTensorError, "extra is unknown"),
         (lambda t: t.update({"layers.9.key.bits": torch.zeros(1)}), ArtifactTensorError, "unknown"),
         (set_tensor("layers.1.key.bits", lambda x: x[:-1]), ArtifactTensorError, "not uint8 \\[8\\]"),
-        (set_tensor("layers.0.key.scale", lambda x: x.double()), ArtifactTensorError, "not float32"),
+        (
+            set_tensor("layers.0.key.scale", lambda x: x.double()),
+            ArtifactTensorError,
+            "not float16 or float32",
+        ),
         (set_tensor("layers.0.key.codebook", lambda x: x[None]), ArtifactTensorError, "any"),
         (set_tensor("layers.0.key.codebook", lambda x: x.float()), ArtifactTensorError, "not float16"),
         (

@@ -13,6 +13,7 @@ from kvq_calib.quantizer import (
     cap_per_token,
     codebook_boundaries,
     reciprocal,
+    storable_thresholds,
     token_thresholds,
 )
 from kvq_calib.spec import LayerGeometry, OutlierSpec, QuantSpec, RopeSpec
@@ -290,3 +291,39 @@ def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
 def test_feedback_needs_static_channels_without_outliers(options):
     with pytest.raises(ValueError, match="feedback needs"):
         QuantSpec(bits=3, feedback=True, **options)
+
+
+def test_thresholds_are_stored_in_float16_where_that_reaches():
+    wide = QuantSpec(bits=3, variable_bits=True)
+    scale, zero_point = torch.tensor([0.3, 1e-9, 5.0]), torch.tensor([-7.7, 0.0, 60000.0])
+    stored_scale, stored_zero_point = storable_thresholds(wide, scale, zero_point)
+    assert stored_scale.dtype == stored_zero_point.dtype == torch.float16
+    assert bool((stored_scale > 0).all())
+    torch.testing.assert_close(stored_scale.float(), scale, rtol=2**-11, atol=2**-24)
+    torch.testing.assert_close(stored_zero_point.float(), zero_point, rtol=2**-11, atol=0)
+    for spec, zeros in ((QuantSpec(bits=3), zero_point), (wide, zero_point * 2)):
+        kept = storable_thresholds(spec, scale, zeros)
+        assert all(torch.equal(*pair) for pair in zip(kept, (scale, zeros), strict=True))
+        assert kept[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_thresholds_in_float16_mean_their_numbers(trellis):
+    generator = torch.Generator().manual_seed(0)
+    channels = HEADS * DIM
+    spec = QuantSpec(bits=2, variable_bits=True, trellis=trellis)
+    narrow = QuantParams(
+        bits=torch.full((channels,), 2, dtype=torch.uint8),
+        codebook=torch.linspace(-1, 1, spec.level_count(2)).half(),
+        codebook_index=torch.zeros(channels, dtype=torch.uint8),
+        scale=(0.1 + torch.rand(channels, generator=generator)).half(),
+        zero_point=torch.randn(channels, generator=generator).half(),
+    )
+    assert narrow.scale is not None
+    assert narrow.zero_point is not None
+    wide = replace(narrow, scale=narrow.scale.float(), zero_point=narrow.zero_point.float())
+    x = torch.randn(2, HEADS, 70, DIM, generator=generator)
+    one, other = (Quantizer(spec, params, SHAPE) for params in (narrow, wide))
+    assert torch.equal(one.quantize(x).codes, other.quantize(x).codes)
+    assert torch.equal(one(x), other(x))
+    assert one(x).dtype == torch.float32

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from kvq_calib.errors import ConfigError
 from kvq_calib.packing import BLOCK_TOKENS
-from kvq_calib.quantizer import QuantParams, pack_codebooks
+from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
 from kvq_calib.spec import QuantSpec
 from kvq_calib.trellis import best_path, level_index
 
 #: Lloyd iterations of one channel's levels; the start is near the optimum.
 _LLOYD_ROUNDS = 30
-#: Rounds of assigning channels to codebooks and refitting both.
+#: Runs of points that a start is cut from, and the longest cell in mean ones.
+_RUNS_PER_LEVEL = 4
+_FEWEST_RUNS = 32
+_LONGEST_CELL = 4
+#: Rounds of assigning channels to codebooks and refitting both; in the first ones levels are fitted from nothing.
 _SHARE_ROUNDS = 10
+_FRESH_ROUNDS = 2
 #: Two allocations whose Lagrange multipliers differ by less than this factor are the same.
 _MULTIPLIER_STEPS = 100
 _SMALLEST_SCALE = 1e-8
@@ -33,8 +38,8 @@ _SMALLEST_SCALE = 1e-8
 #: every width. Only its size against the error without any bits matters here.
 _PATH_OVER_NEAREST = 2.4
 #: Rounds of finding paths and moving levels, and the blocks of samples of one codebook.
-_PATH_ROUNDS = 5
-_SAMPLE_BLOCKS = 256
+_PATH_ROUNDS = 20
+_SAMPLE_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Curves:
 
     Attributes:
         points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
-        levels: by width ``b``, float64 ``[C, 2 ** b]`` (``2 ** (b + 1)`` with a trellis): levels of least weighted
-            squared error if the nearest one is taken.
+        levels: by width ``b``, float64 ``[C, 2 ** b]``: levels of least weighted squared error; with a trellis
+            ``[C, 2 ** (b + 1)]``, see :func:`spread_levels`.
         distortion: float64 ``[C, widths]``, the weighted squared error of what they are used for, for one token.
     """
 
@@ -65,10 +70,10 @@ def weighted_error(levels: Tensor, points: Tensor, weights: Tensor) -> Tensor:
 
 
 def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Levels of every row by Lloyd's iteration from the high-resolution optimum.
+    """Levels of every row by Lloyd's iteration from a cut of the row that is nearly optimal.
 
-    The start follows the point density that is optimal for many levels, proportional to the cube root of the
-    weighted density (Panter and Dite, 1951), so no seed is needed and few rounds suffice.
+    Iterating from other starts ends in local optima that may be far off: for 32 levels of a channel's distribution 13% above
+    the optimum on average from the point density that is optimal for many levels, 1% from here.
 
     Args:
         points, weights: float64 ``[C, n]``, ``points`` sorted. A row without weight counts as evenly
@@ -77,18 +82,11 @@ def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
     Returns:
         float64 ``[C, k]``, sorted.
     """
-    total = weights.sum(1, keepdim=True)
-    weights = torch.where(total > 0, weights, 1.0)
+    weights = _weighted(weights)
     zero = torch.zeros_like(weights[:, :1])
     mass = torch.cat([zero, weights.cumsum(1)], 1)
     moment = torch.cat([zero, (weights * points).cumsum(1)], 1)
-    # Cube root of density times width, with a bin's width from its neighbours.
-    width = torch.cat([points[:, 1:] - points[:, :-1], zero], 1).clamp(min=0)
-    density = (weights * (width + width.roll(1, 1)).square()).pow(1 / 3)
-    share = density.cumsum(1)
-    share = share / share[:, -1:].clamp(min=torch.finfo(share.dtype).tiny)
-    wanted = ((torch.arange(k, device=points.device, dtype=points.dtype) + 0.5) / k).expand(len(points), k)
-    levels = points.gather(1, torch.searchsorted(share, wanted.contiguous()).clamp(max=points.shape[1] - 1))
+    levels = _centres_of_best_cut(points, weights, k)
     for _ in range(_LLOYD_ROUNDS):
         inner = torch.searchsorted(points, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous())
         edges = (
@@ -107,6 +105,89 @@ def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
     return levels
 
 
+def _at_share(points: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
+    """Where the optimal point density of many levels reaches these shares, int64 ``[C, shares]``, indices of ``points``.
+
+    The density is proportional to the cube root of the weighted density (Panter and Dite, 1951). Points and weights as
+    for :func:`lloyd`; every row has weight.
+    """
+    # Cube root of density times width, with a bin's width from its neighbours.
+    width = torch.nn.functional.pad(points.diff(dim=1).clamp(min=0), (0, 1))
+    reached = (weights * (width + width.roll(1, 1)).square()).pow(1 / 3).cumsum(1)
+    reached = reached / reached[:, -1:].clamp(min=torch.finfo(points.dtype).tiny)
+    place = torch.searchsorted(reached, shares.expand(len(points), -1).contiguous())
+    return place.clamp(max=points.shape[1] - 1)
+
+
+def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Levels of every row that follow the optimal point density of many levels.
+
+    For a trellis, whose levels are not all there for each token: one at an isolated value of much weight, as those of
+    least nearest-level error have, can often not be taken when that value comes. Arguments and result as for
+    :func:`lloyd`.
+    """
+    shares = (torch.arange(k, device=points.device, dtype=points.dtype) + 0.5) / k
+    return points.gather(1, _at_share(points, _weighted(weights), shares))
+
+
+def _weighted(weights: Tensor) -> Tensor:
+    """The weights, a row without any evenly weighted."""
+    return torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
+
+
+def _centres_of_best_cut(points: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Weighted means of the cells of the best cut of every row into ``k`` cells, each a sequence of whole runs of points.
+
+    Runs have equal shares of the density of :func:`_at_share`, so a few for each level suffice, and a cell is never much
+    longer than the mean. Dynamic programming over the runs, all rows at once. Arguments and result as for :func:`lloyd`; every row
+    has weight.
+    """
+    rows, size = points.shape
+    tiny = torch.finfo(points.dtype).tiny
+    count = min(max(_RUNS_PER_LEVEL * k, _FEWEST_RUNS), size)
+    longest = min(_LONGEST_CELL * count // k + 1, count)
+    if count < size:
+        shares = torch.arange(1, count, device=points.device, dtype=points.dtype) / count
+        inner = torch.nn.functional.pad(_at_share(points, weights, shares) + 1, (1, 0))
+        ends = torch.nn.functional.pad(inner, (0, 1), value=size)
+    else:  # each point is a run
+        ends = torch.arange(size + 1, device=points.device).expand(rows, -1)
+    mean = (weights * points).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    x = points - mean  # keeps the sums from cancelling
+    sums = [
+        torch.nn.functional.pad(part.cumsum(1), (1, 0)).gather(1, ends)
+        for part in (weights, weights * x, weights * x * x)
+    ]
+
+    def before(
+        of_ends: Tensor, value: float = 0.0
+    ) -> Tensor:  # [C, E] to those of the starts, [C, E, longest + 1]
+        padded: Tensor = torch.nn.functional.pad(of_ends, (longest, 0), value=value)
+        return padded.unfold(1, longest + 1, 1)
+
+    cell, first, second = (part[..., None] - before(part) for part in sums)
+    cost = (second - first.square() / cell.clamp(min=tiny)).clamp(min=0)
+    best = torch.full_like(sums[0], torch.inf)
+    best[:, 0] = 0.0
+    starts = []
+    for _ in range(k):
+        best, start = (before(best, torch.inf) + cost).min(2)
+        starts.append(start)
+    edge = torch.full((rows, 1), count, device=points.device)
+    edges = [edge]
+    for start in reversed(starts):
+        edge = edge - longest + start.gather(1, edge)
+        edges.append(edge)
+    cut = torch.cat(edges[::-1], 1)
+    cell, first = (part.gather(1, cut).diff(dim=1) for part in sums[:2])
+    return (first / cell.clamp(min=tiny) + mean).sort(1).values
+
+
+def level_fit(spec: QuantSpec) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """What places the levels of a tensor, called as :func:`lloyd` is."""
+    return spread_levels if spec.trellis else lloyd
+
+
 def fit_curves(points: Tensor, weights: Tensor, spec: QuantSpec) -> Curves:
     """Levels and weighted error of every channel at every width from 0 to ``spec.bits``.
 
@@ -115,7 +196,8 @@ def fit_curves(points: Tensor, weights: Tensor, spec: QuantSpec) -> Curves:
             :meth:`kvq_calib.calibrate.distribution.WeightedHistogram.distribution`.
         spec: with a trellis, levels are twice as many and their error is that of the nearest times a factor.
     """
-    levels = tuple(lloyd(points, weights, spec.level_count(bits)) for bits in range(spec.bits + 1))
+    fit = level_fit(spec)
+    levels = tuple(fit(points, weights, spec.level_count(bits)) for bits in range(spec.bits + 1))
     distortion = torch.stack([weighted_error(row, points, weights) for row in levels], dim=1)
     if spec.trellis:
         distortion[:, 1:] *= _PATH_OVER_NEAREST
@@ -194,7 +276,8 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
 
     Alternates between three exact steps, none of which can increase the weighted error: each channel takes
     the codebook that serves it best; scale and zero point follow by weighted least squares given the codes;
-    each level becomes the weighted mean of what it codes. With a trellis the levels then follow what paths use them
+    each level becomes the weighted mean of what it codes. In the first rounds levels are fitted anew to all that a codebook
+    codes (:func:`level_fit`), since what they start from is a mean of other levels. With a trellis the levels then follow what paths use them
     for (:func:`follow_paths`).
 
     Args:
@@ -216,7 +299,11 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
         levels = curves.levels[width][members]
         middle, half = (levels[:, 0] + levels[:, -1]) / 2, (levels[:, -1] - levels[:, 0]) / 2
         fit = _Shared(
-            curves.points[members], curves.weights[members], middle, half.clamp(min=_SMALLEST_SCALE)
+            curves.points[members],
+            curves.weights[members],
+            middle,
+            half.clamp(min=_SMALLEST_SCALE),
+            level_fit(spec),
         )
         if levels.shape[1] <= 2:
             books, chosen = (
@@ -236,12 +323,13 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
     size = max(len(row) for row in rows)
     table = torch.stack([torch.cat([row, row[-1:].expand(size - len(row))]) for row in rows])
     codebook, packed = pack_codebooks(spec, widths, storable_levels(table.float()), index)
+    stored_scale, stored_zero_point = storable_thresholds(spec, scale.clamp(min=_SMALLEST_SCALE), zero_point)
     return QuantParams(
         bits=widths.to(torch.uint8),
         codebook=codebook,
         codebook_index=packed,
-        scale=scale.float().clamp(min=_SMALLEST_SCALE),
-        zero_point=zero_point.float(),
+        scale=stored_scale,
+        zero_point=stored_zero_point,
     )
 
 
@@ -274,10 +362,17 @@ def storable_levels(table: Tensor) -> Tensor:
 class _Shared:
     """Channels of one width on their way to shared codebooks."""
 
-    def __init__(self, points: Tensor, weights: Tensor, zero_point: Tensor, scale: Tensor) -> None:
-        total = weights.sum(1, keepdim=True)
+    def __init__(
+        self,
+        points: Tensor,
+        weights: Tensor,
+        zero_point: Tensor,
+        scale: Tensor,
+        fit: Callable[[Tensor, Tensor, int], Tensor],
+    ) -> None:
+        self.fit = fit
         self.points = points
-        self.weights = torch.where(total > 0, weights, 1.0)
+        self.weights = _weighted(weights)
         self.zero_point, self.scale = zero_point, scale
 
     def nothing_to_choose(self) -> Tensor:
@@ -291,7 +386,7 @@ class _Shared:
         order = spread.argsort(stable=True)
         books = torch.stack([shapes[part].mean(0) for part in order.tensor_split(count)])
         chosen = self.nothing_to_choose()
-        for _ in range(_SHARE_ROUNDS):
+        for number_of_round in range(_SHARE_ROUNDS):
             candidates = [self._follow(book) for book in books]
             errors = torch.stack([error for _, _, _, error in candidates])
             chosen = errors.argmin(0)
@@ -301,7 +396,10 @@ class _Shared:
             for number in range(count):
                 mine = chosen == number
                 if bool(mine.any()):
-                    books[number] = self._centres(books[number], candidates[number][2][mine], mine)
+                    if number_of_round < _FRESH_ROUNDS:
+                        books[number] = self._fresh(books.shape[1], mine)
+                    else:
+                        books[number] = self._centres(books[number], candidates[number][2][mine], mine)
         return books, chosen
 
     def samples(self, chosen: Tensor, count: int) -> Tensor:
@@ -310,8 +408,6 @@ class _Shared:
         Returns:
             float64 ``[count, blocks, 32]``.
         """
-        values = (self.points - self.zero_point[:, None]) / self.scale[:, None]
-        weights = self.weights * self.scale.square()[:, None]
         size = _SAMPLE_BLOCKS * BLOCK_TOKENS
         order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         wanted = (order + 0.5) / size
@@ -322,8 +418,9 @@ class _Shared:
                 if bool((chosen == number).any())
                 else torch.ones_like(chosen, dtype=torch.bool)
             )
-            value, at = values[mine].flatten().sort()
-            share = weights[mine].flatten()[at].cumsum(0)
+            value, weight = self._normalised(mine)
+            value, at = value.sort()
+            share = weight[at].cumsum(0)
             place = torch.searchsorted(share, wanted * share[-1]).clamp(max=len(value) - 1)
             drawn.append(value[place].view(_SAMPLE_BLOCKS, BLOCK_TOKENS))
         return torch.stack(drawn)
@@ -348,11 +445,21 @@ class _Shared:
         error = (self.weights * (self.points - levels.gather(1, codes)).square()).sum(1)
         return scale, zero_point, codes, error
 
+    def _normalised(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """All values of these channels on the codebook's scale, with their weights."""
+        scale, zero_point = self.scale[mine, None], self.zero_point[mine, None]
+        value = (self.points[mine] - zero_point) / scale
+        return value.flatten(), (self.weights[mine] * scale.square()).flatten()
+
+    def _fresh(self, count: int, mine: Tensor) -> Tensor:
+        """Levels for the normalised values of these channels, whatever they had before."""
+        value, weight = self._normalised(mine)
+        value, order = value.sort()
+        return self.fit(value[None], weight[order][None], count)[0]
+
     def _centres(self, book: Tensor, codes: Tensor, mine: Tensor) -> Tensor:
         """Weighted mean of the normalised values behind each level of ``book``."""
-        scale, zero_point = self.scale[mine, None], self.zero_point[mine, None]
-        weight = (self.weights[mine] * scale.square()).flatten()
-        value = ((self.points[mine] - zero_point) / scale).flatten()
+        value, weight = self._normalised(mine)
         mass = torch.zeros_like(book).index_add_(0, codes.flatten(), weight)
         moment = torch.zeros_like(book).index_add_(0, codes.flatten(), weight * value)
         return (

@@ -35,6 +35,7 @@ from kvq_calib.quantizer import (
     codebook_table,
     pack_codebooks,
     roundtrip_storage,
+    storable_thresholds,
 )
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
 
@@ -76,8 +77,13 @@ class Trainable:
         assert params.scale is not None  # static channel thresholds have both
         assert params.zero_point is not None
         self.spec, self.geometry, self.rope = spec, geometry, rope
-        phase = None if params.phase is None else params.phase.float()
-        self.start = replace(params, codebook=codebook_table(spec, params), phase=phase).to(device)
+        self.start = replace(
+            params,
+            codebook=codebook_table(spec, params),
+            scale=params.scale.float(),
+            zero_point=params.zero_point.float(),
+            phase=None if params.phase is None else params.phase.float(),
+        ).to(device)
         index = self.start.codebook_index.to(torch.int64)
         bits = self.start.bits.to(torch.int64)
         row_bits = torch.zeros(len(self.start.codebook), dtype=torch.int64, device=device)
@@ -87,8 +93,8 @@ class Trainable:
         counts = torch.tensor([spec.level_count(width) for width in row_bits.tolist()], device=device)
         self._level_unit = 2.0 / counts.clamp(min=2).float()[:, None]
         self.offsets: dict[str, Tensor] = {
-            "scale": torch.zeros_like(params.scale, device=device),
-            "zero_point": torch.zeros_like(params.zero_point, device=device),
+            "scale": torch.zeros(spacing.shape, device=device),
+            "zero_point": torch.zeros(spacing.shape, device=device),
             "codebook": torch.zeros_like(self.start.codebook),
         }
         if self.start.phase is not None:
@@ -119,8 +125,16 @@ class Trainable:
         codebook, index = storable_levels(detached.codebook), detached.codebook_index
         if self.spec.variable_bits:
             codebook, index = pack_codebooks(self.spec, detached.bits, codebook, index)
-        phase = None if detached.phase is None else detached.phase.half()
-        return replace(detached, codebook=codebook, codebook_index=index, phase=phase).to("cpu")
+        assert detached.scale is not None and detached.zero_point is not None
+        scale, zero_point = storable_thresholds(self.spec, detached.scale, detached.zero_point)
+        return replace(
+            detached,
+            codebook=codebook,
+            codebook_index=index,
+            scale=scale,
+            zero_point=zero_point,
+            phase=None if detached.phase is None else detached.phase.half(),
+        ).to("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``[B, H, T, D]``, differentiably; float32."""

@@ -530,8 +530,7 @@ class _Run:
                 # A gradient of y times the step of the codebook: the weights of errors on the codebook's scale.
                 weights = (quantizer.transform(gradient[:, :, sinks:]) * values.scale).square()
                 if subject.spec.channel_normalized:
-                    assert quantizer.params.scale is not None
-                    weights = weights * quantizer.params.scale.square()
+                    weights = weights * quantizer.scale.square()
                 weights = weights.flatten(0, 1)
             statistics = self.statistics[subject.histogram]
             assert isinstance(statistics, LevelHistogram)

@@ -21,14 +21,14 @@ from kvq_calib.calibrate.allocation import (
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
 from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
 from kvq_calib.config import AllocationConfig
-from kvq_calib.quantizer import QuantParams
+from kvq_calib.quantizer import QuantParams, storable_thresholds
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, RopeSpec
 
 Place = tuple[int, Kind]
 """Layer and kind."""
 
-#: How much of what feedback leaves of the weights (in logarithms) the allocation counts on: errors that are fed in
-#: widen what a coordinate has to code, so a narrow channel gains less than a wide one.
+#: How much of what feedback takes from the weights of a layer (in logarithms, on average) the allocation counts on: errors
+#: that are fed in widen what a coordinate has to code. Between the coordinates of the layer it counts on all of it.
 _TRUST = 0.5
 #: A measured error counts as at most this many times the estimated one.
 _FURTHEST = 64.0
@@ -89,7 +89,8 @@ def fit_layers(
         if specs[layer].of(kind).feedback:
             feedback, step, left = error_feedback(covariances[layer, kind].sums.cpu())
             apart[layer, kind] |= {"feedback": feedback, "feedback_scale": step}
-            weights = weights * left.flatten().pow(_TRUST)[:, None]
+            left = left * (left.log().mean() * (_TRUST - 1)).exp()
+            weights = weights * left.flatten()[:, None]
         curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind))
 
     floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
@@ -162,10 +163,11 @@ def correction(measured: Sequence[float], estimated: Sequence[float]) -> list[fl
 def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:
     """Parameters of the right shapes and arbitrary content, to count what they take."""
     channels = len(widths)
+    scale, zero_point = storable_thresholds(spec, torch.ones(channels), torch.zeros(channels))
     return QuantParams(
         bits=widths,
         codebook=torch.zeros(codebook_levels(widths, codebooks, spec), dtype=torch.float16),
         codebook_index=torch.zeros(channels, dtype=torch.uint8),
-        scale=torch.ones(channels),
-        zero_point=torch.zeros(channels),
+        scale=scale,
+        zero_point=zero_point,
     )

@@ -243,8 +243,7 @@ class _Collector:
             # As calibration weighs: the gradient on the codebook's scale, squared.
             weights = (self.quantizer.transform(gradient) * values.scale).square()
             if self.quantizer.spec.channel_normalized:
-                assert self.quantizer.params.scale is not None
-                weights = weights * self.quantizer.params.scale.square()
+                weights = weights * self.quantizer.scale.square()
             weights = weights[..., self.channels].flatten(0, 1)
         outliers = None if values.outliers is None else values.outliers[..., self.channels].flatten(0, 1)
         self.histogram.update(values.normalised[..., self.channels].flatten(0, 1), outliers, weights)

@@ -179,7 +179,7 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
     size = 2 * channels if spec.variable_bits else 2
     size += (2 if spec.variable_bits else 4) * spec.level_count(spec.bits)
     if spec.static_channels:
-        size += 2 * 4 * channels
+        size += 2 * (2 if spec.variable_bits else 4) * channels
     if spec.phase:
         size += 2 * (channels // 2)
     if spec.rotation:

@@ -57,8 +57,9 @@ def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None
     """
     if params.scale is None or params.zero_point is None:
         return None
+    scale, zero_point = params.scale.float(), params.zero_point.float()
     if not spec.variable_bits and spec.datatype != "learned":
-        return params.zero_point, params.scale
+        return zero_point, scale
     rows = codebook_table(spec, params)[params.codebook_index.to(torch.int64)]
     low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
     below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
@@ -68,7 +69,7 @@ def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None
         (low - below.masked_fill(single, 0.0) / 2)[:, 0],
         (high + above.masked_fill(single, 0.0) / 2)[:, 0],
     )
-    return params.zero_point + params.scale * (low + high) / 2, params.scale * (high - low) / 2
+    return zero_point + scale * (low + high) / 2, scale * (high - low) / 2
 
 
 def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:

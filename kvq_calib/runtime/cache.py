@@ -578,7 +578,7 @@ def _check_streamable(artifact: KVArtifact) -> None:
                 )
             params = artifact.layers[index].of(kind)
             if params.scale is not None and params.zero_point is not None:
-                largest = float((params.zero_point.abs() + params.scale).max())
+                largest = float((params.zero_point.float().abs() + params.scale.float()).max())
                 if largest > storage.max:
                     raise RuntimeMismatchError(
                         f"layer {index}: {kind} thresholds reach {largest:.3g}, more than "

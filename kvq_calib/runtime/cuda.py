@@ -455,8 +455,8 @@ class KernelTables:
         else:
             self.boundaries = quantizer.boundaries[rows].contiguous()
         self.level_stride = 0 if shared else 1
-        self.scale = None if params.scale is None else params.scale.contiguous()
-        self.zero_point = None if params.zero_point is None else params.zero_point.contiguous()
+        self.scale = None if params.scale is None else quantizer.scale.contiguous()
+        self.zero_point = None if params.zero_point is None else quantizer.zero_point.contiguous()
         self.reciprocal = None if self.scale is None else reciprocal(self.scale)
 
     def _tensor(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -366,10 +366,7 @@ class PageReader:
 
     def _scale_channels(self, y: Tensor) -> None:
         """Apply the channels' scales and zero points to ``y [B, C, S]`` in place."""
-        params = self.quantizer.params
-        assert params.scale is not None
-        assert params.zero_point is not None
-        y.mul_(params.scale[:, None]).add_(params.zero_point[:, None])
+        y.mul_(self.quantizer.scale[:, None]).add_(self.quantizer.zero_point[:, None])
 
     @staticmethod
     def _token_params(pages: Sequence[Page]) -> Tensor:
@@ -406,11 +403,8 @@ class PageReader:
             mixed: ``[B, H, Q, D]``, sums of what ``read(..., normalized=True)`` returns.
             weight: ``[B, H, Q, 1]``, sums of the weights.
         """
-        scale, zero_point = self.quantizer.params.scale, self.quantizer.params.zero_point
-        assert scale is not None
-        assert zero_point is not None
         shape = (self.layout.heads, 1, self.layout.head_dim)
-        return mixed * scale.view(shape) + weight * zero_point.view(shape)
+        return mixed * self.quantizer.scale.view(shape) + weight * self.quantizer.zero_point.view(shape)
 
     def _levels(self, words: Tensor) -> Tensor:
         """Levels of all channels, float32 ``[B, C, 256 * pages]``.
