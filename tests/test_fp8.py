@@ -71,7 +71,7 @@ def test_with_widths_per_channel_the_range_follows_the_levels():
             levels = quantizer.levels[channel, : 1 << width]
             gaps = levels.diff().tolist() or [0.0]
             for end in (float(levels[0]) - gaps[0] / 2, float(levels[-1]) + gaps[-1] / 2):
-                at = quantizer.params.zero_point[channel] + quantizer.params.scale[channel] * end
+                at = quantizer.zero_point[channel] + quantizer.scale[channel] * end
                 expected = max(expected, abs(float(at)))
         assert amax_of(artifact)["key"][layer] == pytest.approx(expected, rel=1e-5)
 
