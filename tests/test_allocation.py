@@ -134,6 +134,8 @@ def test_levels_for_a_trellis_follow_the_optimal_density() -> None:
     torch.testing.assert_close(
         levels[0], torch.special.ndtri(shares) * 3**0.5, atol=4e-3, rtol=0, check_dtype=False
     )
+    one = allocation.spread_levels(grid + 2, torch.exp(-grid), 1)
+    torch.testing.assert_close(one, allocation.lloyd(grid + 2, torch.exp(-grid), 1))
     # A single heavy value moves Lloyd's levels to it, and hardly any of these.
     heavy = torch.exp(-grid.square() / 2)
     heavy[0, 6000] = heavy.sum() * 10

@@ -123,9 +123,11 @@ def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
     """Levels of every row that follow the optimal point density of many levels.
 
     For a trellis, whose levels are not all there for each token: one at an isolated value of much weight, as those of
-    least nearest-level error have, can often not be taken when that value comes. Arguments and result as for
-    :func:`lloyd`.
+    least nearest-level error have, can often not be taken when that value comes. A single level is the mean. Arguments and
+    result as for :func:`lloyd`.
     """
+    if k == 1:
+        return lloyd(points, weights, 1)
     shares = (torch.arange(k, device=points.device, dtype=points.dtype) + 0.5) / k
     return points.gather(1, _at_share(points, _weighted(weights), shares))
 
@@ -159,9 +161,8 @@ def _centres_of_best_cut(points: Tensor, weights: Tensor, k: int) -> Tensor:
         for part in (weights, weights * x, weights * x * x)
     ]
 
-    def before(
-        of_ends: Tensor, value: float = 0.0
-    ) -> Tensor:  # [C, E] to those of the starts, [C, E, longest + 1]
+    def before(of_ends: Tensor, value: float = 0.0) -> Tensor:
+        """Of what each end has, that of the cells' starts that it allows: ``[C, E, longest + 1]``."""
         padded: Tensor = torch.nn.functional.pad(of_ends, (longest, 0), value=value)
         return padded.unfold(1, longest + 1, 1)
 
@@ -201,7 +202,7 @@ def fit_curves(points: Tensor, weights: Tensor, spec: QuantSpec) -> Curves:
     distortion = torch.stack([weighted_error(row, points, weights) for row in levels], dim=1)
     if spec.trellis:
         distortion[:, 1:] *= _PATH_OVER_NEAREST
-    # Lloyd's optima are local: a wider code is never worse, since it could leave levels unused.
+    # Levels are no global optimum: a wider code is never worse, since it could leave levels unused.
     return Curves(points, weights, levels, distortion.cummin(1).values)
 
 
