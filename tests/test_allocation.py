@@ -136,7 +136,8 @@ def test_levels_for_a_trellis_follow_the_optimal_density() -> None:
     )
     one = allocation.spread_levels(grid + 2, torch.exp(-grid), 1)
     torch.testing.assert_close(one, allocation.lloyd(grid + 2, torch.exp(-grid), 1))
-    # A single heavy value moves Lloyd's levels to it, and hardly any of these.
+    # Lloyd's iteration puts a level on a single heavy value. These keep away from it: they make room by less than half of
+    # what lies between the middle ones, but for the outermost, which is next to it.
     heavy = torch.exp(-grid.square() / 2)
     heavy[0, 6000] = heavy.sum() * 10
     moved = allocation.spread_levels(grid, heavy, 16)

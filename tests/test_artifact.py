@@ -266,11 +266,7 @@ def test_an_artifact_remembers_the_older_file_that_saved_caches_name():
             ArtifactTensorError,
             "not float32 \\['any', 'any'\\]",
         ),
-        (
-            set_tensor("layers.0.key.codebook", lambda x: x.half()),
-            ArtifactTensorError,
-            "not float32",
-        ),
+        (set_tensor("layers.0.key.codebook", lambda x: x.half()), ArtifactTensorError, "not float32"),
         (
             set_tensor("layers.0.key.codebook_index", lambda x: x.to(torch.uint8)),
             ArtifactTensorError,

@@ -275,11 +275,11 @@ def codebook_levels(widths: Tensor, most: int, spec: QuantSpec) -> int:
 def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) -> QuantParams:
     """Scale and zero point per channel, and at most ``most`` codebooks for the channels of one width.
 
-    Alternates between three exact steps, none of which can increase the weighted error: each channel takes
-    the codebook that serves it best; scale and zero point follow by weighted least squares given the codes;
-    each level becomes the weighted mean of what it codes. In the first rounds levels are fitted anew to all that a codebook
-    codes (:func:`level_fit`), since what they start from is a mean of other levels. With a trellis the levels then follow what paths use them
-    for (:func:`follow_paths`).
+    Alternates between three steps: each channel takes the codebook that serves it best; scale and zero point follow by
+    weighted least squares given the codes; each level becomes the weighted mean of what it codes. None of them can increase
+    the weighted error of the nearest level. In the first rounds levels are placed anew for all that a codebook codes
+    (:func:`level_fit`) instead, since what they start from is a mean of other levels. With a trellis the levels then follow
+    what paths use them for (:func:`follow_paths`).
 
     Args:
         curves: the layer's, with widths up to the largest in ``widths``.
@@ -419,9 +419,8 @@ class _Shared:
                 if bool((chosen == number).any())
                 else torch.ones_like(chosen, dtype=torch.bool)
             )
-            value, weight = self._normalised(mine)
-            value, at = value.sort()
-            share = weight[at].cumsum(0)
+            value, weight = self._sorted(mine)
+            share = weight.cumsum(0)
             place = torch.searchsorted(share, wanted * share[-1]).clamp(max=len(value) - 1)
             drawn.append(value[place].view(_SAMPLE_BLOCKS, BLOCK_TOKENS))
         return torch.stack(drawn)
@@ -452,11 +451,16 @@ class _Shared:
         value = (self.points[mine] - zero_point) / scale
         return value.flatten(), (self.weights[mine] * scale.square()).flatten()
 
-    def _fresh(self, count: int, mine: Tensor) -> Tensor:
-        """Levels for the normalised values of these channels, whatever they had before."""
+    def _sorted(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in order of the values."""
         value, weight = self._normalised(mine)
         value, order = value.sort()
-        return self.fit(value[None], weight[order][None], count)[0]
+        return value, weight[order]
+
+    def _fresh(self, count: int, mine: Tensor) -> Tensor:
+        """Levels for the normalised values of these channels, whatever they had before."""
+        value, weight = self._sorted(mine)
+        return self.fit(value[None], weight[None], count)[0]
 
     def _centres(self, book: Tensor, codes: Tensor, mine: Tensor) -> Tensor:
         """Weighted mean of the normalised values behind each level of ``book``."""

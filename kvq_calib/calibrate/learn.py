@@ -93,8 +93,8 @@ class Trainable:
         counts = torch.tensor([spec.level_count(width) for width in row_bits.tolist()], device=device)
         self._level_unit = 2.0 / counts.clamp(min=2).float()[:, None]
         self.offsets: dict[str, Tensor] = {
-            "scale": torch.zeros(spacing.shape, device=device),
-            "zero_point": torch.zeros(spacing.shape, device=device),
+            "scale": torch.zeros_like(spacing),
+            "zero_point": torch.zeros_like(spacing),
             "codebook": torch.zeros_like(self.start.codebook),
         }
         if self.start.phase is not None:
