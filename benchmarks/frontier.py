@@ -55,6 +55,8 @@ def variants() -> list[Variant]:
             "allocation.first_layer=1",
         ),
         "and text that the model writes": ("allocation.written=0",),
+        "and paths that weigh their tokens": ("cache.key.importance=false", "cache.value.importance=false"),
+        "and a sweep over the coordinates of keys": ("cache.key.sweeps=0",),
     }
 
     def step(number: int, text: str, *more: str) -> Variant:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.quantizer import QuantParams, pack_codebooks
-from kvq_calib.spec import Kind, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.spec import IMPORTANCE_CLASSES, Kind, LayerGeometry, QuantSpec, RopeSpec
 
 OUTLIERS = 0.01
 #: Codebooks of one width in the recipes with widths per channel.
@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         shares: by kind, the share of channels that each width from 0 on has.
-        trellis: widths per channel, trellis codes, phases, error feedback and static thresholds, as ``kvq*`` have; else
+        trellis: widths per channel, weighted trellis codes, phases, error feedback and static thresholds, as ``kvq*`` have; else
             one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
     """
 
@@ -46,10 +46,13 @@ class Recipe:
                 "key": QuantSpec(bits=bits, outliers=outliers),
                 "value": QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=outliers),
             }
-        static = {"variable_bits": True, "trellis": True, "datatype": "learned", "outliers": {}}
+        static = {
+            **{"variable_bits": True, "trellis": True, "importance": True},
+            **{"datatype": "learned", "outliers": {}},
+        }
         bits = {kind: len(row) - 1 for kind, row in self.shares.items()}
         return {
-            "key": QuantSpec(bits=bits["key"], phase=True, feedback=True, **static),
+            "key": QuantSpec(bits=bits["key"], phase=True, feedback=True, sweeps=1, **static),
             "value": QuantSpec(bits=bits["value"], granularity="channel", dynamic=False, **static),
         }
 
@@ -77,6 +80,12 @@ class Recipe:
             count = (heads, size * (size - 1) // 2)
             extra["feedback"] = torch.randint(-20, 21, count, generator=generator).to(torch.int8)
             extra["feedback_scale"] = torch.full((heads,), 1e-3)
+        if spec.sweeps:
+            extra["feedback_weight"] = (0.5 + 0.5 * torch.rand(heads, size, generator=generator)).half()
+        if spec.importance:
+            classes = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator)
+            extra["importance"] = (0.25 + classes).half()
+            extra["importance_unit"] = torch.full((heads,), float(size))
         codebook = torch.stack(rows)
         if spec.variable_bits:
             codebook, index = pack_codebooks(spec, widths, codebook.half().float(), index)

@@ -26,6 +26,9 @@ struct AppendSide {
     const int *word_offset;      // [C], sum of the widths before
     const int8_t *feedback;      // [H, D (D - 1) / 2], below the diagonal, row by row, or null: none
     const float *feedback_scale; // [H]
+    const float *sweep_share;    // [H, D, D], of the errors of all others in a sweep, or null: none
+    const float *importance;     // [H, 32] of a token by the class of its size, or null: all count alike
+    const float *importance_edge;  // [H, 31]
     uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]
@@ -38,6 +41,7 @@ struct AppendSide {
     int capacity;                // 32 * cap
     int storage_bfloat;
     int trellis, boundary_count;
+    int sweeps;                  // times that coordinates with feedback are coded again
 };
 
 struct AppendParams {
@@ -52,17 +56,19 @@ struct Token {  // thresholds and, where outliers are too many, the cut
     int last_channel;  // and what is equal up to this channel
 };
 
-// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, then masks [32, H, chunks] of 32
-// coordinates each.
+// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, or importance [H, 32] of its tokens, then
+// masks [32, H, chunks] of 32 coordinates each.
 struct Work {
     Token *token;
     int *count;
+    float *importance;
     uint32_t *mask;
     int chunks;
 
     KVQ_DEVICE Work(void *memory, int heads, int head_dim) {
         token = static_cast<Token *>(memory);
         count = reinterpret_cast<int *>(token + kBlockTokens);
+        importance = reinterpret_cast<float *>(count);  // a trellis has no outliers
         mask = reinterpret_cast<uint32_t *>(count + heads * (kBlockTokens + 1));
         chunks = (head_dim + kWarp - 1) / kWarp;
     }
@@ -223,6 +229,7 @@ KVQ_DEVICE void store_unit(const AppendSide &s, uint32_t *codes, int channel, in
 // ---- trellis -------------------------------------------------------------------------------------------------
 
 constexpr int kSubsets = 4;
+constexpr int kImportanceClasses = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // Levels and thresholds of one channel. Subset s of a trellis is levels s, s + 4, s + 8, ...
@@ -254,6 +261,19 @@ struct ChannelLevels {
     }
 };
 
+// What errors of a head's token count in the choice of a path.
+KVQ_DEVICE float importance_of(const AppendSide &s, int64_t token, int head, int head_dim) {
+    float size = 0.0f;
+    for (int i = 0; i < head_dim; ++i) {
+        const float y = element(s, token, head, head_dim, i);
+        size = __fadd_rn(size, __fmul_rn(y, y));
+    }
+    const float *edge = s.importance_edge + head * (kImportanceClasses - 1);
+    int place = 0;
+    for (int i = 0; i < kImportanceClasses - 1; ++i) place += edge[i] < size;
+    return s.importance[head * kImportanceClasses + place];
+}
+
 // The lowest bits of the codes of a block, bit t for token t, and the subsets they lead through.
 struct Path {
     uint32_t free;
@@ -266,9 +286,11 @@ struct Path {
 // Inputs of the two tokens that lead into state `after`, as bits.
 KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
 
-// The path of least squared error of one channel, its 32 elements given by `u`. Two tokens lead from any state to any
-// other in one way; a state is the lowest bit of the newest code, plus 2 times that of the one before.
-template <class Element> KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u) {
+// The path of least squared error of one channel, its 32 elements given by `u`, weighted by the `importance` of each unless
+// that is null. Two tokens lead from any state to any other in one way; a state is the lowest bit of the newest code, plus 2
+// times that of the one before.
+template <class Element>
+KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u, const float *importance) {
     float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity};
     uint32_t path[4] = {0, 0, 0, 0};
 #pragma unroll 1
@@ -278,7 +300,10 @@ template <class Element> KVQ_DEVICE Path best_path(const ChannelLevels &c, const
         for (int i = 0; i < 2; ++i) {
             const float x = u(t + i);
 #pragma unroll
-            for (int s = 0; s < kSubsets; ++s) distance[i][s] = c.squared_distance(s, c.nearest(s, x), x);
+            for (int s = 0; s < kSubsets; ++s) {
+                distance[i][s] = c.squared_distance(s, c.nearest(s, x), x);
+                if (importance) distance[i][s] = __fmul_rn(distance[i][s], importance[t + i]);
+            }
         }
         float next[4];
         uint32_t from[4];
@@ -308,7 +333,7 @@ template <class Element> KVQ_DEVICE Path best_path(const ChannelLevels &c, const
     return best;
 }
 
-// The same for one channel by a warp, from the squared distances [32, 4] of its tokens in shared memory: a lane
+// The same for one channel by a warp, from the (weighted) squared distances [32, 4] of its tokens in shared memory: a lane
 // follows the state lane % 4.
 KVQ_DEVICE Path best_path(const float *distance) {
     const int after = lane_id() % 4, now = after & 1, between = after >> 1;
@@ -363,64 +388,79 @@ struct FedWork {
 };
 
 // Codes a block of one head, coordinate by coordinate: a lane is a token. What is coded is the element plus its share
-// of the errors of the coordinates before it, summed in their order.
+// of the errors of the coordinates before it, summed in their order; in a sweep, before these, its share of the errors that those
+// after it were left with.
 KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int64_t first, int head, int head_dim,
                                    uint32_t *codes, int place) {
     const int lane = lane_id();
     const int64_t token = first + s.stride[2] * lane;
-    const int8_t *row = s.feedback + int64_t(head) * (head_dim * (head_dim - 1) / 2);
+    const float importance = s.importance ? importance_of(s, token, head, head_dim) : 1.0f;
     const float step = s.feedback_scale[head];
-    for (int i = 0; i < head_dim; ++i) {
-        const ChannelLevels c(s, head * head_dim + i);
-        for (int j = lane; j < i; j += kWarp) work.weight[j] = __fmul_rn(step, float(row[j]));
-        row += i;
-        const float exact = element(s, token, head, head_dim, i);
-        __syncwarp();
-        float fed = exact;
+    for (int sweep = 0; sweep <= s.sweeps; ++sweep) {
+        const int8_t *row = s.feedback + int64_t(head) * (head_dim * (head_dim - 1) / 2);
+        const float *share = sweep ? s.sweep_share + int64_t(head) * head_dim * head_dim : nullptr;
+        for (int i = 0; i < head_dim; ++i) {
+            const ChannelLevels c(s, head * head_dim + i);
+            if (sweep)
+                for (int j = lane; j < head_dim; j += kWarp) work.weight[j] = share[i * head_dim + j];
+            else
+                for (int j = lane; j < i; j += kWarp) work.weight[j] = __fmul_rn(step, float(row[j]));
+            row += i;
+            const float exact = element(s, token, head, head_dim, i);
+            __syncwarp();
+            auto product = [&](int j) { return __fmul_rn(work.weight[j], work.error[j * kBlockTokens + lane]); };
+            float fed = exact;
+            if (sweep) {
+                float later = 0.0f;
 #pragma unroll 8
-        for (int j = 0; j < i; ++j)
-            fed = __fadd_rn(fed, __fmul_rn(work.weight[j], work.error[j * kBlockTokens + lane]));
-        const float u = c.normalised(fed);
-        int code = 0, level = 0;
-        if (s.trellis && c.bits) {
-            uint32_t places = 0;
+                for (int j = i + 1; j < head_dim; ++j) later = __fadd_rn(later, product(j));
+                fed = __fadd_rn(exact, later);
+            }
+#pragma unroll 8
+            for (int j = 0; j < i; ++j) fed = __fadd_rn(fed, product(j));
+            const float u = c.normalised(fed);
+            int code = 0, level = 0;
+            if (s.trellis && c.bits) {
+                uint32_t places = 0;
 #pragma unroll
-            for (int subset = 0; subset < kSubsets; ++subset) {
-                const int nearest = c.nearest(subset, u);
-                places |= uint32_t(nearest) << (8 * subset);
-                work.distance[kSubsets * lane + subset] = c.squared_distance(subset, nearest, u);
+                for (int subset = 0; subset < kSubsets; ++subset) {
+                    const int nearest = c.nearest(subset, u);
+                    places |= uint32_t(nearest) << (8 * subset);
+                    work.distance[kSubsets * lane + subset] =
+                        __fmul_rn(c.squared_distance(subset, nearest, u), importance);
+                }
+                __syncwarp();
+                const Path path = best_path(work.distance);
+                const int subset = path.subset(lane), at = int(places >> (8 * subset) & 255u);
+                code = at << 1 | int(path.free >> lane & 1u);
+                level = kSubsets * at + subset;
+            } else if (c.bits) {
+                code = level = encode(c.boundaries, c.bits, u);
+            }
+            work.error[i * kBlockTokens + lane] =
+                __fsub_rn(exact, __fadd_rn(c.zero_point, __fmul_rn(c.scale, c.levels[level])));
+            work.code[i % kWarp * FedWork::kRow + lane] = uint8_t(code);
+            __syncwarp();
+            if (sweep < s.sweeps || (i % kWarp < kWarp - 1 && i + 1 < head_dim)) continue;
+            // A lane packs what 32 tokens of one coordinate were coded as.
+            const int coordinate = i / kWarp * kWarp + lane;
+            if (coordinate <= i) {
+                const int channel = head * head_dim + coordinate, bits = s.bits[channel];
+                const uint8_t *own = work.code + lane * FedWork::kRow;
+                uint32_t low[4], high[4];
+#pragma unroll
+                for (int slice = 0; slice < 4; ++slice) {
+                    low[slice] = high[slice] = 0;
+#pragma unroll
+                    for (int t = 0; t < 8; ++t) {
+                        low[slice] |= (own[8 * slice + t] & 15u) << (4 * t);
+                        high[slice] |= uint32_t(own[8 * slice + t]) >> 4 << (4 * t);
+                    }
+                }
+                store_unit(s, codes, channel, bits, place, low, high);
             }
             __syncwarp();
-            const Path path = best_path(work.distance);
-            const int subset = path.subset(lane), at = int(places >> (8 * subset) & 255u);
-            code = at << 1 | int(path.free >> lane & 1u);
-            level = kSubsets * at + subset;
-        } else if (c.bits) {
-            code = level = encode(c.boundaries, c.bits, u);
         }
-        work.error[i * kBlockTokens + lane] =
-            __fsub_rn(exact, __fadd_rn(c.zero_point, __fmul_rn(c.scale, c.levels[level])));
-        work.code[i % kWarp * FedWork::kRow + lane] = uint8_t(code);
-        __syncwarp();
-        if (i % kWarp < kWarp - 1 && i + 1 < head_dim) continue;
-        // A lane packs what 32 tokens of one coordinate were coded as.
-        const int coordinate = i / kWarp * kWarp + lane;
-        if (coordinate <= i) {
-            const int channel = head * head_dim + coordinate, bits = s.bits[channel];
-            const uint8_t *own = work.code + lane * FedWork::kRow;
-            uint32_t low[4], high[4];
-#pragma unroll
-            for (int slice = 0; slice < 4; ++slice) {
-                low[slice] = high[slice] = 0;
-#pragma unroll
-                for (int t = 0; t < 8; ++t) {
-                    low[slice] |= (own[8 * slice + t] & 15u) << (4 * t);
-                    high[slice] |= uint32_t(own[8 * slice + t]) >> 4 << (4 * t);
-                }
-            }
-            store_unit(s, codes, channel, bits, place, low, high);
-        }
-        __syncwarp();
     }
 }
 
@@ -462,6 +502,10 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
         if (s.cap) cut_outliers(s, start, p.heads, p.head_dim, &token);
         if (lane == 0) work.token[t] = token;
     }
+    if (s.importance)
+        for (int i = threadIdx.x; i < p.heads * kBlockTokens; i += kThreads)
+            work.importance[i] =
+                importance_of(s, first + s.stride[2] * (i % kBlockTokens), i / kBlockTokens, p.head_dim);
     __syncthreads();
 
     // A warp takes 32 coordinates of a head, a lane the 32 codes of one.
@@ -475,7 +519,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
             if (!inside || bits == 0) continue;
             const ChannelLevels c(s, channel);
             auto u = [&](int t) { return c.normalised(element(s, first + s.stride[2] * t, head, p.head_dim, coordinate)); };
-            const Path path = best_path(c, u);
+            const Path path = best_path(c, u, s.importance ? work.importance + head * kBlockTokens : nullptr);
 #pragma unroll
             for (int slice = 0; slice < 4; ++slice) {
 #pragma unroll 1

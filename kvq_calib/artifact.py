@@ -38,7 +38,7 @@ from kvq_calib.spec import (
     expected_tensors,
 )
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30
@@ -512,7 +512,10 @@ def _validate_codebooks(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tens
 
 
 def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-    for name in ("codebook", "scale", "zero_point", "phase", "rotation", "feedback_scale"):
+    for name in (
+        *("codebook", "scale", "zero_point", "phase", "rotation"),
+        *("feedback_scale", "feedback_weight", "importance", "importance_unit"),
+    ):
         tensor = tensors.get(prefix + name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise _value_error(prefix + name, "has values that are not finite")
@@ -521,12 +524,14 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
         _validate_codebooks(prefix, spec, tensors)
     elif bool((codebook[:, 1:] < codebook[:, :-1]).any()):
         raise _value_error(prefix + "codebook", "has unsorted levels")
-    scale = tensors.get(prefix + "scale")
-    if scale is not None and bool((scale <= 0).any()):
-        raise _value_error(prefix + "scale", "must be positive")
-    step = tensors.get(prefix + "feedback_scale")
-    if step is not None and bool((step < 0).any()):
-        raise _value_error(prefix + "feedback_scale", "must not be negative")
+    for name in ("scale", "importance_unit"):
+        tensor = tensors.get(prefix + name)
+        if tensor is not None and bool((tensor <= 0).any()):
+            raise _value_error(prefix + name, "must be positive")
+    for name in ("feedback_scale", "feedback_weight", "importance"):
+        tensor = tensors.get(prefix + name)
+        if tensor is not None and bool((tensor < 0).any()):
+            raise _value_error(prefix + name, "must not be negative")
     rotation = tensors.get(prefix + "rotation")
     if rotation is not None:
         identity = torch.eye(rotation.shape[-1])

@@ -127,12 +127,15 @@ class CalibrationConfig(_Settings):
         if spec.rotation:
             raise ValueError(f"{kind}.rotation: calibration fits no rotations; leave it out")
         if self.allocation is None:
-            if spec.variable_bits or spec.phase or spec.feedback:
-                raise ValueError(f"{kind}: variable_bits, phase and feedback need an allocation section")
+            if spec.variable_bits or spec.phase or spec.feedback or spec.importance:
+                raise ValueError(
+                    f"{kind}: variable_bits, phase, feedback and importance need an allocation section"
+                )
         elif not spec.variable_bits:
             raise ValueError(f"allocation needs {kind}.variable_bits: true")
-        if spec.feedback and self.fit.weights != "fisher":
-            raise ValueError(f"{kind}.feedback needs fit.weights: fisher")
+        for name in ("feedback", "importance"):
+            if getattr(spec, name) and self.fit.weights != "fisher":
+                raise ValueError(f"{kind}.{name} needs fit.weights: fisher")
         for section in ("allocation", "learn"):
             if getattr(self, section) is None:
                 continue

@@ -16,7 +16,8 @@ With a trellis, ``code`` is not that of the nearest level but a step of the path
 (:mod:`kvq_calib.trellis`), and stands for the level ``level_index``.
 
 With error feedback, what is normalised is not ``y`` but ``y`` plus a linear combination of the errors ``y - y'`` of the
-coordinates before it in its head. Decoding knows nothing of it.
+coordinates before it in its head, and in further sweeps of all others. With importance, the error of a path is weighted by a
+number for each token. Decoding knows nothing of either.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from kvq_calib.packing import PageLayout
 from kvq_calib.spec import (
+    IMPORTANCE_CLASSES,
     MAX_BITS,
     MAX_CODEBOOKS,
     KVCacheSpec,
@@ -43,6 +45,8 @@ from kvq_calib.trellis import best_path, level_index
 _LARGEST_HALF = torch.finfo(torch.float16).max
 #: The smallest positive float16.
 _SMALLEST_HALF = 2.0**-24
+#: Edges between the classes of importance, in units: half octaves of the squared size from 2 ** -10 on.
+_CLASS_EDGES = tuple(2.0 ** ((step - 20) / 2) for step in range(IMPORTANCE_CLASSES - 1))
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +67,9 @@ class QuantParams:
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
         feedback: int8 ``[H, D (D - 1) / 2]``, see :func:`kvq_calib.spec.expected_tensors`.
         feedback_scale: float32 ``[H]``.
+        feedback_weight: float16 ``[H, D]``, not negative; only proportions within a head matter.
+        importance: float16 ``[H, 32]``, not negative.
+        importance_unit: float32 ``[H]``, positive: the mean sum of squares of a head's vector.
     """
 
     bits: Tensor
@@ -74,6 +81,9 @@ class QuantParams:
     rotation: Tensor | None = None
     feedback: Tensor | None = None
     feedback_scale: Tensor | None = None
+    feedback_weight: Tensor | None = None
+    importance: Tensor | None = None
+    importance_unit: Tensor | None = None
 
     @classmethod
     def uniform(
@@ -178,6 +188,7 @@ class Normalised:
         scale, zero_point: float32, broadcast against ``y``.
         outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
         token: scale and zero point per token ``[B, T]`` as stored; only with granularity ``token``.
+        importance: float32 ``[B, T, H]``, weights of the tokens of a path; ``None`` where they count alike.
         codes: uint8 ``[B, T, C]`` where error feedback had to find them already, else ``None``.
     """
 
@@ -187,6 +198,7 @@ class Normalised:
     zero_point: Tensor
     outliers: Tensor | None
     token: tuple[Tensor, Tensor] | None
+    importance: Tensor | None = None
     codes: Tensor | None = None
 
 
@@ -225,6 +237,44 @@ def codebook_boundaries(codebook: Tensor, bits: Tensor) -> Tensor:
     levels = (1 << bits.to(torch.int64))[:, None]
     unused = torch.arange(1, codebook.shape[1], device=codebook.device) >= levels
     return middle.masked_fill(unused, torch.inf)
+
+
+def importance_edges(unit: Tensor) -> Tensor:
+    """Sums of squares between the classes of importance, float32: ``[H]``, the units, to ``[H, 31]``."""
+    return unit[:, None] * torch.tensor(_CLASS_EDGES, dtype=torch.float32, device=unit.device)
+
+
+def squared_size(y: Tensor, heads: int) -> Tensor:
+    """Sum of squares of each head, from its first coordinate on, every square and sum rounded.
+
+    Args:
+        y: float32 ``[..., C]``.
+        heads: key-value heads ``H`` in ``C``.
+
+    Returns:
+        float32 ``[..., H]``.
+    """
+    square = y.unflatten(-1, (heads, -1)).square().movedim(-1, 0).contiguous()
+    total: Tensor = square[0].clone()
+    for term in square[1:]:
+        total += term
+    return total
+
+
+def importance_classes(unit: Tensor, size: Tensor) -> Tensor:
+    """The class of every token of a head: number of edges below its squared size.
+
+    Args:
+        unit: float32 ``[H]``.
+        size: float32 ``[..., H]``, from :func:`squared_size`.
+
+    Returns:
+        int64 ``[..., H]``.
+    """
+    by_head = size.movedim(-1, 0).contiguous()
+    place = torch.searchsorted(importance_edges(unit), by_head.flatten(1))
+    classes: Tensor = place.view(by_head.shape).movedim(0, -1)
+    return classes
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -404,10 +454,30 @@ class Quantizer:
             return y
         return (y - self.zero_point) * reciprocal(self.scale)
 
-    def _codes(self, levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
-        """Codes of some channels: levels ``[C, L]``, widths ``[C]`` and normalised elements ``[C, B, T]`` to uint8."""
+    def importance(self, y: Tensor) -> Tensor | None:
+        """What errors of a token count in the choice of paths, or ``None`` where all count alike.
+
+        Loss gradients of a token's keys, or of its values, differ by orders of magnitude from token to token, for much of the
+        attention goes to few. Who is to be one of them is not known when a block is coded, but their sizes tell: tokens
+        that take up attention for want of a better place have small values. (Which weights: ``docs/method.md``.)
+
+        Args:
+            y: float32 ``[B, T, C]``, from :meth:`transform`.
+
+        Returns:
+            float32 ``[B, T, H]``.
+        """
+        if self.params.importance is None:
+            return None
+        assert self.params.importance_unit is not None
+        place = importance_classes(self.params.importance_unit, squared_size(y, self.geometry.num_kv_heads))
+        return self.params.importance.float()[torch.arange(place.shape[-1], device=place.device), place]
+
+    def _codes(self, levels: Tensor, bits: Tensor, u: Tensor, importance: Tensor | None) -> Tensor:
+        """Codes of some channels: levels ``[C, L]``, widths ``[C]``, and normalised elements and the weights of their tokens
+        ``[C, B, T]``, to uint8."""
         if self.spec.trellis:
-            return best_path(levels, bits, u)
+            return best_path(levels, bits, u, importance)
         codes = torch.searchsorted(codebook_boundaries(levels, bits), u.flatten(1).contiguous())
         return codes.to(torch.uint8).view(u.shape)
 
@@ -416,14 +486,18 @@ class Quantizer:
         index = level_index(codes) if self.spec.trellis else codes
         return levels.gather(1, index.flatten(1).to(torch.int64)).view(codes.shape)
 
-    def encode(self, normalised: Tensor) -> Tensor:
+    def encode(self, normalised: Tensor, importance: Tensor | None = None) -> Tensor:
         """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``.
 
-        With a trellis, tokens are taken in blocks of 32 from the first on.
+        With a trellis, tokens are taken in blocks of 32 from the first on, weighted by ``importance``, float32 ``[B, T, H]``,
+        where it is given.
         """
         if not self.spec.trellis and self._one_table:
             return torch.bucketize(normalised, self.boundaries[0]).to(torch.uint8)
-        return self._codes(self.levels, self.params.bits, normalised.permute(2, 0, 1)).permute(1, 2, 0)
+        if importance is not None:
+            importance = importance.permute(2, 0, 1).repeat_interleave(self.geometry.head_dim, 0)
+        u = normalised.permute(2, 0, 1)
+        return self._codes(self.levels, self.params.bits, u, importance).permute(1, 2, 0)
 
     @property
     def _one_codebook(self) -> bool:
@@ -450,20 +524,44 @@ class Quantizer:
         matrix[:, row, column] = self.params.feedback_scale[:, None] * self.params.feedback.float()
         return matrix
 
-    def with_feedback(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Add to each coordinate its share of the errors that those before it in the head are quantized with.
+    @property
+    def sweep_shares(self) -> Tensor:
+        """What share of every other coordinate's error a coordinate takes up in a sweep, float32 ``[H, D, D]``; row ``i`` is
+        coordinate ``i``'s, its diagonal zero.
+
+        With the weight of an error of the head ``W = M^T D M`` (:meth:`with_feedback`), ``W[i, j] / W[i, i]``: what the other
+        errors ``e[j]`` cost together with ``e[i]`` is least where ``e[i]`` makes good for this sum of theirs.
+        """
+        assert self.params.feedback_weight is not None
+        size = self.geometry.head_dim
+        unit = self.feedback.double() + torch.eye(size, dtype=torch.float64, device=self.feedback.device)
+        weight = unit.mT @ (self.params.feedback_weight.double()[..., None] * unit)
+        diagonal = weight.diagonal(dim1=1, dim2=2)[..., None]
+        shares = torch.where(
+            diagonal > 0, weight / diagonal.where(diagonal > 0, torch.ones_like(diagonal)), 0.0
+        )
+        shares.diagonal(dim1=1, dim2=2).zero_()
+        return shares.float()
+
+    def with_feedback(self, y: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add to each coordinate its share of the errors that others in the head are quantized with.
 
         Coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of feedback[i, j] (y[j] - y'[j])``. With
         ``feedback = M - I`` and the weight of an error ``e`` of a head ``e^T M^T D M e``, ``M`` unit lower triangular and
         ``D`` diagonal, what is left to weigh are the rounding errors ``t - y' = M e`` alone, by ``D``. (The rounding of
-        GPTQ, arXiv 2210.17323, and QuIP, arXiv 2307.13304, applied to the cache.) Sums run from ``j = 0`` on, products
-        and sums rounded one by one.
+        GPTQ, arXiv 2210.17323, and QuIP, arXiv 2307.13304, applied to the cache.) The coordinates coded first know nothing of
+        the errors to come. So ``sweeps`` more times each is coded again, as ``y[i]`` plus its :attr:`sweep_shares` of the
+        errors that all others have by then: coordinate descent on the same weight.
+
+        Sums run from ``j = 0`` on, products and sums rounded one by one; in a sweep that of the coordinates after ``i`` comes
+        first and is added to ``y[i]`` as a whole.
 
         Args:
             y: float32 ``[B, T, C]``.
+            importance: float32 ``[B, T, H]``, or ``None``.
 
         Returns:
-            ``t``, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
+            ``t`` of the last time, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
         """
         heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
 
@@ -471,17 +569,32 @@ class Quantizer:
             split: Tensor = parameter.unflatten(0, (heads, size))
             return split.transpose(0, 1).contiguous()
 
+        def by_source(shares: Tensor) -> Tensor:  # [H, to, from] to [from, to, H, 1, 1]
+            return shares.permute(2, 1, 0)[..., None, None].contiguous()
+
         levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
         scale, zero_point = (by_coordinate(p)[..., None, None] for p in (self.scale, self.zero_point))
         inverse = reciprocal(scale)
-        shares = self.feedback.permute(2, 1, 0)[..., None, None].contiguous()  # [from, to, H, 1, 1]
         exact = by_coordinate(y.permute(2, 0, 1))
-        fed = exact.clone()
-        codes = torch.empty(fed.shape, dtype=torch.uint8, device=y.device)
-        for i in range(size):
-            codes[i] = self._codes(levels[i], bits[i], (fed[i] - zero_point[i]) * inverse[i])
-            error = exact[i] - (zero_point[i] + scale[i] * self._levels_of(levels[i], codes[i]))
-            fed[i + 1 :] += shares[i, i + 1 :] * error
+        error = torch.zeros_like(exact)
+        codes = torch.empty(exact.shape, dtype=torch.uint8, device=y.device)
+        weight = None if importance is None else importance.permute(2, 0, 1).contiguous()
+
+        def code(fed: Tensor, shares: Tensor) -> Tensor:
+            for i in range(size):
+                codes[i] = self._codes(levels[i], bits[i], (fed[i] - zero_point[i]) * inverse[i], weight)
+                error[i] = exact[i] - (zero_point[i] + scale[i] * self._levels_of(levels[i], codes[i]))
+                fed[i + 1 :] += shares[i, i + 1 :] * error[i]
+            return fed
+
+        fed = code(exact.clone(), by_source(self.feedback))
+        shares = by_source(self.sweep_shares) if self.spec.sweeps else None
+        for _ in range(self.spec.sweeps):
+            assert shares is not None
+            later = torch.zeros_like(exact)
+            for j in range(1, size):
+                later[:j] += shares[j, :j] * error[j]
+            fed = code(exact + later, shares)
 
         def by_channel(x: Tensor) -> Tensor:  # [D, H, B, T] to [B, T, C]
             return x.transpose(0, 1).flatten(0, 1).permute(1, 2, 0).contiguous()
@@ -491,9 +604,9 @@ class Quantizer:
     def normalise(self, x: Tensor) -> Normalised:
         """Bring ``[B, H, T, D]`` keys or values into the codebook's range and mark the outliers."""
         y = self._normalised_channels(self.transform(x))
-        codes = None
+        codes, importance = None, self.importance(y)
         if self.params.feedback is not None:
-            y, codes = self.with_feedback(y)
+            y, codes = self.with_feedback(y, importance)
         token = None
         if self.spec.granularity == "token":
             token = token_thresholds(y, self.spec.outliers.per_side(y.shape[-1]), self.storage)
@@ -507,12 +620,12 @@ class Quantizer:
         outliers = None
         if self.outlier_cap:
             outliers = cap_per_token(distance.abs() > scale, normalised.abs(), self.outlier_cap)
-        return Normalised(y, normalised, scale, zero_point, outliers, token, codes)
+        return Normalised(y, normalised, scale, zero_point, outliers, token, importance, codes)
 
     def quantize(self, x: Tensor) -> Quantized:
         """Quantize ``[B, H, T, D]`` keys or values."""
         n = self.normalise(x)
-        codes = self.encode(n.normalised) if n.codes is None else n.codes
+        codes = self.encode(n.normalised, n.importance) if n.codes is None else n.codes
         residual = None
         if n.outliers is not None:
             dense = n.zero_point + n.scale * self.decode(codes)

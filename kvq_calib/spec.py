@@ -28,6 +28,8 @@ MAX_BITS = 8
 MAX_CODEBOOKS = 256
 #: Largest head dimension an outlier index can address (see ``packing.py``).
 MAX_HEAD_DIM = 2048
+#: Classes of a token's size that importance tells apart (see ``quantizer.py``).
+IMPORTANCE_CLASSES = 32
 
 
 class _Frozen(BaseModel):
@@ -86,8 +88,11 @@ class QuantSpec(_Frozen):
         rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
         feedback: the errors of a head's earlier coordinates are fed into its later ones before those are coded, so
             that they partly cancel where the model looks (:meth:`kvq_calib.quantizer.Quantizer.with_feedback`).
+        sweeps: times that the coordinates of a head are coded anew after that, each given the errors of all others.
         trellis: twice as many levels as codes; which half a code means depends on the codes before it in its block
             (:mod:`kvq_calib.trellis`). Widths are then at most 7.
+        importance: a path weighs the error of each of its tokens by what errors of tokens of this size cost
+            (:meth:`kvq_calib.quantizer.Quantizer.importance`).
         outliers: dense-and-sparse storage.
         q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
@@ -102,7 +107,9 @@ class QuantSpec(_Frozen):
     phase: bool = False
     rotation: bool = False
     feedback: bool = False
+    sweeps: Annotated[int, Field(ge=0, le=8)] = 0
     trellis: bool = False
+    importance: bool = False
     outliers: OutlierSpec = OutlierSpec()
     q_norm: bool = False
 
@@ -123,6 +130,10 @@ class QuantSpec(_Frozen):
                 self.granularity == "token" or self.dynamic or self.outliers.fraction > 0
             ):
                 raise ValueError(f"{name} needs static thresholds per channel and no outliers")
+        if self.sweeps and not self.feedback:
+            raise ValueError("sweeps repeat what feedback does: they need feedback: true")
+        if self.importance and not self.trellis:
+            raise ValueError("importance weighs the tokens of a path: it needs trellis: true")
         if self.trellis and self.bits == MAX_BITS:
             raise ValueError(f"trellis doubles the levels: bits can be at most {MAX_BITS - 1}")
         return self
@@ -300,7 +311,10 @@ def expected_tensors(
     ``zero_point`` are float16; float32 from a version before 4, or where numbers are beyond float16.
 
     ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
-    head's ``feedback_scale``.
+    head's ``feedback_scale``. ``feedback_weight`` is what a rounding error of each coordinate costs beside those of the others of
+    its head.
+
+    ``importance`` is the weight of a token by the class of its size, ``importance_unit`` the size that classes are counted from.
     """
     channels = geometry.channels
     heads, size, float32 = geometry.num_kv_heads, geometry.head_dim, ("float32",)
@@ -320,4 +334,9 @@ def expected_tensors(
     if spec.feedback:
         tensors["feedback"] = ((heads, size * (size - 1) // 2), ("int8",))
         tensors["feedback_scale"] = ((heads,), float32)
+    if spec.sweeps:
+        tensors["feedback_weight"] = ((heads, size), ("float16",))
+    if spec.importance:
+        tensors["importance"] = ((heads, IMPORTANCE_CLASSES), ("float16",))
+        tensors["importance_unit"] = ((heads,), float32)
     return tensors

@@ -110,8 +110,8 @@ def _pair_subsets() -> tuple[list[int], list[int]]:
     return first, second
 
 
-def best_path(levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
-    """Codes whose path through the trellis has the least squared error.
+def best_path(levels: Tensor, bits: Tensor, u: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Codes whose path through the trellis has the least squared error, or the least weighted one.
 
     A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
     them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation rounded.
@@ -121,12 +121,15 @@ def best_path(levels: Tensor, bits: Tensor, u: Tensor) -> Tensor:
         levels: float32 ``[C, L]``, sorted in each row; the first ``2 ** (bits + 1)`` of a row are used.
         bits: integer ``[C]``, widths of the codes; a channel of width 0 gets code 0.
         u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
+        weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
 
     Returns:
         uint8 ``[C, B, T]``.
     """
     channels, batch, tokens = u.shape
     distance, rank, place = _nearest_in_subsets(levels, bits, u.flatten(1).contiguous())
+    if weight is not None:
+        distance = distance * weight.flatten(1)[:, None]
     # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
     distance = torch.nn.functional.pad(
         distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)

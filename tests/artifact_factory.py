@@ -12,7 +12,16 @@ from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.geometry import model_geometry
 from kvq_calib.models import model_fingerprint
 from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.spec import (
+    IMPORTANCE_CLASSES,
+    KINDS,
+    Kind,
+    KVCacheSpec,
+    KVGeometry,
+    LayerGeometry,
+    QuantSpec,
+    RopeSpec,
+)
 
 #: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
 Samples = Mapping[Kind, Tensor]
@@ -101,6 +110,7 @@ RECIPES: dict[str, KVCacheSpec] = {
             "granularity": "channel",
             "dynamic": False,
             "feedback": True,
+            "sweeps": 2,
             "outliers": {},
         },
     ),
@@ -110,7 +120,9 @@ RECIPES: dict[str, KVCacheSpec] = {
             "variable_bits": True,
             "phase": True,
             "feedback": True,
+            "sweeps": 1,
             "trellis": True,
+            "importance": True,
             "outliers": {},
         },
         value={
@@ -118,6 +130,7 @@ RECIPES: dict[str, KVCacheSpec] = {
             "granularity": "channel",
             "dynamic": False,
             "trellis": True,
+            "importance": True,
             "rotation": True,
             "outliers": {},
         },
@@ -181,11 +194,16 @@ def _params(
         low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
         scale, zero_point = storable_thresholds(spec, (high - low) / 2 + 1e-3, (low + high) / 2)
     codebook = torch.stack(rows)
-    feedback: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     if spec.feedback:
         entries = size * (size - 1) // 2
-        feedback["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
-        feedback["feedback_scale"] = 0.3 / size * (1 + torch.rand(heads, generator=generator)) / 127
+        beside["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
+        beside["feedback_scale"] = 0.3 / size * (1 + torch.rand(heads, generator=generator)) / 127
+    if spec.sweeps:
+        beside["feedback_weight"] = torch.rand(heads, size, generator=generator).half()
+    if spec.importance:
+        beside["importance"] = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator).half()
+        beside["importance_unit"] = size * (0.5 + torch.rand(heads, generator=generator))
     if spec.variable_bits:
         codebook, codebook_index = pack_codebooks(spec, bits, codebook.half().float(), codebook_index)
     elif codebooks == 1:
@@ -197,9 +215,9 @@ def _params(
             zero_point=zero_point,
             phase=phase,
             rotation=rotation,
-            **feedback,
+            **beside,
         )
-    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation, **feedback)
+    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation, **beside)
 
 
 def _levels(count: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -272,7 +272,7 @@ def test_recipe_keeps_its_budget_on_every_kind_of_rope(family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"allocation": None}, "variable_bits, phase and feedback need an allocation"),
+        ({"allocation": None}, "variable_bits, phase, feedback and importance need an allocation"),
         ({"cache": {"key": {"bits": 4}, "value": {"bits": 4}}}, "allocation needs key.variable_bits"),
         (
             {"cache": {"key": {"bits": 4, "variable_bits": True, "outliers": {"fraction": 0.01}},

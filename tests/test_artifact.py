@@ -42,7 +42,7 @@ from kvq_calib.spec import (
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 #: Of the present version.
-GOLDEN = GOLDEN_FILES / "tiny-4.kvq.safetensors"
+GOLDEN = GOLDEN_FILES / "tiny-5.kvq.safetensors"
 GEOMETRY = KVGeometry(
     layers=(
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=4, rope=0),
@@ -97,8 +97,32 @@ def tiny() -> KVArtifact:
     )
 
 
+def newest() -> KVArtifact:
+    """The same with what only the present version has, in its second layer."""
+    artifact = tiny()
+    key = QuantSpec(
+        bits=3, variable_bits=True, phase=True, feedback=True, sweeps=1, trellis=True, importance=True
+    )
+    layer = SPEC.layers[1].model_copy(update={"key": key})
+    rows = [[0.0], *([place / 8 - 1 for place in range(2 << width)] for width in (1, 2, 3))]
+    params = replace(
+        artifact.layers[1].key,
+        codebook=torch.tensor([level for row in rows for level in row]).half(),
+        feedback_weight=torch.tensor([[1.0, 0.5, 0.25, 0.125], [0.0, 1.0, 1.0, 0.5]]).half(),
+        importance=(torch.arange(64) / 16).half().view(2, 32),
+        importance_unit=torch.tensor([4.0, 0.5]),
+    )
+    layers = (artifact.layers[0], LayerParams(params, artifact.layers[1].value))
+    return replace(artifact, spec=SPEC.model_copy(update={"layers": {1: layer}}), layers=layers)
+
+
 def same(a: KVArtifact, b: KVArtifact) -> bool:
     return a.to_bytes() == b.to_bytes()
+
+
+def tampered(change) -> bytes:
+    """The newest file with a tensor changed."""
+    return repacked(change_tensors=change, file=newest().to_bytes())
 
 
 def repacked(change_metadata=None, change_tensors=None, rehash=True, file=None) -> bytes:
@@ -135,6 +159,7 @@ def as_read_from(version: int, artifact: KVArtifact) -> KVArtifact:
         1: ("phase", "scale", "zero_point"),
         2: ("phase", "scale", "zero_point"),
         3: ("scale", "zero_point"),
+        4: (),
     }
 
     def wide(params: QuantParams) -> QuantParams:
@@ -178,13 +203,14 @@ def test_round_trip(tmp_path):
 
 def test_golden_bytes():
     """The format is pinned: a change that breaks this needs a new format version (docs/format.md)."""
-    assert tiny().to_bytes() == GOLDEN.read_bytes()
-    assert same(KVArtifact.load(GOLDEN), tiny())
+    assert newest().to_bytes() == GOLDEN.read_bytes()
+    assert same(KVArtifact.load(GOLDEN), newest())
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_files_of_older_versions_are_read(version):
-    """Version 1 knows no trellis, version 2 no compact codebooks, version 3 no thresholds in float16."""
+    """Version 1 knows no trellis, version 2 no compact codebooks, version 3 no thresholds in float16, version 4 no sweeps and no
+    importance."""
     old = GOLDEN_FILES / f"tiny-{version}.kvq.safetensors"
     assert (b'"trellis' in old.read_bytes()) == (version > 1)
     loaded = KVArtifact.load(old)
@@ -347,6 +373,22 @@ def test_loading_needs_no_pickle_and_no_model():
 def test_wrong_tensors_are_named(change, error, message):
     with pytest.raises(error, match=message):
         KVArtifact.from_bytes(repacked(change_tensors=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (put("layers.1.key.feedback_weight", (0, 1), -1.0), ArtifactValueError, "must not be negative"),
+        (put("layers.1.key.feedback_weight", (0, 1), float("inf")), ArtifactValueError, "not finite"),
+        (put("layers.1.key.importance", (1, 5), -0.5), ArtifactValueError, "must not be negative"),
+        (put("layers.1.key.importance_unit", 1, 0.0), ArtifactValueError, "must be positive"),
+        (set_tensor("layers.1.key.importance", lambda x: x[:, 1:].contiguous()), ArtifactTensorError, "32"),
+        (lambda found: found.pop("layers.1.key.importance_unit"), ArtifactTensorError, "is missing"),
+    ],
+)
+def test_wrong_tensors_of_the_encoder_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        KVArtifact.from_bytes(tampered(change))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def matrix(feedback, scale, dim=DIM):
 @given(st.integers(0, 10**6))
 def test_the_factors_give_the_weight_back(seed):
     w = weight(seed)
-    feedback, scale, left = error_feedback(w)
+    feedback, scale, _, left = error_feedback(w)
     unit = matrix(feedback, scale)
     rest = left * w.diagonal(dim1=-2, dim2=-1)
     rebuilt = unit.mT @ torch.diag_embed(rest) @ unit
@@ -42,14 +42,23 @@ def test_the_factors_give_the_weight_back(seed):
     assert bool((left <= 1 + 1e-9).all())
 
 
+def test_the_stored_weights_are_the_pivots_of_each_head():
+    w = weight(3)
+    _, _, share, left = error_feedback(w)
+    pivots = left * w.diagonal(dim1=-2, dim2=-1)
+    expected = (pivots / pivots.amax(-1, keepdim=True)).half()
+    assert torch.allclose(share, expected, rtol=2e-3)
+    assert bool((share.amax(-1) == 1).all())
+
+
 def test_the_last_coordinate_has_nobody_to_make_good_for_it():
-    _, _, left = error_feedback(weight(0))
+    left = error_feedback(weight(0)).left
     assert torch.allclose(left[:, -1], torch.ones(HEADS, dtype=torch.float64))
     assert bool((left[:, 0] < 0.9).all())
 
 
 def test_independent_gradients_ask_for_no_feedback():
-    feedback, scale, left = error_feedback(
+    feedback, scale, _, left = error_feedback(
         torch.diag_embed(torch.rand(HEADS, DIM, dtype=torch.float64) + 0.1)
     )
     assert not bool((feedback.double() * scale.double()[:, None]).any())
@@ -58,9 +67,10 @@ def test_independent_gradients_ask_for_no_feedback():
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_no_gradients_at_all_and_tiny_heads(dim):
-    feedback, scale, left = error_feedback(torch.zeros(HEADS, dim, dim, dtype=torch.float64))
+    feedback, scale, share, left = error_feedback(torch.zeros(HEADS, dim, dim, dtype=torch.float64))
     assert feedback.shape == (HEADS, dim * (dim - 1) // 2)
     assert bool(torch.isfinite(scale).all())
+    assert bool(torch.isfinite(share).all())
     assert torch.allclose(left, torch.ones_like(left))
 
 
@@ -86,6 +96,12 @@ def test_feedback_needs_gradients_and_an_allocation():
     CalibrationConfig.model_validate({"cache": cache, "allocation": {}})
     with pytest.raises(ValueError, match="feedback needs fit"):
         CalibrationConfig.model_validate({"cache": cache, "allocation": {}, "fit": {"weights": "uniform"}})
+    weighed = {
+        "key": {"bits": 4, "variable_bits": True, "trellis": True, "importance": True},
+        "value": {"bits": 4, "variable_bits": True},
+    }
+    with pytest.raises(ValueError, match="importance needs fit"):
+        CalibrationConfig.model_validate({"cache": weighed, "allocation": {}, "fit": {"weights": "uniform"}})
     plain = {"key": {"bits": 4, "feedback": True}, "value": {"bits": 4}}
     with pytest.raises(ValueError, match="need an allocation"):
         CalibrationConfig.model_validate({"cache": plain})

@@ -135,8 +135,10 @@ APPEND = {
     "odd": recipe(key={"bits": 5, "variable_bits": True}, value={"bits": 6}),
     **{
         f"trellis{bits}": recipe(
-            key=static(bits, feedback=bits % 3 == 0),
-            value=static(8 - bits, feedback=bits % 3 == 1),
+            key=static(
+                bits, feedback=bits % 3 == 0, sweeps=bits // 3 if bits % 3 == 0 else 0, importance=bits > 4
+            ),
+            value=static(8 - bits, feedback=bits % 3 == 1, importance=bits % 2 == 0),
         )
         for bits in range(1, 8)
     },

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvq_calib.calibrate.feedback import error_feedback
 from kvq_calib.quantizer import (
     Quantizer,
     QuantParams,
@@ -233,9 +234,13 @@ def with_feedback(bits, strength=1.0, seed=0):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 5), st.integers(0, 1000))
-def test_feedback_follows_its_formula_token_by_token(bits, seed):
-    quantizer, plain = with_feedback(bits, strength=4.0, seed=seed)
+@given(st.integers(1, 5), st.integers(0, 2), st.integers(0, 1000))
+def test_feedback_follows_its_formula_token_by_token(bits, sweeps, seed):
+    fed, plain = with_feedback(bits, strength=4.0, seed=seed)
+    weight = torch.rand(HEADS, DIM, generator=torch.Generator().manual_seed(seed)).half()
+    quantizer = Quantizer(
+        fed.spec.model_copy(update={"sweeps": sweeps}), replace(fed.params, feedback_weight=weight), SHAPE
+    )
     x = torch.randn(2, HEADS, 3, DIM, generator=torch.Generator().manual_seed(seed))
     codes = quantizer.quantize(x).codes.unflatten(-1, (HEADS, DIM))
     levels = plain.levels.unflatten(0, (HEADS, DIM))
@@ -245,21 +250,30 @@ def test_feedback_follows_its_formula_token_by_token(bits, seed):
         plain.params.zero_point.unflatten(0, (HEADS, DIM)),
     )
     for head in range(HEADS):
-        y, errors = x[1, head, 2], []
+        y, errors, found = x[1, head, 2], torch.zeros(DIM), [0] * DIM
+        unit = torch.eye(DIM, dtype=torch.float64)
         for i in range(DIM):
-            t = y[i].clone()
-            for j, error in enumerate(errors):
+            for j in range(i):
                 entry = int(quantizer.params.feedback[head, i * (i - 1) // 2 + j])
-                t = t + (quantizer.params.feedback_scale[head] * entry) * error
-            u = (t - zero[head, i]) * (1 / scale[head, i])
-            code = int((u > boundaries[head, i]).sum())
-            assert code == int(codes[1, 2, head, i])
-            errors.append(y[i] - (zero[head, i] + scale[head, i] * levels[head, i, code]))
+                unit[i, j] = float(quantizer.params.feedback_scale[head] * entry)
+        cost = unit.T @ torch.diag(weight[head].double()) @ unit
+        for sweep in range(sweeps + 1):
+            for i in range(DIM):
+                share = (unit[i] if sweep == 0 else cost[i] / cost[i, i]).float()
+                later = torch.zeros(())
+                for j in range(i + 1, DIM if sweep else 0):
+                    later = later + share[j] * errors[j]
+                t = y[i] + later
+                for j in range(i):
+                    t = t + share[j] * errors[j]
+                u = (t - zero[head, i]) * (1 / scale[head, i])
+                found[i] = int((u > boundaries[head, i]).sum())
+                errors[i] = y[i] - (zero[head, i] + scale[head, i] * levels[head, i, found[i]])
+        assert found == codes[1, 2, head].tolist()
 
 
-def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
-    weight = torch.full((DIM, DIM), 0.9) + 0.1 * torch.eye(DIM)  # errors of equal sign cost most
-    spec = QuantSpec(bits=3)
+def fed_for(weight):
+    """What is stored for the weight ``[D, D]`` of an error, all heads alike, and the cost of a quantizer's errors by it."""
     even = QuantParams.uniform(
         3,
         CHANNELS,
@@ -267,21 +281,87 @@ def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
         torch.full((CHANNELS,), 2.0),
         zero_point=torch.zeros(CHANNELS),
     )
-    lower = torch.linalg.cholesky(weight.flip(0, 1)).flip(0, 1)
-    matrix = (lower / lower.diagonal()).T
-    row, column = torch.tril_indices(DIM, DIM, -1)
-    entries = (
-        (matrix[row, column] * 127).round().clamp(-127, 127).to(torch.int8).expand(HEADS, -1).contiguous()
-    )
-    fed = replace(even, feedback=entries, feedback_scale=torch.full((HEADS,), 1 / 127))
+    found = error_feedback(weight.double().expand(HEADS, -1, -1))
     x = 0.5 * torch.randn(1, HEADS, 500, DIM, generator=torch.Generator().manual_seed(1))
 
-    def cost(q):
-        error = q(x) - x
+    def cost(**options):
+        stored = found._asdict()
+        del stored["left"]
+        params = replace(even, **stored) if options else even
+        error = Quantizer(QuantSpec(bits=3, **options), params, SHAPE)(x) - x
         return float(torch.einsum("bhti,ij,bhtj->", error, weight, error))
 
-    quantizer = Quantizer(QuantSpec(bits=3, feedback=True), fed, SHAPE)
-    assert cost(quantizer) < 0.5 * cost(Quantizer(spec, even, SHAPE))
+    return cost
+
+
+def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
+    cost = fed_for(torch.full((DIM, DIM), 0.9) + 0.1 * torch.eye(DIM))  # errors of equal sign cost most
+    assert cost(feedback=True) < 0.5 * cost()
+
+
+def test_sweeps_lower_it_further():
+    factor = torch.randn(DIM, 2, generator=torch.Generator().manual_seed(0))
+    cost = fed_for(factor @ factor.T + 0.2 * torch.eye(DIM))
+    costs = [cost(feedback=True, sweeps=sweeps) for sweeps in range(4)]
+    assert costs[1] < 0.95 * costs[0]
+    assert costs[3] <= costs[2] <= costs[1]
+
+
+def with_importance(bits=2, **options):
+    """A quantizer with a trellis whose classes of tokens have these weights, by default all 1."""
+    spec = QuantSpec(bits=bits, trellis=True, importance=True, **options)
+    plain = QuantParams.uniform(
+        bits,
+        CHANNELS,
+        torch.linspace(-1, 1, 2 << bits)[None],
+        torch.full((CHANNELS,), 3.0),
+        zero_point=torch.zeros(CHANNELS),
+    )
+    return spec, replace(
+        plain, importance=torch.ones(HEADS, 32).half(), importance_unit=torch.full((HEADS,), float(DIM))
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(-14, 12), st.integers(0, HEADS - 1))
+def test_classes_of_importance_are_half_octaves_of_the_squared_size(octaves, head):
+    spec, plain = with_importance()
+    importance = torch.arange(HEADS * 32).view(HEADS, 32).half()
+    quantizer = Quantizer(spec, replace(plain, importance=importance), SHAPE)
+    for within, past in ((0.05, 0), (0.55, 1)):
+        y = torch.zeros(1, 1, HEADS, DIM)
+        y[0, 0, head, 1] = (DIM * 2.0 ** (octaves + within)) ** 0.5
+        found = int(quantizer.importance(y.flatten(2))[0, 0, head])
+        assert found == 32 * head + min(max(2 * (octaves + 10) + past + 1, 0), 31)
+
+
+def test_a_token_that_counts_more_gets_less_of_the_error():
+    spec, plain = with_importance()
+    x = torch.randn(4, HEADS, 64, DIM, generator=torch.Generator().manual_seed(3))
+    x[:, :, ::16] *= 0.05
+    importance = plain.importance.clone()
+    importance[:, :8] = 100.0
+    alike, weighed = (
+        Quantizer(spec, replace(plain, importance=weights), SHAPE)
+        for weights in (plain.importance, importance)
+    )
+    unweighted = Quantizer(spec.model_copy(update={"importance": False}), plain, SHAPE)
+    assert torch.equal(alike.quantize(x).codes, unweighted.quantize(x).codes)
+    before, after = ((q(x) - x).square().sum((0, 1, 3)) for q in (alike, weighed))
+    assert float(after[::16].sum()) < 0.85 * float(before[::16].sum())
+    assert float(after.sum()) > float(before.sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance": True}, "importance weighs the tokens of a path: it needs trellis"),
+        ({"trellis": True, "sweeps": 1}, "sweeps repeat what feedback does: they need feedback"),
+    ],
+)
+def test_what_an_encoder_does_needs_what_it_works_on(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpec(bits=3, **options)
 
 
 @pytest.mark.parametrize(

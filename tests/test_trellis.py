@@ -15,21 +15,26 @@ from kvq_calib.spec import LayerGeometry, QuantSpec
 from kvq_calib.trellis import best_path, level_index, lowest_bits_before, pair_index
 
 
-def error_of(levels: torch.Tensor, codes: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Squared error of codes, both ``[C, B, T]``, summed over the tokens."""
+def error_of(
+    levels: torch.Tensor, codes: torch.Tensor, u: torch.Tensor, weight: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Weighted squared error of codes, all ``[C, B, T]``, summed over the tokens."""
     index = level_index(codes).to(torch.int64)
-    return (u - levels.gather(1, index.flatten(1)).view(u.shape)).square().sum(-1)
+    return (weight * (u - levels.gather(1, index.flatten(1)).view(u.shape)).square()).sum(-1)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("width", "tokens"), [(1, 8), (2, 5), (3, 3)])
-def test_no_path_is_better(width: int, tokens: int) -> None:
+def test_no_path_is_better(width: int, tokens: int, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(width)
     levels = torch.randn(6, 2 << width, generator=generator).sort(1).values
     u = torch.randn(6, 2, tokens, generator=generator)
-    found = error_of(levels, best_path(levels, torch.full((6,), width), u), u)
+    weight = torch.randn(6, 2, tokens, generator=generator).exp() if weighted else torch.ones_like(u)
+    path = best_path(levels, torch.full((6,), width), u, weight if weighted else None)
+    found = error_of(levels, path, u, weight)
     least = torch.full_like(found, torch.inf)
     for codes in itertools.product(range(1 << width), repeat=tokens):
-        least = torch.minimum(least, error_of(levels, torch.tensor(codes).expand(u.shape), u))
+        least = torch.minimum(least, error_of(levels, torch.tensor(codes).expand(u.shape), u, weight))
     torch.testing.assert_close(found, least)
 
 

@@ -74,6 +74,12 @@ class ChannelMoments:
         """float64 ``[C]``."""
         return (self.sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
 
+    def squared_size(self, heads: int) -> Tensor:
+        """Mean sum of squares of each head, float32 ``[heads]``; 1 for a head of zeros."""
+        mean = self.sums[1].view(heads, -1).sum(1) / self.count.clamp(min=1)
+        size = mean.float()
+        return torch.where(size > 0, size, 1.0)
+
     @property
     def covariance(self) -> Tensor:
         """Of the two halves of each pair, float64 ``[H, P]``."""

@@ -10,12 +10,13 @@ weights). ``D`` is never above the diagonal of ``W``, and a reader of the cache 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GradientCovariance", "error_feedback"]
+__all__ = ["ErrorFeedback", "GradientCovariance", "error_feedback"]
 
 #: Added to the diagonal, as a share of it: entries follow what many tokens agree on.
 _DAMPING = 0.03
@@ -57,17 +58,25 @@ class GradientCovariance:
         dist.all_reduce(self.sums)
 
 
-def error_feedback(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix to store, and what it leaves of the weight of each coordinate's rounding error.
+class ErrorFeedback(NamedTuple):
+    """The factors of the weight of each head.
 
-    Args:
-        weight: float64 ``[H, D, D]``, symmetric and positive semidefinite.
-
-    Returns:
-        ``feedback`` int8 ``[H, D (D - 1) / 2]`` and ``feedback_scale`` float32 ``[H]`` as
-        :class:`kvq_calib.quantizer.QuantParams` has them, and the share ``D[i] / W[i, i]`` in (0, 1], float64
-        ``[H, D]``.
+    Attributes:
+        feedback, feedback_scale: ``M`` below its diagonal, int8 ``[H, D (D - 1) / 2]`` and float32 ``[H]``, as
+            :class:`kvq_calib.quantizer.QuantParams` has them.
+        feedback_weight: ``D`` over the largest of the head, float16 ``[H, D]``.
+        left: what feedback leaves of the weight of each coordinate's rounding error, ``D[i] / W[i, i]`` in (0, 1], float64
+            ``[H, D]``.
     """
+
+    feedback: Tensor
+    feedback_scale: Tensor
+    feedback_weight: Tensor
+    left: Tensor
+
+
+def error_feedback(weight: Tensor) -> ErrorFeedback:
+    """Factor the weights of the errors of all heads, float64 ``[H, D, D]``, symmetric and positive semidefinite."""
     size = weight.shape[-1]
     diagonal = weight.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)[:, None, None]
@@ -87,4 +96,6 @@ def error_feedback(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (largest / _INT8).float()
     steps = entries / scale.double().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     feedback = steps.round().clamp(-_INT8, _INT8).to(torch.int8)
-    return feedback, scale, root.square() / weight.diagonal(dim1=-2, dim2=-1)
+    pivots = root.square()
+    share = (pivots / pivots.amax(-1, keepdim=True)).half()
+    return ErrorFeedback(feedback, scale, share, pivots / weight.diagonal(dim1=-2, dim2=-1))

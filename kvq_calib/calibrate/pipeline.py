@@ -32,6 +32,7 @@ from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, 
 from kvq_calib.calibrate.feedback import GradientCovariance
 from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.foreign import strewn
+from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.calibrate.learn import learn
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
 from kvq_calib.calibrate.sensitivity import error_sensitivity
@@ -173,7 +174,8 @@ class _Subject:
         """Name of the statistics of pass two: everything that decides them, in one string."""
         weights = "fisher" if self.weighted else "uniform"
         if self.allocated:
-            return f"weighted.{self._turned}.{weights}{'.fed' if self.spec.feedback else ''}"
+            beside = (".fed" if self.spec.feedback else "") + (".important" if self.spec.importance else "")
+            return f"weighted.{self._turned}.{weights}{beside}"
         spec = self.spec.model_dump(exclude={"bits", "datatype", "q_norm"})
         facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -192,6 +194,11 @@ class _Subject:
     def covariance(self) -> str:
         """Name of the statistics of its gradients, where errors are fed back."""
         return f"covariance.{self._turned}"
+
+    @property
+    def importance(self) -> str:
+        """Name of the statistics of its tokens' sizes and gradients, where paths weigh them."""
+        return f"importance.{self._turned}"
 
     @property
     def foreign(self) -> str:
@@ -337,6 +344,8 @@ class _Run:
             return WeightedHistogram(geometry.channels)
         if family == "covariance":
             return GradientCovariance(geometry.num_kv_heads, geometry.head_dim)
+        if family == "importance":
+            return TokenImportance(geometry.num_kv_heads)
         if family == "magnitude":
             return Magnitude()
         return LevelHistogram(weighted=rest.endswith(".fisher"))
@@ -552,7 +561,8 @@ class _Run:
                 collect(kv, subject, gradient)
 
         fed = [subject.covariance for subject in subjects if subject.spec.feedback]
-        names = self._prepare([*(subject.histogram for subject in subjects), *fed, *self._magnitudes()])
+        weighed = [subject.importance for subject in subjects if subject.spec.importance]
+        names = self._prepare([*(s.histogram for s in subjects), *fed, *weighed, *self._magnitudes()])
         in_forward, in_backward = (self._clocked("codebooks", each) for each in (observe, observe_gradients))
         if backward:
 
@@ -575,6 +585,7 @@ class _Run:
         idle = torch.zeros(geometry.channels, dtype=torch.uint8)  # only the transform is used
         params = QuantParams(idle, torch.zeros(1, 1), idle, phase=phase)
         transform = Quantizer(subject.spec, params, geometry, rope).transform
+        unit = moments.squared_size(geometry.num_kv_heads)
 
         def add(x: Tensor, gradient: Tensor | None) -> None:
             y = transform(x.cpu()).flatten(0, 1)
@@ -583,6 +594,10 @@ class _Run:
             weights = torch.ones_like(y)
             if gradient is not None:
                 gradient = transform(gradient.cpu()).flatten(0, 1)
+                if subject.spec.importance:
+                    importance = self.statistics[subject.importance]
+                    assert isinstance(importance, TokenImportance)
+                    importance.update(y, gradient, unit)
                 weights = gradient.double().square()
                 if subject.spec.feedback:
                     covariance = self.statistics[subject.covariance]
@@ -692,7 +707,7 @@ class _Run:
             return tuple(
                 LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(self.geometry.layers))
             )
-        moments, histograms, covariances, foreign = {}, {}, {}, {}
+        moments, histograms, covariances, importances, foreign = {}, {}, {}, {}, {}
         for at, subject in subjects.items():
             first, second = self.totals[subject.sketch], self.totals[subject.histogram]
             assert isinstance(first, ChannelMoments)
@@ -702,10 +717,14 @@ class _Run:
                 third = self.totals[subject.covariance]
                 assert isinstance(third, GradientCovariance)
                 covariances[at] = third
+            if subject.spec.importance:
+                fourth = self.totals[subject.importance]
+                assert isinstance(fourth, TokenImportance)
+                importances[at] = fourth
             if subject.wants_foreign:
-                fourth = self.totals[subject.foreign]
-                assert isinstance(fourth, WeightedHistogram)
-                foreign[at] = fourth
+                fifth = self.totals[subject.foreign]
+                assert isinstance(fifth, WeightedHistogram)
+                foreign[at] = fifth
 
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
             own = self._own(self._written_windows(config))[: _SENSITIVITY_PIECES // 2]
@@ -716,7 +735,15 @@ class _Run:
             )
 
         return fit_layers(
-            config.cache, config.allocation, self.geometry, moments, histograms, covariances, foreign, measure
+            config.cache,
+            config.allocation,
+            self.geometry,
+            moments,
+            histograms,
+            covariances,
+            importances,
+            foreign,
+            measure,
         )
 
     def _learn(

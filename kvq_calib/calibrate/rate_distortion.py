@@ -20,6 +20,7 @@ from kvq_calib.calibrate.allocation import (
 )
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
 from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
+from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.config import AllocationConfig
 from kvq_calib.quantizer import QuantParams, storable_thresholds
 from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, RopeSpec
@@ -47,6 +48,7 @@ def fit_layers(
     moments: Mapping[Place, ChannelMoments],
     histograms: Mapping[Place, WeightedHistogram],
     covariances: Mapping[Place, GradientCovariance],
+    importances: Mapping[Place, TokenImportance] | None = None,
     foreign: Mapping[Place, WeightedHistogram] | None = None,
     measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, float]] | None = None,
 ) -> tuple[LayerParams, ...]:
@@ -59,6 +61,7 @@ def fit_layers(
         geometry: of the model.
         moments, histograms: statistics of each layer and kind.
         covariances: of the gradients, where errors are fed back.
+        importances: of tokens, where paths weigh them.
         foreign: values for tokens drawn from the vocabulary, in the bins of ``histograms``; without them those of the
             text stand alone.
         measure: what the errors of a fit cost, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
@@ -86,10 +89,17 @@ def fit_layers(
         )
         phase = phases[layer, kind]
         apart[layer, kind] = {} if phase is None else {"phase": phase}
+        if specs[layer].of(kind).importance and importances is not None:
+            apart[layer, kind] |= {
+                "importance": importances[layer, kind].weights(settings.shrinkage),
+                "importance_unit": moments[layer, kind].squared_size(geometry.layers[layer].num_kv_heads),
+            }
         if specs[layer].of(kind).feedback:
-            feedback, step, left = error_feedback(covariances[layer, kind].sums.cpu())
-            apart[layer, kind] |= {"feedback": feedback, "feedback_scale": step}
-            left = left * (left.log().mean() * (_TRUST - 1)).exp()
+            found = error_feedback(covariances[layer, kind].sums.cpu())
+            apart[layer, kind] |= {"feedback": found.feedback, "feedback_scale": found.feedback_scale}
+            if specs[layer].of(kind).sweeps:
+                apart[layer, kind]["feedback_weight"] = found.feedback_weight
+            left = found.left * (found.left.log().mean() * (_TRUST - 1)).exp()
             weights = weights * left.flatten()[:, None]
         curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind))
 

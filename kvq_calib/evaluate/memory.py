@@ -13,7 +13,7 @@ from itertools import pairwise
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, LayerGeometry, QuantSpec
+from kvq_calib.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, LayerGeometry, QuantSpec
 
 __all__ = [
     "PAPER_GB",
@@ -186,6 +186,10 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
         size += 4 * channels * geometry.head_dim
     if spec.feedback:
         size += geometry.num_kv_heads * (geometry.head_dim * (geometry.head_dim - 1) // 2 + 4)
+    if spec.sweeps:
+        size += 2 * channels
+    if spec.importance:
+        size += geometry.num_kv_heads * (2 * IMPORTANCE_CLASSES + 4)
     return size
 
 

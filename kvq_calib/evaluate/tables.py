@@ -286,7 +286,10 @@ def describe(artifact: KVArtifact, kind: Any) -> str:
         parts.append(f"{spec.outliers.fraction:.1%} outliers")
     parts += [
         name
-        for name in ("phase", "rotation", "feedback", "trellis", "q_norm", "channel_normalized")
+        for name in (
+            *("phase", "rotation", "feedback", "sweeps", "trellis", "importance"),
+            *("q_norm", "channel_normalized"),
+        )
         if getattr(spec, name)
     ]
     if others := specs.total() - count:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS
-from kvq_calib.quantizer import Quantizer, reciprocal
+from kvq_calib.quantizer import Quantizer, importance_edges, reciprocal
 from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page, SlotTable
 from kvq_calib.spec import Kind
@@ -319,6 +319,7 @@ class _AppendSide(ctypes.Structure):
             (name, _P)
             for name in ("levels", "boundaries", "bits", "word_offset", "feedback", "feedback_scale")
         ),
+        *((name, _P) for name in ("sweep_share", "importance", "importance_edge")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
         *(
@@ -326,7 +327,7 @@ class _AppendSide(ctypes.Structure):
             for name in ("type", "words", "level_count", "level_stride", "token", "channel_normalized")
         ),
         *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat")),
-        *((name, _I) for name in ("trellis", "boundary_count")),
+        *((name, _I) for name in ("trellis", "boundary_count", "sweeps", "padding")),
     )
 
 
@@ -432,6 +433,8 @@ class KernelTables:
         levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
             neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
+        sweep_shares: float32 ``[H, D, D]`` or ``None``.
+        importance, importance_edges: float32 ``[H, 32]`` and ``[H, 31]``, or ``None``.
     """
 
     def __init__(self, quantizer: Quantizer, kind: Kind) -> None:
@@ -458,6 +461,11 @@ class KernelTables:
         self.scale = None if params.scale is None else quantizer.scale.contiguous()
         self.zero_point = None if params.zero_point is None else quantizer.zero_point.contiguous()
         self.reciprocal = None if self.scale is None else reciprocal(self.scale)
+        self.sweep_shares = quantizer.sweep_shares.contiguous() if quantizer.spec.sweeps else None
+        self.importance = self.importance_edges = None
+        if params.importance is not None and params.importance_unit is not None:
+            self.importance = params.importance.float().contiguous()
+            self.importance_edges = importance_edges(params.importance_unit).contiguous()
 
     def _tensor(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -944,6 +952,10 @@ def _append_chunk(
             word_offset=table.word_offset.data_ptr(),
             feedback=_pointer(parameters.feedback),
             feedback_scale=_pointer(parameters.feedback_scale),
+            sweep_share=_pointer(table.sweep_shares),
+            importance=_pointer(table.importance),
+            importance_edge=_pointer(table.importance_edges),
+            sweeps=table.quantizer.spec.sweeps,
             stride=(_L * 3)(source.stride(0), source.stride(1), source.stride(2)),
             type=_TYPES[source.dtype],
             words=table.words,

@@ -1,0 +1,72 @@
+"""Importance of tokens: what an error of a token costs, by the size of its vector.
+
+Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens. An encoder
+that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it sees is the token:
+in many models those that take up attention for want of a better place have values that are much smaller than the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvq_calib.quantizer import importance_classes, squared_size
+from kvq_calib.spec import IMPORTANCE_CLASSES
+
+__all__ = ["TokenImportance"]
+
+#: Tokens of mean importance that every class is given beside its own: single gradients say little.
+_PRIOR_TOKENS = 20
+
+
+class TokenImportance:
+    """Sum of the squared gradients of the tokens of each class of size, and their number; two states add.
+
+    Args:
+        heads: key-value heads ``H``.
+        device: where to accumulate.
+    """
+
+    def __init__(self, heads: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(2, heads, IMPORTANCE_CLASSES, dtype=torch.float64, device=device)
+
+    def update(self, y: Tensor, gradient: Tensor, unit: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            y, gradient: float ``[N, C]``, values as they are to be quantized and the gradients of the loss with respect to them.
+            unit: float32 ``[H]``, the same in every call: what is stored as ``importance_unit``.
+        """
+        heads = self.sums.shape[1]
+        place = importance_classes(unit, squared_size(y.float(), heads)).T.to(self.sums.device)
+        cost = gradient.double().square().unflatten(1, (heads, -1)).sum(-1).T.to(self.sums.device)
+        self.sums[0].scatter_add_(1, place, cost)
+        self.sums[1].scatter_add_(1, place, torch.ones_like(cost))
+
+    def weights(self, shrinkage: float) -> Tensor:
+        """Mean squared gradient of each class over that of all tokens, moved towards 1 by this share: float16 ``[H, 32]``."""
+        cost, count = self.sums
+        mean = (cost.sum(1, keepdim=True) / count.sum(1, keepdim=True).clamp(min=1)).clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
+        share: Tensor = (cost / mean + _PRIOR_TOKENS) / (count + _PRIOR_TOKENS)
+        return ((1 - shrinkage) * share + shrinkage).half()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"sums": self.sums}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.sums = state["sums"].to(self.sums.device)
+
+    def merge(self, other: TokenImportance) -> None:
+        """Add another of the same heads."""
+        self.sums += other.sums
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        dist.all_reduce(self.sums)

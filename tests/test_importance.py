@@ -1,0 +1,91 @@
+"""Importance of tokens: what is counted, the weights that follow, and that a calibration stores them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_zoo import tiny_model, token_ids
+
+from kvq_calib.calibrate.importance import TokenImportance
+from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.config import calibration_config
+from kvq_calib.data import TokenWindows
+
+HEADS, DIM = 2, 4
+UNIT = torch.full((HEADS,), float(DIM))
+
+
+def tokens(count, seed=0):
+    """Values of two sizes and gradients: those of the small quarter are ten times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.arange(count) % 4 == 0
+    size = torch.where(small, 0.1, 1.0)[:, None]
+    y = size * torch.randn(count, HEADS * DIM, generator=generator).sign()
+    gradient = torch.where(small[:, None], 10.0, 1.0) * torch.randn(count, HEADS * DIM, generator=generator)
+    return y, gradient
+
+
+def test_small_tokens_with_large_gradients_count_more():
+    found = TokenImportance(HEADS)
+    y, gradient = tokens(8000)
+    found.update(y, gradient, UNIT)
+    weights = found.weights(0.0)
+    assert weights.dtype == torch.float16
+    used = found.sums[1] > 0
+    assert used.sum(1).tolist() == [2, 2]
+    for head in range(HEADS):
+        few, many = weights[head][used[head]].tolist()
+        assert few == pytest.approx(100 / 25.75, rel=0.1)
+        assert many == pytest.approx(1 / 25.75, rel=0.3)  # with the mean of 20 tokens in it
+    assert bool((weights[~used] == 1).all())
+    halfway = found.weights(0.5)
+    assert torch.allclose(halfway.float(), (weights.float() + 1) / 2, atol=2e-3)
+    assert bool((found.weights(1.0) == 1).all())
+
+
+def test_two_states_add():
+    whole, first, second, resumed = (TokenImportance(HEADS) for _ in range(4))
+    y, gradient = tokens(40)
+    whole.update(y, gradient, UNIT)
+    first.update(y[:15], gradient[:15], UNIT)
+    second.update(y[15:], gradient[15:], UNIT)
+    resumed.load(first.state())
+    resumed.merge(second)
+    assert torch.allclose(resumed.sums, whole.sums)
+
+
+def test_no_tokens_and_no_gradients_weigh_nothing_differently():
+    found = TokenImportance(HEADS)
+    assert bool((found.weights(0.25) == 1).all())
+    found.update(torch.randn(5, HEADS * DIM), torch.zeros(5, HEADS * DIM), UNIT)
+    assert bool(torch.isfinite(found.weights(0.25)).all())
+
+
+@pytest.mark.model
+def test_a_calibration_stores_the_weights_and_leaves_them_out_where_they_are_not_wanted():
+    model = tiny_model("llama")
+    windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
+    common = ("learn=null", "allocation.context=65536", "allocation.written=0")
+    configs = {
+        "with": calibration_config("kvq3", assignments=common),
+        "without": calibration_config(
+            "kvq3",
+            assignments=(
+                *common,
+                "cache.value.importance=false",
+                "cache.key.importance=false",
+                "cache.key.sweeps=0",
+            ),
+        ),
+    }
+    artifacts = calibrate(model, windows, configs, model_id="", model_config={}).artifacts
+    for layer in artifacts["with"].layers:
+        for params in (layer.key, layer.value):
+            assert float(params.importance.float().std()) > 0
+            assert bool((params.importance_unit > 0).all())
+        assert layer.key.feedback_weight is not None
+        assert layer.value.feedback_weight is None
+    for layer in artifacts["without"].layers:
+        assert layer.key.importance is layer.value.importance is layer.key.feedback_weight is None
+    alone = calibrate(model, windows, {"without": configs["without"]}, model_id="", model_config={}).artifacts
+    assert alone["without"].to_bytes() == artifacts["without"].to_bytes()
