@@ -54,6 +54,13 @@ def test_two_states_add():
     assert torch.allclose(resumed.sums, whole.sums)
 
 
+def test_a_token_that_costs_as_much_as_millions_of_others_has_a_weight_that_can_be_stored():
+    found = TokenImportance(HEADS)
+    found.sums[:, :, 3] = 1.0
+    found.sums[:, :, 20] = torch.tensor([0.0, 1e8])[:, None]
+    assert float(found.weights(0.0).max()) == torch.finfo(torch.float16).max
+
+
 def test_no_tokens_and_no_gradients_weigh_nothing_differently():
     found = TokenImportance(HEADS)
     assert bool((found.weights(0.25) == 1).all())

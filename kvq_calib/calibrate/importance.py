@@ -53,7 +53,8 @@ class TokenImportance:
             min=torch.finfo(torch.float64).tiny
         )
         share: Tensor = (cost / mean + _PRIOR_TOKENS) / (count + _PRIOR_TOKENS)
-        return ((1 - shrinkage) * share + shrinkage).half()
+        weight = (1 - shrinkage) * share + shrinkage
+        return weight.clamp(max=torch.finfo(torch.float16).max).half()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that hold everything."""
