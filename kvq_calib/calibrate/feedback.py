@@ -9,12 +9,12 @@ weights). ``D`` is never above the diagonal of ``W``, and a reader of the cache 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from kvq_calib.calibrate.statistics import Sums
 
 __all__ = ["ErrorFeedback", "GradientCovariance", "error_feedback"]
 
@@ -23,7 +23,7 @@ _DAMPING = 0.03
 _INT8 = 127
 
 
-class GradientCovariance:
+class GradientCovariance(Sums):
     """Sum of the outer products of the gradients of each head; two states add.
 
     Args:
@@ -40,22 +40,6 @@ class GradientCovariance:
         heads, head_dim, _ = self.sums.shape
         split = gradient.unflatten(1, (heads, head_dim)).transpose(0, 1).double()
         self.sums += (split.mT @ split).to(self.sums.device)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"sums": self.sums}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.sums = state["sums"].to(self.sums.device)
-
-    def merge(self, other: GradientCovariance) -> None:
-        """Add another of the same heads."""
-        self.sums += other.sums
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        dist.all_reduce(self.sums)
 
 
 class ErrorFeedback(NamedTuple):

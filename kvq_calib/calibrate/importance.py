@@ -7,12 +7,10 @@ in many models those that take up attention for want of a better place have valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from kvq_calib.calibrate.statistics import Sums
 from kvq_calib.quantizer import importance_classes, squared_size
 from kvq_calib.spec import IMPORTANCE_CLASSES
 
@@ -22,7 +20,7 @@ __all__ = ["TokenImportance"]
 _PRIOR_TOKENS = 20
 
 
-class TokenImportance:
+class TokenImportance(Sums):
     """Sum of the squared gradients of the tokens of each class of size, and their number; two states add.
 
     Args:
@@ -55,19 +53,3 @@ class TokenImportance:
         share: Tensor = (cost / mean + _PRIOR_TOKENS) / (count + _PRIOR_TOKENS)
         weight = (1 - shrinkage) * share + shrinkage
         return weight.clamp(max=torch.finfo(torch.float16).max).half()
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"sums": self.sums}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.sums = state["sums"].to(self.sums.device)
-
-    def merge(self, other: TokenImportance) -> None:
-        """Add another of the same heads."""
-        self.sums += other.sums
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        dist.all_reduce(self.sums)

@@ -8,7 +8,7 @@ float64 sums, so that splitting the text over ranks, or stopping and resuming, c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,28 @@ class Statistics(Protocol):
 
     def all_reduce(self) -> None:
         """Add up over all ranks of the default process group."""
+
+
+class Sums:
+    """An accumulator that is one tensor of float64 sums."""
+
+    sums: Tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that hold everything."""
+        return {"sums": self.sums}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.sums = state["sums"].to(self.sums.device)
+
+    def merge(self, other: Self) -> None:
+        """Add another of the same shape."""
+        self.sums += other.sums
+
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group."""
+        dist.all_reduce(self.sums)
 
 
 class ChannelHistogram:
