@@ -180,7 +180,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes = figure.subplots()
     lines = {
         "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-10", "kvq3-fit", "kvq4-fit"],
+        "kvq without learning": ["kvq2-fit", "step-12", "kvq3-fit", "kvq4-fit"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],

@@ -537,9 +537,7 @@ class Quantizer:
         unit = self.feedback.double() + torch.eye(size, dtype=torch.float64, device=self.feedback.device)
         weight = unit.mT @ (self.params.feedback_weight.double()[..., None] * unit)
         diagonal = weight.diagonal(dim1=1, dim2=2)[..., None]
-        shares = torch.where(
-            diagonal > 0, weight / diagonal.where(diagonal > 0, torch.ones_like(diagonal)), 0.0
-        )
+        shares = torch.where(diagonal > 0, weight / diagonal, 0.0)
         shares.diagonal(dim1=1, dim2=2).zero_()
         return shares.float()
 

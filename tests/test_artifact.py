@@ -120,11 +120,6 @@ def same(a: KVArtifact, b: KVArtifact) -> bool:
     return a.to_bytes() == b.to_bytes()
 
 
-def tampered(change) -> bytes:
-    """The newest file with a tensor changed."""
-    return repacked(change_tensors=change, file=newest().to_bytes())
-
-
 def repacked(change_metadata=None, change_tensors=None, rehash=True, file=None) -> bytes:
     """The tiny artifact's file, or another, with something changed, and the digest made right again."""
     metadata, tensors = module._parse(tiny().to_bytes() if file is None else file, "tiny")
@@ -388,7 +383,7 @@ def test_wrong_tensors_are_named(change, error, message):
 )
 def test_wrong_tensors_of_the_encoder_are_named(change, error, message):
     with pytest.raises(error, match=message):
-        KVArtifact.from_bytes(tampered(change))
+        KVArtifact.from_bytes(repacked(change_tensors=change, file=newest().to_bytes()))
 
 
 @pytest.mark.parametrize(

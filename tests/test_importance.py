@@ -75,6 +75,9 @@ def test_a_calibration_stores_the_weights_and_leaves_them_out_where_they_are_not
     common = ("learn=null", "allocation.context=65536", "allocation.written=0")
     configs = {
         "with": calibration_config("kvq3", assignments=common),
+        "unfed": calibration_config(
+            "kvq3", assignments=(*common, "cache.key.feedback=false", "cache.key.sweeps=0")
+        ),
         "without": calibration_config(
             "kvq3",
             assignments=(
@@ -92,7 +95,11 @@ def test_a_calibration_stores_the_weights_and_leaves_them_out_where_they_are_not
             assert bool((params.importance_unit > 0).all())
         assert layer.key.feedback_weight is not None
         assert layer.value.feedback_weight is None
+    for layer in artifacts["unfed"].layers:
+        assert layer.key.feedback is None
+        assert float(layer.key.importance.float().std()) > 0
     for layer in artifacts["without"].layers:
         assert layer.key.importance is layer.value.importance is layer.key.feedback_weight is None
-    alone = calibrate(model, windows, {"without": configs["without"]}, model_id="", model_config={}).artifacts
-    assert alone["without"].to_bytes() == artifacts["without"].to_bytes()
+    for name, config in configs.items():
+        alone = calibrate(model, windows, {name: config}, model_id="", model_config={}).artifacts
+        assert alone[name].to_bytes() == artifacts[name].to_bytes()

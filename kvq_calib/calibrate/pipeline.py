@@ -174,8 +174,7 @@ class _Subject:
         """Name of the statistics of pass two: everything that decides them, in one string."""
         weights = "fisher" if self.weighted else "uniform"
         if self.allocated:
-            beside = (".fed" if self.spec.feedback else "") + (".important" if self.spec.importance else "")
-            return f"weighted.{self._turned}.{weights}{beside}"
+            return f"weighted.{self._turned}.{weights}"
         spec = self.spec.model_dump(exclude={"bits", "datatype", "q_norm"})
         facts = [spec, self.config.cache.sink_tokens, self.config.cache.storage_dtype]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -560,8 +559,9 @@ class _Run:
                     gradient = rotated
                 collect(kv, subject, gradient)
 
-        fed = [subject.covariance for subject in subjects if subject.spec.feedback]
-        weighed = [subject.importance for subject in subjects if subject.spec.importance]
+        # Recipes that share a distribution need not all ask for what is collected beside it.
+        fed = {subject.covariance for subject in self.subjects if subject.spec.feedback}
+        weighed = {subject.importance for subject in self.subjects if subject.spec.importance}
         names = self._prepare([*(s.histogram for s in subjects), *fed, *weighed, *self._magnitudes()])
         in_forward, in_backward = (self._clocked("codebooks", each) for each in (observe, observe_gradients))
         if backward:
@@ -594,15 +594,15 @@ class _Run:
             weights = torch.ones_like(y)
             if gradient is not None:
                 gradient = transform(gradient.cpu()).flatten(0, 1)
-                if subject.spec.importance:
-                    importance = self.statistics[subject.importance]
-                    assert isinstance(importance, TokenImportance)
-                    importance.update(y, gradient, unit)
                 weights = gradient.double().square()
-                if subject.spec.feedback:
-                    covariance = self.statistics[subject.covariance]
+                covariance = self.statistics.get(subject.covariance)
+                if covariance is not None:
                     assert isinstance(covariance, GradientCovariance)
                     covariance.update(gradient)
+                importance = self.statistics.get(subject.importance)
+                if importance is not None:
+                    assert isinstance(importance, TokenImportance)
+                    importance.update(y, gradient, unit)
             statistics = self.statistics[name]
             assert isinstance(statistics, WeightedHistogram)
             statistics.update(y, weights, mean, deviation)

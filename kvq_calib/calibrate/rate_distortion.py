@@ -48,7 +48,7 @@ def fit_layers(
     moments: Mapping[Place, ChannelMoments],
     histograms: Mapping[Place, WeightedHistogram],
     covariances: Mapping[Place, GradientCovariance],
-    importances: Mapping[Place, TokenImportance] | None = None,
+    importances: Mapping[Place, TokenImportance],
     foreign: Mapping[Place, WeightedHistogram] | None = None,
     measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, float]] | None = None,
 ) -> tuple[LayerParams, ...]:
@@ -89,7 +89,7 @@ def fit_layers(
         )
         phase = phases[layer, kind]
         apart[layer, kind] = {} if phase is None else {"phase": phase}
-        if specs[layer].of(kind).importance and importances is not None:
+        if specs[layer].of(kind).importance:
             apart[layer, kind] |= {
                 "importance": importances[layer, kind].weights(settings.shrinkage),
                 "importance_unit": moments[layer, kind].squared_size(geometry.layers[layer].num_kv_heads),
