@@ -275,9 +275,14 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
         (model, config(), windows(seed=1)),
         (half, config(), None),
     ):
-        with pytest.raises(CalibrationError, match="other settings, data or model"):
+        with pytest.raises(CalibrationError, match="other settings, data, model or version"):
             run(other, settings, data, checkpoint=checkpoint, resume=True)
         assert checkpoint.read_bytes() == kept
+    with monkeypatch.context() as later:
+        later.setattr(pipeline, "_CHECKPOINT_VERSION", pipeline._CHECKPOINT_VERSION + 1)
+        with pytest.raises(CalibrationError, match="other settings, data, model or version"):
+            run(model, config(), checkpoint=checkpoint, resume=True)
+    assert checkpoint.read_bytes() == kept
     checkpoint.write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="not a checkpoint"):
         run(model, config(), checkpoint=checkpoint, resume=True)

@@ -54,6 +54,8 @@ Progress = Callable[[str, int, int], None]
 
 #: Seconds between checkpoints: little work is lost, and writing the state stays negligible.
 CHECKPOINT_SECONDS = 30.0
+#: Raised when statistics change their names or meaning: what an earlier version saved is then refused.
+_CHECKPOINT_VERSION = 2
 #: A channel that never moves still needs a positive scale.
 _SMALLEST_SCALE = 1e-8
 #: Name of the text that the model writes itself, among the statistics.
@@ -266,6 +268,7 @@ class _Run:
     def _identity(self, model_config: Mapping[str, Any]) -> str:
         """What a checkpoint must share with this run."""
         facts = {
+            "version": _CHECKPOINT_VERSION,
             "configs": {name: config.model_dump(mode="json") for name, config in self.configs.items()},
             "data": self.windows.source,
             "model": dict(model_config),
@@ -297,7 +300,7 @@ class _Run:
             ) from error
         if header["identity"] != self.identity:
             raise CalibrationError(
-                f"{file} belongs to a run with other settings, data or model; remove it, or run without --resume"
+                f"{file} belongs to a run with other settings, data, model or version; remove it, or run without --resume"
             )
         self.done = header["done"]
         for name in header["names"]:
