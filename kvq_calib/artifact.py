@@ -35,6 +35,7 @@ from kvq_calib.spec import (
     LayerSpec,
     QuantSpec,
     TensorShape,
+    cache_elements,
     expected_tensors,
 )
 
@@ -187,8 +188,8 @@ class KVArtifact:
         return total
 
     def elements(self, context: int, batch: int = 1) -> int:
-        """Numbers an unquantized cache would hold: keys and values of every layer."""
-        return sum(2 * layer.channels for layer in self.geometry.layers) * context * batch
+        """Numbers an unquantized cache would hold: keys and values of every layer, a sliding window's where it has one."""
+        return cache_elements(self.geometry.layers, context, batch)
 
     def bits_per_element(
         self,

@@ -12,6 +12,7 @@ in the normalised range ``[-1, 1]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -267,6 +268,15 @@ class LayerGeometry(_Frozen):
     def channels(self) -> int:
         """``C = num_kv_heads * head_dim``."""
         return self.num_kv_heads * self.head_dim
+
+    def held_tokens(self, context: int) -> int:
+        """Tokens of a text of ``context`` that an unquantized cache holds: those a query can see."""
+        return min(context, self.sliding_window or context)
+
+
+def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
+    """Numbers that an unquantized cache holds of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
+    return batch * sum(2 * layer.channels * layer.held_tokens(context) for layer in layers)
 
 
 class KVGeometry(_Frozen):

@@ -1,6 +1,7 @@
 """Statistics, widths and codebooks of the rate-distortion fit, against brute force and closed forms."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -174,30 +175,38 @@ def test_a_channel_without_weight_or_without_movement_is_no_special_case() -> No
     seed=st.integers(0, 2**31),
     floor=st.integers(0, 1),
     budget=st.sampled_from([1.0, 1.25, 1.5, 2.0, 2.75]),
+    tokens=st.sampled_from([(1, 1), (4096, 4096), (512, 4096), (7, 3)]),
 )
-def test_allocation_is_optimal_for_what_it_spends(seed: int, floor: int, budget: float) -> None:
+def test_allocation_is_optimal_for_what_it_spends(
+    seed: int, floor: int, budget: float, tokens: tuple[int, int]
+) -> None:
     halving = 4.0 ** -torch.arange(4, dtype=torch.float64)
     tables = [halving * normal(2, 1, seed=seed + part).double().exp() for part in range(2)]
-    widths = allocation.allocate(tables, [floor, floor], budget)
+    widths = allocation.allocate(tables, [floor, floor], tokens, budget)
     chosen = torch.cat(widths).tolist()
-    spent = sum(chosen)
-    assert spent <= budget * 4
+    price = [tokens[0]] * 2 + [tokens[1]] * 2
+
+    def stored(option: Sequence[int]) -> int:
+        return sum(width * each for width, each in zip(option, price, strict=True))
+
+    spent = stored(chosen)
+    assert spent <= budget * sum(price)
     assert min(chosen) >= floor
     error = torch.cat(tables)
     best = min(
         sum(float(error[channel, width]) for channel, width in enumerate(option))
         for option in itertools.product(range(floor, 4), repeat=4)
-        if sum(option) <= spent
+        if stored(option) <= spent
     )
     assert sum(float(error[channel, width]) for channel, width in enumerate(chosen)) <= best * (1 + 1e-9)
 
 
 def test_allocation_follows_reverse_water_filling() -> None:
     curves = gaussian_curves([0.001, 1.0, 2.0, 4.0])
-    (widths,) = allocation.allocate([curves.distortion], [0], 2.25)
+    (widths,) = allocation.allocate([curves.distortion], [0], [1], 2.25)
     assert widths.tolist() == [0, 2, 3, 4]  # one bit for every factor of two
     with pytest.raises(ConfigError, match="min_key_bits"):
-        allocation.allocate([curves.distortion], [3], 2.25)
+        allocation.allocate([curves.distortion], [3], [1], 2.25)
 
 
 def test_budget_counts_what_is_stored_beside_the_codes() -> None:
@@ -206,10 +215,12 @@ def test_budget_counts_what_is_stored_beside_the_codes() -> None:
     def stored(widths: list[torch.Tensor]) -> float:
         return float(widths[0].float().mean()) + 0.01 * float(widths[0].max()) + 0.1
 
-    widths = allocation.spend(3.0, lambda b: allocation.allocate([curves.distortion], [1], b), stored)
+    widths = allocation.spend(3.0, lambda b: allocation.allocate([curves.distortion], [1], [1], b), stored)
     assert 2.5 < stored(widths) <= 3.0
     with pytest.raises(ConfigError, match="bits_per_element"):
-        allocation.spend(0.05, lambda b: allocation.allocate([curves.distortion], [0], max(b, 0.0)), stored)
+        allocation.spend(
+            0.05, lambda b: allocation.allocate([curves.distortion], [0], [1], max(b, 0.0)), stored
+        )
 
 
 def test_shared_codebooks_cost_little_against_a_codebook_for_every_channel() -> None:

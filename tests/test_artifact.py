@@ -602,10 +602,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_bits_per_element_count_everything():
     made = tiny()
-    assert made.elements(100, batch=3) == 2 * 2 * 8 * 100 * 3
+    assert made.elements(10, batch=3) == 2 * 2 * 8 * 10 * 3
+    assert made.elements(100, batch=3) == 2 * 8 * (100 + 16) * 3  # a window of 16 in the second layer
     total = sum(made.storage(4096).values())
     assert made.bits_per_element(4096) == pytest.approx(8 * total / made.elements(4096))
-    codes = 2 * (15 + 16) * 4096 / 8  # 15 bits of keys and 16 of values a token and layer
-    assert made.storage(4096)["codes"] <= codes
+    codes = (
+        (15 + 16) * (4096 + 256) / 8
+    )  # 15 bits of keys and 16 of values a token and layer; a page for the window
+    assert made.storage(4096)["codes"] == codes
     more = made.bits_per_element(4096, outliers_per_token={"key": [1.5, 1.25], "value": [0.0, 0.0]})
     assert more > made.bits_per_element(4096)

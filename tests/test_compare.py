@@ -261,10 +261,12 @@ def test_what_is_shorter_than_the_windows_is_exact(name):
     assert rival.bits_per_element(geometry(), 1 << 20) <= bits
 
 
-def test_a_sliding_window_bounds_what_is_stored():
+def test_a_sliding_window_bounds_what_is_stored_and_what_it_is_held_against():
     layer = LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=64, sliding_window=1024)
-    shape = KVGeometry(layers=(layer,))
-    assert TurboQuant(4, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx((4 + 24 / 64) / 4)
+    shape = KVGeometry(layers=(layer, layer.model_copy(update={"sliding_window": None})))
+    assert TurboQuant(4, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(4 + 24 / 64)
+    window = 2 * (63.5 + 128) / 2 / (1024 + 4096)
+    assert KIVI(2).bits_per_element(shape, 4096) == pytest.approx(3 + window * 13)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

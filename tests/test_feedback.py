@@ -1,12 +1,22 @@
 """Error feedback: the factors of the weight, what is left of it, and statistics that add."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models_zoo import tiny_model, token_ids
 
+from kvq_calib.artifact import KVArtifact
 from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
-from kvq_calib.config import CalibrationConfig
+from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.rate_distortion import feedback_where_it_pays
+from kvq_calib.config import AllocationConfig, CalibrationConfig, calibration_config
+from kvq_calib.data import TokenWindows
+from kvq_calib.models import model_fingerprint, with_cache
+from kvq_calib.runtime import KVQCache
+from kvq_calib.spec import KVGeometry, LayerGeometry
 
 HEADS, DIM = 3, 6
 
@@ -86,6 +96,63 @@ def test_two_states_add():
     assert torch.allclose(resumed.sums, whole.sums)
     head = gradients[:, DIM : 2 * DIM].double()
     assert torch.allclose(whole.sums[1], head.T @ head)
+
+
+def test_feedback_is_left_out_where_its_matrix_takes_more_than_it_saves():
+    agreeing = GradientCovariance(HEADS, DIM)
+    agreeing.sums += weight(0)
+    entries = DIM * (DIM - 1) // 2
+    stored = 8 * HEADS * (entries + 4 + 2 * DIM)
+    saved = -float(error_feedback(weight(0)).left.log2().mean()) / 4 * HEADS * DIM  # half of it is counted on
+    enough = math.ceil(stored / saved)
+    cache = calibration_config("kvq3").cache
+    for window, context, kept in (
+        (None, enough, True),
+        (None, enough - 1, False),
+        (enough, 10 * enough, True),
+        (enough - 1, 10 * enough, False),
+    ):
+        layers = [
+            LayerGeometry(num_query_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM, sliding_window=each)
+            for each in (None, window)
+        ]
+        found = feedback_where_it_pays(
+            cache,
+            AllocationConfig(context=context),
+            KVGeometry(layers=layers),
+            {(1, "key"): agreeing},
+        )
+        first, second = found.resolved(2)
+        assert first.key == cache.key  # nothing is known of it
+        assert (second.key.feedback, second.key.sweeps) == (kept, int(kept))
+        assert second.value == cache.value
+        assert (found is cache) == kept
+
+
+@pytest.mark.model
+def test_layers_with_a_small_window_are_calibrated_without_feedback():
+    model = tiny_model("gemma3_text", max_position_embeddings=8192)
+    windows = TokenWindows(token_ids(4, 48, 0), {"dataset": "random", "seqlen": 48})
+    settings = ("learn.steps=2", "learn.seqlen=24", "allocation.written=0", "allocation.bits_per_element=4.5")
+    config = calibration_config("kvq3", assignments=settings)
+    (artifact,) = calibrate(
+        model, windows, {"it": config}, model_id="", model_config=model_fingerprint(model)
+    ).artifacts.values()
+    assert [layer.key.feedback is not None for layer in artifact.layers] == [False, False, True]
+    assert artifact.bits_per_element(4096) <= 4.5
+    again = KVArtifact.from_bytes(artifact.to_bytes())
+    assert again.spec == artifact.spec
+    # A bit in a layer that holds few tokens is cheap.
+    widths = [float(torch.cat([layer.key.bits, layer.value.bits]).float().mean()) for layer in again.layers]
+    assert min(widths[:2]) > widths[2]
+    cache = KVQCache(again, model)
+    with torch.no_grad():
+        model(token_ids(1, 299, 1), **with_cache(cache))
+        logits = model(token_ids(1, 1, 2), **with_cache(cache)).logits
+    assert bool(torch.isfinite(logits).all())
+    held = cache.memory()
+    del held["tables"]
+    assert {kind: pytest.approx(size) for kind, size in again.storage(300).items()} == held
 
 
 def test_feedback_needs_gradients_and_an_allocation():

@@ -6,6 +6,7 @@ from array import array
 
 import pytest
 import torch
+import transformers
 from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
 from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
@@ -80,6 +81,13 @@ def test_formula_knows_sliding_windows_and_the_recent_window(tokens, recent):
     del held["tables"]
     formula = artifact.storage(tokens, recent_tokens=recent, outliers_per_token=measured_rates(cache))
     assert {kind: pytest.approx(size) for kind, size in formula.items()} == held
+    # Bits are stated over what an unquantized cache holds: two layers of three see 16 tokens.
+    own = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(token_ids(1, tokens), use_cache=True, **with_cache(own))
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in own.layers)
+    unseen = 2 * 2 * artifact.geometry.layers[0].channels  # its sliding layers count the next token in
+    assert artifact.elements(tokens) == numbers + unseen
 
 
 def reachable(root: object) -> tuple[dict[int, Tensor], dict[int, array]]:

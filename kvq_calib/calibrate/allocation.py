@@ -208,17 +208,20 @@ def fit_curves(points: Tensor, weights: Tensor, spec: QuantSpec) -> Curves:
     return Curves(points, weights, levels, distortion.cummin(1).values)
 
 
-def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float) -> list[Tensor]:
+def allocate(
+    distortion: Sequence[Tensor], floors: Sequence[int], tokens: Sequence[int], budget: float
+) -> list[Tensor]:
     """Widths that minimise the summed distortion at a mean width of at most ``budget``.
 
-    Each channel takes the width of least ``distortion + multiplier * bits``; the multiplier, found by
-    bisection, is the same for all, so that the last bit of every channel is worth the same (reverse
-    water-filling).
+    Each channel takes the width of least ``distortion + multiplier * bits stored``; the multiplier, found by
+    bisection, is the same for all, so that the last stored bit of every channel is worth the same (reverse
+    water-filling). A bit of width is stored for every token that is held: where a sliding window leaves few, it costs little.
 
     Args:
         distortion: one float64 ``[C, widths]`` for each layer and kind.
         floors: least width of the channels of each.
-        budget: bits per channel, on average over all channels.
+        tokens: that are held of each, in any unit.
+        budget: bits per number held, on average over all.
 
     Returns:
         uint8 ``[C]`` for each.
@@ -230,8 +233,10 @@ def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float)
         table.masked_fill(torch.arange(table.shape[1]) < floor, torch.inf)
         for table, floor in zip(distortion, floors, strict=True)
     ]
-    sizes = [len(table) for table in curves]
-    least = sum(size * floor for size, floor in zip(sizes, floors, strict=True)) / sum(sizes)
+    held = sum(len(table) * count for table, count in zip(curves, tokens, strict=True))
+    # In units of the mean, which is exact where all are equal.
+    price = [count * sum(map(len, curves)) / held for count in tokens]
+    least = sum(len(t) * count * floor for t, count, floor in zip(curves, tokens, floors, strict=True)) / held
     if budget < least:
         raise ConfigError(
             f"{budget:.3f} bits are left for codes, but the least widths take {least:.3f}; raise "
@@ -240,15 +245,15 @@ def allocate(distortion: Sequence[Tensor], floors: Sequence[int], budget: float)
 
     def widths(multiplier: float) -> list[Tensor]:
         return [
-            (table + multiplier * torch.arange(table.shape[1], dtype=table.dtype)).argmin(1)
-            for table in curves
+            (table + multiplier * each * torch.arange(table.shape[1], dtype=table.dtype)).argmin(1)
+            for table, each in zip(curves, price, strict=True)
         ]
 
     def mean(chosen: list[Tensor]) -> float:
-        return sum(int(table.sum()) for table in chosen) / sum(sizes)
+        return sum(int(table.sum()) * count for table, count in zip(chosen, tokens, strict=True)) / held
 
     finite = torch.cat([table[torch.isfinite(table)] for table in curves])
-    high = max(float(finite.max()), 1e-300) * 2  # more than any bit can save
+    high = max(float(finite.max()), 1e-300) * 2 / min(price)  # more than any bit can save
     low = high * 1e-30
     if mean(widths(low)) <= budget:
         high = low

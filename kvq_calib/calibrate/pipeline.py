@@ -34,7 +34,7 @@ from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.foreign import strewn
 from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.calibrate.learn import learn
-from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of
+from kvq_calib.calibrate.rate_distortion import feedback_where_it_pays, fit_layers, phase_of
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
 from kvq_calib.calibrate.written import WrittenText
@@ -47,7 +47,7 @@ from kvq_calib.geometry import model_geometry
 from kvq_calib.placement import input_device, is_offloaded
 from kvq_calib.profiling import peak_resident_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
-from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerSpec, QuantSpec
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerSpec, QuantSpec
 
 Progress = Callable[[str, int, int], None]
 """Called as ``(what, windows done, windows in all)``."""
@@ -703,11 +703,11 @@ class _Run:
 
     def _fit_layers(
         self, config: CalibrationConfig, subjects: Mapping[tuple[int, Kind], _Subject]
-    ) -> tuple[LayerParams, ...]:
-        """What every layer stores, from the statistics alone."""
+    ) -> tuple[KVCacheSpec, tuple[LayerParams, ...]]:
+        """What every layer stores, from the statistics alone, and the spec that says so."""
         if config.allocation is None:
             params = {at: self._quantizer(s, self._levels(s)).params for at, s in subjects.items()}
-            return tuple(
+            return config.cache, tuple(
                 LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(self.geometry.layers))
             )
         moments, histograms, covariances, importances, foreign = {}, {}, {}, {}, {}
@@ -729,16 +729,18 @@ class _Run:
                 assert isinstance(fifth, WeightedHistogram)
                 foreign[at] = fifth
 
+        cache = feedback_where_it_pays(config.cache, config.allocation, self.geometry, covariances)
+
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
             own = self._own(self._written_windows(config))[: _SENSITIVITY_PIECES // 2]
             rows = torch.cat((self.windows.ids[: _SENSITIVITY_PIECES - len(own)], own))
             pieces = rows[:, :_SENSITIVITY_TOKENS]
             return error_sensitivity(
-                self.model, pieces, config.cache, self.geometry, layers, recompute=self.recompute
+                self.model, pieces, cache, self.geometry, layers, recompute=self.recompute
             )
 
-        return fit_layers(
-            config.cache,
+        return cache, fit_layers(
+            cache,
             config.allocation,
             self.geometry,
             moments,
@@ -750,7 +752,7 @@ class _Run:
         )
 
     def _learn(
-        self, name: str, config: CalibrationConfig, layers: tuple[LayerParams, ...]
+        self, name: str, config: CalibrationConfig, cache: KVCacheSpec, layers: tuple[LayerParams, ...]
     ) -> tuple[tuple[LayerParams, ...], dict[str, Any]]:
         """Train what was fitted, and what that brought on windows that were not trained on."""
         assert config.learn is not None
@@ -766,7 +768,7 @@ class _Run:
         learned = learn(
             self.model,
             text[rest + last],
-            config.cache,
+            cache,
             self.geometry,
             layers,
             steps=config.learn.steps,
@@ -793,12 +795,12 @@ class _Run:
         for name, config in self.configs.items():
             subjects = {(s.layer, s.kind): s for s in self.subjects if s.config is config}
             layers = range(len(self.geometry.layers))
-            fitted = self._fit_layers(config, subjects)
+            cache, fitted = self._fit_layers(config, subjects)
             learning: dict[str, Any] = {}
             if config.learn is not None:
-                fitted, learning = self._learn(name, config, fitted)
+                fitted, learning = self._learn(name, config, cache, fitted)
             artifacts[name] = KVArtifact(
-                spec=config.cache,
+                spec=cache,
                 geometry=self.geometry,
                 layers=fitted,
                 model={"id": model_id, "config": dict(model_config)},

@@ -23,7 +23,7 @@ from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
 from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.config import AllocationConfig
 from kvq_calib.quantizer import QuantParams, storable_thresholds
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, QuantSpec, RopeSpec
+from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerSpec, QuantSpec, RopeSpec
 
 Place = tuple[int, Kind]
 """Layer and kind."""
@@ -39,6 +39,39 @@ def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) ->
     """The phases that keys are turned by, float16 ``[H, P]``; ``None`` where the spec or the layer has
     none."""
     return moments.principal_phase() if spec.phase and rope is not None else None
+
+
+def feedback_where_it_pays(
+    cache: KVCacheSpec,
+    settings: AllocationConfig,
+    geometry: KVGeometry,
+    covariances: Mapping[Place, GradientCovariance],
+) -> KVCacheSpec:
+    """The spec without error feedback in layers whose matrices take more bits than they save.
+
+    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large heads and a
+    sliding window. Counted at ``settings.context`` tokens.
+
+    Args:
+        cache: spec.
+        settings: the context.
+        geometry: of the model.
+        covariances: of the gradients, where errors are fed back.
+    """
+    layers = dict(enumerate(cache.resolved(len(geometry.layers))))
+    for layer, kind in covariances:
+        shape = geometry.layers[layer]
+        found = error_feedback(covariances[layer, kind].sums.cpu())
+        # An error a quarter as large is worth a bit of every number of these tokens.
+        saved = -_TRUST * float(found.left.log2().mean()) / 2
+        stored = 8 * (found.feedback.nbytes + found.feedback_scale.nbytes + found.feedback_weight.nbytes)
+        if saved * shape.channels * shape.held_tokens(settings.context) < stored:
+            without = layers[layer].of(kind).model_copy(update={"feedback": False, "sweeps": 0})
+            layers[layer] = layers[layer].model_copy(update={kind: without})
+    if list(layers.values()) == list(cache.resolved(len(geometry.layers))):
+        return cache
+    usual = LayerSpec(key=cache.key, value=cache.value)
+    return cache.model_copy(update={"layers": {n: spec for n, spec in layers.items() if spec != usual}})
 
 
 def fit_layers(
@@ -105,6 +138,7 @@ def fit_layers(
 
     floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
     floor = [min(floors[kind], specs[layer].of(kind).bits) for layer, kind in places]
+    held = [geometry.layers[layer].held_tokens(settings.context) for layer, _ in places]
     tables = [curves[place].distortion for place in places]
 
     def chosen_at(budget: float) -> list[Tensor]:
@@ -113,8 +147,10 @@ def fit_layers(
             for table, (layer, _) in zip(tables, places, strict=True)
         ]
         if settings.scope == "model":
-            return allocate(counted, floor, budget)
-        single = [allocate([table], [least], budget) for table, least in zip(counted, floor, strict=True)]
+            return allocate(counted, floor, held, budget)
+        single = [
+            allocate([table], [least], [1], budget) for table, least in zip(counted, floor, strict=True)
+        ]
         return [widths for (widths,) in single]
 
     def stored_bits(widths: list[Tensor]) -> float:

@@ -62,7 +62,7 @@ def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:
                 outliers=(rates[index] if rates else 0.0) * (stop - first),
             )
             held = sum(sizes.values()) + quantizer.params.held_bytes
-            bits[kind].append(8 * held / (geometry.channels * context))
+            bits[kind].append(8 * held / (geometry.channels * geometry.held_tokens(context)))
     return bits
 
 

@@ -13,7 +13,15 @@ from itertools import pairwise
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, LayerGeometry, QuantSpec
+from kvq_calib.spec import (
+    IMPORTANCE_CLASSES,
+    KINDS,
+    Kind,
+    KVCacheSpec,
+    LayerGeometry,
+    QuantSpec,
+    cache_elements,
+)
 
 __all__ = [
     "PAPER_GB",
@@ -116,7 +124,7 @@ class MemoryReport:
         context: tokens of each sequence.
         batch: sequences.
         by_kind: bytes by kind of buffer.
-        elements: numbers an unquantized cache holds that keeps every token of every layer.
+        elements: numbers an unquantized cache holds, of a layer with a sliding window those of the window.
     """
 
     context: int
@@ -226,8 +234,7 @@ def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int 
             for name, size in sizes.items():
                 total[name] = total.get(name, 0.0) + size
     total.update(shared_bytes(context, batch, spec.sink_tokens, spec.recent_tokens))
-    elements = sum(2 * geometry.channels for geometry in shape.layers) * context * batch
-    return MemoryReport(context, batch, total, elements)
+    return MemoryReport(context, batch, total, cache_elements(shape.layers, context, batch))
 
 
 def stages(shape: ModelShape, gpus: int) -> tuple[int, list[ModelShape]]:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvq_calib.attention import AttentionCall, intercept_calls
 from kvq_calib.data import TokenWindows
 from kvq_calib.models import with_cache
-from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry
+from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry, cache_elements
 
 __all__ = ["QuantizerRival", "Rival", "decode_in_chunks", "hadamard", "uniform_roundtrip"]
 
@@ -97,18 +97,17 @@ class Rival(ABC):
 
         Exact numbers, scales and zero points take 16 bits. A layer with a sliding window stores that window.
         """
-        stored, elements = 0.0, 0
+        stored = 0.0
         for index, layer in enumerate(geometry.layers):
-            tokens = min(context, layer.sliding_window or context)
+            tokens = layer.held_tokens(context)
             for kind in KINDS:
-                elements += layer.channels * context
                 if self.keeps(index, len(geometry.layers)):
                     stored += HALF * layer.channels * tokens
                     continue
                 exact = self.exact_tokens(kind, tokens)
                 stored += exact * HALF * layer.channels + (tokens - exact) * self.token_bits(layer, kind)
                 stored += self.constant_bits(layer, kind)
-        return stored / elements
+        return stored / cache_elements(geometry.layers, context)
 
 
 def _installed(module: str) -> bool:
