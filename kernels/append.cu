@@ -24,8 +24,7 @@ struct AppendSide {
     const float *boundaries;     // [C or 1, boundary_count]: between neighbours; with a trellis between l and l + 4
     const uint8_t *bits;         // [C]
     const int *word_offset;      // [C], sum of the widths before
-    const int8_t *feedback;      // [H, D (D - 1) / 2], below the diagonal, row by row, or null: none
-    const float *feedback_scale; // [H]
+    const float *feedback;       // [H, D, D], of the errors of the coordinates before, or null: none
     const float *sweep_share;    // [H, D, D], of the errors of all others in a sweep, or null: none
     const float *importance;     // [H, 32] of a token by the class of its size, or null: all count alike
     const float *importance_edge;  // [H, 31]
@@ -395,17 +394,11 @@ KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int
     const int lane = lane_id();
     const int64_t token = first + s.stride[2] * lane;
     const float importance = s.importance ? importance_of(s, token, head, head_dim) : 1.0f;
-    const float step = s.feedback_scale[head];
     for (int sweep = 0; sweep <= s.sweeps; ++sweep) {
-        const int8_t *row = s.feedback + int64_t(head) * (head_dim * (head_dim - 1) / 2);
-        const float *share = sweep ? s.sweep_share + int64_t(head) * head_dim * head_dim : nullptr;
+        const float *share = (sweep ? s.sweep_share : s.feedback) + int64_t(head) * head_dim * head_dim;
         for (int i = 0; i < head_dim; ++i) {
             const ChannelLevels c(s, head * head_dim + i);
-            if (sweep)
-                for (int j = lane; j < head_dim; j += kWarp) work.weight[j] = share[i * head_dim + j];
-            else
-                for (int j = lane; j < i; j += kWarp) work.weight[j] = __fmul_rn(step, float(row[j]));
-            row += i;
+            for (int j = lane; j < (sweep ? head_dim : i); j += kWarp) work.weight[j] = share[i * head_dim + j];
             const float exact = element(s, token, head, head_dim, i);
             __syncwarp();
             auto product = [&](int j) { return __fmul_rn(work.weight[j], work.error[j * kBlockTokens + lane]); };

@@ -39,7 +39,7 @@ from kvq_calib.spec import (
     expected_tensors,
 )
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30
@@ -533,6 +533,13 @@ def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]
         tensor = tensors.get(prefix + name)
         if tensor is not None and bool((tensor < 0).any()):
             raise _value_error(prefix + name, "must not be negative")
+    if spec.feedback_rank:
+        if bool((tensors[prefix + "feedback_weight"] == 0).any()):
+            raise _value_error(prefix + "feedback_weight", "must be positive with a feedback_rank")
+        scale, entries = tensors[prefix + "feedback_scale"].double(), tensors[prefix + "feedback"].double()
+        factor = (scale[:, None] * entries).unflatten(1, (-1, spec.feedback_rank))
+        if bool((factor.square().sum(-1) >= 1).any()):
+            raise _value_error(prefix + "feedback", "leaves a coordinate nothing of its own")
     rotation = tensors.get(prefix + "rotation")
     if rotation is not None:
         identity = torch.eye(rotation.shape[-1])

@@ -65,7 +65,7 @@ class QuantParams:
         phase: float16 ``[H, P]`` (float32 from an artifact of a version before 3), radians by which each RoPE pair is
             turned before quantization. Computed with in float32.
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
-        feedback: int8 ``[H, D (D - 1) / 2]``, see :func:`kvq_calib.spec.expected_tensors`.
+        feedback: int8 ``[H, D (D - 1) / 2]``, or ``[H, D rank]``, see :func:`kvq_calib.spec.expected_tensors`.
         feedback_scale: float32 ``[H]``.
         feedback_weight: float16 ``[H, D]``, not negative; only proportions within a head matter.
         importance: float16 ``[H, 32]``, not negative.
@@ -119,6 +119,43 @@ class QuantParams:
             return tensor[:1].to(device).expand(tensor.shape) if repeated else tensor.to(device)
 
         return replace(self, **{name: move(tensor) for name, tensor in self.tensors().items()})
+
+
+def feedback_entries(feedback: Tensor, feedback_scale: Tensor, size: int) -> Tensor:
+    """Matrices ``[H, D, D]``, float32, from the entries below their diagonals, int8 ``[H, D (D - 1) / 2]``, and steps ``[H]``."""
+    row, column = torch.tril_indices(size, size, -1, device=feedback.device)
+    matrix = feedback_scale.new_zeros(len(feedback), size, size)
+    matrix[:, row, column] = feedback_scale[:, None] * feedback.float()
+    return matrix
+
+
+def error_weight(feedback: Tensor, feedback_scale: Tensor, feedback_weight: Tensor, rank: int) -> Tensor:
+    """The weight ``W`` of the errors of each head, which cost ``e^T W e``, as feedback stores it: float64 ``[H, D, D]``.
+
+    Args:
+        feedback, feedback_scale, feedback_weight: as :class:`QuantParams` has them.
+        rank: 0 where ``W = M^T D M``, with ``M`` the matrix of ``feedback`` with ones on its diagonal and ``D`` of
+            ``feedback_weight``; otherwise the correlations are those of a factor ``F [D, rank]``, the square roots of
+            ``feedback_weight`` their units: ``W = S (I - diag(F F^T) + F F^T) S``.
+    """
+    heads, size = feedback_weight.shape
+    if rank == 0:
+        unit = feedback_entries(feedback, feedback_scale, size).double()
+        unit.diagonal(dim1=1, dim2=2).fill_(1.0)
+        return unit.mT @ (feedback_weight.double()[..., None] * unit)
+    factor = feedback_scale.double()[:, None, None] * feedback.view(heads, size, rank).double()
+    correlation = factor @ factor.mT
+    correlation.diagonal(dim1=1, dim2=2).fill_(1.0)
+    root = feedback_weight.double().sqrt()
+    return root[:, :, None] * correlation * root[:, None, :]
+
+
+def triangular_factor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``M`` unit lower triangular and ``D`` of ``W = M^T diag(D) M``: ``[H, D, D]`` and ``[H, D]`` of ``[H, D, D]``."""
+    # Coordinates in reverse turn Cholesky's W = C C^T into one with C upper triangular.
+    upper = torch.linalg.cholesky(weight.flip(-1, -2)).flip(-1, -2)
+    root = upper.diagonal(dim1=-2, dim2=-1)
+    return (upper / root[:, None, :]).mT, root.square()
 
 
 def codebook_table(spec: QuantSpec, params: QuantParams) -> Tensor:
@@ -517,25 +554,30 @@ class Quantizer:
     def feedback(self) -> Tensor:
         """What share of an earlier coordinate's error a later one takes up, float32 ``[H, D, D]``; row ``i`` is coordinate
         ``i``'s, and zero from the diagonal on."""
-        assert self.params.feedback is not None and self.params.feedback_scale is not None
-        size = self.geometry.head_dim
-        row, column = torch.tril_indices(size, size, -1, device=self.params.feedback.device)
-        matrix = self.params.feedback_scale.new_zeros(self.geometry.num_kv_heads, size, size)
-        matrix[:, row, column] = self.params.feedback_scale[:, None] * self.params.feedback.float()
-        return matrix
+        params = self.params
+        assert params.feedback is not None and params.feedback_scale is not None
+        if self.spec.feedback_rank == 0:
+            return feedback_entries(params.feedback, params.feedback_scale, self.geometry.head_dim)
+        return triangular_factor(self._error_weight)[0].tril(-1).float()
+
+    @property
+    def _error_weight(self) -> Tensor:
+        params = self.params
+        assert params.feedback is not None and params.feedback_scale is not None
+        assert params.feedback_weight is not None
+        return error_weight(
+            params.feedback, params.feedback_scale, params.feedback_weight, self.spec.feedback_rank
+        )
 
     @property
     def sweep_shares(self) -> Tensor:
         """What share of every other coordinate's error a coordinate takes up in a sweep, float32 ``[H, D, D]``; row ``i`` is
         coordinate ``i``'s, its diagonal zero.
 
-        With the weight of an error of the head ``W = M^T D M`` (:meth:`with_feedback`), ``W[i, j] / W[i, i]``: what the other
-        errors ``e[j]`` cost together with ``e[i]`` is least where ``e[i]`` makes good for this sum of theirs.
+        With the weight ``W`` of an error of the head (:func:`error_weight`), ``W[i, j] / W[i, i]``: what the other errors
+        ``e[j]`` cost together with ``e[i]`` is least where ``e[i]`` makes good for this sum of theirs.
         """
-        assert self.params.feedback_weight is not None
-        size = self.geometry.head_dim
-        unit = self.feedback.double() + torch.eye(size, dtype=torch.float64, device=self.feedback.device)
-        weight = unit.mT @ (self.params.feedback_weight.double()[..., None] * unit)
+        weight = self._error_weight
         diagonal = weight.diagonal(dim1=1, dim2=2)[..., None]
         shares = torch.where(diagonal > 0, weight / diagonal, 0.0)
         shares.diagonal(dim1=1, dim2=2).zero_()
@@ -545,7 +587,7 @@ class Quantizer:
         """Add to each coordinate its share of the errors that others in the head are quantized with.
 
         Coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of feedback[i, j] (y[j] - y'[j])``. With
-        ``feedback = M - I`` and the weight of an error ``e`` of a head ``e^T M^T D M e``, ``M`` unit lower triangular and
+        ``feedback = M - I`` and the weight of an error ``e`` of a head ``e^T W e = e^T M^T D M e``, ``M`` unit lower triangular and
         ``D`` diagonal, what is left to weigh are the rounding errors ``t - y' = M e`` alone, by ``D``. (The rounding of
         GPTQ, arXiv 2210.17323, and QuIP, arXiv 2307.13304, applied to the cache.) The coordinates coded first know nothing of
         the errors to come. So ``sweeps`` more times each is coded again, as ``y[i]`` plus its :attr:`sweep_shares` of the

@@ -89,6 +89,7 @@ class QuantSpec(_Frozen):
         rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
         feedback: the errors of a head's earlier coordinates are fed into its later ones before those are coded, so
             that they partly cancel where the model looks (:meth:`kvq_calib.quantizer.Quantizer.with_feedback`).
+        feedback_rank: of what is stored for that: a factor of so many columns, or with 0 every entry of the matrix.
         sweeps: times that the coordinates of a head are coded anew after that, each given the errors of all others.
         trellis: twice as many levels as codes; which half a code means depends on the codes before it in its block
             (:mod:`kvq_calib.trellis`). Widths are then at most 7.
@@ -108,6 +109,7 @@ class QuantSpec(_Frozen):
     phase: bool = False
     rotation: bool = False
     feedback: bool = False
+    feedback_rank: Annotated[int, Field(ge=0, le=MAX_HEAD_DIM)] = 0
     sweeps: Annotated[int, Field(ge=0, le=8)] = 0
     trellis: bool = False
     importance: bool = False
@@ -133,6 +135,8 @@ class QuantSpec(_Frozen):
                 raise ValueError(f"{name} needs static thresholds per channel and no outliers")
         if self.sweeps and not self.feedback:
             raise ValueError("sweeps repeat what feedback does: they need feedback: true")
+        if self.feedback_rank and not self.feedback:
+            raise ValueError("feedback_rank says how feedback is stored: it needs feedback: true")
         if self.importance and not self.trellis:
             raise ValueError("importance weighs the tokens of a path: it needs trellis: true")
         if self.trellis and self.bits == MAX_BITS:
@@ -142,6 +146,10 @@ class QuantSpec(_Frozen):
     def level_count(self, bits: int) -> int:
         """Levels of a channel of width ``bits``: a trellis has two for each code."""
         return 1 << (bits + self.trellis if bits else 0)
+
+    def feedback_entries(self, head_dim: int) -> int:
+        """Numbers that feedback stores for a head, but for its scale and weights."""
+        return head_dim * self.feedback_rank if self.feedback_rank else head_dim * (head_dim - 1) // 2
 
     @property
     def static_channels(self) -> bool:
@@ -322,7 +330,8 @@ def expected_tensors(
 
     ``feedback`` holds the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in steps of the
     head's ``feedback_scale``. ``feedback_weight`` is what a rounding error of each coordinate costs beside those of the others of
-    its head.
+    its head. With a ``feedback_rank`` both say what errors cost in the first place: ``feedback`` is a factor of their correlations
+    ``[D, rank]``, row by row, and ``feedback_weight`` what the error of each coordinate costs by itself.
 
     ``importance`` is the weight of a token by the class of its size, ``importance_unit`` the size that classes are counted from.
     """
@@ -342,9 +351,9 @@ def expected_tensors(
     if spec.rotation:
         tensors["rotation"] = ((heads, size, size), float32)
     if spec.feedback:
-        tensors["feedback"] = ((heads, size * (size - 1) // 2), ("int8",))
+        tensors["feedback"] = ((heads, spec.feedback_entries(size)), ("int8",))
         tensors["feedback_scale"] = ((heads,), float32)
-    if spec.sweeps:
+    if spec.sweeps or spec.feedback_rank:
         tensors["feedback_weight"] = ((heads, size), ("float16",))
     if spec.importance:
         tensors["importance"] = ((heads, IMPORTANCE_CLASSES), ("float16",))

@@ -110,6 +110,7 @@ RECIPES: dict[str, KVCacheSpec] = {
             "granularity": "channel",
             "dynamic": False,
             "feedback": True,
+            "feedback_rank": 3,
             "sweeps": 2,
             "outliers": {},
         },
@@ -196,11 +197,13 @@ def _params(
     codebook = torch.stack(rows)
     beside: dict[str, Tensor] = {}
     if spec.feedback:
-        entries = size * (size - 1) // 2
+        entries = spec.feedback_entries(size)
         beside["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
-        beside["feedback_scale"] = 0.3 / size * (1 + torch.rand(heads, generator=generator)) / 127
-    if spec.sweeps:
-        beside["feedback_weight"] = torch.rand(heads, size, generator=generator).half()
+        # Entries of a matrix small enough that errors stay small; rows of a factor shorter than one.
+        largest = 0.45 / spec.feedback_rank**0.5 if spec.feedback_rank else 0.3 / size
+        beside["feedback_scale"] = largest * (1 + torch.rand(heads, generator=generator)) / 127
+    if spec.sweeps or spec.feedback_rank:
+        beside["feedback_weight"] = (0.01 + torch.rand(heads, size, generator=generator)).half()
     if spec.importance:
         beside["importance"] = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator).half()
         beside["importance_unit"] = size * (0.5 + torch.rand(heads, generator=generator))

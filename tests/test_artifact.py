@@ -42,7 +42,7 @@ from kvq_calib.spec import (
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 #: Of the present version.
-GOLDEN = GOLDEN_FILES / "tiny-5.kvq.safetensors"
+GOLDEN = GOLDEN_FILES / "tiny-6.kvq.safetensors"
 GEOMETRY = KVGeometry(
     layers=(
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=4, rope=0),
@@ -97,18 +97,28 @@ def tiny() -> KVArtifact:
     )
 
 
-def newest() -> KVArtifact:
-    """The same with what only the present version has, in its second layer."""
+def newest(rank: int = 1) -> KVArtifact:
+    """The same with what only the present version has, in its second layer; without a rank, what version 5 brought."""
     artifact = tiny()
     key = QuantSpec(
-        bits=3, variable_bits=True, phase=True, feedback=True, sweeps=1, trellis=True, importance=True
+        bits=3,
+        variable_bits=True,
+        phase=True,
+        feedback=True,
+        feedback_rank=rank,
+        sweeps=1,
+        trellis=True,
+        importance=True,
     )
     layer = SPEC.layers[1].model_copy(update={"key": key})
     rows = [[0.0], *([place / 8 - 1 for place in range(2 << width)] for width in (1, 2, 3))]
     params = replace(
         artifact.layers[1].key,
         codebook=torch.tensor([level for row in rows for level in row]).half(),
-        feedback_weight=torch.tensor([[1.0, 0.5, 0.25, 0.125], [0.0, 1.0, 1.0, 0.5]]).half(),
+        **({"feedback": torch.arange(-4, 4).to(torch.int8).view(2, 4)} if rank else {}),
+        feedback_weight=torch.tensor(
+            [[1.0, 0.5, 0.25, 0.125], [0.75 if rank else 0.0, 1.0, 1.0, 0.5]]
+        ).half(),
         importance=(torch.arange(64) / 16).half().view(2, 32),
         importance_unit=torch.tensor([4.0, 0.5]),
     )
@@ -200,6 +210,18 @@ def test_golden_bytes():
     """The format is pinned: a change that breaks this needs a new format version (docs/format.md)."""
     assert newest().to_bytes() == GOLDEN.read_bytes()
     assert same(KVArtifact.load(GOLDEN), newest())
+
+
+def test_a_file_of_version_5_knows_no_rank_of_feedback():
+    old = GOLDEN_FILES / "tiny-5.kvq.safetensors"
+    assert b"feedback_rank" not in old.read_bytes()
+    loaded = KVArtifact.load(old)
+    assert same(loaded, newest(rank=0))
+    assert loaded.older_sha256 is not None
+    x = torch.randn(1, 2, 40, 4, generator=torch.Generator().manual_seed(0))
+    for before, now in zip(loaded.quantizers(), newest(rank=0).quantizers(), strict=True):
+        for kind in KINDS:
+            assert torch.equal(before[kind](x), now[kind](x))
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
@@ -375,6 +397,13 @@ def test_wrong_tensors_are_named(change, error, message):
     [
         (put("layers.1.key.feedback_weight", (0, 1), -1.0), ArtifactValueError, "must not be negative"),
         (put("layers.1.key.feedback_weight", (0, 1), float("inf")), ArtifactValueError, "not finite"),
+        (put("layers.1.key.feedback_weight", (0, 1), 0.0), ArtifactValueError, "must be positive"),
+        (put("layers.1.key.feedback", (1, 0), 4), ArtifactValueError, "nothing of its own"),
+        (
+            set_tensor("layers.1.key.feedback", lambda x: x[:, 1:].contiguous()),
+            ArtifactTensorError,
+            "\\[2, 4\\]",
+        ),
         (put("layers.1.key.importance", (1, 5), -0.5), ArtifactValueError, "must not be negative"),
         (put("layers.1.key.importance_unit", 1, 0.0), ArtifactValueError, "must be positive"),
         (set_tensor("layers.1.key.importance", lambda x: x[:, 1:].contiguous()), ArtifactTensorError, "32"),

@@ -11,10 +11,11 @@ from models_zoo import tiny_model, token_ids
 from kvq_calib.artifact import KVArtifact
 from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.calibrate.rate_distortion import feedback_where_it_pays
+from kvq_calib.calibrate.rate_distortion import spec_by_layer
 from kvq_calib.config import AllocationConfig, CalibrationConfig, calibration_config
 from kvq_calib.data import TokenWindows
 from kvq_calib.models import model_fingerprint, with_cache
+from kvq_calib.quantizer import error_weight, triangular_factor
 from kvq_calib.runtime import KVQCache
 from kvq_calib.spec import KVGeometry, LayerGeometry
 
@@ -67,6 +68,29 @@ def test_the_last_coordinate_has_nobody_to_make_good_for_it():
     assert bool((left[:, 0] < 0.9).all())
 
 
+def test_what_a_factor_leaves_is_what_its_rounding_errors_cost():
+    w = weight(5, samples=40)
+    found = error_feedback(w, rank=2)
+    assert found.feedback.shape == (HEADS, 2 * DIM)
+    assert bool((found.feedback_weight > 0).all())
+    taken = error_weight(found.feedback, found.feedback_scale, found.feedback_weight, 2)
+    unit, _ = triangular_factor(taken)
+    damped = w + 0.03 * torch.diag_embed(w.diagonal(dim1=-2, dim2=-1))
+    for head in range(HEADS):
+        for i in range(DIM):
+            error = torch.linalg.solve(unit[head], torch.eye(DIM, dtype=torch.float64)[:, i])
+            cost = error @ damped[head] @ error / damped[head, i, i]
+            assert float(found.left[head, i]) == pytest.approx(float(cost), rel=1e-5)
+
+
+def test_more_columns_save_more_and_all_as_much_as_the_matrix():
+    common = torch.randn(HEADS, DIM, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = common @ common.mT + 0.3 * torch.eye(DIM, dtype=torch.float64)
+    saved = [-float(error_feedback(w, rank).left.log2().mean()) for rank in (1, 2, DIM + 2, 0)]
+    assert 0 < saved[0] < saved[1]
+    assert saved[1:3] == pytest.approx([saved[3]] * 2, rel=0.03)
+
+
 def test_independent_gradients_ask_for_no_feedback():
     feedback, scale, _, left = error_feedback(
         torch.diag_embed(torch.rand(HEADS, DIM, dtype=torch.float64) + 0.1)
@@ -98,14 +122,14 @@ def test_two_states_add():
     assert torch.allclose(whole.sums[1], head.T @ head)
 
 
-def test_feedback_is_left_out_where_its_matrix_takes_more_than_it_saves():
+def test_feedback_is_left_out_where_it_takes_more_than_it_saves():
     agreeing = GradientCovariance(HEADS, DIM)
     agreeing.sums += weight(0)
-    entries = DIM * (DIM - 1) // 2
-    stored = 8 * HEADS * (entries + 4 + 2 * DIM)
-    saved = -float(error_feedback(weight(0)).left.log2().mean()) / 4 * HEADS * DIM  # half of it is counted on
+    stored = 8 * HEADS * (2 * DIM + 4 + 2 * DIM)
+    # Half of it is counted on, and of that what is left on other text.
+    saved = -0.7 * float(error_feedback(weight(0), rank=2).left.log2().mean()) / 4 * HEADS * DIM
     enough = math.ceil(stored / saved)
-    cache = calibration_config("kvq3").cache
+    cache = calibration_config("kvq3", assignments=("cache.key.feedback_rank=2",)).cache
     for window, context, kept in (
         (None, enough, True),
         (None, enough - 1, False),
@@ -116,7 +140,7 @@ def test_feedback_is_left_out_where_its_matrix_takes_more_than_it_saves():
             LayerGeometry(num_query_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM, sliding_window=each)
             for each in (None, window)
         ]
-        found = feedback_where_it_pays(
+        found = spec_by_layer(
             cache,
             AllocationConfig(context=context),
             KVGeometry(layers=layers),
@@ -127,6 +151,27 @@ def test_feedback_is_left_out_where_its_matrix_takes_more_than_it_saves():
         assert (second.key.feedback, second.key.sweeps) == (kept, int(kept))
         assert second.value == cache.value
         assert (found is cache) == kept
+
+
+def test_what_feedback_stores_follows_the_tokens_it_serves():
+    size, generator = 64, torch.Generator().manual_seed(0)
+    common = torch.randn(HEADS, size, 3, generator=generator, dtype=torch.float64)
+    rest = torch.randn(HEADS, size, size, generator=generator, dtype=torch.float64) / 16
+    gradients = GradientCovariance(HEADS, size)
+    gradients.sums += common @ common.mT + rest @ rest.mT + torch.eye(size, dtype=torch.float64)
+    shape = LayerGeometry(num_query_heads=HEADS, num_kv_heads=HEADS, head_dim=size)
+    cache = calibration_config("kvq3").cache
+
+    def stored(context):
+        spec = spec_by_layer(
+            cache, AllocationConfig(context=context), KVGeometry(layers=[shape]), {(0, "key"): gradients}
+        )
+        (layer,) = spec.resolved(1)
+        return layer.key.feedback, layer.key.feedback_rank, layer.key.sweeps
+
+    assert stored(16) == (False, 0, 0)
+    assert stored(400) == (True, 4, 1)  # three columns tell nearly all
+    assert stored(1 << 20) == (True, 0, 1)
 
 
 @pytest.mark.model

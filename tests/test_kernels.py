@@ -138,7 +138,12 @@ APPEND = {
             key=static(
                 bits, feedback=bits % 3 == 0, sweeps=bits // 3 if bits % 3 == 0 else 0, importance=bits > 4
             ),
-            value=static(8 - bits, feedback=bits % 3 == 1, importance=bits % 2 == 0),
+            value=static(
+                8 - bits,
+                feedback=bits % 3 == 1,
+                feedback_rank=2 if bits % 3 == 1 else 0,
+                importance=bits % 2 == 0,
+            ),
         )
         for bits in range(1, 8)
     },

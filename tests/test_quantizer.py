@@ -272,7 +272,32 @@ def test_feedback_follows_its_formula_token_by_token(bits, sweeps, seed):
         assert found == codes[1, 2, head].tolist()
 
 
-def fed_for(weight):
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(0, 1000))
+def test_a_factor_gives_the_matrices_of_the_weight_it_stands_for(rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    entries = torch.randint(-127, 128, (HEADS, DIM * rank), generator=generator).to(torch.int8)
+    scale = torch.full((HEADS,), 0.9 / rank**0.5 / 127)
+    weight = (0.01 + torch.rand(HEADS, DIM, generator=generator)).half()
+    fed = replace(params(3), feedback=entries, feedback_scale=scale, feedback_weight=weight)
+    quantizer = Quantizer(QuantSpec(bits=3, feedback=True, feedback_rank=rank, sweeps=1), fed, SHAPE)
+    for head in range(HEADS):
+        factor = scale[head].double() * entries[head].double().view(DIM, rank)
+        root = weight[head].double().sqrt()
+        cost = torch.empty(DIM, DIM, dtype=torch.float64)
+        for i in range(DIM):
+            for j in range(DIM):
+                cost[i, j] = root[i] * root[j] * (1 if i == j else factor[i] @ factor[j])
+        unit = torch.eye(DIM, dtype=torch.float64) + quantizer.feedback[head].double()
+        assert not bool(quantizer.feedback[head].triu().any())
+        pivots = torch.linalg.inv(unit.T) @ cost @ torch.linalg.inv(unit)
+        assert torch.allclose(pivots, torch.diag(pivots.diagonal()), atol=1e-6)
+        shares = cost / cost.diagonal()[:, None]
+        shares.fill_diagonal_(0.0)
+        assert torch.allclose(quantizer.sweep_shares[head].double(), shares, atol=1e-6)
+
+
+def fed_for(weight, rank=0):
     """What is stored for the weight ``[D, D]`` of an error, all heads alike, and the cost of a quantizer's errors by it."""
     even = QuantParams.uniform(
         3,
@@ -281,14 +306,15 @@ def fed_for(weight):
         torch.full((CHANNELS,), 2.0),
         zero_point=torch.zeros(CHANNELS),
     )
-    found = error_feedback(weight.double().expand(HEADS, -1, -1))
+    found = error_feedback(weight.double().expand(HEADS, -1, -1), rank)
     x = 0.5 * torch.randn(1, HEADS, 500, DIM, generator=torch.Generator().manual_seed(1))
 
     def cost(**options):
         stored = found._asdict()
         del stored["left"]
         params = replace(even, **stored) if options else even
-        error = Quantizer(QuantSpec(bits=3, **options), params, SHAPE)(x) - x
+        rank_of = {"feedback_rank": rank} if options else {}
+        error = Quantizer(QuantSpec(bits=3, **options, **rank_of), params, SHAPE)(x) - x
         return float(torch.einsum("bhti,ij,bhtj->", error, weight, error))
 
     return cost
@@ -297,6 +323,14 @@ def fed_for(weight):
 def test_feedback_lowers_the_error_that_its_matrix_was_made_for():
     cost = fed_for(torch.full((DIM, DIM), 0.9) + 0.1 * torch.eye(DIM))  # errors of equal sign cost most
     assert cost(feedback=True) < 0.5 * cost()
+
+
+def test_a_factor_of_enough_columns_is_as_good_as_the_matrix():
+    factor = torch.randn(DIM, 2, generator=torch.Generator().manual_seed(0))
+    weight = factor @ factor.T + 0.2 * torch.eye(DIM)
+    whole, two, one = (fed_for(weight, rank)(feedback=True, sweeps=1) for rank in (0, 2, 1))
+    assert two < 1.05 * whole
+    assert two < one < fed_for(weight)()
 
 
 def test_sweeps_lower_it_further():

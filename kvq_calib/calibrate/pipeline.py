@@ -34,7 +34,7 @@ from kvq_calib.calibrate.fisher import fisher_pass
 from kvq_calib.calibrate.foreign import strewn
 from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.calibrate.learn import learn
-from kvq_calib.calibrate.rate_distortion import feedback_where_it_pays, fit_layers, phase_of
+from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of, spec_by_layer
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
 from kvq_calib.calibrate.written import WrittenText
@@ -729,7 +729,7 @@ class _Run:
                 assert isinstance(fifth, WeightedHistogram)
                 foreign[at] = fifth
 
-        cache = feedback_where_it_pays(config.cache, config.allocation, self.geometry, covariances)
+        cache = spec_by_layer(config.cache, config.allocation, self.geometry, covariances)
 
         def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
             own = self._own(self._written_windows(config))[: _SENSITIVITY_PIECES // 2]

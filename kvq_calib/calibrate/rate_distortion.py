@@ -31,6 +31,12 @@ Place = tuple[int, Kind]
 #: How much of what feedback takes from the weights of a layer (in logarithms, on average) the allocation counts on: errors
 #: that are fed in widen what a coordinate has to code. Between the coordinates of the layer it counts on all of it.
 _TRUST = 0.5
+#: Share of what feedback saves on the calibration text that is left on other text.
+_OTHER_TEXT = 0.7
+#: The whole matrix of feedback is stored where it takes at most this share of what it saves.
+_MATRIX_SHARE = 0.4
+#: Columns of the factors of feedback that are tried.
+_FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
 #: A measured error counts as at most this many times the estimated one.
 _FURTHEST = 64.0
 
@@ -41,16 +47,17 @@ def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) ->
     return moments.principal_phase() if spec.phase and rope is not None else None
 
 
-def feedback_where_it_pays(
+def spec_by_layer(
     cache: KVCacheSpec,
     settings: AllocationConfig,
     geometry: KVGeometry,
     covariances: Mapping[Place, GradientCovariance],
 ) -> KVCacheSpec:
-    """The spec without error feedback in layers whose matrices take more bits than they save.
+    """The spec with error feedback as it pays in each layer at ``settings.context`` tokens, or left out.
 
     A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large heads and a
-    sliding window. Counted at ``settings.context`` tokens.
+    sliding window; factors of few columns save less and take far less. Where the matrix takes too large a share of what it
+    saves, the factor that saves most beyond what it takes is stored. A ``feedback_rank`` that the spec gives is taken or left out.
 
     Args:
         cache: spec.
@@ -58,20 +65,33 @@ def feedback_where_it_pays(
         geometry: of the model.
         covariances: of the gradients, where errors are fed back.
     """
-    layers = dict(enumerate(cache.resolved(len(geometry.layers))))
-    for layer, kind in covariances:
-        shape = geometry.layers[layer]
-        found = error_feedback(covariances[layer, kind].sums.cpu())
-        # An error a quarter as large is worth a bit of every number of these tokens.
-        saved = -_TRUST * float(found.left.log2().mean()) / 2
-        stored = 8 * (found.feedback.nbytes + found.feedback_scale.nbytes + found.feedback_weight.nbytes)
-        if saved * shape.channels * shape.held_tokens(settings.context) < stored:
-            without = layers[layer].of(kind).model_copy(update={"feedback": False, "sweeps": 0})
-            layers[layer] = layers[layer].model_copy(update={kind: without})
-    if list(layers.values()) == list(cache.resolved(len(geometry.layers))):
+    layers = list(cache.resolved(len(geometry.layers)))
+    for (number, kind), covariance in covariances.items():
+        shape, spec = geometry.layers[number], layers[number].of(kind)
+        numbers = shape.channels * shape.held_tokens(settings.context)
+        changes = _feedback(spec, covariance.sums.cpu(), numbers)
+        layers[number] = layers[number].model_copy(update={kind: spec.model_copy(update=changes)})
+    if layers == list(cache.resolved(len(layers))):
         return cache
     usual = LayerSpec(key=cache.key, value=cache.value)
-    return cache.model_copy(update={"layers": {n: spec for n, spec in layers.items() if spec != usual}})
+    return cache.model_copy(update={"layers": {n: spec for n, spec in enumerate(layers) if spec != usual}})
+
+
+def _feedback(spec: QuantSpec, covariance: Tensor, numbers: int) -> dict[str, int | bool]:
+    """What of a spec to change so that feedback pays on so many numbers; ``covariance`` of the gradients ``[H, D, D]``."""
+    stored, saved = {}, {}
+    ranks = [rank for rank in _FACTOR_RANKS if 4 * rank <= covariance.shape[-1]]
+    for rank in [spec.feedback_rank] if spec.feedback_rank else [0, *ranks]:
+        found = error_feedback(covariance, rank)
+        stored[rank] = 8 * found.nbytes
+        # An error a quarter as large is worth a bit of each number.
+        saved[rank] = -_TRUST * float(found.left.log2().mean()) / 2 * numbers
+        if rank == 0 and stored[rank] <= _MATRIX_SHARE * saved[rank]:
+            return {}
+    rank = max(saved, key=lambda each: _OTHER_TEXT * saved[each] - stored[each])
+    if _OTHER_TEXT * saved[rank] <= stored[rank]:
+        return {"feedback": False, "feedback_rank": 0, "sweeps": 0}
+    return {"feedback_rank": rank}
 
 
 def fit_layers(
@@ -128,9 +148,10 @@ def fit_layers(
                 "importance_unit": moments[layer, kind].squared_size(geometry.layers[layer].num_kv_heads),
             }
         if specs[layer].of(kind).feedback:
-            found = error_feedback(covariances[layer, kind].sums.cpu())
+            rank = specs[layer].of(kind).feedback_rank
+            found = error_feedback(covariances[layer, kind].sums.cpu(), rank)
             apart[layer, kind] |= {"feedback": found.feedback, "feedback_scale": found.feedback_scale}
-            if specs[layer].of(kind).sweeps:
+            if specs[layer].of(kind).sweeps or rank:
                 apart[layer, kind]["feedback_weight"] = found.feedback_weight
             left = found.left * (found.left.log().mean() * (_TRUST - 1)).exp()
             weights = weights * left.flatten()[:, None]

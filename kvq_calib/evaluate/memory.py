@@ -193,8 +193,8 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
     if spec.rotation:
         size += 4 * channels * geometry.head_dim
     if spec.feedback:
-        size += geometry.num_kv_heads * (geometry.head_dim * (geometry.head_dim - 1) // 2 + 4)
-    if spec.sweeps:
+        size += geometry.num_kv_heads * (spec.feedback_entries(geometry.head_dim) + 4)
+    if spec.sweeps or spec.feedback_rank:
         size += 2 * channels
     if spec.importance:
         size += geometry.num_kv_heads * (2 * IMPORTANCE_CLASSES + 4)

@@ -315,11 +315,8 @@ class _AppendSide(ctypes.Structure):
             (name, _P)
             for name in ("x", "pages", "cosine", "sine", "phase_pair", "scale", "reciprocal", "zero_point")
         ),
-        *(
-            (name, _P)
-            for name in ("levels", "boundaries", "bits", "word_offset", "feedback", "feedback_scale")
-        ),
-        *((name, _P) for name in ("sweep_share", "importance", "importance_edge")),
+        *((name, _P) for name in ("levels", "boundaries", "bits", "word_offset", "feedback", "sweep_share")),
+        *((name, _P) for name in ("importance", "importance_edge")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
         *(
@@ -433,7 +430,7 @@ class KernelTables:
         levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
             neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
-        sweep_shares: float32 ``[H, D, D]`` or ``None``.
+        feedback, sweep_shares: float32 ``[H, D, D]`` or ``None``.
         importance, importance_edges: float32 ``[H, 32]`` and ``[H, 31]``, or ``None``.
     """
 
@@ -461,6 +458,7 @@ class KernelTables:
         self.scale = None if params.scale is None else quantizer.scale.contiguous()
         self.zero_point = None if params.zero_point is None else quantizer.zero_point.contiguous()
         self.reciprocal = None if self.scale is None else reciprocal(self.scale)
+        self.feedback = quantizer.feedback.contiguous() if quantizer.spec.feedback else None
         self.sweep_shares = quantizer.sweep_shares.contiguous() if quantizer.spec.sweeps else None
         self.importance = self.importance_edges = None
         if params.importance is not None and params.importance_unit is not None:
@@ -950,8 +948,7 @@ def _append_chunk(
             boundaries=_pointer(table.boundaries),
             bits=table.bits.data_ptr(),
             word_offset=table.word_offset.data_ptr(),
-            feedback=_pointer(parameters.feedback),
-            feedback_scale=_pointer(parameters.feedback_scale),
+            feedback=_pointer(table.feedback),
             sweep_share=_pointer(table.sweep_shares),
             importance=_pointer(table.importance),
             importance_edge=_pointer(table.importance_edges),
@@ -985,7 +982,7 @@ def _append_chunk(
     chunks = -(-size // 32)
     shared = 32 * ctypes.sizeof(_F) * 5 + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks
     fed_warps = 0
-    if any(table.quantizer.params.feedback is not None for table in tables):
+    if any(table.feedback is not None for table in tables):
         of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
         fed_warps = min(heads, _APPEND_THREADS // 32, max(launcher.shared_limit // of_head, 1))
         shared = max(shared, fed_warps * of_head)
