@@ -45,8 +45,8 @@ class AllocationConfig(_Settings):
         context: tokens of context at which the budget holds.
         scope: one budget for the whole ``model``, an equal one for keys and values of each ``layer``, or
             ``uniform``: every channel has the width that the cache section says.
-        min_key_bits, min_value_bits: least width of a channel. The error of a channel without any bits is large,
-            and the estimate by gradients holds for small ones.
+        min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn fast, tell
+            next to nothing; no channel of values does.
         codebooks: most codebooks that channels of one width share, per layer and kind. 32 for each width up to 8 are
             what a byte can number.
         corrections: rounds of measuring what the errors of every layer cost on the model's output and spending the budget
@@ -65,7 +65,7 @@ class AllocationConfig(_Settings):
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
     context: Annotated[int, Field(ge=1)] = 4096
     scope: Literal["model", "layer", "uniform"] = "model"
-    min_key_bits: Annotated[int, Field(ge=0, le=8)] = 1
+    min_key_bits: Annotated[int, Field(ge=0, le=8)] = 0
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
     codebooks: Annotated[int, Field(ge=1, le=32)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
