@@ -57,6 +57,7 @@ def variants() -> list[Variant]:
         "and text that the model writes": ("allocation.written=0",),
         "and paths that weigh their tokens": ("cache.key.importance=false", "cache.value.importance=false"),
         "and a sweep over the coordinates of keys": ("cache.key.sweeps=0",),
+        "and channels of keys without any bits": ("allocation.min_key_bits=1",),
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
@@ -180,7 +181,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes = figure.subplots()
     lines = {
         "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-12", "kvq3-fit", "kvq4-fit"],
+        "kvq without learning": ["kvq2-fit", "step-13", "kvq3-fit", "kvq4-fit"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],
