@@ -46,7 +46,7 @@ class AllocationConfig(_Settings):
         scope: one budget for the whole ``model``, an equal one for keys and values of each ``layer``, or
             ``uniform``: every channel has the width that the cache section says.
         min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn fast, tell
-            next to nothing; no channel of values does.
+            next to nothing. The estimate by gradients holds for small errors, so values keep a bit.
         codebooks: most codebooks that channels of one width share, per layer and kind. 32 for each width up to 8 are
             what a byte can number.
         corrections: rounds of measuring what the errors of every layer cost on the model's output and spending the budget

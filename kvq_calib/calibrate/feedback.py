@@ -67,7 +67,7 @@ class ErrorFeedback(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for all heads."""
+        """Bytes of all heads, ``feedback_weight`` included, which the matrix needs for sweeps alone."""
         return self.feedback.nbytes + self.feedback_scale.nbytes + self.feedback_weight.nbytes
 
 
