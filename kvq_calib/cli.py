@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from kvq_calib.errors import ConfigError, KVQError
 
 if TYPE_CHECKING:
     from kvq_calib.artifact import KVArtifact
+    from kvq_calib.evaluate.perplexity import PerplexityResult
     from kvq_calib.models import LoadedModel
 
 # Imports of torch and transformers take seconds: every command imports what it needs, so --help is immediate.
@@ -420,19 +421,31 @@ def perplexity_command(
     text = load_windows(
         dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
     )
-    with ProgressReporter() as progress:
-        results = measure_perplexity(loaded.model, loaded_artifacts, text, config, progress)
-    print_table(perplexity_table(results, config))
-    _write_json(
-        json_file,
-        {
-            "artifacts": [result.to_json() for result in results],
-            "config": {
-                **config.model_dump(mode="json"),
-                **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
+    facts = {
+        **config.model_dump(mode="json"),
+        **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
+    }
+    measured = 0
+
+    def keep(results: Sequence[PerplexityResult]) -> None:
+        nonlocal measured
+        measured += 1
+        _write_json(
+            json_file,
+            {
+                "artifacts": [result.to_json() for result in results],
+                "config": {**facts, "windows_measured": measured},
             },
-        },
-    )
+        )
+
+    try:
+        with ProgressReporter() as progress:
+            results = measure_perplexity(loaded.model, loaded_artifacts, text, config, progress, keep)
+    except KeyboardInterrupt as stop:
+        if json_file is not None and measured:
+            stop.add_note(f"{json_file} has the results of {measured} windows of {len(text.ids)}")
+        raise
+    print_table(perplexity_table(results, config))
 
 
 @eval_group.command("compare")

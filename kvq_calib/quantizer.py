@@ -40,7 +40,7 @@ from kvq_calib.spec import (
     RopeSpec,
     StorageDtype,
 )
-from kvq_calib.trellis import best_path, level_index
+from kvq_calib.trellis import Subsets, best_path, level_index
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 #: The smallest positive float16.
@@ -510,18 +510,17 @@ class Quantizer:
         place = importance_classes(self.params.importance_unit, squared_size(y, self.geometry.num_kv_heads))
         return self.params.importance.float()[torch.arange(place.shape[-1], device=place.device), place]
 
-    def _codes(self, levels: Tensor, bits: Tensor, u: Tensor, importance: Tensor | None) -> Tensor:
-        """Codes of some channels: levels ``[C, L]``, widths ``[C]``, and normalised elements and the weights of their tokens
-        ``[C, B, T]``, to uint8."""
-        if self.spec.trellis:
-            return best_path(levels, bits, u, importance)
-        codes = torch.searchsorted(codebook_boundaries(levels, bits), u.flatten(1).contiguous())
-        return codes.to(torch.uint8).view(u.shape)
+    def _edges(self, levels: Tensor, bits: Tensor) -> Subsets | Tensor:
+        """What decides the codes of some channels: of their levels ``[C, L]`` and widths ``[C]``."""
+        return Subsets.of(levels, bits) if self.spec.trellis else codebook_boundaries(levels, bits)
 
-    def _levels_of(self, levels: Tensor, codes: Tensor) -> Tensor:
-        """What codes of some channels stand for: levels ``[C, L]``, codes ``[C, B, T]`` to float32."""
-        index = level_index(codes) if self.spec.trellis else codes
-        return levels.gather(1, index.flatten(1).to(torch.int64)).view(codes.shape)
+    def _code(self, edges: Subsets | Tensor, u: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes of some channels, uint8, and indices of the levels they stand for, int64: of normalised elements and the weights
+        of their tokens, all ``[C, B, T]``."""
+        if isinstance(edges, Subsets):
+            return best_path(edges, u, importance)
+        index = torch.searchsorted(edges, u.flatten(1).contiguous()).view(u.shape)
+        return index.to(torch.uint8), index
 
     def encode(self, normalised: Tensor, importance: Tensor | None = None) -> Tensor:
         """Codes of normalised elements: float32 ``[B, T, C]`` to uint8 ``[B, T, C]``.
@@ -534,7 +533,8 @@ class Quantizer:
         if importance is not None:
             importance = importance.permute(2, 0, 1).repeat_interleave(self.geometry.head_dim, 0)
         u = normalised.permute(2, 0, 1)
-        return self._codes(self.levels, self.params.bits, u, importance).permute(1, 2, 0)
+        edges = self._edges(self.levels, self.params.bits)
+        return self._code(edges, u, importance)[0].permute(1, 2, 0)
 
     @property
     def _one_codebook(self) -> bool:
@@ -548,7 +548,10 @@ class Quantizer:
         """Levels of codes: uint8 ``[B, T, C]`` to float32 ``[B, T, C]``; tokens as in :meth:`encode`."""
         if not self.spec.trellis and self._one_codebook:
             return self.table[0][codes.to(torch.int64)]
-        return self._levels_of(self.levels, codes.permute(2, 0, 1)).permute(1, 2, 0)
+        codes = codes.permute(2, 0, 1)
+        index = level_index(codes) if self.spec.trellis else codes
+        seen = self.levels.gather(1, index.flatten(1).to(torch.int64))
+        return seen.view(codes.shape).permute(1, 2, 0)
 
     @property
     def feedback(self) -> Tensor:
@@ -615,6 +618,7 @@ class Quantizer:
         levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
         scale, zero_point = (by_coordinate(p)[..., None, None] for p in (self.scale, self.zero_point))
         inverse = reciprocal(scale)
+        edges = self._edges(levels.flatten(0, 1), bits.flatten()).split(heads)
         exact = by_coordinate(y.permute(2, 0, 1))
         error = torch.zeros_like(exact)
         codes = torch.empty(exact.shape, dtype=torch.uint8, device=y.device)
@@ -622,8 +626,9 @@ class Quantizer:
 
         def code(fed: Tensor, shares: Tensor) -> Tensor:
             for i in range(size):
-                codes[i] = self._codes(levels[i], bits[i], (fed[i] - zero_point[i]) * inverse[i], weight)
-                error[i] = exact[i] - (zero_point[i] + scale[i] * self._levels_of(levels[i], codes[i]))
+                codes[i], index = self._code(edges[i], (fed[i] - zero_point[i]) * inverse[i], weight)
+                seen = levels[i].gather(1, index.flatten(1)).view(index.shape)
+                error[i] = exact[i] - (zero_point[i] + scale[i] * seen)
                 fed[i + 1 :] += shares[i, i + 1 :] * error[i]
             return fed
 

@@ -14,12 +14,15 @@ stored beside the codes, and blocks stay independent of each other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from kvq_calib.packing import BLOCK_TOKENS
 
-__all__ = ["best_path", "level_index", "lowest_bits_before", "pair_index"]
+__all__ = ["Subsets", "best_path", "level_index", "lowest_bits_before", "pair_index"]
 
 
 def level_index(codes: Tensor) -> Tensor:
@@ -74,43 +77,65 @@ def lowest_bits_before(data: Tensor) -> Tensor:
     return before
 
 
-def _nearest_in_subsets(levels: Tensor, bits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest level of each of the four subsets ``levels[:, s::4]``, for ``u [C, n]``.
+@dataclass(frozen=True)
+class Subsets:
+    """The levels of ``C`` channels, made ready for :func:`best_path`: where any number stands in each of the four subsets
+    ``levels[:, s::4]``.
 
-    One search in the boundaries of all subsets together says where ``u`` stands in each of them.
+    One search in the boundaries of all subsets together gives a *rank*, which says what is nearest in each of them.
+
+    Attributes:
+        boundaries: float32 ``[C, R]``, sorted in each row.
+        nearest: float32 ``[C, 4, R + 1]``, the level of each subset that is nearest to what has a rank.
+        place: int64 ``[C, 4 (R + 1)]``, its place in the subset.
+        empty: bool ``[C]``, channels of width 0.
+    """
+
+    boundaries: Tensor
+    nearest: Tensor
+    place: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, levels: Tensor, bits: Tensor) -> Subsets:
+        """Of levels float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used, and integer widths
+        ``[C]``."""
+        if levels.shape[1] < 4:  # every channel has width 0
+            levels = levels[:, :1].expand(-1, 4)
+        subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
+        boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
+        used = (1 << bits.to(torch.int64)) >> 1
+        unused = torch.arange(1, subsets.shape[-1], device=levels.device) >= used[:, None]
+        boundaries = boundaries.masked_fill(unused[:, None], torch.inf).flatten(1)
+        boundaries, order = boundaries.sort(dim=1)
+        owner = order[:, None] // max(subsets.shape[-1] - 1, 1)
+        own = owner == torch.arange(4, device=levels.device)[:, None]
+        place = torch.nn.functional.pad(own.cumsum(-1), (1, 0))
+        return cls(boundaries, subsets.gather(-1, place), place.flatten(1), bits == 0)
+
+    def split(self, channels: int) -> list[Subsets]:
+        """The same in parts of so many channels."""
+        parts = (getattr(self, f.name).split(channels) for f in fields(self))
+        return [Subsets(*part) for part in zip(*parts, strict=True)]
+
+
+@lru_cache
+def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What two successive tokens are on the only way between two states, int64.
 
     Returns:
-        Squared distance, float32 ``[C, 4, n]``; rank among all boundaries, int64 ``[C, n]``; and the place in a subset that
-        each rank means, int64 ``[C, 4, ranks]``.
+        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same with 4 times
+        the lowest bits of their codes added.
     """
-    if levels.shape[1] < 4:  # every channel has width 0
-        levels = levels[:, :1].expand(-1, 4)
-    subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
-    boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
-    used = (1 << bits.to(torch.int64)) >> 1
-    unused = torch.arange(1, subsets.shape[-1], device=u.device) >= used[:, None]
-    boundaries = boundaries.masked_fill(unused[:, None], torch.inf).flatten(1)
-    boundaries, order = boundaries.sort(dim=1)
-    owner = order[:, None] // max(subsets.shape[-1] - 1, 1) == torch.arange(4, device=u.device)[:, None]
-    place = torch.nn.functional.pad(owner.cumsum(-1), (1, 0))
-    rank = torch.searchsorted(boundaries, u)
-    distance = u[:, None] - subsets.gather(-1, place).gather(-1, rank[:, None].expand(-1, 4, -1))
-    return distance * distance, rank, place
+    state = torch.arange(4)
+    last, long_ago = (state & 1)[:, None], (state >> 1)[:, None]
+    now, between = state & 1, state >> 1
+    subsets = torch.stack((2 * (between ^ long_ago) + last, 2 * (now ^ last) + between)).flatten(1)
+    free = torch.stack((between, now)).repeat(1, 4)
+    return subsets.to(device), (subsets + 4 * free).T.contiguous().to(device)
 
 
-def _pair_subsets() -> tuple[list[int], list[int]]:
-    """Subsets of two successive tokens on the only way between two states, ``[before * 4 + after]`` each."""
-    first, second = [], []
-    for before in range(4):
-        for after in range(4):
-            last, long_ago = before & 1, before >> 1
-            now, between = after & 1, after >> 1
-            first.append(2 * (between ^ long_ago) + last)
-            second.append(2 * (now ^ last) + between)
-    return first, second
-
-
-def best_path(levels: Tensor, bits: Tensor, u: Tensor, weight: Tensor | None = None) -> Tensor:
+def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes whose path through the trellis has the least squared error, or the least weighted one.
 
     A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
@@ -118,36 +143,46 @@ def best_path(levels: Tensor, bits: Tensor, u: Tensor, weight: Tensor | None = N
     Ties go to the predecessor, and in the end to the state, of the lower number.
 
     Args:
-        levels: float32 ``[C, L]``, sorted in each row; the first ``2 ** (bits + 1)`` of a row are used.
-        bits: integer ``[C]``, widths of the codes; a channel of width 0 gets code 0.
+        subsets: of the levels.
         u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
         weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
 
     Returns:
-        uint8 ``[C, B, T]``.
+        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the levels they stand for, ``level_index(codes)``, int64.
     """
     channels, batch, tokens = u.shape
-    distance, rank, place = _nearest_in_subsets(levels, bits, u.flatten(1).contiguous())
+    rank = torch.searchsorted(subsets.boundaries, u.flatten(1).contiguous())
+    distance = u.flatten(1)[:, None] - subsets.nearest.gather(-1, rank[:, None].expand(-1, 4, -1))
+    distance = distance * distance
     if weight is not None:
         distance = distance * weight.flatten(1)[:, None]
     # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
     distance = torch.nn.functional.pad(
         distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)
     ).transpose(0, 1)
-    first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 2, 0, 1)  # [16, 4, N] each
-    subsets = _pair_subsets()
-    pair = (first[:, subsets[0]] + second[:, subsets[1]]).unflatten(1, (4, 4))
-    cost = torch.full_like(first[0], torch.inf)
+    first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 0, 2, 1).contiguous()
+    of_pair, steps_of_pair = _pair_tables(u.device)
+    pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
+    cost = torch.full_like(first[:, 0], torch.inf)
     cost[0] = 0
-    best = []  # per two tokens the state before that leads best into each state
-    for step in pair:
-        cost, before = (step + cost[:, None]).min(0)
-        best.append(before)
+    sums, costs = [], []  # per two tokens, of each way into each state and of the best one
+    for step in pair.unflatten(0, (4, 4)).unbind(2):
+        sums.append(step + cost[:, None])
+        cost = sums[-1].amin(0)
+        costs.append(cost)
     states = [cost.min(0, keepdim=True).indices]
-    for before in reversed(best[1:]):
+    # Which way was the best is asked of all steps at once, for ``amin`` is much faster than ``min`` with indices.
+    worse = (torch.stack(sums[1:]) != torch.stack(costs[1:])[:, None]).unbind(1)
+    worse_too = worse[0] & worse[1]
+    best = worse[0].to(torch.int64) + worse_too + (worse_too & worse[2])
+    for before in best.flip(0).unbind():
         states.append(before.gather(0, states[-1]))
-    ends = torch.cat(states[::-1])  # [16, N]
-    free = torch.stack((ends >> 1, ends & 1), -1).transpose(0, 1).reshape(channels, batch, -1)[..., :tokens]
-    subset = (level_index(free) & 3).flatten(1)
-    codes = place.flatten(1).gather(1, subset * place.shape[-1] + rank).view_as(free) << 1 | free
-    return codes.masked_fill((bits == 0)[:, None, None], 0).to(torch.uint8)
+    states.append(torch.zeros_like(states[0]))
+    ends = torch.cat(states[::-1])  # [17, N]
+    steps = steps_of_pair[4 * ends[:-1] + ends[1:]]
+    steps = steps.transpose(0, 1).reshape(channels, batch, -1)[..., :tokens]
+    subset, free = steps & 3, steps >> 2
+    place = subsets.place.gather(1, subset.flatten(1) * subsets.nearest.shape[-1] + rank).view_as(free)
+    empty = subsets.empty[:, None, None]
+    codes = (place << 1 | free).masked_fill(empty, 0)
+    return codes.to(torch.uint8), (place << 2 | subset).masked_fill(empty, 0)

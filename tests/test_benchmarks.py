@@ -391,3 +391,49 @@ def test_decode_speed_takes_turns_and_reports(
     assert all(row["cpu_seconds"] > 0 for row in rows)
     assert rows[2]["bytes"] == 2 * 2 * 32 * 4 * (300 + decode_speed.WARM_UP + 2)
     assert output.with_suffix(".md").read_text(encoding="utf-8").count("DynamicCache") == 3
+
+
+def record(dataset: str, sha256: str, **windows: list[float]) -> dict[str, Any]:
+    """As ``kvq-eval perplexity --json`` writes it: divergences of windows by artifact."""
+    rows = [
+        {"name": name.replace("_", "-"), "kl_mean": float(np.mean(own)), "kl_windows": own}
+        for name, own in windows.items()
+    ]
+    count = len(next(iter(windows.values())))
+    data = {"dataset": dataset, "windows": 9, "sha256": sha256}
+    return {"artifacts": rows, "config": {"data": data, "windows_measured": count}}
+
+
+def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ratios
+
+    rng = np.random.default_rng(0)
+    under = rng.uniform(1, 2, 200)
+    over = under * rng.normal(0.8, 0.05, 200)
+    # The jackknife: every ratio without one of the windows.
+    without = [(over.sum() - a) / (under.sum() - b) for a, b in zip(over, under, strict=True)]
+    jackknife = np.sqrt(199 / 200 * np.square(without - np.mean(without)).sum())
+    assert ratios.standard_error(list(over), list(under)) == pytest.approx(jackknife, rel=0.01)
+    assert ratios.standard_error([1.0], [2.0]) == float("inf")
+
+    records = [
+        record("a/x.raw", "1", nuq4_1p=[0.25, 0.75]),
+        record("b/x.raw", "1", kvq3=[0.2, 0.6], kvq4=[0.1, 0.1]),
+    ]
+    records += [record("y.raw", "2", kvq2=[0.5], nuq3_1p=[0.5], nuq4_1p=[0.1])]
+    files = []
+    for number, content in enumerate(records):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(content), encoding="utf-8")
+    ratios.main([str(file) for file in files])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == [
+        ["kvq3 / nuq4-1p", "x.raw", "2", "0.40000", "0.50000", "0.800", "0.000", "1"],
+        ["kvq4 / nuq4-1p", "x.raw", "2", "0.10000", "0.50000", "0.200", "0.100", "0.25"],
+        ["kvq2 / nuq3-1p", "y.raw", "1", "0.50000", "0.50000", "1.000", "inf", "1"],
+    ]
+    for other in (record("x.raw", "3", kvq2=[0.1, 0.1]), record("x.raw", "1", kvq3=[0.1, 0.1])):
+        files[2].write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            ratios.main([str(file) for file in files])
+        assert stop.value.code == 2

@@ -108,9 +108,10 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     first, second = content["artifacts"]
     assert [first["name"], second["name"]] == ["a", "b"]
     assert set(first) == {
-        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement",
-        "tokens", "seconds",
+        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_windows",
+        "top1_agreement", "tokens", "seconds",
     }  # fmt: skip
+    assert len(first["kl_windows"]) == content["config"]["windows_measured"] == 2
     assert {**first, "name": "", "seconds": 0} == {**second, "name": "", "seconds": 0}
     assert content["config"]["data"]["windows"] == 2
     assert content["config"]["mode"] == "prefill"
@@ -380,6 +381,34 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
     uninterrupted = tmp_path / "b.kvq.safetensors"
     assert calibrate(place, "--samples", "100", output=str(uninterrupted))[0] == 0
     assert uninterrupted.read_bytes() == output.read_bytes()
+
+
+def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, monkeypatch):
+    from kvq_calib.evaluate.perplexity import ArtifactContender
+
+    whole = tmp_path / "whole.json"
+    partial = tmp_path / "partial.json"
+    command = (
+        "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--dataset",
+        str(place / "text.txt"), "--seqlen", "32", "--windows", "3", "--json",
+    )  # fmt: skip
+    assert call(*command, str(whole))[0] == 0
+    logits, passes = ArtifactContender.logits, []
+
+    def interrupted(contender, model, ids):
+        passes.append(ids)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return logits(contender, model, ids)
+
+    monkeypatch.setattr(ArtifactContender, "logits", interrupted)
+    status, out, err = call(*command, str(partial))
+    assert status == 1
+    assert not out
+    assert_one_line(err, "interrupted", f"{partial} has the results of 2 windows of 3")
+    (done,), (all_of_it,) = (json.loads(file.read_text())["artifacts"] for file in (partial, whole))
+    assert done["kl_windows"] == all_of_it["kl_windows"][:2]
+    assert json.loads(partial.read_text())["config"]["windows_measured"] == 2
 
 
 def test_help_is_immediate():

@@ -44,6 +44,7 @@ def test_figures_are_those_of_the_logits():
     assert result.baseline_perplexity == pytest.approx(math.exp(-p[rows, ids[1:]].mean()), rel=1e-5)
     assert result.kl_mean == pytest.approx(float(divergence.mean()), rel=1e-4)
     assert result.kl_p99 == pytest.approx(float(divergence.quantile(0.99)), rel=1e-4)
+    assert result.kl_windows == pytest.approx([result.kl_mean])
     assert result.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
@@ -61,6 +62,19 @@ def test_every_family_is_evaluated_and_left_as_it_was(family):
     assert coarse.bits_per_element < fine.bits_per_element
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_every_window_is_told_with_those_before_it():
+    model = tiny_model("llama")
+    artifacts = {"x": artifact_for(model, spec(2))}
+    told = []
+    (whole,) = measure_perplexity(model, artifacts, windows(3), EvalConfig(), finished=told.append)
+    assert [results[0].kl_windows for results in told] == [whole.kl_windows[: n + 1] for n in range(3)]
+    assert told[2] == [whole]
+    assert whole.kl_mean == pytest.approx(sum(whole.kl_windows) / 3)
+    two = TokenWindows(windows(3).ids[:2], {})
+    (first_two,) = measure_perplexity(model, artifacts, two, EvalConfig())
+    assert {**first_two.to_json(), "seconds": 0} == {**told[1][0].to_json(), "seconds": 0}
 
 
 def test_all_tokens_exact_is_the_baseline():

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from kvq_calib.packing import pack_units, slice_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import LayerGeometry, QuantSpec
-from kvq_calib.trellis import best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.trellis import Subsets, best_path, level_index, lowest_bits_before, pair_index
+
+
+def path_of(
+    levels: torch.Tensor, bits: torch.Tensor, u: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Codes of the best path, after a look at the indices that come with them."""
+    codes, index = best_path(Subsets.of(levels, bits), u, weight)
+    assert codes.dtype == torch.uint8
+    assert torch.equal(index, level_index(codes.to(torch.int64)))
+    return codes
 
 
 def error_of(
@@ -30,7 +40,7 @@ def test_no_path_is_better(width: int, tokens: int, weighted: bool) -> None:
     levels = torch.randn(6, 2 << width, generator=generator).sort(1).values
     u = torch.randn(6, 2, tokens, generator=generator)
     weight = torch.randn(6, 2, tokens, generator=generator).exp() if weighted else torch.ones_like(u)
-    path = best_path(levels, torch.full((6,), width), u, weight if weighted else None)
+    path = path_of(levels, torch.full((6,), width), u, weight if weighted else None)
     found = error_of(levels, path, u, weight)
     least = torch.full_like(found, torch.inf)
     for codes in itertools.product(range(1 << width), repeat=tokens):
@@ -55,11 +65,11 @@ def test_blocks_and_sequences_do_not_depend_on_each_other(seed: int, width: int,
     levels = torch.randn(2, 2 << width, generator=generator).sort(1).values
     bits = torch.full((2,), width)
     u = torch.randn(2, 3, tokens, generator=generator)
-    codes = best_path(levels, bits, u)
+    codes = path_of(levels, bits, u)
     assert int(codes.max()) < 1 << width
     for first in range(0, tokens, 32):
         part = slice(first, first + 32)
-        assert torch.equal(codes[:, 1:2, part], best_path(levels, bits, u[:, 1:2, part]))
+        assert torch.equal(codes[:, 1:2, part], path_of(levels, bits, u[:, 1:2, part]))
 
 
 def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one() -> None:
@@ -85,12 +95,12 @@ def test_twice_the_levels_lower_the_error_by_more_than_a_decibel() -> None:
     """Normal samples, 3 bits: the optimal scalar quantizer has 14.62 dB."""
     levels = torch.erfinv((2 * torch.arange(16) + 1) / 16 - 1) * 2**0.5 * 1.25
     u = torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0))
-    error = error_of(levels[None], best_path(levels[None], torch.tensor([3]), u), u).sum() / u.numel()
+    error = error_of(levels[None], path_of(levels[None], torch.tensor([3]), u), u).sum() / u.numel()
     assert -10 * error.log10() > 15.5
 
 
 def test_all_channels_may_have_width_zero() -> None:
-    codes = best_path(torch.zeros(2, 2), torch.zeros(2, dtype=torch.uint8), torch.randn(2, 1, 40))
+    codes = path_of(torch.zeros(2, 2), torch.zeros(2, dtype=torch.uint8), torch.randn(2, 1, 40))
     assert not codes.any()
 
 

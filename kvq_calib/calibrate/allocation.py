@@ -20,7 +20,7 @@ from kvq_calib.errors import ConfigError
 from kvq_calib.packing import BLOCK_TOKENS
 from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
 from kvq_calib.spec import QuantSpec
-from kvq_calib.trellis import best_path, level_index
+from kvq_calib.trellis import Subsets, best_path
 
 #: Lloyd iterations of one channel's levels; the start is near the optimum.
 _LLOYD_ROUNDS = 30
@@ -355,8 +355,8 @@ def follow_paths(books: Tensor, width: int, samples: Tensor) -> Tensor:
     """
     bits = torch.full((len(books),), width)
     for left in reversed(range(_PATH_ROUNDS)):
-        codes = best_path(books.float(), bits, samples.float().flatten(1)[:, None])
-        index = level_index(codes).flatten(1).to(torch.int64)
+        _, index = best_path(Subsets.of(books.float(), bits), samples.float().flatten(1)[:, None])
+        index = index.flatten(1)
         count = torch.zeros_like(books).scatter_add_(1, index, torch.ones_like(samples).flatten(1))
         total = torch.zeros_like(books).scatter_add_(1, index, samples.flatten(1))
         move = torch.where(count > 0, total / count.clamp(min=1) - books, 0.0)

@@ -166,6 +166,20 @@ class Learned:
     after: float | None
 
 
+@torch.no_grad()
+def unquantized(model: Any, ids: Tensor) -> Tensor:
+    """What :func:`divergence` holds predictions against: the model's own, for ``ids [B, T]``.
+
+    Returns:
+        Its last hidden states ``[B, T, hidden]`` where its head can be applied to a part of them, else its logits.
+    """
+    if not is_splittable(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
 def divergence(
     model: Any,
     ids: Tensor,
@@ -173,6 +187,7 @@ def divergence(
     quantize: Sequence[Mapping[Kind, Callable[[Tensor], Tensor]]],
     *,
     backward: bool = False,
+    reference: Tensor | None = None,
 ) -> float:
     """KL divergence from the model's predictions to those with quantized keys and values.
 
@@ -182,6 +197,7 @@ def divergence(
         cache: sink tokens stay exact.
         quantize: by layer and kind, what a reader sees of ``[B, H, T, D]``.
         backward: also add the gradient of the divergence to whatever ``quantize`` trains.
+        reference: of :func:`unquantized`, where it is known.
 
     Returns:
         Nats per predicted token.
@@ -202,8 +218,8 @@ def divergence(
     run = (lambda: body(input_ids=ids, use_cache=False)) if body is not None else None
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     total = 0.0
-    with torch.no_grad():
-        reference = run().last_hidden_state if run else model(input_ids=ids, use_cache=False).logits
+    if reference is None:
+        reference = unquantized(model, ids)
     with torch.set_grad_enabled(backward), intercept(model, transform):
         output = run() if run else model(input_ids=ids, use_cache=False)
     last = output.last_hidden_state if run else output.logits
@@ -288,14 +304,13 @@ def learn(
     optimizer = torch.optim.Adam(offsets, lr=learning_rate, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
 
-    def measure(current: Sequence[LayerParams]) -> float | None:
-        if not held_out:
-            return None
-        specs = cache.resolved(len(current))
-        quantizers: list[dict[Kind, Callable[[Tensor], Tensor]]] = [
+    def quantizers(
+        current: Sequence[LayerParams],
+    ) -> list[dict[Kind, Callable[[Tensor], Tensor]]]:
+        return [
             {
                 kind: Quantizer(
-                    specs[number].of(kind),
+                    spec.of(kind),
                     params.of(kind).to(device),
                     geometry.layers[number],
                     geometry.rope_of(number),
@@ -303,16 +318,21 @@ def learn(
                 )
                 for kind in KINDS
             }
-            for number, params in enumerate(current)
+            for number, (spec, params) in enumerate(zip(cache.resolved(len(current)), current, strict=True))
         ]
-        return (
-            math.fsum(divergence(model, window[None].to(device), cache, quantizers) for window in kept)
-            / held_out
-        )
+
+    def measure(candidates: Sequence[Sequence[LayerParams]]) -> list[float]:
+        """Divergence of each on the windows that were not trained on."""
+        found: list[list[float]] = [[] for _ in candidates]
+        for window in kept:
+            ids = window[None].to(device)
+            reference = unquantized(model, ids)
+            for own, candidate in zip(found, candidates, strict=True):
+                own.append(divergence(model, ids, cache, quantizers(candidate), reference=reference))
+        return [math.fsum(own) / held_out for own in found]
 
     with ExitStack() as stack:
         stack.enter_context(activations_only(model))
-        before = measure(layers)
         if recompute or is_offloaded(model):
             stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
@@ -330,24 +350,20 @@ def learn(
             schedule.step()
             if progress is not None:
                 progress("learning", step + 1, steps)
-    choices: list[tuple[float, tuple[LayerParams, ...]]] = [(0.0, tuple(layers))] if held_out else []
-    for fraction in _FRACTIONS if held_out else (1.0,):
-        reached = tuple(
+
+    def reached(fraction: float) -> tuple[LayerParams, ...]:
+        return tuple(
             LayerParams(parts["key"].result(fraction), parts["value"].result(fraction)) for parts in trained
         )
-        choices.append((fraction, reached))
-    if before is None:
-        fraction, learned = choices[-1]
-        return Learned(learned, fraction, None, None)
-    found = [before]
+
+    if not held_out:
+        return Learned(reached(1.0), 1.0, None, None)
+    choices = [(0.0, tuple(layers)), *((fraction, reached(fraction)) for fraction in _FRACTIONS)]
     with activations_only(model):
-        for _, reached in choices[1:]:
-            divergence_there = measure(reached)
-            assert divergence_there is not None
-            found.append(divergence_there)
+        found = measure([candidate for _, candidate in choices])
     best = min(range(len(found)), key=found.__getitem__)
     fraction, learned = choices[best]
-    return Learned(learned, fraction, before, found[best])
+    return Learned(learned, fraction, found[0], found[best])
 
 
 def _rate(step: int, steps: int) -> float:

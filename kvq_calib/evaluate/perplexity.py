@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from kvq_calib.evaluate.prefill import OutlierCounts, quantized_prefill
 from kvq_calib.placement import input_device
 
 Progress = Callable[[str, int, int], None]
+Finished = Callable[[Sequence["PerplexityResult"]], None]
+"""Told after every window what the windows up to it gave."""
 
 #: Tokens whose distributions over the vocabulary are compared at one time.
 _CHUNK = 256
@@ -34,6 +36,8 @@ class PerplexityResult:
         perplexity, baseline_perplexity: ``exp`` of the mean negative log likelihood of the same tokens.
         kl_mean: KL divergence from the unquantized to the quantized prediction, nats per predicted token.
         kl_p99: its 99th percentile over tokens.
+        kl_windows: its mean over each window, in the order of the text. Results on the same windows can be compared in pairs:
+            windows differ from each other by more than caches do.
         top1_agreement: share of tokens where both predict the same most likely token.
         tokens: predicted tokens.
         seconds: wall time of this artifact's passes.
@@ -45,6 +49,7 @@ class PerplexityResult:
     baseline_perplexity: float
     kl_mean: float
     kl_p99: float
+    kl_windows: tuple[float, ...]
     top1_agreement: float
     tokens: int
     seconds: float
@@ -60,6 +65,7 @@ class Comparison:
     def __init__(self) -> None:
         self.nll = 0.0
         self.baseline_nll = 0.0
+        #: Of the predicted tokens of each window.
         self.divergences: list[Tensor] = []
         self.agreed = 0
         self.tokens = 0
@@ -67,6 +73,7 @@ class Comparison:
 
     def add(self, baseline: Tensor, quantized: Tensor, ids: Tensor) -> None:
         """Compare logits ``[T, V]`` of a window ``ids [T]``; the last token predicts nothing."""
+        divergences = []
         for start in range(0, len(ids) - 1, _CHUNK):
             stop = min(start + _CHUNK, len(ids) - 1)
             target = ids[start + 1 : stop + 1, None]
@@ -75,12 +82,13 @@ class Comparison:
             self.baseline_nll -= float(p.gather(1, target).double().sum())
             self.nll -= float(q.gather(1, target).double().sum())
             self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.divergences.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
+            divergences.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
             self.tokens += stop - start
+        self.divergences.append(torch.cat(divergences).double())
 
     def result(self, name: str, bits: float) -> PerplexityResult:
         """Sum up."""
-        divergence = torch.cat(self.divergences).double()
+        divergence = torch.cat(self.divergences)
         return PerplexityResult(
             name=name,
             bits_per_element=bits,
@@ -88,6 +96,7 @@ class Comparison:
             baseline_perplexity=math.exp(self.baseline_nll / self.tokens),
             kl_mean=float(divergence.mean()),
             kl_p99=float(divergence.quantile(0.99)),
+            kl_windows=tuple(float(window.mean()) for window in self.divergences),
             top1_agreement=self.agreed / self.tokens,
             tokens=self.tokens,
             seconds=self.seconds,
@@ -101,7 +110,7 @@ class Contender(Protocol):
         """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
 
     def bits_per_element(self, context: int) -> float:
-        """Everything stored at ``context`` tokens, in bits over the numbers it stands for; asked after the last logits."""
+        """Everything stored at ``context`` tokens, in bits over the numbers it stands for; asked after some logits."""
 
 
 class ArtifactContender:
@@ -135,6 +144,7 @@ def measure_perplexity(
     windows: TokenWindows,
     config: EvalConfig,
     progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> list[PerplexityResult]:
     """Measure several artifacts on the same windows; the baseline runs once.
 
@@ -144,12 +154,13 @@ def measure_perplexity(
         windows: token ids int64 ``[N, T]``.
         config: mode, and the context at which bits are stated.
         progress: told after every forward pass.
+        finished: told after every window.
 
     Raises:
         KVQError: the model's predictions are not finite.
     """
     contenders = {name: ArtifactContender(artifact, config) for name, artifact in artifacts.items()}
-    return measure(model, contenders, windows, config.context, progress)
+    return measure(model, contenders, windows, config.context, progress, finished)
 
 
 @torch.no_grad()
@@ -159,6 +170,7 @@ def measure(
     windows: TokenWindows,
     context: int,
     progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> list[PerplexityResult]:
     """Measure anything that quantizes a cache on the same windows, against one baseline pass each.
 
@@ -168,6 +180,7 @@ def measure(
         windows: token ids int64 ``[N, T]``.
         context: tokens at which bits are stated.
         progress: told after every forward pass.
+        finished: told after every window.
 
     Raises:
         KVQError: the model's predictions are not finite.
@@ -182,6 +195,12 @@ def measure(
         if progress is not None:
             progress("forward passes", done, total)
 
+    def results() -> list[PerplexityResult]:
+        return [
+            comparisons[name].result(name, contender.bits_per_element(context))
+            for name, contender in contenders.items()
+        ]
+
     for index in range(len(windows.ids)):
         ids = windows.ids[index : index + 1].to(input_device(model))
         baseline = model(input_ids=ids, use_cache=False).logits[0]
@@ -193,7 +212,6 @@ def measure(
             comparisons[name].add(baseline, contender.logits(model, ids)[0], ids[0])
             comparisons[name].seconds += time.monotonic() - started
             step()
-    return [
-        comparisons[name].result(name, contender.bits_per_element(context))
-        for name, contender in contenders.items()
-    ]
+        if finished is not None:
+            finished(results())
+    return results()

@@ -1,0 +1,83 @@
+"""Divergence over that of the recipe it is held against, from records of ``kvq-eval perplexity --json``.
+
+    python benchmarks/ratios.py RECORD ...
+
+Records on the same windows of the same text are taken together. The standard error is that of a ratio of means over
+windows taken in pairs; a record from before ``kl_windows`` has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import markdown_table
+
+#: What is measured, what it is held against, and the ratio to be reached.
+TARGETS = (("kvq3", "nuq4-1p", 1.0), ("kvq2", "nuq3-1p", 1.0), ("kvq4", "nuq4-1p", 0.25))
+
+
+def standard_error(over: Sequence[float], under: Sequence[float]) -> float:
+    """Of the ratio of the sums of two series in pairs, to first order; infinite for a single pair."""
+    pairs = len(over)
+    if pairs < 2:
+        return math.inf
+    ratio = sum(over) / sum(under)
+    left = sum((a - ratio * b) ** 2 for a, b in zip(over, under, strict=True))
+    return math.sqrt(left * pairs / (pairs - 1)) / sum(under)
+
+
+def by_text(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """Results by name, for each text's name and number of windows.
+
+    Raises:
+        ValueError: a name stands for two artifacts, or two texts have a name.
+    """
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        config = record["config"]
+        windows = config.get("windows_measured", config["data"]["windows"])
+        results = found.setdefault((Path(config["data"]["dataset"]).name, windows), {})
+        for result in record["artifacts"]:
+            facts = {**result, "text_sha256": config["data"]["sha256"]}
+            if result["name"] in results:
+                raise ValueError(f"{result['name']} was measured twice on {config['data']['dataset']}")
+            if any(other["text_sha256"] != facts["text_sha256"] for other in results.values()):
+                raise ValueError(f"{config['data']['dataset']} names two texts")
+            results[result["name"]] = facts
+    return found
+
+
+def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table in Markdown."""
+    rows = []
+    for (text, windows), results in by_text(records).items():
+        for over, under, target in TARGETS:
+            if over not in results or under not in results:
+                continue
+            a, b = results[over], results[under]
+            error = ""
+            if "kl_windows" in a and "kl_windows" in b:
+                error = f"{standard_error(a['kl_windows'], b['kl_windows']):.3f}"
+            ratio = a["kl_mean"] / b["kl_mean"]
+            figures = [f"{a['kl_mean']:.5f}", f"{b['kl_mean']:.5f}", f"{ratio:.3f}", error, f"{target:g}"]
+            rows.append([f"{over} / {under}", text, str(windows), *figures])
+    return markdown_table(["", "text", "windows", "KL", "KL of", "ratio", "standard error", "target"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(report([json.loads(file.read_text(encoding="utf-8")) for file in options.records])))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
