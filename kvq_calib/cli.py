@@ -123,6 +123,34 @@ _model_options = _options(
 )
 
 
+def _artifacts(required: bool = True) -> Callable[[Any], Any]:
+    """``--artifact``, by which several artifacts are named."""
+    return click.option(
+        "--artifact", "artifacts", type=_Path(), multiple=True, required=required, metavar="FILE",
+        help="May be given several times.",
+    )  # fmt: skip
+
+
+_json_file = click.option(
+    "--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON."
+)
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+_context = click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Context at which bits are stated.",
+)
+_mode = click.Choice(["prefill", "decode"])
+_evaluation_text = _options(
+    click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH"),
+    click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window."),
+    click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default."),
+    _seed,
+)  # fmt: skip
+
+
 def _load(
     model: str,
     device: str,
@@ -354,31 +382,14 @@ def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
 
 @eval_group.command("perplexity")
 @click.argument("model")
-@click.option(
-    "--artifact",
-    "artifacts",
-    type=_Path(),
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="May be given several times.",
-)
-@click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH")
-@click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
-@click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--mode", type=click.Choice(["prefill", "decode"]), default="prefill", show_default=True)
+@_artifacts()
+@_evaluation_text
+@click.option("--mode", type=_mode, default="prefill", show_default=True)
 @click.option(
     "--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per step of decode mode."
 )
-@click.option(
-    "--context",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Context at which bits are stated.",
-)
-@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
+@_context
+@_json_file
 @_model_options
 @_debug
 def perplexity_command(
@@ -450,14 +461,7 @@ def perplexity_command(
 
 @eval_group.command("compare")
 @click.argument("model")
-@click.option(
-    "--artifact",
-    "artifacts",
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="May be given several times.",
-)
+@_artifacts()
 @click.option(
     "--rival",
     "rivals",
@@ -465,7 +469,7 @@ def perplexity_command(
     metavar="NAME",
     help="May be given several times; all by default, a wrong name lists them.",
 )
-@click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH")
+@_evaluation_text
 @click.option("--calibration", metavar="NAME|PATH", help="Text of rivals that are calibrated.")
 @click.option(
     "--calibration-samples",
@@ -474,12 +478,9 @@ def perplexity_command(
     show_default=True,
     help="Windows of that text.",
 )
-@click.option("--seqlen", type=click.IntRange(8), default=2048, show_default=True, help="Tokens of a window.")
-@click.option("--windows", type=click.IntRange(1), help="At most this many windows; all by default.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--mode",
-    type=click.Choice(["prefill", "decode"]),
+    type=_mode,
     default="prefill",
     show_default=True,
     help="How artifacts are measured; rivals as their exact windows ask for.",
@@ -489,8 +490,10 @@ def perplexity_command(
     type=click.IntRange(1),
     help="Context at which bits are stated; by default the windows' length, which is what was measured.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
-@click.option("--chart", "chart_file", metavar="FILE", help="Draw divergence against bits, .svg or .png.")
+@_json_file
+@click.option(
+    "--chart", "chart_file", type=_Path(), metavar="FILE", help="Draw divergence against bits, .svg or .png."
+)
 @_model_options
 @_debug
 def compare_command(
@@ -577,9 +580,7 @@ def compare_command(
 
 
 @eval_group.command("memory")
-@click.option(
-    "--artifact", "artifacts", type=_Path(), multiple=True, metavar="FILE", help="May be given several times."
-)
+@_artifacts(required=False)
 @click.option(
     "--shape",
     metavar="NAME",
@@ -611,7 +612,7 @@ def compare_command(
     help="GPUs of 80 GB that share heads and layers of --shape.",
 )
 @click.option("--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures.")
-@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
+@_json_file
 @_debug
 def memory_command(
     artifacts: tuple[str, ...],
@@ -668,15 +669,7 @@ def memory_command(
 
 @eval_group.command("passkey")
 @click.argument("model")
-@click.option(
-    "--artifact",
-    "artifacts",
-    type=_Path(),
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="May be given several times.",
-)
+@_artifacts()
 @click.option(
     "--length",
     "lengths",
@@ -698,9 +691,9 @@ def memory_command(
 @click.option(
     "--trials", type=click.IntRange(1), default=5, show_default=True, help="Texts per length and depth."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_seed
 @click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per call.")
-@click.option("--json", "json_file", type=_Path(), metavar="FILE", help="Write the result as JSON.")
+@_json_file
 @_model_options
 @_debug
 def passkey_command(
@@ -754,22 +747,16 @@ def passkey_command(
 
 @eval_group.command("report")
 @click.argument("model")
-@click.option(
-    "--artifact",
-    "artifacts",
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="May be given several times.",
-)
+@_artifacts()
 @click.option(
     "--results",
     "result_files",
+    type=_Path(),
     multiple=True,
     metavar="FILE",
     help="JSON of kvq-eval perplexity (or compare) on these artifacts; may be given several times.",
 )
-@click.option("-o", "--output", required=True, metavar="FILE", help="The HTML file to write.")
+@click.option("-o", "--output", type=_Path(), required=True, metavar="FILE", help="The HTML file to write.")
 @click.option(
     "--dataset",
     default="wikitext2",
@@ -784,14 +771,8 @@ def passkey_command(
 )
 @click.option("--seqlen", type=click.IntRange(8), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--windows", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option(
-    "--context",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Context at which bits are stated.",
-)
+@_seed
+@_context
 @_model_options
 @_debug
 def report_command(
@@ -940,7 +921,7 @@ def import_command(
 
 
 @artifact_group.command("export")
-@click.argument("file", metavar="ARTIFACT")
+@click.argument("file", type=_Path(), metavar="ARTIFACT")
 @click.option(
     "--format",
     "format_name",
@@ -949,10 +930,18 @@ def import_command(
     help="FP8 cache scales for vLLM (compressed-tensors), TensorRT-LLM (ModelOpt) or SGLang.",
 )
 @click.option(
-    "-o", "--output", required=True, metavar="FOLDER", help="Where the files go; made if it is not there."
+    "-o",
+    "--output",
+    type=_Path(),
+    required=True,
+    metavar="FOLDER",
+    help="Where the files go; made if it is not there.",
 )
 @click.option(
-    "--amax", metavar="FILE", help='JSON: {"key": [...], "value": [...]}, measured magnitudes per layer.'
+    "--amax",
+    type=_Path(),
+    metavar="FILE",
+    help='JSON: {"key": [...], "value": [...]}, measured magnitudes per layer.',
 )
 @click.option(
     "--prefix",

@@ -268,10 +268,19 @@ def test_home_is_known_where_the_shell_leaves_it(place, tmp_path, monkeypatch):
     assert status == 0, err
     status, _, err = call(
         "evaluate", "perplexity", "~/model", "--artifact", "~/mine.st", "--dataset", "~/text.txt", "--seqlen", "32",
-        "--windows", "1",
+        "--windows", "1", "--json", "~/results.json",
     )  # fmt: skip
     assert status == 0, err
-    assert {"mine.st", "facts.json"} <= set(files(tmp_path))
+    status, _, err = call(
+        "evaluate", "report", "~/model", "--artifact", "~/mine.st", "--results", "~/results.json", "--dataset",
+        "~/text.txt", "--seqlen", "32", "-o", "~/page.html",
+    )  # fmt: skip
+    assert status == 0, err
+    status, _, err = call(
+        "artifact", "export", "~/mine.st", "--format", "sglang", "-o", "~/scales", "--force"
+    )
+    assert status == 0, err
+    assert {"mine.st", "facts.json", "results.json", "page.html", "scales"} <= set(files(tmp_path))
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(place, monkeypatch):
