@@ -168,7 +168,7 @@ def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> boo
     if not file.exists():
         return False
     artifact = KVArtifact.load(file)
-    settings = json.loads(json.dumps(config.model_dump(mode="json", exclude={"cache"})))
+    settings = json.loads(json.dumps(config.record()))
     made = artifact.calibration
     return artifact.spec == config.cache and (made["settings"], made["data"]) == (settings, windows.source)
 

@@ -432,10 +432,8 @@ def perplexity_command(
     text = load_windows(
         dataset, loaded.tokenizer, samples=windows, seqlen=seqlen, seed=seed, split="evaluation"
     )
-    facts = {
-        **config.model_dump(mode="json"),
-        **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
-    }
+    files = dict(zip(loaded_artifacts, artifacts, strict=True))
+    facts = {**config.record(), **run_facts(loaded, text, files)}
     measured = 0
 
     def keep(results: Sequence[PerplexityResult]) -> None:
@@ -567,7 +565,7 @@ def compare_command(
             "rivals": [one.to_json() for one in result.rivals],
             "skipped": dict(skipped),
             "config": {
-                **config.model_dump(mode="json"),
+                **config.record(),
                 **run_facts(loaded, text, dict(zip(loaded_artifacts, artifacts, strict=True))),
                 "calibration_data": None if calibration_text is None else dict(calibration_text.source),
             },

@@ -25,6 +25,20 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class _TextSettings(_Settings):
+    """Settings of a run over a text."""
+
+    dataset: str = "wikitext2"
+
+    def record(self) -> dict[str, Any]:
+        """The settings as artifacts (which have the spec of the cache elsewhere) and results keep them.
+
+        These are passed on, so of a path there is only the last part.
+        """
+        kept = self.model_dump(mode="json", exclude={"cache"})
+        return {**kept, "dataset": Path(self.dataset).name or self.dataset}
+
+
 class FitConfig(_Settings):
     """How codebooks are fitted.
 
@@ -89,7 +103,7 @@ class LearnConfig(_Settings):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.005
 
 
-class CalibrationConfig(_Settings):
+class CalibrationConfig(_TextSettings):
     """Everything that decides the content of an artifact, but for the model.
 
     Attributes:
@@ -109,7 +123,6 @@ class CalibrationConfig(_Settings):
     fit: FitConfig = FitConfig()
     allocation: AllocationConfig | None = None
     learn: LearnConfig | None = None
-    dataset: str = "wikitext2"
     samples: Annotated[int, Field(ge=1)] = 16
     seqlen: Annotated[int, Field(ge=8)] = 2048
     seed: Annotated[int, Field(ge=0)] = 0
@@ -147,7 +160,7 @@ class CalibrationConfig(_Settings):
                 raise ValueError(f"{section} needs key.pre_rope: true")
 
 
-class EvalConfig(_Settings):
+class EvalConfig(_TextSettings):
     """What an evaluation measures.
 
     Attributes:
@@ -160,7 +173,6 @@ class EvalConfig(_Settings):
         chunk: tokens per step in ``decode`` mode.
     """
 
-    dataset: str = "wikitext2"
     windows: Annotated[int, Field(ge=1)] | None = None
     seqlen: Annotated[int, Field(ge=8)] = 2048
     mode: Literal["prefill", "decode"] = "prefill"

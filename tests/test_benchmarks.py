@@ -437,3 +437,18 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as stop:
             ratios.main([str(file) for file in files])
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted((BENCHMARKS / "artifacts").rglob("*.kvq.safetensors")),
+    ids=lambda file: f"{file.parent.name}-{file.stem}",
+)
+def test_artifacts_that_were_measured_are_what_their_names_say(file: Path) -> None:
+    artifact = KVArtifact.load(file)
+    recipe = file.name.removesuffix(".kvq.safetensors")
+    assert artifact.calibration["recipe"] == recipe
+    budget = calibration_config(recipe).allocation
+    if budget is not None:
+        assert budget.bits_per_element - 0.001 < artifact.bits_per_element(4096) <= budget.bits_per_element
+    assert "/" not in artifact.calibration["settings"]["dataset"]

@@ -95,6 +95,7 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     assert "bits per element" in out
     assert_profile(err)
     assert KVArtifact.load(place / "b.kvq.safetensors").calibration["recipe"] == "nuq3-1p"
+    assert str(place).encode() not in (place / "b.kvq.safetensors").read_bytes()  # artifacts are passed on
 
     report = tmp_path / "report.json"
     status, out, _ = call(
@@ -104,6 +105,7 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     )  # fmt: skip
     assert status == 0
     assert "unquantized" in out
+    assert str(place) not in report.read_text()
     content = json.loads(report.read_text())
     first, second = content["artifacts"]
     assert [first["name"], second["name"]] == ["a", "b"]

@@ -806,7 +806,7 @@ class _Run:
                 model={"id": model_id, "config": dict(model_config)},
                 calibration={
                     "recipe": name,
-                    "settings": config.model_dump(mode="json", exclude={"cache"}),
+                    "settings": config.record(),
                     "data": dict(self.windows.source),
                     **self._amax(),
                     **learning,
