@@ -165,14 +165,14 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
     pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
     cost = torch.full_like(first[:, 0], torch.inf)
     cost[0] = 0
-    sums, costs = [], []  # per two tokens, of each way into each state and of the best one
+    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at once.
+    other = []  # per two tokens, whether a way into a state is not the best one
     for step in pair.unflatten(0, (4, 4)).unbind(2):
-        sums.append(step + cost[:, None])
-        cost = sums[-1].amin(0)
-        costs.append(cost)
+        ways = step + cost[:, None]
+        cost = ways.amin(0)
+        other.append(ways != cost)
     states = [cost.min(0, keepdim=True).indices]
-    # Which way was the best is asked of all steps at once, for ``amin`` is much faster than ``min`` with indices.
-    worse = (torch.stack(sums[1:]) != torch.stack(costs[1:])[:, None]).unbind(1)
+    worse = torch.stack(other[1:]).unbind(1)
     worse_too = worse[0] & worse[1]
     best = worse[0].to(torch.int64) + worse_too + (worse_too & worse[2])
     for before in best.flip(0).unbind():
