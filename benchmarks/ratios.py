@@ -31,31 +31,32 @@ def standard_error(over: Sequence[float], under: Sequence[float]) -> float:
     return math.sqrt(left * pairs / (pairs - 1)) / sum(under)
 
 
-def by_text(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
-    """Results by name, for each text's name and number of windows.
+def by_text(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], dict[str, Mapping[str, Any]]]:
+    """Results by name, for each text: its name, the hash of its tokens, and the windows measured.
 
     Raises:
-        ValueError: a name stands for two artifacts, or two texts have a name.
+        ValueError: a name stands for two artifacts.
     """
-    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    found: dict[tuple[str, str, int], dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        config = record["config"]
-        windows = config.get("windows_measured", config["data"]["windows"])
-        results = found.setdefault((Path(config["data"]["dataset"]).name, windows), {})
+        config, data = record["config"], record["config"]["data"]
+        text = (data["dataset"], data["sha256"], config.get("windows_measured", data["windows"]))
+        results = found.setdefault(text, {})
         for result in record["artifacts"]:
-            facts = {**result, "text_sha256": config["data"]["sha256"]}
             if result["name"] in results:
-                raise ValueError(f"{result['name']} was measured twice on {config['data']['dataset']}")
-            if any(other["text_sha256"] != facts["text_sha256"] for other in results.values()):
-                raise ValueError(f"{config['data']['dataset']} names two texts")
-            results[result["name"]] = facts
+                raise ValueError(f"{result['name']} was measured twice on {data['dataset']}")
+            results[result["name"]] = result
     return found
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table in Markdown."""
+    """The table in Markdown.
+
+    Raises:
+        ValueError: as :func:`by_text`, or there is nothing to compare.
+    """
     rows = []
-    for (text, windows), results in by_text(records).items():
+    for (text, _, windows), results in by_text(records).items():
         for over, under, target in TARGETS:
             if over not in results or under not in results:
                 continue
@@ -66,6 +67,9 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
             ratio = a["kl_mean"] / b["kl_mean"]
             figures = [f"{a['kl_mean']:.5f}", f"{b['kl_mean']:.5f}", f"{ratio:.3f}", error, f"{target:g}"]
             rows.append([f"{over} / {under}", text, str(windows), *figures])
+    if not rows:
+        pairs = ", ".join(f"{over} and {under}" for over, under, _ in TARGETS)
+        raise ValueError(f"no record, or records of the same windows, with both of {pairs}")
     return markdown_table(["", "text", "windows", "KL", "KL of", "ratio", "standard error", "target"], rows)
 
 

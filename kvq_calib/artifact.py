@@ -89,6 +89,28 @@ class LayerParams:
         return self.key if kind == "key" else self.value
 
 
+def reference_quantizers(
+    spec: KVCacheSpec,
+    geometry: KVGeometry,
+    layers: Sequence[LayerParams],
+    device: torch.device | str = "cpu",
+) -> list[dict[Kind, Quantizer]]:
+    """One reference quantizer per layer and kind, of what is or will be an artifact."""
+    return [
+        {
+            kind: Quantizer(
+                own.of(kind),
+                params.of(kind),
+                geometry.layers[number],
+                geometry.rope_of(number),
+                spec.storage_dtype,
+            ).to(device)
+            for kind in KINDS
+        }
+        for number, (own, params) in enumerate(zip(spec.resolved(len(layers)), layers, strict=True))
+    ]
+
+
 @dataclass(frozen=True)
 class KVArtifact:
     """A calibrated key-value cache.
@@ -116,20 +138,7 @@ class KVArtifact:
 
     def quantizers(self, device: torch.device | str = "cpu") -> list[dict[Kind, Quantizer]]:
         """One reference quantizer per layer and kind."""
-        specs = self.spec.resolved(len(self.layers))
-        return [
-            {
-                kind: Quantizer(
-                    specs[index].of(kind),
-                    params.of(kind),
-                    self.geometry.layers[index],
-                    self.geometry.rope_of(index),
-                    self.spec.storage_dtype,
-                ).to(device)
-                for kind in KINDS
-            }
-            for index, params in enumerate(self.layers)
-        ]
+        return reference_quantizers(self.spec, self.geometry, self.layers, device)
 
     def check_model(self, config: Mapping[str, Any]) -> None:
         """Refuse a model that this artifact is not for.

@@ -120,6 +120,7 @@ class Subsets:
 
 
 @lru_cache
+@torch.inference_mode(False)  # the tables outlive the mode they are first asked for in
 def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What two successive tokens are on the only way between two states, int64.
 

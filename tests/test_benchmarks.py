@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -417,8 +418,8 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert ratios.standard_error([1.0], [2.0]) == float("inf")
 
     records = [
-        record("a/x.raw", "1", nuq4_1p=[0.25, 0.75]),
-        record("b/x.raw", "1", kvq3=[0.2, 0.6], kvq4=[0.1, 0.1]),
+        record("x.raw", "1", nuq4_1p=[0.25, 0.75]),
+        record("x.raw", "1", kvq3=[0.2, 0.6], kvq4=[0.1, 0.1]),
     ]
     records += [record("y.raw", "2", kvq2=[0.5], nuq3_1p=[0.5], nuq4_1p=[0.1])]
     files = []
@@ -432,11 +433,17 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ["kvq4 / nuq4-1p", "x.raw", "2", "0.10000", "0.50000", "0.200", "0.100", "0.25"],
         ["kvq2 / nuq3-1p", "y.raw", "1", "0.50000", "0.50000", "1.000", "inf", "1"],
     ]
-    for other in (record("x.raw", "3", kvq2=[0.1, 0.1]), record("x.raw", "1", kvq3=[0.1, 0.1])):
-        files[2].write_text(json.dumps(other), encoding="utf-8")
+
+    def refused(*names: Path) -> str:
         with pytest.raises(SystemExit) as stop:
-            ratios.main([str(file) for file in files])
+            ratios.main([str(name) for name in names])
         assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "nuq4-1p was measured twice on x.raw" in refused(files[0], files[0])
+    assert "both of" in refused(files[0])
+    files[1].write_text(json.dumps(record("x.raw", "other", kvq3=[0.2, 0.6])), encoding="utf-8")
+    assert "both of" in refused(*files[:2])  # another text of the same name
 
 
 @pytest.mark.parametrize(
@@ -444,7 +451,7 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     sorted((BENCHMARKS / "artifacts").rglob("*.kvq.safetensors")),
     ids=lambda file: f"{file.parent.name}-{file.stem}",
 )
-def test_artifacts_that_were_measured_are_what_their_names_say(file: Path) -> None:
+def test_artifacts_are_what_their_names_say(file: Path) -> None:
     artifact = KVArtifact.load(file)
     recipe = file.name.removesuffix(".kvq.safetensors")
     assert artifact.calibration["recipe"] == recipe
@@ -452,3 +459,11 @@ def test_artifacts_that_were_measured_are_what_their_names_say(file: Path) -> No
     if budget is not None:
         assert budget.bits_per_element - 0.001 < artifact.bits_per_element(4096) <= budget.bits_per_element
     assert "/" not in artifact.calibration["settings"]["dataset"]
+
+
+def test_a_record_is_of_the_artifact_that_stands_beside_it() -> None:
+    config = json.loads((BENCHMARKS / "results" / "kvq3-wikitext2-all.json").read_text(encoding="utf-8"))[
+        "config"
+    ]
+    file = BENCHMARKS / "artifacts" / "smollm2-135m-wikitext2" / "kvq3.kvq.safetensors"
+    assert config["artifact_sha256"] == {"kvq3": hashlib.sha256(file.read_bytes()).hexdigest()}

@@ -196,6 +196,15 @@ def shell_words(command):
     return printed.stdout.split("\0")[:-1]
 
 
+def test_a_stopped_evaluation_is_repeated_as_far_as_it_went(place, tmp_path):
+    content = json.loads((place / "results.json").read_text())
+    content["config"].update(windows=9, windows_measured=4)
+    (tmp_path / "stopped.json").write_text(json.dumps(content))
+    (results,) = report.read_results([str(tmp_path / "stopped.json")])
+    words = report._evaluation_command("model", [], results).split()
+    assert words[words.index("--windows") + 1] == "4"
+
+
 def test_commands_of_the_page_make_the_same_artifacts(place, page, tmp_path, monkeypatch):
     commands = re.findall(r"<pre>(kvq-.*?)</pre>", section(page.read_text(), "commands"), re.S)
     words = [shell_words(html.unescape(command)) for command in commands]

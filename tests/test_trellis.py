@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq_calib import trellis
 from kvq_calib.packing import pack_units, slice_bytes
 from kvq_calib.quantizer import Quantizer, QuantParams
 from kvq_calib.spec import LayerGeometry, QuantSpec
@@ -102,6 +103,14 @@ def test_twice_the_levels_lower_the_error_by_more_than_a_decibel() -> None:
 def test_all_channels_may_have_width_zero() -> None:
     codes = path_of(torch.zeros(2, 2), torch.zeros(2, dtype=torch.uint8), torch.randn(2, 1, 40))
     assert not codes.any()
+
+
+def test_a_first_call_in_inference_mode_leaves_nothing_that_gradients_trip_over() -> None:
+    trellis._pair_tables.cache_clear()
+    levels, bits, u = torch.linspace(-1, 1, 16)[None], torch.tensor([3]), torch.randn(1, 1, 40)
+    with torch.inference_mode():
+        codes = path_of(levels, bits, u)
+    assert torch.equal(path_of(levels, bits, u.clone().requires_grad_()), codes)
 
 
 def test_a_trellis_needs_static_thresholds_and_a_spare_bit() -> None:

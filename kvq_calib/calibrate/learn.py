@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact import LayerParams
+from kvq_calib.artifact import LayerParams, reference_quantizers
 from kvq_calib.attention import LayerKV, intercept
 from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
@@ -304,23 +304,6 @@ def learn(
     optimizer = torch.optim.Adam(offsets, lr=learning_rate, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
 
-    def quantizers(
-        current: Sequence[LayerParams],
-    ) -> list[dict[Kind, Callable[[Tensor], Tensor]]]:
-        return [
-            {
-                kind: Quantizer(
-                    spec.of(kind),
-                    params.of(kind).to(device),
-                    geometry.layers[number],
-                    geometry.rope_of(number),
-                    cache.storage_dtype,
-                )
-                for kind in KINDS
-            }
-            for number, (spec, params) in enumerate(zip(cache.resolved(len(current)), current, strict=True))
-        ]
-
     def measure(candidates: Sequence[Sequence[LayerParams]]) -> list[float]:
         """Divergence of each on the windows that were not trained on."""
         found: list[list[float]] = [[] for _ in candidates]
@@ -328,7 +311,8 @@ def learn(
             ids = window[None].to(device)
             reference = unquantized(model, ids)
             for own, candidate in zip(found, candidates, strict=True):
-                own.append(divergence(model, ids, cache, quantizers(candidate), reference=reference))
+                quantizers = reference_quantizers(cache, geometry, candidate, device)
+                own.append(divergence(model, ids, cache, quantizers, reference=reference))
         return [math.fsum(own) / held_out for own in found]
 
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact import LayerParams
+from kvq_calib.artifact import LayerParams, reference_quantizers
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.fisher import activations_only, recomputed_layers
 from kvq_calib.calibrate.learn import divergence
@@ -52,15 +52,7 @@ def error_sensitivity(
     device = input_device(model)
     factors = torch.ones(len(layers), len(KINDS), device=device, requires_grad=True)
 
-    def scaled(layer: int, kind: Kind, spec: Any, params: LayerParams) -> Callable[[Tensor], Tensor]:
-        quantizer = Quantizer(
-            spec.of(kind),
-            params.of(kind),
-            geometry.layers[layer],
-            geometry.rope_of(layer),
-            cache.storage_dtype,
-        )
-
+    def scaled(layer: int, kind: Kind, quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
         def through(x: Tensor) -> Tensor:
             with torch.no_grad():
                 error = quantizer.to(x.device)(x) - x
@@ -69,8 +61,8 @@ def error_sensitivity(
         return through
 
     quantize: list[Mapping[Kind, Callable[[Tensor], Tensor]]] = [
-        {kind: scaled(layer, kind, spec, params) for kind in KINDS}
-        for layer, (spec, params) in enumerate(zip(cache.resolved(len(layers)), layers, strict=True))
+        {kind: scaled(layer, kind, quantizer) for kind, quantizer in own.items()}
+        for layer, own in enumerate(reference_quantizers(cache, geometry, layers))
     ]
     rank, ranks = world()
     with ExitStack() as stack:

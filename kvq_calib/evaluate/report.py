@@ -769,8 +769,11 @@ def _evaluation_command(model: str, chosen: Sequence[Subject], results: Results)
     named = [files.get(id(result), f"{result.name}.kvq.safetensors") for result in results.artifacts]
     options: list[str] = []
     for name in ("dataset", "seqlen", "windows", "seed", "mode", "context"):
-        if results.fact(name) is not None:
-            options += [f"--{name}", str(results.fact(name))]
+        value = results.fact(name)
+        if name == "windows":  # of a run that was stopped, those that it measured
+            value = results.fact("windows_measured") or value
+        if value is not None:
+            options += [f"--{name}", str(value)]
     if results.rivals is None:
         if results.fact("mode") == "decode" and results.fact("chunk") is not None:
             options += ["--chunk", str(results.fact("chunk"))]
