@@ -169,8 +169,17 @@ def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> boo
         return False
     artifact = KVArtifact.load(file)
     settings = json.loads(json.dumps(config.record()))
-    made = artifact.calibration
-    return artifact.spec == config.cache and (made["settings"], made["data"]) == (settings, windows.source)
+    made, spec = artifact.calibration, artifact.spec
+    if config.allocation is not None:
+        # Calibration decides by layer how error feedback pays, and nothing else.
+        count = len(artifact.geometry.layers)
+        for found, asked in zip(spec.resolved(count), config.cache.resolved(count), strict=True):
+            decided = {name: getattr(asked.key, name) for name in ("feedback", "feedback_rank", "sweeps")}
+            key = found.key.model_copy(update=decided)
+            if (key, found.value) != (asked.key, asked.value):
+                return False
+        spec = spec.model_copy(update={"layers": config.cache.layers})
+    return spec == config.cache and (made["settings"], made["data"]) == (settings, windows.source)
 
 
 def evaluated(

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvq_calib.artifact import KVArtifact
 from kvq_calib.config import calibration_config
 from kvq_calib.data import load_windows
 from kvq_calib.models import LoadedModel
+from kvq_calib.spec import LayerSpec
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -179,6 +181,24 @@ def test_fit_captures_what_calibration_fits(
         again = fit.build_histogram(captured.values[kind], captured.weights[kind], threads=2)
         assert torch.equal(again.counts, histogram.counts)
         assert torch.allclose(again.weights, histogram.weights, rtol=1e-4)
+
+
+def test_an_artifact_stands_whatever_calibration_decided_layer_by_layer(
+    loaded: LoadedModel, text: Path, tmp_path: Path
+) -> None:
+    import ablation
+
+    config = calibration_config("kvq3")
+    windows = load_windows(str(text), loaded.tokenizer, samples=2, seqlen=48, split="calibration")
+    without = {"key": config.cache.key.model_copy(update={"feedback": False, "sweeps": 0})}
+    usual = LayerSpec(key=config.cache.key, value=config.cache.value)
+    spec = config.cache.model_copy(update={"layers": {0: usual.model_copy(update=without)}})
+    made = {"settings": config.record(), "data": windows.source}
+    file = tmp_path / "kvq3.kvq.safetensors"
+    replace(artifact_for(loaded.model, spec), calibration=made).save(file)
+    assert ablation._stands(file, config, windows)
+    for other in ("allocation.bits_per_element=3", "cache.key.sweeps=0", "cache.layers.0.key.bits=4"):
+        assert not ablation._stands(file, calibration_config("kvq3", assignments=(other,)), windows)
 
 
 def test_fit_compares_and_draws() -> None:
