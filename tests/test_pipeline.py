@@ -186,8 +186,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_work_is_not_lost_when_the_artifact_cannot_be_saved(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+def test_work_is_not_lost_when_the_artifact_cannot_be_saved(model, tmp_path):
     checkpoint = tmp_path / "run.checkpoint"
 
     def full(artifacts):

@@ -310,10 +310,11 @@ class _Run:
             statistics.load(state)
             self.statistics[name] = statistics
 
-    def _save(self) -> None:
+    def _save(self, at_once: bool = False) -> None:
         started = time.monotonic()
         # Large states are written less often: saving takes a thirtieth of the time at most.
-        if self.checkpoint is None or started - self.saved_at < CHECKPOINT_SECONDS * max(1.0, self.saving):
+        wait = 0.0 if at_once else CHECKPOINT_SECONDS * max(1.0, self.saving)
+        if self.checkpoint is None or started - self.saved_at < wait:
             return
         tensors = {
             f"{name}/{part}": tensor.detach().cpu().contiguous()
@@ -372,7 +373,8 @@ class _Run:
             step(text[index : index + 1].to(input_device(self.model)))
             self.done[what] = number + 1
             self.progress(what, number + 1, len(mine))
-            self._save()
+            # What follows the last window may take long: learning, the next part of a large model.
+            self._save(at_once=number + 1 == len(mine))
         self._add_up(names)
         self._finished(what, started)
 
