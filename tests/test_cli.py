@@ -364,7 +364,7 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
         "save = p._Run._save\n"
-        "p._Run._save = lambda run: (save(run), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
+        "p._Run._save = lambda run, **options: (save(run, **options), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
         "from kvq_calib.cli import calibrate; calibrate()",
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip

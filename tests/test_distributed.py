@@ -22,8 +22,8 @@ import kvq_calib.calibrate.pipeline as pipeline
 pipeline.CHECKPOINT_SECONDS = 0.0
 if os.environ.get("DIE_AT_RANK", "none") == os.environ.get("RANK"):
     save, windows = pipeline._Run._save, iter(range(int(os.environ["DIE_AFTER"])))
-    def dying(run):
-        save(run)
+    def dying(run, **options):
+        save(run, **options)
         if next(windows, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
     pipeline._Run._save = dying

@@ -61,8 +61,8 @@ def command(rank, ranks, port, folder, arguments, die):
     if die:
         save = pipeline._Run._save
 
-        def dying(run):
-            save(run)
+        def dying(run, **options):
+            save(run, **options)
             if run.done.get("codebooks") == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
