@@ -481,7 +481,12 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
     assert "/" not in artifact.calibration["settings"]["dataset"]
 
 
-def test_a_record_is_of_the_artifact_that_stands_beside_it() -> None:
-    record = json.loads((BENCHMARKS / "results" / "kvq3-wikitext2-all.json").read_text(encoding="utf-8"))
-    file = BENCHMARKS / "artifacts" / "smollm2-135m-wikitext2" / "kvq3.kvq.safetensors"
-    assert record["config"]["artifact_sha256"] == {"kvq3": hashlib.sha256(file.read_bytes()).hexdigest()}
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [("kvq3-wikitext2-all", "wikitext2"), ("kvq4-wikitext2-18", "wikitext2"), ("from-c4-wikitext2", "c4")],
+)
+def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, text: str) -> None:
+    content = json.loads((BENCHMARKS / "results" / f"{record}.json").read_text(encoding="utf-8"))
+    folder = BENCHMARKS / "artifacts" / f"smollm2-135m-{text}"
+    for name, digest in content["config"]["artifact_sha256"].items():
+        assert digest == hashlib.sha256((folder / f"{name}.kvq.safetensors").read_bytes()).hexdigest()
