@@ -171,12 +171,11 @@ def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> boo
     settings = json.loads(json.dumps(config.record()))
     made, spec = artifact.calibration, artifact.spec
     if config.allocation is not None:
-        # Calibration decides by layer how error feedback pays, and nothing else.
-        count = len(artifact.geometry.layers)
+        # Calibration decides by layer how error feedback of keys pays, and nothing else.
+        count, decided = len(artifact.geometry.layers), {"feedback", "feedback_rank", "sweeps"}
         for found, asked in zip(spec.resolved(count), config.cache.resolved(count), strict=True):
-            decided = {name: getattr(asked.key, name) for name in ("feedback", "feedback_rank", "sweeps")}
-            key = found.key.model_copy(update=decided)
-            if (key, found.value) != (asked.key, asked.value):
+            keys = [each.key.model_dump(exclude=decided) for each in (found, asked)]
+            if keys[0] != keys[1] or found.value != asked.value:
                 return False
         spec = spec.model_copy(update={"layers": config.cache.layers})
     return spec == config.cache and (made["settings"], made["data"]) == (settings, windows.source)
