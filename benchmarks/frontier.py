@@ -58,6 +58,7 @@ def variants() -> list[Variant]:
         "and paths that weigh their tokens": ("cache.key.importance=false", "cache.value.importance=false"),
         "and a sweep over the coordinates of keys": ("cache.key.sweeps=0",),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
+        "and repeats in what the model writes": ("allocation.repeats=false",),
     }
 
     def step(number: int, text: str, *more: str) -> Variant:

@@ -74,6 +74,8 @@ class AllocationConfig(_Settings):
             there, and no measurement on that text shows it; 4 gives the layer about a bit more.
         written: windows of text that the model writes itself, for each window of the calibration text. They join it in
             statistics, corrections and learning. 0 for none.
+        repeats: every third document of that text repeats pieces of the two before it, which asks of the model to find again what
+            stands in its context.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -86,6 +88,7 @@ class AllocationConfig(_Settings):
     foreign: Annotated[float, Field(ge=0, le=1)] = 0.1
     first_layer: Annotated[float, Field(gt=0, le=1024)] = 4.0
     written: Annotated[float, Field(ge=0, le=16)] = 0.5
+    repeats: bool = True
     corrections: Annotated[int, Field(ge=0, le=8)] = 1
 
 

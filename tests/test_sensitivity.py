@@ -1,17 +1,18 @@
-"""The measured cost of each layer's errors, against differences, and what the allocation makes of it."""
+"""The measured cost of each head's errors, against differences, and what the allocation makes of it."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from artifact_factory import artifact_for
-from models_zoo import tiny_model
+from models_zoo import tiny_model, token_ids
 
+from kvq_calib.calibrate import pipeline
 from kvq_calib.calibrate.learn import divergence
 from kvq_calib.calibrate.rate_distortion import correction
 from kvq_calib.calibrate.sensitivity import error_sensitivity
+from kvq_calib.config import calibration_config
+from kvq_calib.data import TokenWindows
 from kvq_calib.spec import KINDS, KVCacheSpec, QuantSpec
 
 pytestmark = pytest.mark.model
@@ -28,10 +29,12 @@ def test_sensitivity_is_the_derivative_of_the_divergence() -> None:
     assert set(found) == {(layer, kind) for layer in range(len(artifact.layers)) for kind in KINDS}
     quantizers = artifact.quantizers()
 
-    def at(place: tuple[int, str], factor: float) -> float:
+    def at(place: tuple[int, str], head: int, factor: float) -> float:
         def through(layer: int, kind: str):
             quantizer = quantizers[layer][kind]
-            a = factor if (layer, kind) == place else 1.0
+            a = torch.ones(artifact.geometry.layers[layer].num_kv_heads, 1, 1)
+            if (layer, kind) == place:
+                a[head] = factor
             return lambda x: x + a * (quantizer(x) - x)
 
         quantize = [{kind: through(layer, kind) for kind in KINDS} for layer in range(len(quantizers))]
@@ -41,12 +44,43 @@ def test_sensitivity_is_the_derivative_of_the_divergence() -> None:
     step = 0.02
     # Behind the last layer no codes change with the factor, which the derivative takes for granted.
     for place in ((len(quantizers) - 1, kind) for kind in KINDS):
-        difference = (at(place, 1 + step) - at(place, 1 - step)) / (2 * step)
-        assert found[place] == pytest.approx(difference, rel=0.02)
+        assert found[place].shape == (artifact.geometry.layers[place[0]].num_kv_heads,)
+        for head, derivative in enumerate(found[place]):
+            difference = (at(place, head, 1 + step) - at(place, head, 1 - step)) / (2 * step)
+            assert float(derivative) == pytest.approx(difference, rel=0.03, abs=1e-6)
 
 
 def test_estimates_go_half_of_the_way_to_what_was_measured() -> None:
-    factors = correction([1.0, 4.0, 100.0, 1.0, -0.1], [1.0, 1.0, 1.0, 1.0, 1.0])
-    assert factors[:4] == pytest.approx([1.0, 2.0, 8.0, 1.0])  # at most 64 times, and the root of that
-    assert math.isfinite(factors[4])
-    assert factors[4] == pytest.approx(1 / 8)
+    measured = [torch.tensor([1.0, 4.0]), torch.tensor([100.0, 1.0, -0.1])]
+    factors = correction(measured, [torch.ones(2), torch.tensor([1.0, 1.0, 1.0])])
+    assert [len(each) for each in factors] == [2, 3]
+    # The roots, and those of at most 64 times and at least an eighth.
+    expected = torch.tensor([1.0, 2.0, 8.0, 1.0, 8**-0.5], dtype=torch.float64)
+    torch.testing.assert_close(torch.cat(factors), expected)
+
+
+def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
+    """A head whose errors are said to cost most has wider channels than without a correction, and the others narrower."""
+    model = tiny_model("llama").eval()
+    windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
+    dear = (1, "key"), 1
+
+    def said(model, pieces, cache, geometry, layers, **_):
+        costs = {
+            (layer, kind): torch.ones(geometry.layers[layer].num_kv_heads, dtype=torch.float64)
+            for layer in range(len(layers))
+            for kind in KINDS
+        }
+        costs[dear[0]][dear[1]] = 1e6
+        return costs
+
+    monkeypatch.setattr(pipeline, "error_sensitivity", said)
+    settings = ("learn=null", "allocation.context=65536", "allocation.written=0")
+    recipes = {
+        str(rounds): calibration_config("kvq3", assignments=(*settings, f"allocation.corrections={rounds}"))
+        for rounds in (0, 1)
+    }
+    made = pipeline.calibrate(model, windows, recipes, model_id="", model_config={}).artifacts
+    before, after = (made[name].layers[1].key.bits.float().view(2, -1).mean(1) for name in recipes)
+    assert after[1] > before[1]
+    assert made["1"].bits_per_element(65536) <= 3.4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.calibrate import pipeline
@@ -23,9 +25,9 @@ def model():
     return tiny_model("llama")
 
 
-def written(model, windows=3, seqlen=40, **changes):
+def written(model, windows=3, seqlen=40, repeating=0, **changes):
     settings = {"prefix": (), "vocabulary": 128, "seed": 0, **changes}
-    text = WrittenText(windows, seqlen, **settings)
+    text = WrittenText({False: windows, True: repeating}, seqlen, **settings)
     for batch in range(len(text.ids)):
         text.write(model, batch)
     return text
@@ -68,14 +70,43 @@ def test_windows_are_documents_one_after_the_other(model, monkeypatch):
     monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 8)
     text = written(model)
     assert text.ids.shape == (1, 16, 8)  # fifteen documents fill three windows of forty tokens
-    rows = text.windows()
+    rows = text.windows(3, repeats=False)
     assert rows.shape == (3, 40)
     assert torch.equal(rows.flatten(), text.ids.flatten()[:120])
     assert torch.equal(rows[:, ::8].flatten(), text.beginnings.flatten()[:15])
     more = written(model, windows=12)
-    assert torch.equal(more.windows()[:3], rows)
-    assert not torch.equal(written(model, seed=1).windows(), rows)
-    assert torch.equal(written(model).windows(), rows)
+    assert torch.equal(more.windows(12, repeats=False)[:3], rows)
+    assert not torch.equal(written(model, seed=1).windows(3, repeats=False), rows)
+    assert torch.equal(written(model).windows(3, repeats=False), rows)
+
+
+def test_every_third_document_repeats_pieces_of_two(model, monkeypatch):
+    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 8)
+    text = written(model, windows=0, repeating=6)
+    assert text.ids.shape == (2, 16, 8)  # of thirty documents ten are repeats
+    rows = text.windows(6, repeats=True)
+    assert rows.shape == (6, 40)
+    groups = rows.view(10, 3, 8)
+    assert torch.equal(groups[:, :2].flatten(0, 1), text.ids.flatten(0, 1)[:20])
+    orders = set()
+    for *pair, repeated in groups:
+        pieces = [tuple(piece) for piece in torch.cat(pair).view(8, 2).tolist()]
+        found = [tuple(piece) for piece in repeated.view(4, 2).tolist()]
+        assert all(found.count(piece) <= pieces.count(piece) for piece in found)
+        orders.add(tuple(pieces.index(piece) for piece in found))
+    assert len(orders) > 5
+    assert torch.equal(text.windows(2, repeats=True), rows[:2])
+    # The text beside it stays what it is.
+    both = written(model, repeating=6)
+    assert torch.equal(both.windows(6, repeats=True), rows)
+    assert torch.equal(both.windows(3, repeats=False), written(model).windows(3, repeats=False))
+
+
+@given(windows=st.integers(1, 40), seqlen=st.integers(8, 600), prefix=st.sampled_from([(), (7,)]))
+def test_there_are_documents_enough(windows, seqlen, prefix):
+    for repeats in (False, True):
+        text = WrittenText({repeats: windows}, seqlen, prefix=prefix, vocabulary=16, seed=0)
+        assert text.windows(windows, repeats=repeats).shape == (windows, seqlen)
 
 
 def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
@@ -84,7 +115,7 @@ def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
-    rows = written(model, prefix=(7,)).windows()
+    rows = written(model, prefix=(7,)).windows(3, repeats=False)
     hook.remove()
     assert bool((rows[:, 0] == 7).all())
     prompts = [ids for ids in seen if ids.shape[1] > 1]
@@ -109,6 +140,13 @@ def test_statistics_take_it_up(model):
         fewer["half"].to_bytes() == run(model, {"half": recipe("allocation.written=0.5")})["half"].to_bytes()
     )
     assert fewer["with"].to_bytes() == both["with"].to_bytes()
+    once = recipe("allocation.repeats=false", "allocation.written=0.5")
+    beside = run(model, {"with": recipe(), "once": once, "half": recipe("allocation.written=0.5")})
+    assert beside["once"].to_bytes() == run(model, {"once": once})["once"].to_bytes()
+    assert len({artifact.to_bytes() for artifact in beside.values()}) == 3
+    assert {name: beside[name].to_bytes() for name in fewer} == {
+        name: artifact.to_bytes() for name, artifact in fewer.items()
+    }
 
 
 def test_statistics_are_those_of_both_texts(model):

@@ -188,8 +188,12 @@ class _Subject:
         return f"{self.layer}.{self.kind}.{self.config.cache.sink_tokens}.{turned}.{self._written}"
 
     @property
-    def _written(self) -> float:
-        return 0.0 if self.config.allocation is None else self.config.allocation.written
+    def _written(self) -> str:
+        """What text of the model's own it is fitted to."""
+        settings = self.config.allocation
+        if settings is None:
+            return "0.0"
+        return f"{settings.written}{'.repeats' if settings.written and settings.repeats else ''}"
 
     @property
     def covariance(self) -> str:
@@ -362,7 +366,7 @@ class _Run:
         int64 ``[N, T]``.
         """
         if text is None:
-            text = max((self._text(config) for config in self.configs.values()), key=len)
+            text = torch.cat((self.windows.ids, *(self._own(at, n) for at, n in self._own_windows().items())))
         rank, ranks = world()
         mine = range(rank, len(text), ranks)
         started = time.monotonic()
@@ -411,10 +415,19 @@ class _Run:
         """Windows of its own text that the model writes for a recipe."""
         return 0 if config.allocation is None else round(config.allocation.written * len(self.windows.ids))
 
+    def _own_windows(self) -> dict[bool, int]:
+        """The same for all recipes together, without and with repeats, in the order of the passes."""
+        most = {False: 0, True: 0}
+        for config in self.configs.values():
+            if config.allocation is not None:
+                repeats = config.allocation.repeats
+                most[repeats] = max(most[repeats], self._written_windows(config))
+        return most
+
     def _written_text(self) -> WrittenText:
         bos = self.windows.source.get("bos")
         return WrittenText(
-            max(map(self._written_windows, self.configs.values())),
+            self._own_windows(),
             self.windows.ids.shape[1],
             prefix=() if bos is None else (bos,),
             vocabulary=self._vocabulary,
@@ -425,22 +438,38 @@ class _Run:
     def _vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
 
-    def _own(self, count: int) -> Tensor:
+    def _own(self, repeats: bool, count: int) -> Tensor:
         """The first ``count`` windows that the model wrote, int64 ``[count, T]``."""
         if count == 0:
             return self.windows.ids[:0]
         text = self.totals[_WRITTEN]
         assert isinstance(text, WrittenText)
-        return text.windows()[:count]
+        return text.windows(count, repeats=repeats)
+
+    def _own_of(self, config: CalibrationConfig) -> Tensor:
+        """A recipe's share of that, int64 ``[N, T]``."""
+        repeats = config.allocation is not None and config.allocation.repeats
+        return self._own(repeats, self._written_windows(config))
 
     def _text(self, config: CalibrationConfig) -> Tensor:
         """What a recipe is fitted to: the calibration text, then its share of the model's own, int64 ``[N, T]``."""
-        return torch.cat((self.windows.ids, self._own(self._written_windows(config))))
+        return torch.cat((self.windows.ids, self._own_of(config)))
 
     def _looking(self, by_layer: Mapping[int, Sequence[_Subject]], layer: int) -> list[_Subject]:
         """The subjects of a layer that take up the window that is under way."""
+        subjects = by_layer.get(layer, ())
         own = self.window - len(self.windows.ids)
-        return [s for s in by_layer.get(layer, ()) if own < self._written_windows(s.config)]
+        if own < 0:
+            return list(subjects)
+        plain = self._own_windows()[False]
+        repeats, number = own >= plain, own - plain if own >= plain else own
+        return [
+            s
+            for s in subjects
+            if s.config.allocation is not None
+            and s.config.allocation.repeats == repeats
+            and number < self._written_windows(s.config)
+        ]
 
     def write(self) -> None:
         """Let the model write what recipes ask for."""
@@ -733,8 +762,8 @@ class _Run:
 
         cache = spec_by_layer(config.cache, config.allocation, self.geometry, covariances)
 
-        def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], float]:
-            own = self._own(self._written_windows(config))[: _SENSITIVITY_PIECES // 2]
+        def measure(layers: tuple[LayerParams, ...]) -> dict[tuple[int, Kind], Tensor]:
+            own = self._own_of(config)[: _SENSITIVITY_PIECES // 2]
             rows = torch.cat((self.windows.ids[: _SENSITIVITY_PIECES - len(own)], own))
             pieces = rows[:, :_SENSITIVITY_TOKENS]
             return error_sensitivity(

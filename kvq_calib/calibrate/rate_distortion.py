@@ -37,8 +37,9 @@ _OTHER_TEXT = 0.7
 _MATRIX_SHARE = 0.4
 #: Columns of the factors of feedback that are tried.
 _FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
-#: A measured error counts as at most this many times the estimated one.
-_FURTHEST = 64.0
+#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head, small ones are
+#: noise, and can be negative.
+_MOST, _LEAST = 64.0, 1 / 8
 
 
 def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
@@ -103,7 +104,7 @@ def fit_layers(
     covariances: Mapping[Place, GradientCovariance],
     importances: Mapping[Place, TokenImportance],
     foreign: Mapping[Place, WeightedHistogram] | None = None,
-    measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, float]] | None = None,
+    measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, Tensor]] | None = None,
 ) -> tuple[LayerParams, ...]:
     """Fit everything a layer stores, for all layers.
 
@@ -117,7 +118,7 @@ def fit_layers(
         importances: of tokens, where paths weigh them.
         foreign: values for tokens drawn from the vocabulary, in the bins of ``histograms``; without them those of the
             text stand alone.
-        measure: what the errors of a fit cost, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
+        measure: what the errors of a fit cost by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
             Needed for ``settings.corrections``.
 
     Raises:
@@ -203,28 +204,34 @@ def fit_layers(
     for _ in range(settings.corrections):
         if measure is None:
             break
-        estimated = [
-            float(table.gather(1, widths.to(torch.int64)[:, None]).sum())
-            for table, widths in zip(tables, chosen, strict=True)
-        ]
         cost = measure(fitted(chosen))
+        estimated = [
+            table.gather(1, widths.to(torch.int64)[:, None]).view(len(cost[place]), -1).sum(1)
+            for place, table, widths in zip(places, tables, chosen, strict=True)
+        ]
         factors = correction([cost[place] for place in places], estimated)
-        tables = [table * factor for table, factor in zip(tables, factors, strict=True)]
+        tables = [
+            table * factor.repeat_interleave(len(table) // len(factor))[:, None]
+            for table, factor in zip(tables, factors, strict=True)
+        ]
         chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
     return fitted(chosen)
 
 
-def correction(measured: Sequence[float], estimated: Sequence[float]) -> list[float]:
-    """Factors on the estimated errors that bring them half of the way (in logarithms) to the measured ones.
+def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[Tensor]:
+    """Factors on the estimated errors of heads that bring them half of the way (in logarithms) to the measured ones.
 
     Half, because a measurement holds for the errors as they are and the widths that follow change them, and because it
     is one of a few pieces of text.
+
+    Args:
+        measured, estimated: ``[H]`` of each layer and kind.
     """
     tiny = torch.finfo(torch.float32).tiny
-    ratio = torch.tensor(measured, dtype=torch.float64) / torch.tensor(estimated).double().clamp(min=tiny)
+    heads = [len(each) for each in measured]
+    ratio = torch.cat(list(measured)).double() / torch.cat(list(estimated)).double().clamp(min=tiny)
     ratio = ratio / ratio.median().clamp(min=tiny)
-    factors: list[float] = ratio.clamp(1 / _FURTHEST, _FURTHEST).sqrt().tolist()
-    return factors
+    return list(ratio.clamp(_LEAST, _MOST).sqrt().split(heads))
 
 
 def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:

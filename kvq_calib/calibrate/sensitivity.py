@@ -1,9 +1,9 @@
 """What the errors of each layer's keys and values really cost, measured on the model's output.
 
-The weighted error of an allocation is a second-order estimate, layer by layer. This measures all layers at once and at
-the errors they have: every quantized tensor becomes ``x + a (x' - x)`` with a factor ``a = 1`` of its own, and one backward
-pass of the divergence gives its derivative with respect to every ``a``. For an error that costs ``c a^2`` that is ``2 c``,
-with whatever errors of different layers do to each other included.
+The weighted error of an allocation is a second-order estimate, head by head. This measures all heads at once and at
+the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a = 1`` of
+their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an error that costs
+``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other included.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def error_sensitivity(
     layers: Sequence[LayerParams],
     *,
     recompute: bool = False,
-) -> dict[tuple[int, Kind], float]:
-    """Derivative of the divergence with respect to a factor on the errors of each layer's keys, and of its values.
+) -> dict[tuple[int, Kind], Tensor]:
+    """Derivative of the divergence with respect to a factor on the errors of each head's keys, and of its values.
 
     Args:
         model: causal language model in eval mode.
@@ -47,16 +47,18 @@ def error_sensitivity(
         recompute: recompute layers in the backward pass.
 
     Returns:
-        Nats per predicted token, by layer and kind.
+        Nats per predicted token, float64 ``[H]`` by layer and kind.
     """
     device = input_device(model)
-    factors = torch.ones(len(layers), len(KINDS), device=device, requires_grad=True)
+    heads = max(layer.num_kv_heads for layer in geometry.layers)
+    factors = torch.ones(len(layers), len(KINDS), heads, device=device, requires_grad=True)
 
     def scaled(layer: int, kind: Kind, quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
         def through(x: Tensor) -> Tensor:
             with torch.no_grad():
                 error = quantizer.to(x.device)(x) - x
-            return x.float() + factors[layer, KINDS.index(kind)].to(x.device) * error
+            factor = factors[layer, KINDS.index(kind), : x.shape[1]].to(x.device)
+            return x.float() + factor[:, None, None] * error
 
         return through
 
@@ -78,7 +80,7 @@ def error_sensitivity(
         dist.all_reduce(found)
     found /= len(pieces)
     return {
-        (layer, kind): float(found[layer, number])
+        (layer, kind): found[layer, number, : geometry.layers[layer].num_kv_heads]
         for layer in range(len(layers))
         for number, kind in enumerate(KINDS)
     }

@@ -25,13 +25,15 @@ __all__ = ["WrittenText", "write"]
 _DOCUMENT_TOKENS = 256
 #: Documents written at a time: their cache is that of two windows of 2,048 tokens.
 _DOCUMENTS = 16
+#: Pieces that two documents are cut into to be repeated.
+_PIECES = 8
 
 
 class WrittenText:
     """Documents by the batch they are written in; those of batches that are not written yet are zeros.
 
     Args:
-        windows: that the documents are to fill.
+        windows: that the documents are to fill, without repeats and with them.
         seqlen: tokens of a window.
         prefix: tokens that a text begins with, such as the beginning-of-sequence token.
         vocabulary: number of tokens that a document can begin with.
@@ -39,12 +41,19 @@ class WrittenText:
     """
 
     def __init__(
-        self, windows: int, seqlen: int, *, prefix: tuple[int, ...], vocabulary: int, seed: int
+        self,
+        windows: Mapping[bool, int],
+        seqlen: int,
+        *,
+        prefix: tuple[int, ...],
+        vocabulary: int,
+        seed: int,
     ) -> None:
-        self._windows, self._prefix, self._seed = windows, torch.tensor(prefix, dtype=torch.int64), seed
+        self._prefix, self._seed = torch.tensor(prefix, dtype=torch.int64), seed
         self._body = seqlen - len(prefix)
         length = min(_DOCUMENT_TOKENS, self._body)
-        documents = -(-windows * self._body // length)
+        filling = {repeats: -(-count * self._body // length) for repeats, count in windows.items()}
+        documents = max(count - count // 3 if repeats else count for repeats, count in filling.items())
         # Whole batches, so that more windows begin with the same text.
         self.ids = torch.zeros(-(-documents // _DOCUMENTS), _DOCUMENTS, length, dtype=torch.int64)
         first = drawn(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
@@ -57,10 +66,33 @@ class WrittenText:
         prompt = torch.cat((self._prefix.expand(self.ids.shape[1], -1), self.beginnings[batch, :, None]), 1)
         self.ids[batch] = write(model, prompt, self.ids.shape[2] - 1, generator)[:, len(self._prefix) :]
 
-    def windows(self) -> Tensor:
-        """The documents one after the other, int64 ``[windows, seqlen]``."""
-        text = self.ids.flatten()[: self._windows * self._body].view(self._windows, self._body)
-        return torch.cat((self._prefix.expand(self._windows, -1), text), 1)
+    def windows(self, count: int, *, repeats: bool) -> Tensor:
+        """The documents one after the other.
+
+        Args:
+            count: of windows, at most those of the constructor. More begin with the same text.
+            repeats: after every two documents comes one that repeats pieces of them in random order.
+
+        Returns:
+            int64 ``[count, seqlen]``.
+        """
+        documents = self.ids.flatten(0, 1)
+        if repeats:
+            pairs = documents.unflatten(0, (-1, 2))
+            documents = torch.cat((pairs, self._repeated(pairs)[:, None]), 1).flatten(0, 1)
+        text = documents.flatten()[: count * self._body].view(count, self._body)
+        return torch.cat((self._prefix.expand(count, -1), text), 1)
+
+    def _repeated(self, pairs: Tensor) -> Tensor:
+        """Pieces of each two documents ``[P, 2, T]`` in random order, as long as one, ``[P, T]``."""
+        length = pairs.shape[-1]
+        pieces = pairs.flatten(1).split(-(-2 * length // _PIECES), dim=1)
+        generator = torch.Generator().manual_seed(self._seed)
+        repeated = []
+        for row in zip(*pieces, strict=True):
+            order = torch.randperm(len(row), generator=generator).tolist()
+            repeated.append(torch.cat([row[place] for place in order])[:length])
+        return torch.stack(repeated)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that hold everything."""
