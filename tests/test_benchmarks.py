@@ -483,7 +483,12 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("record", "text"),
-    [("kvq3-wikitext2-all", "wikitext2"), ("kvq4-wikitext2-18", "wikitext2"), ("from-c4-wikitext2", "c4")],
+    [
+        ("kvq3-wikitext2-all", "wikitext2"),
+        ("kvq4-wikitext2-18", "wikitext2"),
+        ("from-c4-wikitext2", "c4"),
+        *((f"kvq{bits}-unlearned-from-c4-wikitext2", "c4-unlearned") for bits in (2, 3, 4)),
+    ],
 )
 def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, text: str) -> None:
     content = json.loads((BENCHMARKS / "results" / f"{record}.json").read_text(encoding="utf-8"))
