@@ -416,7 +416,7 @@ class _Run:
         return 0 if config.allocation is None else round(config.allocation.written * len(self.windows.ids))
 
     def _own_windows(self) -> dict[bool, int]:
-        """The same for all recipes together, without and with repeats, in the order of the passes."""
+        """Windows of that text that passes see, for all recipes together: without repeats, then with them."""
         most = {False: 0, True: 0}
         for config in self.configs.values():
             if config.allocation is not None:
