@@ -81,6 +81,15 @@ def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
         for rounds in (0, 1)
     }
     made = pipeline.calibrate(model, windows, recipes, model_id="", model_config={}).artifacts
-    before, after = (made[name].layers[1].key.bits.float().view(2, -1).mean(1) for name in recipes)
-    assert after[1] > before[1]
+    (layer, kind), head = dear
+
+    def widths(name: str) -> tuple[int, int]:
+        """Sum of the widths of that head, and of all others."""
+        own = made[name].layers[layer].of(kind).bits.view(2, -1)[head]
+        every = sum(int(each.of(k).bits.sum()) for each in made[name].layers for k in KINDS)
+        return int(own.sum()), every - int(own.sum())
+
+    before, after = (widths(name) for name in recipes)
+    assert after[0] > before[0]
+    assert after[1] < before[1]
     assert made["1"].bits_per_element(65536) <= 3.4

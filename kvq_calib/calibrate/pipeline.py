@@ -462,7 +462,8 @@ class _Run:
         if own < 0:
             return list(subjects)
         plain = self._own_windows()[False]
-        repeats, number = own >= plain, own - plain if own >= plain else own
+        repeats = own >= plain
+        number = own - plain if repeats else own
         return [
             s
             for s in subjects

@@ -1,4 +1,4 @@
-"""What the errors of each layer's keys and values really cost, measured on the model's output.
+"""What the errors of each head's keys and values really cost, measured on the model's output.
 
 The weighted error of an allocation is a second-order estimate, head by head. This measures all heads at once and at
 the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a = 1`` of
