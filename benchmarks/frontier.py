@@ -29,6 +29,8 @@ from kvq_calib.models import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
+#: The recipe that the steps lead to, and learning for those that have none.
+LEAN, LEARNING = "kvq3-lean", "learn={steps: 64, seqlen: 512, learning_rate: 0.002}"
 
 
 def variants() -> list[Variant]:
@@ -36,13 +38,12 @@ def variants() -> list[Variant]:
     uniform = ("cache.key.bits=3", "cache.value.bits=3", "allocation.scope=uniform")
     rows = [
         Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
-        for name, bits in (("kvq2", 2.4), ("kvq3-lean", 3.0), ("kvq3", 3.4), ("kvq4", 4.4))
+        for name, bits in (("kvq2", 2.4), ("kvq3", 3.4), ("kvq4", 4.4))
     ]
     rows += [
         Variant(name, KVQUANT, f"{name}: KVQuant with 1% outliers, one sink token", recipe=name)
         for name in ("nuq2-1p", "nuq3-1p", "nuq4-1p")
     ]
-    lean = "kvq3-lean"
     #: What steps 4 and on switch on, one after the other, and what keeps it off.
     switches = {
         "and phases": ("cache.key.phase=false",),
@@ -62,9 +63,10 @@ def variants() -> list[Variant]:
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
-        """kvq3-lean without learning and without what later steps switch on."""
+        """kvq3-lean without what later steps switch on; after the last step, the recipe itself."""
         still_off = [setting for off in list(switches.values())[max(number - 3, 0) :] for setting in off]
-        return Variant(f"step-{number}", STEPS, text, (*more, *still_off, "learn=null"), lean)
+        name, end = (f"step-{number}", "") if still_off else (LEAN, f" ({LEAN})")
+        return Variant(name, STEPS, text + end, (*more, *still_off), LEAN)
 
     rows += [
         Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
@@ -72,10 +74,9 @@ def variants() -> list[Variant]:
         step(2, "and widths per channel, the same budget for every layer's keys and values", "allocation.scope=layer"),
         step(3, "and one budget for the model"),
         *(step(number, text) for number, text in enumerate(switches, start=4)),
-        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1", "learn=null"), lean),
+        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1",), LEAN),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
-        Variant("kvq3-fit", STEPS, "kvq3 without learning", ("learn=null",), "kvq3"),
-        Variant("kvq4-fit", STEPS, "kvq4 without learning", ("learn=null",), "kvq4"),
+        Variant("kvq3-learned", STEPS, "kvq3 and learning", (LEARNING,), "kvq3"),
     ]  # fmt: skip
     return rows
 
@@ -181,13 +182,12 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     lines = {
-        "kvq (this project)": ["kvq2", "kvq3-lean", "kvq3", "kvq4"],
-        "kvq without learning": ["kvq2-fit", "step-13", "kvq3-fit", "kvq4-fit"],
+        "kvq (this project)": ["kvq2", LEAN, "kvq3", "kvq4"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],
     }
-    for (label, names), style in zip(lines.items(), ("o-", "o:", "s-", "^--", "v--"), strict=True):
+    for (label, names), style in zip(lines.items(), ("o-", "s-", "^--", "v--"), strict=True):
         there = [results[name] for name in names if name in results]
         if there:
             axes.plot(
@@ -232,7 +232,7 @@ def report(content: Mapping[str, Any]) -> list[str]:
                 f"{row['top1_agreement']:.4f}",
             ]
             for row in content["rows"]
-            if row["switch"] == switch
+            if row["switch"] == switch or (switch == OURS and row["name"] == LEAN)
         ]
         if table:
             head = ["", "bits/element", "KL", "KL p99", "perplexity", "top-1"]
