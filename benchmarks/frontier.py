@@ -29,8 +29,8 @@ from kvq_calib.models import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
-#: The recipe that the steps lead to, and learning for those that have none.
-LEAN, LEARNING = "kvq3-lean", "learn={steps: 64, seqlen: 512, learning_rate: 0.002}"
+#: The recipe that the steps lead to.
+LEAN = "kvq3-lean"
 
 
 def variants() -> list[Variant]:
@@ -76,7 +76,6 @@ def variants() -> list[Variant]:
         *(step(number, text) for number, text in enumerate(switches, start=4)),
         Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1",), LEAN),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
-        Variant("kvq3-learned", STEPS, "kvq3 and learning", (LEARNING,), "kvq3"),
     ]  # fmt: skip
     return rows
 
