@@ -487,6 +487,8 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("kvq4-kvq3-wikitext2-all", "wikitext2"),
         ("kvq2-wikitext2-all", "wikitext2"),
         ("kvq3-lean-wikitext2", "wikitext2"),
+        ("kvq4-kvq3-nuq4-c4-all", "wikitext2"),
+        ("kvq2-nuq3-c4-all", "wikitext2"),
         ("from-c4-wikitext2", "c4"),
         *((f"kvq{bits}-unlearned-from-c4-wikitext2", "c4-unlearned") for bits in (2, 3, 4)),
     ],
