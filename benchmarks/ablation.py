@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,19 @@ def variants() -> list[Variant]:
         ),
     ]
     return rows
+
+
+def chosen(
+    parser: argparse.ArgumentParser,
+    only: Sequence[str] | None,
+    rows: Sequence[Variant],
+    others: Iterable[str] = (),
+) -> list[Variant]:
+    """The rows that ``--only`` names, all without it; ends the command where it names neither one of them nor ``others``."""
+    names = [*(row.name for row in rows), *others]
+    if only and not set(only) <= set(names):
+        parser.error(f"the rows are {', '.join(names)}")
+    return [row for row in rows if not only or row.name in only]
 
 
 def calibrated(
@@ -276,9 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--note", default="", help="about the machine, for the record")
     options = parser.parse_args(arguments)
 
-    rows = [row for row in variants() if not options.only or row.name in options.only]
-    if options.only and len(rows) != len(set(options.only)):
-        parser.error(f"the rows are {', '.join(row.name for row in variants())}")
+    rows = chosen(parser, options.only, variants())
     facts = environment(options.note)
     options.work.mkdir(parents=True, exist_ok=True)
     configs = {

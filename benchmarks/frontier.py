@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CONTEXT, Variant, calibrated, evaluated
+from ablation import CONTEXT, Variant, calibrated, chosen, evaluated
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 from torch import Tensor
 
@@ -197,7 +197,8 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     axes.set_ylabel("KL divergence, nats per token")
     axes.set_title(caption, fontsize=9)
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
@@ -223,7 +224,7 @@ def report(content: Mapping[str, Any]) -> list[str]:
     for switch, title in titles.items():
         table = [
             [
-                row["text"],
+                row["text"] if row["switch"] == switch else f"{LEAN}, where the steps lead",
                 f"{row['bits_per_element']:.3f}",
                 f"{row['kl_mean']:.5f}",
                 f"{row['kl_p99']:.3f}",
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--note", default="", help="about the machine, for the record")
     options = parser.parse_args(arguments)
 
-    rows = [row for row in variants() if not options.only or row.name in options.only]
+    rows = chosen(parser, options.only, variants(), rivals(64))
     facts = environment(options.note)
     options.work.mkdir(parents=True, exist_ok=True)
     run = {"dataset": options.calibration, "samples": options.samples, "seqlen": options.seqlen}

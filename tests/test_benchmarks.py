@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +144,64 @@ def test_ablation_goes_on_where_it_stopped(
     assert "nuq3-1p" in capsys.readouterr().out
 
 
-def test_ablation_refuses_an_unknown_row(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import ablation
-
+@pytest.mark.parametrize(("script", "first"), [("ablation", "base"), ("frontier", "kvq2")])
+def test_an_unknown_row_is_refused(
+    script: str, first: str, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stopped:
-        ablation.main(["m", "--calibration", str(text), "--evaluation", str(text), "--only", "nothing"])
+        module.main(["m", "--calibration", str(text), "--evaluation", str(text), "--only", "nothing"])
     assert stopped.value.code == 2
-    assert "the rows are base" in capsys.readouterr().err
+    assert f"the rows are {first}" in capsys.readouterr().err
+
+
+def test_every_step_of_the_frontier_changes_the_one_before_and_the_last_is_the_recipe() -> None:
+    import frontier
+
+    steps = [row for row in frontier.variants() if row.name.startswith("step-") or row.name == frontier.LEAN]
+    assert [row.name for row in steps] == [*(f"step-{number}" for number in range(14)), frontier.LEAN]
+    configs = [row.config() for row in steps]
+    for before, after in pairwise(configs):
+        assert before.model_dump(exclude={"description"}) != after.model_dump(exclude={"description"})
+    for before, after in pairwise(steps[4:]):
+        assert set(after.assignments) < set(before.assignments)
+    assert configs[-1] == calibration_config(frontier.LEAN)
+
+
+def test_the_frontier_measures_recipes_and_rivals(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import frontier
+
+    output = tmp_path / "out.json"
+    arguments = [str(model_folder), "--calibration", str(text), "--evaluation", str(text), "--samples", "2"]
+    arguments += ["--seqlen", "48", "--windows", "1", "--work", str(tmp_path), "--output", str(output)]
+    arguments += ["--only", "step-0", "kivi-2", "kivi-4", "rotation-2", "rotation-4"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/frontier.py", *arguments])
+    frontier.main(arguments)
+    rows = {row["name"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
+    assert set(rows) == {"step-0", "kivi-2", "kivi-4", "rotation-2", "rotation-4"}
+    for rival in ("kivi", "rotation"):
+        assert rows[f"{rival}-4"]["kl_mean"] < rows[f"{rival}-2"]["kl_mean"]
+    assert rows["kivi-2"]["bits_per_element"] == 3.0
+    assert output.with_suffix(".png").exists()
+    table = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"{rows['step-0']['kl_mean']:.5f}" in table
+    assert "## Recipes" not in table
+
+
+def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
+    import frontier
+
+    results = BENCHMARKS / "results"
+    content = json.loads((results / "frontier.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == [*(row.name for row in frontier.variants()), *frontier.rivals(64)]
+    for row in frontier.variants():
+        found = [rows[row.name][key] for key in ("switch", "text", "recipe", "changes")]
+        assert found == [row.switch, row.text, row.recipe, list(row.assignments)]
+    report = "\n".join(frontier.report(content))
+    assert report.strip() == (results / "frontier.md").read_text(encoding="utf-8").strip()
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +425,6 @@ def test_offloaded_models_are_measured(tmp_path: Path, monkeypatch: pytest.Monke
 def _in_this_process() -> Any:
     """Workers without the seconds that imports take: what `subprocess.run` would give."""
     import contextlib
-    import importlib
     import io
     import types
 
