@@ -545,8 +545,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("kvq3-lean-wikitext2", "wikitext2"),
         ("kvq4-kvq3-nuq4-c4-all", "wikitext2"),
         ("kvq2-nuq3-c4-all", "wikitext2"),
-        ("from-c4-wikitext2", "c4"),
-        *((f"kvq{bits}-unlearned-from-c4-wikitext2", "c4-unlearned") for bits in (2, 3, 4)),
+        ("kvq4-kvq3-from-c4-wikitext2-all", "c4"),
     ],
 )
 def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, text: str) -> None:
