@@ -546,7 +546,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("kvq4-kvq3-nuq4-c4-all", "wikitext2"),
         ("kvq2-nuq3-c4-all", "wikitext2"),
         ("kvq4-kvq3-from-c4-wikitext2-all", "c4"),
-        ("kvq2-nuq3-from-c4-wikitext2", "c4"),
+        ("kvq2-nuq3-from-c4-wikitext2-all", "c4"),
         ("kvq4-kvq3-nuq4-from-c4-c4", "c4"),
     ],
 )
