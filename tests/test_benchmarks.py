@@ -548,6 +548,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("kvq4-kvq3-from-c4-wikitext2-all", "c4"),
         ("kvq2-nuq3-from-c4-wikitext2-all", "c4"),
         ("kvq4-kvq3-nuq4-from-c4-c4", "c4"),
+        ("kvq2-nuq3-from-c4-c4", "c4"),
     ],
 )
 def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, text: str) -> None:
