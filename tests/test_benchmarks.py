@@ -538,21 +538,22 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "text"),
+    ("record", "folder"),
     [
-        ("kvq4-kvq3-wikitext2-all", "wikitext2"),
-        ("kvq2-wikitext2-all", "wikitext2"),
-        ("kvq3-lean-wikitext2", "wikitext2"),
-        ("kvq4-kvq3-nuq4-c4-all", "wikitext2"),
-        ("kvq2-nuq3-c4-all", "wikitext2"),
-        ("kvq4-kvq3-from-c4-wikitext2-all", "c4"),
-        ("kvq2-nuq3-from-c4-wikitext2-all", "c4"),
-        ("kvq4-kvq3-nuq4-from-c4-c4", "c4"),
-        ("kvq2-nuq3-from-c4-c4", "c4"),
+        ("kvq4-kvq3-wikitext2-all", "smollm2-135m-wikitext2"),
+        ("kvq2-wikitext2-all", "smollm2-135m-wikitext2"),
+        ("kvq3-lean-wikitext2", "smollm2-135m-wikitext2"),
+        ("kvq4-kvq3-nuq4-c4-all", "smollm2-135m-wikitext2"),
+        ("kvq2-nuq3-c4-all", "smollm2-135m-wikitext2"),
+        ("kvq4-kvq3-from-c4-wikitext2-all", "smollm2-135m-c4"),
+        ("kvq2-nuq3-from-c4-wikitext2-all", "smollm2-135m-c4"),
+        ("kvq4-kvq3-nuq4-from-c4-c4", "smollm2-135m-c4"),
+        ("kvq2-nuq3-from-c4-c4", "smollm2-135m-c4"),
+        ("gemma3-270m-wikitext2", "gemma3-270m-wikitext2"),
     ],
 )
-def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, text: str) -> None:
+def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, folder: str) -> None:
     content = json.loads((BENCHMARKS / "results" / f"{record}.json").read_text(encoding="utf-8"))
-    folder = BENCHMARKS / "artifacts" / f"smollm2-135m-{text}"
     for name, digest in content["config"]["artifact_sha256"].items():
-        assert digest == hashlib.sha256((folder / f"{name}.kvq.safetensors").read_bytes()).hexdigest()
+        file = BENCHMARKS / "artifacts" / folder / f"{name}.kvq.safetensors"
+        assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
