@@ -542,6 +542,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
     [
         ("kvq4-kvq3-wikitext2-all", "smollm2-135m-wikitext2"),
         ("kvq2-wikitext2-all", "smollm2-135m-wikitext2"),
+        ("compare-wikitext2", "smollm2-135m-wikitext2"),
         ("kvq3-lean-wikitext2", "smollm2-135m-wikitext2"),
         ("kvq4-kvq3-nuq4-c4-all", "smollm2-135m-wikitext2"),
         ("kvq2-nuq3-c4-all", "smollm2-135m-wikitext2"),
