@@ -19,13 +19,13 @@ from typing import Any
 
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig, EvalConfig, calibration_config
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure_perplexity
-from kvq_calib.models import LoadedModel, load_model, model_fingerprint
+from kvq_calib.model.load import LoadedModel, load_model, model_fingerprint
 from kvq_calib.progress import ProgressReporter
+from kvq_calib.schema.recipe import CalibrationConfig, EvalConfig, calibration_config
 
 BASE = "nuq3-1p"
 CONTEXT = 4096

@@ -27,17 +27,18 @@ from common import RESULTS, environment, environment_lines, markdown_table, time
 from fit import fit_all_values
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact, LayerParams
-from kvq_calib.attention import LayerKV
-from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig, calibration_config
+from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.geometry import model_geometry
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.intercept import LayerKV
+from kvq_calib.model.load import load_model, model_fingerprint
 from kvq_calib.progress import ProgressReporter
-from kvq_calib.quantizer import Quantizer, QuantParams
-from kvq_calib.spec import KINDS, Kind, LayerGeometry, QuantSpec
+from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
+from kvq_calib.schema.spec import KINDS, Kind, QuantSpec
 
 _MIB = 2**20
 Pairs = dict[tuple[int, Kind], list[tuple[Tensor, Tensor]]]

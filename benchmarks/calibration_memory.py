@@ -26,9 +26,9 @@ from common import RESULTS, Seconds, environment, environment_lines, markdown_ta
 from torch import Tensor, nn
 
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig, calibration_config
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
 
 #: Tokens whose logits exist at one time, as in calibration.
 _CHUNK = 256

@@ -25,9 +25,9 @@ from common import RESULTS, Seconds, environment, environment_lines, markdown_ta
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, QuantizedCache
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.attention import LayerKV, intercept
-from kvq_calib.models import load_model, with_cache
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.load import load_model, with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 SAMPLE_TOKENS = 1024

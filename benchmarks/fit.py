@@ -24,15 +24,15 @@ from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.attention import LayerKV
-from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.statistics import LevelHistogram
 from kvq_calib.data import load_windows
 from kvq_calib.fit.kmeans import Floats, distortion, exact_kmeans
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.model.intercept import LayerKV
+from kvq_calib.model.load import load_model, model_fingerprint
 from kvq_calib.progress import ProgressReporter
-from kvq_calib.spec import KINDS, Kind
+from kvq_calib.schema.spec import KINDS, Kind
 
 #: 16 windows of 2,048 tokens in 4,096 channels: what the original implementation fits for a layer of LLaMA-7B.
 LLAMA_7B_LAYER = 16 * 2048 * 4096

@@ -19,11 +19,11 @@ from common import environment
 from gpu_recipes import RECIPES, Recipe
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvq_calib.artifact import KVArtifact, LayerParams
-from kvq_calib.geometry import model_geometry
-from kvq_calib.models import model_fingerprint, with_cache
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.load import model_fingerprint, with_cache
 from kvq_calib.runtime import KVQCache
-from kvq_calib.spec import KINDS, KVCacheSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
 LENGTHS = (4096, 8192, 32768, 131072)
 CHUNK = 8192

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.quantizer import QuantParams, pack_codebooks
-from kvq_calib.spec import IMPORTANCE_CLASSES, Kind, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.codec.quantizer import QuantParams, pack_codebooks
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import IMPORTANCE_CLASSES, Kind, QuantSpec
 
 OUTLIERS = 0.01
 #: Codebooks of one width in the recipes with widths per channel.

@@ -22,12 +22,13 @@ from common import environment
 from gpu_recipes import OUTLIERS, RECIPES, Recipe
 from torch import Tensor
 
+from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import KVQError
-from kvq_calib.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
-from kvq_calib.quantizer import Quantizer
-from kvq_calib.runtime import cuda
+from kvq_calib.runtime.cuda import ops as cuda
 from kvq_calib.runtime.storage import LayerStorage
-from kvq_calib.spec import KINDS, Kind, LayerGeometry, RopeSpec
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KINDS, Kind
 
 #: Least bytes that a rotation of inputs spans: several times any second-level cache.
 ROTATED_BYTES = 512 << 20

@@ -27,10 +27,10 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import calibration_config
 from kvq_calib.data import TokenWindows
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.model.load import load_model, model_fingerprint
 from kvq_calib.progress import ProgressReporter
+from kvq_calib.schema.recipe import calibration_config
 
 _GIB = 2**30
 #: The shape of Llama-3.2-1B, but with a head of its own: 1.50 billion weights.

@@ -14,7 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "cuda"
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
 #: (bits, table entries, trellis): uniform widths 1 to 4, mixed widths that byte permutes serve, and a plain table for

@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.runtime import KVQCache
 
 __all__ = ["KVArtifact", "KVQCache"]
 
-_HOMES = {"KVArtifact": "kvq_calib.artifact", "KVQCache": "kvq_calib.runtime"}
+_HOMES = {"KVArtifact": "kvq_calib.artifact.artifact", "KVQCache": "kvq_calib.runtime"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,21 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact, LayerParams
-from kvq_calib.attention import LayerKV, intercept
-from kvq_calib.geometry import model_geometry
-from kvq_calib.models import model_fingerprint
-from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.spec import (
-    IMPORTANCE_CLASSES,
-    KINDS,
-    Kind,
-    KVCacheSpec,
-    KVGeometry,
-    LayerGeometry,
-    QuantSpec,
-    RopeSpec,
-)
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.codec.quantizer import QuantParams, pack_codebooks, storable_thresholds
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.load import model_fingerprint
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
 
 #: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
 Samples = Mapping[Kind, Tensor]

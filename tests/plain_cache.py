@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.quantizer import STORAGE_DTYPES, Quantizer
-from kvq_calib.rope import Rotation, find_apply_rotary
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.quantizer import STORAGE_DTYPES, Quantizer
+from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.runtime import KVQCache
 
 #: Per layer, the (un-rotated keys, values) of every call.

@@ -13,12 +13,13 @@ from pydantic import ValidationError
 from kvq_calib.calibrate import allocation
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import AllocationConfig, CalibrationConfig
+from kvq_calib.codec.quantizer import Quantizer, QuantParams, codebook_table
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.kmeans import distortion, exact_kmeans
-from kvq_calib.quantizer import Quantizer, QuantParams, codebook_table
-from kvq_calib.spec import MAX_BITS, MAX_CODEBOOKS, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig
+from kvq_calib.schema.spec import MAX_BITS, MAX_CODEBOOKS, QuantSpec
 
 HALVES = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(1.0, 0.1))
 

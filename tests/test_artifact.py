@@ -12,8 +12,8 @@ from artifact_factory import RECIPES, random_artifact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib import artifact as module
-from kvq_calib.artifact import (
+from kvq_calib.artifact import artifact as module
+from kvq_calib.artifact.artifact import (
     ArtifactDigestError,
     ArtifactError,
     ArtifactFileError,
@@ -25,20 +25,12 @@ from kvq_calib.artifact import (
     KVArtifact,
     LayerParams,
 )
+from kvq_calib.artifact.shard import shard
+from kvq_calib.codec.quantizer import Quantizer, QuantParams, codebook_table, pack_codebooks
 from kvq_calib.errors import KVQError
 from kvq_calib.files import WriteError
-from kvq_calib.quantizer import Quantizer, QuantParams, codebook_table, pack_codebooks
-from kvq_calib.sharding import shard
-from kvq_calib.spec import (
-    KINDS,
-    KVCacheSpec,
-    KVGeometry,
-    LayerGeometry,
-    LayerSpec,
-    OutlierSpec,
-    QuantSpec,
-    RopeSpec,
-)
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, OutlierSpec, QuantSpec
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 #: Of the present version.

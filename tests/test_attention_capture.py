@@ -7,10 +7,10 @@ from models_zoo import FAMILIES, tiny_model, token_ids
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, T5Config, T5ForConditionalGeneration
 
-from kvq_calib.attention import inspect_model, intercept, intercept_calls
 from kvq_calib.calibrate.capture import capture, check_capturable
 from kvq_calib.errors import ModelError
-from kvq_calib.models import cache_of, with_cache
+from kvq_calib.model.intercept import inspect_model, intercept, intercept_calls
+from kvq_calib.model.load import cache_of, with_cache
 
 pytestmark = pytest.mark.model
 TOKENS = 24

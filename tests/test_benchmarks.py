@@ -19,11 +19,11 @@ import torch
 from artifact_factory import RECIPES, artifact_for
 from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.config import calibration_config
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import load_windows
-from kvq_calib.models import LoadedModel
-from kvq_calib.spec import LayerSpec
+from kvq_calib.model.load import LoadedModel
+from kvq_calib.schema.recipe import calibration_config
+from kvq_calib.schema.spec import LayerSpec
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -207,7 +207,7 @@ def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
 @pytest.fixture(scope="module")
 def artifact(loaded: LoadedModel, text: Path) -> KVArtifact:
     from kvq_calib.calibrate.pipeline import calibrate
-    from kvq_calib.models import model_fingerprint
+    from kvq_calib.model.load import model_fingerprint
 
     windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)
     config = calibration_config("nuq3-1p", command_line={"samples": 3, "seqlen": 64})
@@ -308,8 +308,8 @@ def test_bare_backward_computes_the_gradients_that_calibration_needs(loaded: Loa
     """The bare pass is no cheaper than it may be: its gradients are those of the Fisher pass."""
     import calibration_memory
 
-    from kvq_calib.attention import LayerKV, intercept
-    from kvq_calib.calibrate.fisher import fisher_pass
+    from kvq_calib.calibrate.gradients import fisher_pass
+    from kvq_calib.model.intercept import LayerKV, intercept
 
     ids = load_windows(str(text), loaded.tokenizer, samples=1, seqlen=300).ids
     want: dict[int, torch.Tensor] = {}

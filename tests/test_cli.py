@@ -14,8 +14,8 @@ import time
 import pytest
 from models_zoo import tiny_model, tiny_tokenizer
 
-from kvq_calib import cli
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.cli import main as cli
 
 pytestmark = pytest.mark.model
 
@@ -289,7 +289,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(place, monkeypatch):
     def never(*_, **__):
         raise AssertionError("loaded a model")
 
-    monkeypatch.setattr("kvq_calib.models.load_model", never)
+    monkeypatch.setattr("kvq_calib.model.load.load_model", never)
     status, _, err = calibrate(place, dataset="nowhere.txt")
     assert status == 1
     assert_one_line(err, "no such data set or file", "python-docs")
@@ -365,7 +365,7 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
         "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
         "save = p._Run._save\n"
         "p._Run._save = lambda run, **options: (save(run, **options), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
-        "from kvq_calib.cli import calibrate; calibrate()",
+        "from kvq_calib.cli.main import calibrate; calibrate()",
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -14,8 +14,6 @@ from artifact_factory import artifact_for, recipe
 from models_zoo import tiny_model, tiny_tokenizer, token_ids
 from test_cli import assert_one_line, call
 
-from kvq_calib.attention import intercept_calls
-from kvq_calib.config import EvalConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.compare import compare, frontier, runnable
@@ -27,9 +25,11 @@ from kvq_calib.evaluate.rivals.kivi import KIVI
 from kvq_calib.evaluate.rivals.oscar import OscarStyle, attention_moments, calibrated_rotation
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
 from kvq_calib.evaluate.rivals.turboquant import TurboQuant, lloyd_max
-from kvq_calib.geometry import model_geometry
-from kvq_calib.models import with_cache
-from kvq_calib.spec import KVGeometry, LayerGeometry
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.intercept import intercept_calls
+from kvq_calib.model.load import with_cache
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.recipe import EvalConfig
 
 pytestmark = pytest.mark.model
 

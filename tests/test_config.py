@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvq_calib.config import calibration_config, read_recipe, recipe_names
 from kvq_calib.errors import ConfigError
+from kvq_calib.schema.recipe import calibration_config, read_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_zoo import tiny_model, tiny_tokenizer
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 
 pytestmark = pytest.mark.model
 
@@ -27,7 +27,7 @@ if os.environ.get("DIE_AT_RANK", "none") == os.environ.get("RANK"):
         if next(windows, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
     pipeline._Run._save = dying
-from kvq_calib.cli import calibrate
+from kvq_calib.cli.main import calibrate
 calibrate()
 """
 

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.calibrate.rate_distortion import spec_by_layer
-from kvq_calib.config import AllocationConfig, CalibrationConfig, calibration_config
+from kvq_calib.codec.quantizer import error_weight, triangular_factor
 from kvq_calib.data import TokenWindows
-from kvq_calib.models import model_fingerprint, with_cache
-from kvq_calib.quantizer import error_weight, triangular_factor
+from kvq_calib.model.load import model_fingerprint, with_cache
 from kvq_calib.runtime import KVQCache
-from kvq_calib.spec import KVGeometry, LayerGeometry
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig, calibration_config
 
 HEADS, DIM = 3, 6
 

@@ -4,7 +4,7 @@ from models_zoo import FAMILIES, tiny_model, token_ids
 from test_attention_capture import snapshot
 
 from kvq_calib.calibrate import fisher
-from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.errors import CalibrationError, ModelError
 
 pytestmark = pytest.mark.model
@@ -26,7 +26,7 @@ def run(model, ids, **options):
 
 def plain(model, ids):
     """The same by autograd on keys and values that are replaced by leaves, and the model's own loss."""
-    from kvq_calib.attention import intercept
+    from kvq_calib.model.intercept import intercept
 
     leaves = {}
 

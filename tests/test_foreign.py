@@ -7,10 +7,10 @@ import torch
 from models_zoo import tiny_model
 
 from kvq_calib.calibrate.distribution import WeightedHistogram
-from kvq_calib.calibrate.foreign import strewn
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import calibration_config
+from kvq_calib.calibrate.vocabulary_samples import strewn
 from kvq_calib.data import TokenWindows
+from kvq_calib.schema.recipe import calibration_config
 
 OUTLYING = 90
 

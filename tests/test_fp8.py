@@ -12,12 +12,12 @@ from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
 from click.testing import CliRunner
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.cli import artifact_group
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.export_fp8 import amax_of, export, losses, read_amax, recorded_amax
+from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError, KVQError
-from kvq_calib.integrations.fp8 import amax_of, export, losses, read_amax, recorded_amax
-from kvq_calib.models import cache_of
-from kvq_calib.spec import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.model.load import cache_of
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
 ROPE = RopeSpec(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.calibrate.importance import TokenImportance
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import calibration_config
+from kvq_calib.calibrate.token_weighting import TokenImportance
 from kvq_calib.data import TokenWindows
+from kvq_calib.schema.recipe import calibration_config
 
 HEADS, DIM = 2, 4
 UNIT = torch.full((HEADS,), float(DIM))

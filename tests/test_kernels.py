@@ -14,13 +14,14 @@ from artifact_factory import RECIPES, random_artifact, recipe
 from shim.host import HostLauncher, compiler
 from torch import Tensor
 
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
-from kvq_calib.quantizer import Quantizer
-from kvq_calib.runtime import cuda
-from kvq_calib.runtime.reference import AttentionRequest, PageReader, ReferenceOps, Visibility
+from kvq_calib.runtime.cuda import ops as cuda
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, SlotTable
-from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.runtime.torch_ops import AttentionRequest, PageReader, ReferenceOps, Visibility
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KVCacheSpec, QuantSpec
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

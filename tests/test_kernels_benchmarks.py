@@ -11,8 +11,8 @@ import torch
 from models_zoo import tiny_model
 from shim.host import HostLauncher, compiler
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.models import with_cache
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.model.load import with_cache
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

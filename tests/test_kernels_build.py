@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.runtime import cuda
+from kvq_calib.runtime.cuda import ops as cuda
 
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "release {version}"; exit 0; fi

@@ -8,11 +8,11 @@ from artifact_factory import artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from shim.host import HostLauncher, compiler
 
-from kvq_calib.models import with_cache
-from kvq_calib.packing import PageLayout
+from kvq_calib.codec.packing import PageLayout
+from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import KVQCache, detach
 from kvq_calib.runtime import cache as cache_module
-from kvq_calib.runtime.cuda import CudaOps, ops_with
+from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
 
 pytestmark = [
     pytest.mark.model,

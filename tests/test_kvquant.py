@@ -9,13 +9,13 @@ import torch
 from click.testing import CliRunner
 from models_zoo import tiny_model
 
-from kvq_calib.artifact import ArtifactFileError, KVArtifact
-from kvq_calib.cli import artifact_group
+from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact
+from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
+from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError
-from kvq_calib.geometry import model_geometry
-from kvq_calib.kvquant import geometry_of, import_kvquant, load_pickle
-from kvq_calib.models import model_fingerprint
-from kvq_calib.spec import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.load import model_fingerprint
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 pytestmark = pytest.mark.model
 

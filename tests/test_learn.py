@@ -4,13 +4,14 @@ import pytest
 import torch
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.artifact import LayerParams
-from kvq_calib.calibrate.learn import Trainable, divergence, learn
+from kvq_calib.artifact.artifact import LayerParams
+from kvq_calib.calibrate.finetune import Trainable, divergence, learn
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig
+from kvq_calib.codec.quantizer import Quantizer, QuantParams, pack_codebooks, storable_thresholds
 from kvq_calib.data import TokenWindows
-from kvq_calib.quantizer import Quantizer, QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.spec import KINDS, KVCacheSpec, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.recipe import CalibrationConfig
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
 
 pytestmark = pytest.mark.model
 
@@ -148,7 +149,7 @@ def test_divergence_is_zero_without_quantization_and_the_one_that_is_evaluated()
     halved = [dict.fromkeys(KINDS, lambda x: 0.5 * x) for _ in range(2)]
     found = divergence(model, ids, replace_sinks(cache, 0), halved)
 
-    from kvq_calib.attention import intercept
+    from kvq_calib.model.intercept import intercept
 
     want = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     with intercept(model, lambda kv: (0.5 * kv.keys, 0.5 * kv.values)):

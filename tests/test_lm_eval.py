@@ -12,11 +12,11 @@ from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, tiny_tokenizer
 
 from kvq_calib import KVQCache
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.cli import lm_eval as lm_eval_command
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.integrations import lm_eval_command
-from kvq_calib.models import load_model, with_cache
+from kvq_calib.model.load import load_model, with_cache
 from kvq_calib.runtime import attached
 
 pytestmark = pytest.mark.model

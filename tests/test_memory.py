@@ -11,7 +11,8 @@ from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
 from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
-from kvq_calib.config import read_recipe
+from kvq_calib.artifact.shard import shard
+from kvq_calib.codec.packing import packed_tokens
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.memory import (
     PAPER_GB,
@@ -25,12 +26,12 @@ from kvq_calib.evaluate.memory import (
     shape_report,
     stages,
 )
-from kvq_calib.models import with_cache
-from kvq_calib.packing import packed_tokens
+from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
-from kvq_calib.sharding import shard
-from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, LayerSpec, QuantSpec
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.recipe import read_recipe
+from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, QuantSpec
 
 pytestmark = pytest.mark.model
 

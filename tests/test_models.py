@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 from transformers.utils import logging
 
-from kvq_calib import hub
 from kvq_calib.errors import ModelError
-from kvq_calib.models import load_model, model_fingerprint
+from kvq_calib.model import hub
+from kvq_calib.model.load import load_model, model_fingerprint
 
 pytestmark = pytest.mark.model
 
@@ -76,7 +76,7 @@ def test_what_is_not_there_is_refused(tmp_path, folder):
 
 
 def test_packages_that_are_missing_are_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvq_calib.models.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kvq_calib.model.load.importlib.util.find_spec", lambda name: None)
     refused(folder, "pip install accelerate", device_map="auto")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "model.gguf", "pip install gguf accelerate")

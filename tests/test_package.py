@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvq_calib
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_ships_recipes_and_kernels(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, suffixes in (("configs", {".yaml"}), ("kernels", {".cu", ".cuh"})):
+    for folder, suffixes in (("configs", {".yaml"}), ("kernels/cuda", {".cu", ".cuh"})):
         expected = {
             f"kvq_calib/_{folder}/{f.name}" for f in (ROOT / folder).iterdir() if f.suffix in suffixes
         }
@@ -65,10 +65,10 @@ def test_the_wheel_ships_recipes_and_kernels(wheel):
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import kvq_calib, sys; from kvq_calib.config import calibration_config, recipe_names;"
+        "import kvq_calib, sys; from kvq_calib.schema.recipe import calibration_config, recipe_names;"
         "assert kvq_calib.__file__.startswith(sys.argv[1]), kvq_calib.__file__;"
         "[calibration_config(name) for name in recipe_names()]; print(len(recipe_names()));"
-        "from kvq_calib.files import shipped_folder; print(*shipped_folder('kernels').glob('*.cu'))"
+        "from kvq_calib.files import shipped_folder; print(*(shipped_folder('kernels') / 'cuda').glob('*.cu'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -76,11 +76,11 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     assert ran.returncode == 0, ran.stderr
     count, kernels = ran.stdout.splitlines()
     assert int(count) == len(list((ROOT / "configs").glob("*.yaml")))
-    assert len(kernels.split()) == len(list((ROOT / "kernels").glob("*.cu")))
+    assert len(kernels.split()) == len(list((ROOT / "kernels" / "cuda").glob("*.cu")))
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, kvq_calib, kvq_calib.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = "import sys, kvq_calib, kvq_calib.cli.main; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.packing import (
+from kvq_calib.codec.packing import (
     BLOCK_TOKENS,
     PAGE_BLOCKS,
     PAGE_TOKENS,

@@ -13,14 +13,15 @@ from models_zoo import tiny_model, token_ids
 from test_runtime_storage import GEOMETRY, HEADS, SIZE, tokens
 
 from kvq_calib import KVQCache
+from kvq_calib.codec.quantizer import Quantized, Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.paged import TOKENS, PagedLayout, codes_of, packed_tensor
-from kvq_calib.models import with_cache
-from kvq_calib.quantizer import Quantized, Quantizer
+from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import attached
-from kvq_calib.runtime.reference import PageReader
 from kvq_calib.runtime.storage import PackedTensor
-from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry
+from kvq_calib.runtime.torch_ops import PageReader
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import KINDS
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"

@@ -7,12 +7,12 @@ import torch
 from artifact_factory import artifact_for
 from models_zoo import FAMILIES, tiny_model, token_ids
 
-from kvq_calib.config import EvalConfig
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.perplexity import Comparison, measure_perplexity
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.spec import KVCacheSpec, OutlierSpec, QuantSpec
+from kvq_calib.schema.recipe import EvalConfig
+from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, QuantSpec
 
 pytestmark = pytest.mark.model
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from models_zoo import FAMILIES, tiny_model, token_ids
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.attention import intercept
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate import pipeline
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import CalibrationConfig, calibration_config
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
-from kvq_calib.models import model_fingerprint
-from kvq_calib.spec import QuantSpec
+from kvq_calib.model.intercept import intercept
+from kvq_calib.model.load import model_fingerprint
+from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
+from kvq_calib.schema.spec import QuantSpec
 
 pytestmark = pytest.mark.model
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer, token_ids
 
-from kvq_calib.calibrate.fisher import fisher_pass
+from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import calibration_config
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ModelError
-from kvq_calib.models import load_model, model_fingerprint
-from kvq_calib.placement import input_device, is_offloaded
+from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.placement import input_device, is_offloaded
+from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = [
     pytest.mark.model,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.calibrate.feedback import error_feedback
-from kvq_calib.quantizer import (
+from kvq_calib.calibrate.error_compensation import error_feedback
+from kvq_calib.codec.quantizer import (
     Quantizer,
     QuantParams,
     cap_per_token,
@@ -17,7 +17,8 @@ from kvq_calib.quantizer import (
     storable_thresholds,
     token_thresholds,
 )
-from kvq_calib.spec import LayerGeometry, OutlierSpec, QuantSpec, RopeSpec
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import OutlierSpec, QuantSpec
 
 HEADS, DIM = 2, 8
 CHANNELS = HEADS * DIM

@@ -16,7 +16,7 @@ import torch
 from models_zoo import tiny_model, tiny_tokenizer
 from test_distributed import TEXT, assert_same_artifact
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 
 pytestmark = [
     pytest.mark.model,
@@ -29,7 +29,13 @@ def ranks_of():
     """The context that starts ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kvq_calib.calibrate.pipeline", "kvq_calib.models", "kvq_calib.data", "kvq_calib.cli", "test_ranks"]
+        [
+            "kvq_calib.calibrate.pipeline",
+            "kvq_calib.model.load",
+            "kvq_calib.data",
+            "kvq_calib.cli.main",
+            "test_ranks",
+        ]
     )
     return context
 
@@ -54,8 +60,8 @@ def command(rank, ranks, port, folder, arguments, die):
     os.environ.update(HF_HUB_OFFLINE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    from kvq_calib import cli
     from kvq_calib.calibrate import pipeline
+    from kvq_calib.cli import main as cli
 
     pipeline.CHECKPOINT_SECONDS = 0.0
     if die:

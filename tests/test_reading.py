@@ -8,8 +8,9 @@ import pytest
 import torch
 from artifact_factory import RECIPES, random_artifact
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KINDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reading.md"
 ROPE = RopeSpec(pairs=tuple((i, i + 6) for i in range(6)), inv_freq=tuple(0.5**i for i in range(6)))

@@ -17,14 +17,14 @@ from artifact_factory import RECIPES, artifact_for
 from models_zoo import tiny_model, tiny_tokenizer, token_ids
 from test_cli import TEXT, assert_one_line, call, files
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.attention import intercept
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.config import calibration_config
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import layers, report, svg
 from kvq_calib.fit.levels import fit_levels
-from kvq_calib.models import LoadedModel, model_fingerprint
+from kvq_calib.model.intercept import intercept
+from kvq_calib.model.load import LoadedModel, model_fingerprint
+from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_zoo import FAMILIES, tiny_model, token_ids
 
-from kvq_calib.attention import inspect_model, intercept
-from kvq_calib.rope import RopeLayoutError, Rotation, discover_rope, find_apply_rotary
+from kvq_calib.model.intercept import inspect_model, intercept
+from kvq_calib.model.rope import RopeLayoutError, Rotation, discover_rope, find_apply_rotary
 
 
 def half_split(q, k, cos, sin):

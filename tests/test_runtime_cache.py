@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from kvq_calib.models import with_cache
+from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import KVQCache, attached, detach
-from kvq_calib.spec import KVCacheSpec
+from kvq_calib.schema.spec import KVCacheSpec
 
 pytestmark = pytest.mark.model
 
@@ -315,7 +315,7 @@ def test_decode_logits_leave_the_model_as_it_was():
 
 def test_work_space_does_not_grow_with_the_text():
     """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
-    from kvq_calib.runtime import reference
+    from kvq_calib.runtime import torch_ops as reference
 
     class Largest(TorchDispatchMode):
         elements = 0
@@ -363,7 +363,7 @@ class PeakBytes(TorchDispatchMode):
 
 def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch):
     """Peak of a step: the packed bytes, and what a step over 4 pages needs as well; nothing stays behind."""
-    from kvq_calib.runtime import reference
+    from kvq_calib.runtime import torch_ops as reference
 
     monkeypatch.setattr(reference, "WORK_ELEMENTS", 2 * 256 * 32)
     monkeypatch.setattr(reference, "ANGLE_ELEMENTS", 2 * 256 * 16)

@@ -12,9 +12,9 @@ from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from safetensors import safe_open
 
-from kvq_calib.artifact import ArtifactModelError
+from kvq_calib.artifact.artifact import ArtifactModelError
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.models import with_cache
+from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
 
 pytestmark = pytest.mark.model

@@ -7,10 +7,11 @@ from artifact_factory import RECIPES, random_artifact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.quantizer import Quantizer
-from kvq_calib.runtime.reference import PageReader
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
-from kvq_calib.spec import KVCacheSpec, KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.runtime.torch_ops import PageReader
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KVCacheSpec
 
 HEADS, SIZE = 2, 6
 ROPE = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(1.0, 0.1))

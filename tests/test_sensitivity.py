@@ -8,12 +8,12 @@ from artifact_factory import artifact_for
 from models_zoo import tiny_model, token_ids
 
 from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.learn import divergence
+from kvq_calib.calibrate.finetune import divergence
 from kvq_calib.calibrate.rate_distortion import correction
 from kvq_calib.calibrate.sensitivity import error_sensitivity
-from kvq_calib.config import calibration_config
 from kvq_calib.data import TokenWindows
-from kvq_calib.spec import KINDS, KVCacheSpec, QuantSpec
+from kvq_calib.schema.recipe import calibration_config
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
 
 pytestmark = pytest.mark.model
 

@@ -10,11 +10,12 @@ import torch
 from artifact_factory import RECIPES, random_artifact, recipe
 from click.testing import CliRunner
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.cli import artifact_group
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.shard import shard
+from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError
-from kvq_calib.sharding import shard
-from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KINDS
 
 ROPE = RopeSpec(pairs=((0, 4), (1, 5), (2, 6), (3, 7)), inv_freq=(1.0, 0.3, 0.1, 0.03))
 LAYER = LayerGeometry(num_query_heads=8, num_kv_heads=4, head_dim=8, rope=0)
@@ -28,10 +29,10 @@ STATIC = {
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
-from kvq_calib.sharding import shard
+from kvq_calib.artifact.shard import shard
 
 def attention(artifact, query, keys, values):
     outputs = []

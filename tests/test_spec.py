@@ -3,16 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from kvq_calib.spec import (
-    KVCacheSpec,
-    KVGeometry,
-    LayerGeometry,
-    LayerSpec,
-    OutlierSpec,
-    QuantSpec,
-    RopeSpec,
-    expected_tensors,
-)
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, OutlierSpec, QuantSpec, expected_tensors
 
 SHAPE = LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=8, rope=0)
 ROPE = RopeSpec(pairs=((0, 4), (1, 5)), inv_freq=(1.0, 0.1))

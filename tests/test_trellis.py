@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq_calib import trellis
-from kvq_calib.packing import pack_units, slice_bytes
-from kvq_calib.quantizer import Quantizer, QuantParams
-from kvq_calib.spec import LayerGeometry, QuantSpec
-from kvq_calib.trellis import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.codec import trellis
+from kvq_calib.codec.packing import pack_units, slice_bytes
+from kvq_calib.codec.quantizer import Quantizer, QuantParams
+from kvq_calib.codec.trellis import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.spec import QuantSpec
 
 
 def path_of(

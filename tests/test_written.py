@@ -10,10 +10,10 @@ from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.calibrate import pipeline
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.calibrate.written import WrittenText, write
-from kvq_calib.config import calibration_config
+from kvq_calib.calibrate.self_generated import WrittenText, write
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
 
@@ -67,7 +67,7 @@ def test_what_is_written_follows_the_predictions(model):
 
 
 def test_windows_are_documents_one_after_the_other(model, monkeypatch):
-    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 8)
+    monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
     text = written(model)
     assert text.ids.shape == (1, 16, 8)  # fifteen documents fill three windows of forty tokens
     rows = text.windows(3, repeats=False)
@@ -81,7 +81,7 @@ def test_windows_are_documents_one_after_the_other(model, monkeypatch):
 
 
 def test_every_third_document_repeats_pieces_of_two(model, monkeypatch):
-    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 8)
+    monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
     text = written(model, windows=0, repeating=6)
     assert text.ids.shape == (2, 16, 8)  # of thirty documents ten are repeats
     rows = text.windows(6, repeats=True)
@@ -110,7 +110,7 @@ def test_there_are_documents_enough(windows, seqlen, prefix):
 
 
 def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
-    monkeypatch.setattr("kvq_calib.calibrate.written._DOCUMENT_TOKENS", 13)
+    monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 13)
     seen = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.packing import BLOCK_TOKENS
+from kvq_calib.codec.quantizer import QuantParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis import Subsets, best_path
 from kvq_calib.errors import ConfigError
-from kvq_calib.packing import BLOCK_TOKENS
-from kvq_calib.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.spec import QuantSpec
-from kvq_calib.trellis import Subsets, best_path
+from kvq_calib.schema.spec import QuantSpec
 
 #: Lloyd iterations of one channel's levels; the start is near the optimum.
 _LLOYD_ROUNDS = 30

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kvq_calib.attention import LayerGeometry, LayerKV, ModelGeometry, inspect_model, intercept
-from kvq_calib.rope import RopeLayout
+from kvq_calib.model.intercept import LayerGeometry, LayerKV, ModelGeometry, inspect_model, intercept
+from kvq_calib.model.rope import RopeLayout
 
 __all__ = [
     "LayerGeometry",
@@ -34,7 +34,7 @@ def check_capturable(model: nn.Module) -> ModelGeometry:
     """Return the geometry of a model after checking that its keys and values can be captured.
 
     Raises:
-        ModelError: they cannot, in one line that says why (see `kvq_calib.attention.inspect_model`).
+        ModelError: they cannot, in one line that says why (see `kvq_calib.model.intercept.inspect_model`).
     """
     return inspect_model(model)
 

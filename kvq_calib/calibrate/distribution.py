@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvq_calib.errors import CalibrationError
-from kvq_calib.spec import RopeSpec
+from kvq_calib.schema.geometry import RopeSpec
 
 #: Bins of a channel's weighted distribution.
 WEIGHTED_BINS = 512

@@ -24,30 +24,31 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact, LayerParams
-from kvq_calib.attention import LayerKV
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
 from kvq_calib.calibrate.capture import capture
 from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
-from kvq_calib.calibrate.feedback import GradientCovariance
-from kvq_calib.calibrate.fisher import fisher_pass
-from kvq_calib.calibrate.foreign import strewn
-from kvq_calib.calibrate.importance import TokenImportance
-from kvq_calib.calibrate.learn import learn
+from kvq_calib.calibrate.error_compensation import GradientCovariance
+from kvq_calib.calibrate.finetune import learn
+from kvq_calib.calibrate.gradients import fisher_pass
+from kvq_calib.calibrate.profiling import peak_resident_bytes
 from kvq_calib.calibrate.rate_distortion import fit_layers, phase_of, spec_by_layer
+from kvq_calib.calibrate.self_generated import WrittenText
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
-from kvq_calib.calibrate.written import WrittenText
-from kvq_calib.config import CalibrationConfig
+from kvq_calib.calibrate.token_weighting import TokenImportance
+from kvq_calib.calibrate.vocabulary_samples import strewn
+from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.files import write_atomically
 from kvq_calib.fit.levels import fit_levels, q_norm, storable
-from kvq_calib.geometry import model_geometry
-from kvq_calib.placement import input_device, is_offloaded
-from kvq_calib.profiling import peak_resident_bytes
-from kvq_calib.quantizer import Quantizer, QuantParams
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerSpec, QuantSpec
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.intercept import LayerKV
+from kvq_calib.model.placement import input_device, is_offloaded
+from kvq_calib.schema.geometry import KVGeometry
+from kvq_calib.schema.recipe import CalibrationConfig
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
 
 Progress = Callable[[str, int, int], None]
 """Called as ``(what, windows done, windows in all)``."""
@@ -102,7 +103,7 @@ def calibrate(
         model: a causal language model in eval mode.
         windows: token ids int64 ``[N, T]`` and where they come from.
         configs: recipes by name. Settings of the run (data, seed, recompute) must agree.
-        model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.models.model_fingerprint`.
+        model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.model.load.model_fingerprint`.
         checkpoint: file that keeps the statistics of a run; removed when it is complete.
         resume: go on from ``checkpoint`` if it is there. The result is the same as without interruption.
         progress: told after every window.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
 from kvq_calib.calibrate.allocation import (
     Curves,
     allocate,
@@ -19,11 +19,12 @@ from kvq_calib.calibrate.allocation import (
     spend,
 )
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
-from kvq_calib.calibrate.feedback import GradientCovariance, error_feedback
-from kvq_calib.calibrate.importance import TokenImportance
-from kvq_calib.config import AllocationConfig
-from kvq_calib.quantizer import QuantParams, storable_thresholds
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerSpec, QuantSpec, RopeSpec
+from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
+from kvq_calib.calibrate.token_weighting import TokenImportance
+from kvq_calib.codec.quantizer import QuantParams, storable_thresholds
+from kvq_calib.schema.geometry import KVGeometry, RopeSpec
+from kvq_calib.schema.recipe import AllocationConfig
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
 
 Place = tuple[int, Kind]
 """Layer and kind."""

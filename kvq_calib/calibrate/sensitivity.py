@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact import LayerParams, reference_quantizers
+from kvq_calib.artifact.artifact import LayerParams, reference_quantizers
 from kvq_calib.calibrate.distributed import world
-from kvq_calib.calibrate.fisher import activations_only, recomputed_layers
-from kvq_calib.calibrate.learn import divergence
-from kvq_calib.placement import input_device
-from kvq_calib.quantizer import Quantizer
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry
+from kvq_calib.calibrate.finetune import divergence
+from kvq_calib.calibrate.gradients import activations_only, recomputed_layers
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.model.placement import input_device
+from kvq_calib.schema.geometry import KVGeometry
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
 
 __all__ = ["error_sensitivity"]
 

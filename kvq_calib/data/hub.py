@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import huggingface_hub.constants
 
 from kvq_calib.errors import DataError
-from kvq_calib.hub import first_line, hub_reachable, quiet
+from kvq_calib.model.hub import first_line, hub_reachable, quiet
 
 __all__ = ["C4_EVALUATION_DOCUMENTS", "c4", "wikitext2"]
 

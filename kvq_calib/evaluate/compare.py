@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.config import EvalConfig
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import pareto
 from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
 from kvq_calib.evaluate.rivals import Rival
-from kvq_calib.geometry import model_geometry
-from kvq_calib.hub import first_line
-from kvq_calib.spec import KVGeometry
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.hub import first_line
+from kvq_calib.schema.geometry import KVGeometry
+from kvq_calib.schema.recipe import EvalConfig
 
 __all__ = ["ComparedResult", "Comparison", "compare", "frontier", "runnable"]
 

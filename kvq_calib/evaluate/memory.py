@@ -1,6 +1,6 @@
 """Bytes of a packed cache at any context, for an artifact or for nothing but a model's shape and a recipe.
 
-The formula is that of :mod:`kvq_calib.packing`; tests hold it against the bytes of filled caches. Sizes in GB are
+The formula is that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes of filled caches. Sizes in GB are
 2 ** 30 bytes, as in the KVQuant paper.
 """
 
@@ -10,18 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
 from kvq_calib.errors import ConfigError
-from kvq_calib.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.spec import (
-    IMPORTANCE_CLASSES,
-    KINDS,
-    Kind,
-    KVCacheSpec,
-    LayerGeometry,
-    QuantSpec,
-    cache_elements,
-)
+from kvq_calib.schema.geometry import LayerGeometry, cache_elements
+from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
 
 __all__ = [
     "PAPER_GB",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
-from kvq_calib.models import with_cache
-from kvq_calib.placement import input_device
+from kvq_calib.model.load import with_cache
+from kvq_calib.model.placement import input_device
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["PasskeyCell", "Trial", "make_trial", "measure_passkey"]

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.config import EvalConfig
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.prefill import OutlierCounts, quantized_prefill
-from kvq_calib.placement import input_device
+from kvq_calib.model.placement import input_device
+from kvq_calib.schema.recipe import EvalConfig
 
 Progress = Callable[[str, int, int], None]
 Finished = Callable[[Sequence["PerplexityResult"]], None]

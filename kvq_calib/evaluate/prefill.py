@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.attention import LayerKV, intercept
-from kvq_calib.placement import input_device
-from kvq_calib.quantizer import roundtrip_storage
-from kvq_calib.spec import KINDS, Kind
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.quantizer import roundtrip_storage
+from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.placement import input_device
+from kvq_calib.schema.spec import KINDS, Kind
 
 Place = tuple[int, Kind]
 """Layer and kind."""
@@ -65,7 +65,7 @@ def quantized_prefill(
 
     def through(x: Tensor, kv: LayerKV, kind: Kind) -> Tensor:
         quantizer = quantizers[kv.layer][kind]
-        first = 0 if quantizer.spec.trellis else sinks  # a block is coded as a whole, sinks included
+        first = 0 if quantizer.codes_in_blocks else sinks  # a block is coded as a whole, sinks included
         quantized = quantizer.quantize(x[:, :, first:])
         if quantized.outliers is not None:
             counts.found[kind][kv.layer] += int(quantized.outliers.sum())

@@ -21,8 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvq_calib.artifact import KVArtifact, first_problem
-from kvq_calib.config import calibration_config, recipe_names
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.errors import DataError, KVQError
 from kvq_calib.evaluate import svg
@@ -39,10 +38,12 @@ from kvq_calib.evaluate.layers import (
 )
 from kvq_calib.evaluate.memory import artifact_report
 from kvq_calib.evaluate.tables import describe, run_facts
-from kvq_calib.spec import KINDS, Kind
+from kvq_calib.schema.problem import first_problem
+from kvq_calib.schema.recipe import calibration_config, recipe_names
+from kvq_calib.schema.spec import KINDS, Kind
 
 if TYPE_CHECKING:
-    from kvq_calib.models import LoadedModel
+    from kvq_calib.model.load import LoadedModel
 
 __all__ = ["Measured", "ReportError", "Results", "Subject", "measure", "read_results", "render", "subjects"]
 

@@ -14,19 +14,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvq_calib.artifact import KVArtifact
-from kvq_calib.config import EvalConfig
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.quantizer import codebook_table
 from kvq_calib.evaluate.perplexity import PerplexityResult
-from kvq_calib.placement import input_device
-from kvq_calib.quantizer import codebook_table
-from kvq_calib.spec import KINDS
+from kvq_calib.model.placement import input_device
+from kvq_calib.schema.recipe import EvalConfig
+from kvq_calib.schema.spec import KINDS
 
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
     from kvq_calib.evaluate.compare import Comparison
     from kvq_calib.evaluate.memory import MemoryReport
     from kvq_calib.evaluate.passkey import PasskeyCell
-    from kvq_calib.models import LoadedModel
+    from kvq_calib.model.load import LoadedModel
 
 
 def print_table(table: Table) -> None:

@@ -1,6 +1,6 @@
 """A codebook from weighted statistics: one function per datatype, and Q-Norm.
 
-To add a datatype: write a function here, name it in :data:`kvq_calib.spec.Datatype` and in :func:`fit_levels`.
+To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from kvq_calib.fit.kmeans import Floats, exact_kmeans, lloyd_kmeans
-from kvq_calib.spec import Datatype
+from kvq_calib.schema.spec import Datatype
 
 Solver = Literal["exact", "lloyd"]
 

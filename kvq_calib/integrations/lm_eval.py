@@ -16,10 +16,10 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.models import load_model, model_fingerprint, with_cache
+from kvq_calib.model.load import load_model, model_fingerprint, with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["KVQuantLM"]
@@ -51,7 +51,7 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
         pretrained: hub id, local folder or ``.gguf`` file, as for the other commands.
         artifact: the artifact's file.
         device: "auto" or a torch device; what ``--device`` gives.
-        dtype, device_map, trust_remote_code: as in :func:`kvq_calib.models.load_model`.
+        dtype, device_map, trust_remote_code: as in :func:`kvq_calib.model.load.load_model`.
         options: arguments of ``HFLM`` that do not concern loading, such as ``batch_size`` and ``max_length``.
 
     Raises:

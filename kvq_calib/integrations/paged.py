@@ -18,7 +18,7 @@ outlier residuals   one per slot, as bits of the storage dtype
 (padding)           up to a multiple of 16 bytes
 ==================  ===================================================================================================
 
-The ``bits`` words of a channel are a unit of :mod:`kvq_calib.packing` with 4 nibbles to a word instead of 8, and 4 tokens
+The ``bits`` words of a channel are a unit of :mod:`kvq_calib.codec.packing` with 4 nibbles to a word instead of 8, and 4 tokens
 to a slice instead of 8. So two pages joined word by word, one the low and one the high half, are a unit that the
 same look-ups serve.
 """
@@ -30,8 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.packing import (
+from kvq_calib.codec.packing import (
     BLOCK_TOKENS,
     COORDINATE_BITS,
     PAGE_BLOCKS,
@@ -41,7 +40,8 @@ from kvq_calib.packing import (
     unpack_outliers,
     unpack_units,
 )
-from kvq_calib.quantizer import Quantized, Quantizer
+from kvq_calib.codec.quantizer import Quantized, Quantizer
+from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.storage import PackedTensor
 
 __all__ = ["TOKENS", "PagedLayout", "codes_of", "packed_tensor"]

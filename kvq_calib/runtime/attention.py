@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvq_calib.attention import attention_configs, attention_function, call_argument
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.intercept import attention_configs, attention_function, call_argument
 
 __all__ = ["attach", "attached", "detach", "is_attached", "mark"]
 

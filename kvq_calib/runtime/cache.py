@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.models import model_fingerprint
-from kvq_calib.packing import PAGE_BLOCKS
-from kvq_calib.rope import Rotation, find_apply_rotary
+from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.runtime.attention import attach, mark
-from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
 from kvq_calib.runtime.storage import LayerStorage, SlotTable, StorageMark
+from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
 
 __all__ = ["KVQCache", "KVQCacheLayer"]
 
@@ -101,7 +101,7 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             module: the attention module.
             query: ``[B, Hq, T, D]``, rotated.
             key, value: ``[B, H, T, D]``, keys rotated.
-            mask: as :class:`~kvq_calib.runtime.reference.Visibility` takes it.
+            mask: as :class:`~kvq_calib.runtime.torch_ops.Visibility` takes it.
             embeddings: the model's (cos, sin) of these tokens, or ``None``.
             options: keyword arguments of the attention function.
 
@@ -486,7 +486,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         return sizes
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.KVArtifact.storage`, and ``tables``."""
+        """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``."""
         sizes = dict(self._fixed_memory)
         if self.table is not None:
             sizes.update(self.table.memory())
@@ -555,7 +555,7 @@ def select_ops(artifact: KVArtifact, device: torch.device, backend: str) -> tupl
     reason = ""
     if backend == "cuda" or (backend == "auto" and device.type == "cuda"):
         try:
-            from kvq_calib.runtime import cuda
+            from kvq_calib.runtime.cuda import ops as cuda
 
             return cuda.make_ops(quantizers, device), ""
         except (ImportError, RuntimeMismatchError) as error:

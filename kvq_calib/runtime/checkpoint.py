@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.files import write_atomically
-from kvq_calib.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page, SlotTable
 
 if TYPE_CHECKING:

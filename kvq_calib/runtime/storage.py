@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout, pack_outliers
+from kvq_calib.codec.quantizer import Quantized, Quantizer
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout, pack_outliers
-from kvq_calib.quantizer import Quantized, Quantizer
-from kvq_calib.spec import RopeSpec
+from kvq_calib.schema.geometry import RopeSpec
 
 __all__ = ["LayerStorage", "PackedTensor", "Page", "SlotTable", "StorageMark"]
 
@@ -371,7 +371,7 @@ class PackedTensor:
         return sum(page.entries for page in self.pages)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind, as :func:`kvq_calib.packing.storage_bytes` names them."""
+        """Bytes held, by kind, as :func:`kvq_calib.codec.packing.storage_bytes` names them."""
         kinds = {
             "codes": "codes",
             "token_params": "token_scales",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvq_calib.attention import AttentionCall, intercept_calls
 from kvq_calib.data import TokenWindows
-from kvq_calib.models import with_cache
-from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry, cache_elements
+from kvq_calib.model.intercept import AttentionCall, intercept_calls
+from kvq_calib.model.load import with_cache
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, cache_elements
+from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = ["QuantizerRival", "Rival", "decode_in_chunks", "hadamard", "uniform_roundtrip"]
 

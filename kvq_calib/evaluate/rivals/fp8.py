@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvq_calib.evaluate.rivals.base import QuantizerRival
-from kvq_calib.spec import Kind, LayerGeometry
+from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.spec import Kind
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 

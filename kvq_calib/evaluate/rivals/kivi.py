@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvq_calib.evaluate.rivals.base import HALF, QuantizerRival, uniform_roundtrip
-from kvq_calib.spec import Kind, KVGeometry, LayerGeometry
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import Kind
 
 
 class KIVI(QuantizerRival):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvq_calib.attention import AttentionCall, intercept_calls
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate.rivals.base import HALF, QuantizerRival, hadamard, uniform_roundtrip
 from kvq_calib.evaluate.rivals.turboquant import needs_power_of_two
-from kvq_calib.spec import KINDS, Kind, KVGeometry, LayerGeometry
+from kvq_calib.model.intercept import AttentionCall, intercept_calls
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import KINDS, Kind
 
 #: Share of a token's range that is kept, as published.
 _CLIP: dict[Kind, float] = {"key": 0.96, "value": 0.92}

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from kvq_calib.evaluate.rivals.base import HALF, Rival, decode_in_chunks
-from kvq_calib.spec import Kind, KVGeometry, LayerGeometry
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import Kind
 
 _PACKAGES = {"hqq": ("hqq", "hqq"), "quanto": ("optimum-quanto", "optimum.quanto")}
 #: The axis that transformers' documentation recommends; either makes groups along the channels of a token.

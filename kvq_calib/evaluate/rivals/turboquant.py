@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvq_calib.evaluate.rivals.base import HALF, QuantizerRival, hadamard, uniform_roundtrip
-from kvq_calib.spec import Kind, KVGeometry, LayerGeometry
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import Kind
 
 
 @lru_cache

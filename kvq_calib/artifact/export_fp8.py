@@ -20,11 +20,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.quantizer import QuantParams, codebook_table
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import WriteError, write_atomically
-from kvq_calib.quantizer import QuantParams, codebook_table
-from kvq_calib.spec import KINDS, Kind, QuantSpec, RopeSpec
+from kvq_calib.schema.geometry import RopeSpec
+from kvq_calib.schema.spec import KINDS, Kind, QuantSpec
 
 __all__ = [
     "DEFAULT_PREFIX",

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvq_calib.calibrate.capture import LayerKV, OnBackward, OnForward, capture
 from kvq_calib.errors import CalibrationError, ModelError
-from kvq_calib.placement import input_device, is_offloaded
+from kvq_calib.model.placement import input_device, is_offloaded
 
 __all__ = ["activations_only", "fisher_pass", "head_logits", "is_splittable", "recomputed_layers"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvq_calib.attention import ModelGeometry, inspect_model
-from kvq_calib.rope import RopeLayout
-from kvq_calib.spec import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.model.intercept import ModelGeometry, inspect_model
+from kvq_calib.model.rope import RopeLayout
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 
 def model_geometry(model: Any) -> KVGeometry:
@@ -19,7 +19,7 @@ def model_geometry(model: Any) -> KVGeometry:
 
 
 def kv_geometry(found: ModelGeometry) -> KVGeometry:
-    """Convert what :func:`kvq_calib.attention.inspect_model` found.
+    """Convert what :func:`kvq_calib.model.intercept.inspect_model` found.
 
     A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
     :class:`RopeSpec` has no pairs and says ``length_dependent``.

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kvq_calib.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.codec.quantizer import QuantParams, codebook_table, pack_codebooks
 from kvq_calib.errors import ConfigError
-from kvq_calib.quantizer import QuantParams, codebook_table, pack_codebooks
-from kvq_calib.spec import KINDS, KVGeometry, LayerGeometry, QuantSpec
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
+from kvq_calib.schema.spec import KINDS, QuantSpec
 
 __all__ = ["shard"]
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvq_calib.errors import ModelError
-from kvq_calib.hub import first_line, hub_reachable, quiet
+from kvq_calib.model.hub import first_line, hub_reachable, quiet
 
 __all__ = ["LoadedModel", "cache_of", "load_model", "model_fingerprint", "with_cache"]
 

@@ -1,6 +1,6 @@
 """The CUDA kernels: their compilation, their launch, and :class:`CudaOps`, which puts them to use.
 
-``kernels/*.cu`` know raw pointers only. Here every kernel has one typed function that checks what it is given;
+``kernels/cuda/*.cu`` know raw pointers only. Here every kernel has one typed function that checks what it is given;
 ``docs/kernels.md`` states layouts, streams and the compile cache. pycuda is imported in one place,
 :class:`PyCudaLauncher`, and only when a cache on a GPU asks for kernels.
 """
@@ -18,19 +18,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
+from kvq_calib.codec.quantizer import Quantizer, importance_edges, reciprocal
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.packing import BLOCK_TOKENS, PAGE_BLOCKS
-from kvq_calib.quantizer import Quantizer, importance_edges, reciprocal
-from kvq_calib.runtime.reference import AttentionRequest, ReferenceOps, Visibility
+from kvq_calib.files import shipped_folder
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page, SlotTable
-from kvq_calib.spec import Kind
+from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
+from kvq_calib.schema.spec import Kind
 
 __all__ = ["CudaOps", "DecodeVariant", "Launcher", "PyCudaLauncher", "make_ops"]
 
@@ -79,18 +79,17 @@ class Launcher(Protocol):
         shared_bytes: int,
         params: ctypes.Structure,
     ) -> None:
-        """Run ``kernel`` of ``kernels/<source>``, compiled with ``-D`` ``defines``, after all work of torch's
+        """Run ``kernel`` of ``kernels/cuda/<source>``, compiled with ``-D`` ``defines``, after all work of torch's
         current stream and before what is enqueued there later."""
 
 
 def kernel_folder() -> Path:
     """Where the sources stand: inside the wheel, or beside the package in a checkout."""
-    packaged = Path(str(files("kvq_calib"))) / "_kernels"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "kernels"
+    return shipped_folder("kernels") / "cuda"
 
 
 def compile_cubin(source: str, defines: tuple[str, ...], arch: str, cache: Path, nvcc: str = "nvcc") -> bytes:
-    """Machine code of ``kernels/<source>``, from the cache or from ``nvcc``.
+    """Machine code of ``kernels/cuda/<source>``, from the cache or from ``nvcc``.
 
     The key of the cache is everything that changes the result: all sources, options, compiler version and
     architecture. A file is written elsewhere in the folder, then renamed: nobody ever reads half of one.

@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from kvq_calib.cli import run_command
+from kvq_calib.cli.main import run_command
 from kvq_calib.errors import ConfigError
 
 __all__ = ["main"]

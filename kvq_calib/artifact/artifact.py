@@ -1,6 +1,6 @@
 """The artifact: one safetensors file that says everything a reader needs. ``docs/format.md`` is normative.
 
-Tensors are named ``layers.{i}.{key|value}.{name}`` as :func:`kvq_calib.spec.expected_tensors` lists them. The
+Tensors are named ``layers.{i}.{key|value}.{name}`` as :func:`kvq_calib.schema.spec.expected_tensors` lists them. The
 safetensors metadata holds one entry, ``kvq``: a JSON object with sorted keys (one entry, because the order of
 several is not defined and the same inputs must give the same bytes).
 """
@@ -21,21 +21,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from kvq_calib.codec.packing import packed_tokens, shared_bytes, storage_bytes
+from kvq_calib.codec.quantizer import Quantizer, QuantParams, pack_codebooks
 from kvq_calib.errors import KVQError
 from kvq_calib.files import write_atomically
-from kvq_calib.packing import packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.quantizer import Quantizer, QuantParams, pack_codebooks
-from kvq_calib.spec import (
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, cache_elements
+from kvq_calib.schema.problem import first_problem
+from kvq_calib.schema.spec import (
     KINDS,
     MAX_CODEBOOKS,
     Kind,
     KVCacheSpec,
-    KVGeometry,
-    LayerGeometry,
     LayerSpec,
     QuantSpec,
     TensorShape,
-    cache_elements,
     expected_tensors,
 )
 
@@ -144,7 +143,7 @@ class KVArtifact:
         """Refuse a model that this artifact is not for.
 
         Args:
-            config: :func:`kvq_calib.models.model_fingerprint` of the model.
+            config: :func:`kvq_calib.model.load.model_fingerprint` of the model.
 
         Raises:
             ArtifactModelError: names the first field that differs.
@@ -340,16 +339,6 @@ def _params(
     if spec.variable_bits:
         return QuantParams(**own)
     return QuantParams.uniform(spec.bits, geometry.channels, **own)
-
-
-def first_problem(error: ValidationError) -> str:
-    """One line from a pydantic error: where, and what."""
-    problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        message = "no such key"
-    return f"{place}: {message}" if place else message
 
 
 def _canonical(metadata: Mapping[str, Any]) -> str:

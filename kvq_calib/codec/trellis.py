@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvq_calib.packing import BLOCK_TOKENS
+from kvq_calib.codec.packing import BLOCK_TOKENS
 
 __all__ = ["Subsets", "best_path", "level_index", "lowest_bits_before", "pair_index"]
 
@@ -62,7 +62,7 @@ def lowest_bits_before(data: Tensor) -> Tensor:
     """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
 
     Args:
-        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.packing.slice_bytes` returns them, tokens in
+        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them, tokens in
             order.
 
     Returns:

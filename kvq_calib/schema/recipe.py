@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvq_calib.artifact import first_problem
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import shipped_folder
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
+from kvq_calib.schema.problem import first_problem
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
 
 DEFAULT_RECIPE = "nuq3-1p"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.quantizer import importance_classes, squared_size
-from kvq_calib.spec import IMPORTANCE_CLASSES
+from kvq_calib.codec.quantizer import importance_classes, squared_size
+from kvq_calib.schema.spec import IMPORTANCE_CLASSES
 
 __all__ = ["TokenImportance"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.quantizer import error_weight, triangular_factor
+from kvq_calib.codec.quantizer import error_weight, triangular_factor
 
 __all__ = ["ErrorFeedback", "GradientCovariance", "error_feedback"]
 
@@ -55,7 +55,7 @@ class ErrorFeedback(NamedTuple):
 
     Attributes:
         feedback, feedback_scale, feedback_weight: int8 ``[H, entries]``, float32 ``[H]`` and float16 ``[H, D]``, as
-            :class:`kvq_calib.quantizer.QuantParams` has them.
+            :class:`kvq_calib.codec.quantizer.QuantParams` has them.
         left: what feedback leaves of the weight of each coordinate's rounding error, in (0, 1] on average over a head in
             logarithms, float64 ``[H, D]``.
     """

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvq_calib.packing import (
+from kvq_calib.codec.packing import (
     BLOCK_TOKENS,
     COORDINATE_BITS,
     PAGE_BLOCKS,
@@ -25,10 +25,9 @@ from kvq_calib.packing import (
     slice_bytes,
     unpack_units,
 )
-from kvq_calib.quantizer import Quantizer
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.runtime.storage import LayerStorage, Page, SlotTable
-from kvq_calib.spec import RopeSpec
-from kvq_calib.trellis import level_index, lowest_bits_before, pair_index
+from kvq_calib.schema.geometry import RopeSpec
 
 __all__ = ["AttentionRequest", "PageReader", "ReferenceOps", "RopeTable", "Visibility"]
 
@@ -263,7 +262,7 @@ class PageReader:
 
         def group(width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
             used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
-            return _Group(width, channels, rows, used, part, self.quantizer.spec.level_count(width))
+            return _Group(width, channels, rows, used, part, self.quantizer.level_count(width))
 
         widths = set(self.layout.widths)
         if len(widths) == 1 and 0 not in widths:
@@ -292,11 +291,7 @@ class PageReader:
 
     def _pair_rows(self, width: int) -> Tensor:
         """Level indices of the two tokens of a pair, int64 ``[256, 2]`` by byte; ``[1024, 2]`` with a trellis."""
-        if self.quantizer.spec.trellis:
-            return pair_index(width).to(self.device)
-        byte = torch.arange(256, device=self.device)
-        mask = (1 << width) - 1
-        return torch.stack((byte & mask, byte >> 4 & mask), dim=-1)
+        return self.quantizer.pair_index(width).to(self.device)
 
     def _paired_order(self) -> Tensor | None:
         order = torch.zeros(self.layout.channels, dtype=torch.int64, device=self.device)
@@ -415,8 +410,7 @@ class PageReader:
         y = self._look_up(self._pair_places(words), self._pairs, self._pairs_start) if self._paired else None
         for group, levels, start in self._single:
             codes = unpack_units(self._units(group, words), group.width)
-            index = level_index(codes) if self.quantizer.spec.trellis else codes
-            part = self._look_up(index.flatten(3), levels, start)
+            part = self._look_up(self.quantizer.level_index(codes).flatten(3), levels, start)
             if group.channels is None:
                 return part
             if y is None:
@@ -429,10 +423,10 @@ class PageReader:
         """What selects level pairs, integers ``[pages, B, C, 128]``; anything for channels without pairs."""
         parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
         data = parts[0] if self._order is None else torch.cat(parts, dim=2).index_select(2, self._order)
-        if not self.quantizer.spec.trellis:
+        before = self.quantizer.before_pairs(data.unflatten(-1, (PAGE_BLOCKS, -1)))
+        if before is None:
             return data
-        before = lowest_bits_before(data.unflatten(-1, (PAGE_BLOCKS, -1))).flatten(-2)
-        return before.to(torch.int16).bitwise_left_shift_(8).bitwise_or_(data)
+        return before.flatten(-2).to(torch.int16).bitwise_left_shift_(8).bitwise_or_(data)
 
     @staticmethod
     def _units(group: _Group, words: Tensor) -> Tensor:

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact import ArtifactFileError, KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact, LayerParams
+from kvq_calib.codec.quantizer import QuantParams
 from kvq_calib.errors import ConfigError, ModelError
 from kvq_calib.fit.levels import storable
-from kvq_calib.geometry import model_geometry
-from kvq_calib.models import model_fingerprint
-from kvq_calib.quantizer import QuantParams
-from kvq_calib.spec import KVCacheSpec, KVGeometry, OutlierSpec, QuantSpec
+from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.load import model_fingerprint
+from kvq_calib.schema.geometry import KVGeometry
+from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, QuantSpec
 
 __all__ = ["geometry_of", "import_kvquant", "load_pickle"]
 

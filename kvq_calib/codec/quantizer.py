@@ -13,7 +13,7 @@ changes a code (dynamic channel thresholds, an evaluation-only setting, are the 
 the tokens of a block, 32 from the start of what is given, are coded together).
 
 With a trellis, ``code`` is not that of the nearest level but a step of the path of least error through the block
-(:mod:`kvq_calib.trellis`), and stands for the level ``level_index``.
+(:mod:`kvq_calib.codec.trellis`), and stands for the level ``level_index``.
 
 With error feedback, what is normalised is not ``y`` but ``y`` plus a linear combination of the errors ``y - y'`` of the
 coordinates before it in its head, and in further sweeps of all others. With importance, the error of a path is weighted by a
@@ -29,18 +29,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvq_calib.packing import PageLayout
-from kvq_calib.spec import (
+from kvq_calib.codec.packing import PageLayout
+from kvq_calib.codec.trellis import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import (
     IMPORTANCE_CLASSES,
     MAX_BITS,
     MAX_CODEBOOKS,
     KVCacheSpec,
-    LayerGeometry,
     QuantSpec,
-    RopeSpec,
     StorageDtype,
 )
-from kvq_calib.trellis import Subsets, best_path, level_index
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 #: The smallest positive float16.
@@ -57,7 +56,7 @@ class QuantParams:
     Attributes:
         bits: uint8 ``[C]``, width of each channel.
         codebook: with ``variable_bits`` float16 ``[N]``, else float32 ``[1, L]``, see
-            :func:`kvq_calib.spec.expected_tensors`; while it is fitted or trained float32 ``[G, L]`` for either. Readers take
+            :func:`kvq_calib.schema.spec.expected_tensors`; while it is fitted or trained float32 ``[G, L]`` for either. Readers take
             :func:`codebook_table`.
         codebook_index: uint8 ``[C]``, the row of each channel.
         scale, zero_point: ``[C]``, static thresholds ``zero_point -+ scale``; float32, or float16 with ``variable_bits``.
@@ -65,7 +64,7 @@ class QuantParams:
         phase: float16 ``[H, P]`` (float32 from an artifact of a version before 3), radians by which each RoPE pair is
             turned before quantization. Computed with in float32.
         rotation: float32 ``[H, D, D]``, orthogonal; head ``h`` of a value becomes ``v @ rotation[h]``.
-        feedback: int8 ``[H, D (D - 1) / 2]``, or ``[H, D rank]``, see :func:`kvq_calib.spec.expected_tensors`.
+        feedback: int8 ``[H, D (D - 1) / 2]``, or ``[H, D rank]``, see :func:`kvq_calib.schema.spec.expected_tensors`.
         feedback_scale: float32 ``[H]``.
         feedback_weight: float16 ``[H, D]``, not negative; only proportions within a head matter.
         importance: float16 ``[H, 32]``, not negative.
@@ -185,7 +184,7 @@ def pack_codebooks(spec: QuantSpec, bits: Tensor, table: Tensor, index: Tensor) 
 
     Returns:
         ``codebook``, float16 ``[N]``, and ``codebook_index``, uint8 ``[C]``; int32 where the rows are more than
-        :data:`kvq_calib.spec.MAX_CODEBOOKS`, which no artifact can hold.
+        :data:`kvq_calib.schema.spec.MAX_CODEBOOKS`, which no artifact can hold.
 
     Raises:
         ValueError: rounding to float16 would change a level.
@@ -416,6 +415,45 @@ class Quantizer:
             self.rope,
             "float16" if self.storage == torch.float16 else "bfloat16",
         )
+
+    # What a reader of the codes asks, so that it need not know how they were made.
+
+    @property
+    def codes_in_blocks(self) -> bool:
+        """Whether the tokens of a block are coded together, so that codes depend on where blocks begin."""
+        return self.spec.trellis
+
+    def level_count(self, width: int) -> int:
+        """Levels of a channel of this width."""
+        return self.spec.level_count(width)
+
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
+        return level_index(codes) if self.spec.trellis else codes
+
+    def pair_index(self, width: int) -> Tensor:
+        """Level indices of the two tokens whose codes share a byte, a nibble each.
+
+        Args:
+            width: of the codes, 1 to 4; bits of a nibble above are not looked at.
+
+        Returns:
+            int64 ``[256, 2]``, a row for each byte; ``[1024, 2]`` where levels depend on the codes before: row
+            ``256 * before + byte`` with ``before`` of :meth:`before_pairs`.
+        """
+        if self.spec.trellis:
+            return pair_index(width)
+        byte = torch.arange(256)
+        mask = (1 << width) - 1
+        return torch.stack((byte & mask, byte >> 4 & mask), dim=-1)
+
+    def before_pairs(self, data: Tensor) -> Tensor | None:
+        """What of the codes before each pair decides its levels, or ``None`` where nothing does.
+
+        Args:
+            data: uint8 ``[..., 16]``, the bytes of blocks, tokens in order.
+        """
+        return lowest_bits_before(data) if self.spec.trellis else None
 
     # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
 

@@ -12,10 +12,12 @@ in the normalised range ``[-1, 1]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from kvq_calib.schema.frozen import Frozen
+from kvq_calib.schema.geometry import MAX_HEAD_DIM, LayerGeometry, RopeSpec
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -27,17 +29,11 @@ StorageDtype = Literal["float16", "bfloat16"]
 MAX_BITS = 8
 #: Most codebooks of one layer's keys or values that a ``codebook_index`` can name.
 MAX_CODEBOOKS = 256
-#: Largest head dimension an outlier index can address (see ``packing.py``).
-MAX_HEAD_DIM = 2048
 #: Classes of a token's size that importance tells apart (see ``quantizer.py``).
 IMPORTANCE_CLASSES = 32
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class OutlierSpec(_Frozen):
+class OutlierSpec(Frozen):
     """Dense-and-sparse storage (KVQuant section 3.4): which elements keep an exact residual.
 
     An element is an outlier when ``|x - zero_point| > scale``; of one token's outliers at most the
@@ -72,7 +68,7 @@ class OutlierSpec(_Frozen):
         return min(channels, derived if self.max_per_token is None else self.max_per_token)
 
 
-class QuantSpec(_Frozen):
+class QuantSpec(Frozen):
     """How the keys or the values of one layer are quantized.
 
     Attributes:
@@ -88,13 +84,13 @@ class QuantSpec(_Frozen):
         phase: keys only: each RoPE pair is turned by an angle of its own before quantization.
         rotation: values only: each head is multiplied by an orthogonal matrix of its own before quantization.
         feedback: the errors of a head's earlier coordinates are fed into its later ones before those are coded, so
-            that they partly cancel where the model looks (:meth:`kvq_calib.quantizer.Quantizer.with_feedback`).
+            that they partly cancel where the model looks (:meth:`kvq_calib.codec.quantizer.Quantizer.with_feedback`).
         feedback_rank: of what is stored for that: a factor of so many columns, or with 0 every entry of the matrix.
         sweeps: times that the coordinates of a head are coded anew after that, each given the errors of all others.
         trellis: twice as many levels as codes; which half a code means depends on the codes before it in its block
-            (:mod:`kvq_calib.trellis`). Widths are then at most 7.
+            (:mod:`kvq_calib.codec.trellis`). Widths are then at most 7.
         importance: a path weighs the error of each of its tokens by what errors of tokens of this size cost
-            (:meth:`kvq_calib.quantizer.Quantizer.importance`).
+            (:meth:`kvq_calib.codec.quantizer.Quantizer.importance`).
         outliers: dense-and-sparse storage.
         q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
@@ -157,7 +153,7 @@ class QuantSpec(_Frozen):
         return (self.granularity == "channel" and not self.dynamic) or self.channel_normalized
 
 
-class LayerSpec(_Frozen):
+class LayerSpec(Frozen):
     """Keys and values of one layer."""
 
     key: QuantSpec
@@ -176,7 +172,7 @@ class LayerSpec(_Frozen):
         return self.key if kind == "key" else self.value
 
 
-class KVCacheSpec(_Frozen):
+class KVCacheSpec(Frozen):
     """The whole cache.
 
     Attributes:
@@ -217,99 +213,6 @@ class KVCacheSpec(_Frozen):
             seen.add(index)
             layers[index] = layer
         return tuple(layers)
-
-
-class RopeSpec(_Frozen):
-    """A rotary embedding in numbers that need no model code.
-
-    Pair ``p`` of a head, ``(x0, x1) = (x[pairs[p][0]], x[pairs[p][1]])``, at ``position`` becomes
-    ``scaling * (cos a * x0 - sin a * x1, sin a * x0 + cos a * x1)`` with ``a = position * inv_freq[p]``.
-    Channels in no pair are not rotated (partial rotary) and are not scaled.
-
-    Attributes:
-        pairs: channel numbers within a head, ``[P][2]``.
-        inv_freq: radians per token, ``[P]``.
-        attention_scaling: the factor on cos and sin (YaRN, LongRoPE), usually 1.
-        length_dependent: the model changes ``inv_freq`` with the length of the text (dynamic NTK, LongRoPE); the
-            numbers here hold for the length at calibration.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    inv_freq: tuple[float, ...]
-    attention_scaling: Annotated[float, Field(gt=0)] = 1.0
-    length_dependent: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> RopeSpec:
-        if len(self.pairs) != len(self.inv_freq):
-            raise ValueError("a RopeSpec needs one inv_freq for each pair")
-        channels = [channel for pair in self.pairs for channel in pair]
-        if len(set(channels)) != len(channels) or any(channel < 0 for channel in channels):
-            raise ValueError("RoPE pairs must name distinct channels")
-        return self
-
-
-class LayerGeometry(_Frozen):
-    """Shapes of one attention layer.
-
-    Attributes:
-        num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
-        sliding_window: tokens a query can see, or ``None`` for all.
-        rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
-    """
-
-    num_query_heads: Annotated[int, Field(ge=1)]
-    num_kv_heads: Annotated[int, Field(ge=1)]
-    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
-    sliding_window: Annotated[int, Field(ge=1)] | None = None
-    rope: Annotated[int, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> LayerGeometry:
-        if self.num_query_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} key-value heads"
-            )
-        return self
-
-    @property
-    def channels(self) -> int:
-        """``C = num_kv_heads * head_dim``."""
-        return self.num_kv_heads * self.head_dim
-
-    def held_tokens(self, context: int) -> int:
-        """Tokens of a text of ``context`` that an unquantized cache holds: those a query can see."""
-        return min(context, self.sliding_window or context)
-
-
-def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
-    """Numbers that an unquantized cache holds of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
-    return batch * sum(2 * layer.channels * layer.held_tokens(context) for layer in layers)
-
-
-class KVGeometry(_Frozen):
-    """Shapes of every attention layer, and the rotary embeddings they use."""
-
-    layers: tuple[LayerGeometry, ...] = Field(min_length=1)
-    ropes: tuple[RopeSpec, ...] = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> KVGeometry:
-        for index, layer in enumerate(self.layers):
-            if layer.rope is None:
-                continue
-            if layer.rope >= len(self.ropes):
-                raise ValueError(
-                    f"layer {index} names rotary embedding {layer.rope}, there are {len(self.ropes)}"
-                )
-            if any(channel >= layer.head_dim for pair in self.ropes[layer.rope].pairs for channel in pair):
-                raise ValueError(f"layer {index}: a RoPE pair lies outside the head of {layer.head_dim}")
-        return self
-
-    def rope_of(self, layer: int) -> RopeSpec | None:
-        """The rotary embedding of ``layer``."""
-        index = self.layers[layer].rope
-        return None if index is None else self.ropes[index]
 
 
 #: Shape (``None`` is "any, at least 1") and dtype names of one stored tensor, that of new artifacts first.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvq_calib.errors import ModelError
-from kvq_calib.placement import input_device
-from kvq_calib.rope import (
+from kvq_calib.model.placement import input_device
+from kvq_calib.model.rope import (
     RopeLayout,
     RopeLayoutError,
     Rotation,

@@ -21,9 +21,9 @@ import click
 from kvq_calib.errors import ConfigError, KVQError
 
 if TYPE_CHECKING:
-    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.evaluate.perplexity import PerplexityResult
-    from kvq_calib.models import LoadedModel
+    from kvq_calib.model.load import LoadedModel
 
 # Imports of torch and transformers take seconds: every command imports what it needs, so --help is immediate.
 
@@ -159,7 +159,7 @@ def _load(
     trust_remote_code: bool,
     max_memory: dict[int | str, str] | None = None,
 ) -> LoadedModel:
-    from kvq_calib.models import load_model
+    from kvq_calib.model.load import load_model
 
     return load_model(
         model,
@@ -173,7 +173,7 @@ def _load(
 
 def _load_fitting(model: str, artifacts: dict[str, KVArtifact], *options: Any) -> LoadedModel:
     """The model, which every artifact must be for."""
-    from kvq_calib.models import model_fingerprint
+    from kvq_calib.model.load import model_fingerprint
 
     loaded = _load(model, *options)
     fingerprint = model_fingerprint(loaded.model)
@@ -265,8 +265,8 @@ def calibrate_command(
     debug: bool,
 ) -> None:
     """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
-    from kvq_calib.config import DEFAULT_RECIPE, calibration_config
     from kvq_calib.files import check_writable
+    from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
     recipes = recipes or (DEFAULT_RECIPE,)
     outputs = _outputs(output, recipes)
@@ -290,7 +290,7 @@ def calibrate_command(
     from kvq_calib.calibrate.distributed import local_device, process_group
     from kvq_calib.calibrate.pipeline import calibrate, shared_setting
     from kvq_calib.data import check_dataset, load_windows
-    from kvq_calib.models import check_length, model_fingerprint
+    from kvq_calib.model.load import check_length, model_fingerprint
     from kvq_calib.progress import ProgressReporter
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
@@ -341,7 +341,7 @@ def calibrate_command(
         bits = result.artifacts[name].bits_per_element(4096)
         click.echo(f"{file}: {bits:.3f} bits per element at 4096 tokens of context")
     if profile:
-        from kvq_calib.profiling import profile_lines
+        from kvq_calib.calibrate.profiling import profile_lines
 
         click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
 
@@ -371,7 +371,7 @@ def eval_group() -> None:
 
 def _load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
     """Artifacts by a short name: the file's, as far as it is unique."""
-    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.artifact.artifact import KVArtifact
 
     short = [Path(file).name.removesuffix(".safetensors").removesuffix(".kvq") for file in files]
     names = short if len(set(short)) == len(short) else list(files)
@@ -410,8 +410,8 @@ def perplexity_command(
     debug: bool,
 ) -> None:
     """Perplexity, KL divergence and bits of artifacts on MODEL, beside the unquantized model."""
-    from kvq_calib.config import EvalConfig
     from kvq_calib.files import check_writable
+    from kvq_calib.schema.recipe import EvalConfig
 
     config = EvalConfig(
         dataset=dataset, windows=windows, seqlen=seqlen, mode=mode, seed=seed, context=context, chunk=chunk
@@ -423,7 +423,7 @@ def perplexity_command(
     from kvq_calib.data import check_dataset, load_windows
     from kvq_calib.evaluate.perplexity import measure_perplexity
     from kvq_calib.evaluate.tables import perplexity_table, print_table, run_facts
-    from kvq_calib.models import check_length
+    from kvq_calib.model.load import check_length
     from kvq_calib.progress import ProgressReporter
 
     check_dataset(dataset)
@@ -515,9 +515,9 @@ def compare_command(
     debug: bool,
 ) -> None:
     """Artifacts beside other ways to quantize a cache: same model, text and windows, every bit counted."""
-    from kvq_calib.config import EvalConfig
     from kvq_calib.evaluate.rivals import make_rivals
     from kvq_calib.files import check_writable
+    from kvq_calib.schema.recipe import EvalConfig
 
     config = EvalConfig(
         dataset=dataset, windows=windows, seqlen=seqlen, mode=mode, seed=seed, context=context or seqlen
@@ -626,10 +626,10 @@ def memory_command(
     """Bytes of the packed cache by kind, at any context, for artifacts or for a model's shape alone."""
     if not (artifacts or shape or paper):
         raise click.UsageError("name an --artifact, a --shape, or --paper")
-    from kvq_calib.config import calibration_config
     from kvq_calib.evaluate import memory
     from kvq_calib.evaluate.tables import memory_table, paper_table, print_table
     from kvq_calib.files import check_writable
+    from kvq_calib.schema.recipe import calibration_config
 
     if json_file is not None:
         check_writable(json_file)
@@ -797,7 +797,7 @@ def report_command(
     check_writable(output)
 
     from kvq_calib.evaluate import report
-    from kvq_calib.models import check_length
+    from kvq_calib.model.load import check_length
     from kvq_calib.progress import ProgressReporter
 
     files = dict(zip(loaded_artifacts, artifacts, strict=True))
@@ -848,7 +848,7 @@ def inspect_command(
     file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None, debug: bool
 ) -> None:
     """Content of ARTIFACT, and its bits per element at chosen context lengths."""
-    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
     from kvq_calib.files import check_writable
 
@@ -867,9 +867,9 @@ def inspect_command(
 @_debug
 def shard_command(file: str, ranks: int, output: str, debug: bool) -> None:
     """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
-    from kvq_calib.artifact import KVArtifact
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.artifact.shard import shard
     from kvq_calib.files import check_writable
-    from kvq_calib.sharding import shard
 
     if "{rank}" not in output:
         raise click.UsageError("-o needs {rank} in the name, for example model.{rank}.kvq.safetensors")
@@ -906,8 +906,8 @@ def import_command(
     file: str, output: str, model: str, outliers: float, sink_tokens: int, debug: bool
 ) -> None:
     """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
+    from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant
     from kvq_calib.files import check_writable
-    from kvq_calib.kvquant import geometry_of, import_kvquant
 
     check_writable(output)
     geometry, config = geometry_of(model)
@@ -961,8 +961,8 @@ def export_command(
     debug: bool,
 ) -> None:
     """Write FP8 key-value scales that other runtimes read, from the ranges that ARTIFACT holds."""
-    from kvq_calib.artifact import KVArtifact
-    from kvq_calib.integrations import fp8
+    from kvq_calib.artifact import export_fp8 as fp8
+    from kvq_calib.artifact.artifact import KVArtifact
 
     loaded = KVArtifact.load(file)
     measured = None if amax is None else fp8.read_amax(amax, len(loaded.layers))

@@ -22,14 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact import LayerParams, reference_quantizers
-from kvq_calib.attention import LayerKV, intercept
+from kvq_calib.artifact.artifact import LayerParams, reference_quantizers
 from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
-from kvq_calib.calibrate.fisher import activations_only, head_logits, is_splittable, recomputed_layers
-from kvq_calib.errors import CalibrationError
-from kvq_calib.placement import input_device, is_offloaded
-from kvq_calib.quantizer import (
+from kvq_calib.calibrate.gradients import activations_only, head_logits, is_splittable, recomputed_layers
+from kvq_calib.codec.quantizer import (
     Quantizer,
     QuantParams,
     codebook_table,
@@ -37,7 +34,11 @@ from kvq_calib.quantizer import (
     roundtrip_storage,
     storable_thresholds,
 )
-from kvq_calib.spec import KINDS, Kind, KVCacheSpec, KVGeometry, LayerGeometry, QuantSpec, RopeSpec
+from kvq_calib.errors import CalibrationError
+from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.placement import input_device, is_offloaded
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, QuantSpec
 
 __all__ = ["Learned", "Trainable", "divergence", "learn"]
 
@@ -62,7 +63,7 @@ class Trainable:
     Args:
         spec: static channel thresholds, no outliers.
         params: where to start.
-        geometry, rope: as for :class:`kvq_calib.quantizer.Quantizer`.
+        geometry, rope: as for :class:`kvq_calib.codec.quantizer.Quantizer`.
         device: of the model.
     """
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.calibrate.foreign import drawn
+from kvq_calib.calibrate.vocabulary_samples import drawn
 from kvq_calib.errors import CalibrationError
-from kvq_calib.models import cache_of, with_cache
-from kvq_calib.placement import input_device
+from kvq_calib.model.load import cache_of, with_cache
+from kvq_calib.model.placement import input_device
 
 __all__ = ["WrittenText", "write"]
 

@@ -1,0 +1,1 @@
+"""The artifact: one file that says everything a reader needs."""

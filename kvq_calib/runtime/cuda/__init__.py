@@ -1,0 +1,1 @@
+"""Attention over packed pages on CUDA devices."""

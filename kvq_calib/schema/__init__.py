@@ -1,0 +1,1 @@
+"""What can be said of a quantized cache: specs, geometry, recipes."""

@@ -1,0 +1,106 @@
+"""Shapes of a model's attention layers, and its rotary embeddings in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from kvq_calib.schema.frozen import Frozen
+
+#: Largest head dimension an outlier index can address (see ``codec/packing.py``).
+MAX_HEAD_DIM = 2048
+
+
+class RopeSpec(Frozen):
+    """A rotary embedding in numbers that need no model code.
+
+    Pair ``p`` of a head, ``(x0, x1) = (x[pairs[p][0]], x[pairs[p][1]])``, at ``position`` becomes
+    ``scaling * (cos a * x0 - sin a * x1, sin a * x0 + cos a * x1)`` with ``a = position * inv_freq[p]``.
+    Channels in no pair are not rotated (partial rotary) and are not scaled.
+
+    Attributes:
+        pairs: channel numbers within a head, ``[P][2]``.
+        inv_freq: radians per token, ``[P]``.
+        attention_scaling: the factor on cos and sin (YaRN, LongRoPE), usually 1.
+        length_dependent: the model changes ``inv_freq`` with the length of the text (dynamic NTK, LongRoPE); the
+            numbers here hold for the length at calibration.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    inv_freq: tuple[float, ...]
+    attention_scaling: Annotated[float, Field(gt=0)] = 1.0
+    length_dependent: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeSpec:
+        if len(self.pairs) != len(self.inv_freq):
+            raise ValueError("a RopeSpec needs one inv_freq for each pair")
+        channels = [channel for pair in self.pairs for channel in pair]
+        if len(set(channels)) != len(channels) or any(channel < 0 for channel in channels):
+            raise ValueError("RoPE pairs must name distinct channels")
+        return self
+
+
+class LayerGeometry(Frozen):
+    """Shapes of one attention layer.
+
+    Attributes:
+        num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
+        sliding_window: tokens a query can see, or ``None`` for all.
+        rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
+    """
+
+    num_query_heads: Annotated[int, Field(ge=1)]
+    num_kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    rope: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerGeometry:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} key-value heads"
+            )
+        return self
+
+    @property
+    def channels(self) -> int:
+        """``C = num_kv_heads * head_dim``."""
+        return self.num_kv_heads * self.head_dim
+
+    def held_tokens(self, context: int) -> int:
+        """Tokens of a text of ``context`` that an unquantized cache holds: those a query can see."""
+        return min(context, self.sliding_window or context)
+
+
+def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
+    """Numbers that an unquantized cache holds of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
+    return batch * sum(2 * layer.channels * layer.held_tokens(context) for layer in layers)
+
+
+class KVGeometry(Frozen):
+    """Shapes of every attention layer, and the rotary embeddings they use."""
+
+    layers: tuple[LayerGeometry, ...] = Field(min_length=1)
+    ropes: tuple[RopeSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> KVGeometry:
+        for index, layer in enumerate(self.layers):
+            if layer.rope is None:
+                continue
+            if layer.rope >= len(self.ropes):
+                raise ValueError(
+                    f"layer {index} names rotary embedding {layer.rope}, there are {len(self.ropes)}"
+                )
+            if any(channel >= layer.head_dim for pair in self.ropes[layer.rope].pairs for channel in pair):
+                raise ValueError(f"layer {index}: a RoPE pair lies outside the head of {layer.head_dim}")
+        return self
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """The rotary embedding of ``layer``."""
+        index = self.layers[layer].rope
+        return None if index is None else self.ropes[index]
