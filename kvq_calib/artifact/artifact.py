@@ -1,8 +1,9 @@
 """The artifact: one safetensors file that says everything a reader needs. ``docs/format.md`` is normative.
 
-Tensors are named ``layers.{i}.{key|value}.{name}`` as :func:`kvq_calib.schema.spec.expected_tensors` lists them. The
-safetensors metadata holds one entry, ``kvq``: a JSON object with sorted keys (one entry, because the order of
-several is not defined and the same inputs must give the same bytes).
+Tensors are named ``layers.{i}.{key|value}.{name}``; which there are is said by the codec
+(:meth:`kvq_calib.codec.quantizer.Quantizer.stored_tensors`). The safetensors metadata holds one entry, ``kvq``: a JSON
+object with sorted keys (one entry, because the order of several is not defined and the same inputs must give the same
+bytes).
 """
 
 from __future__ import annotations
@@ -21,93 +22,31 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kvq_calib.codec.packing import packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.codec.quantizer import Quantizer, QuantParams, pack_codebooks
-from kvq_calib.errors import KVQError
-from kvq_calib.files import write_atomically
-from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, cache_elements
-from kvq_calib.schema.problem import first_problem
-from kvq_calib.schema.spec import (
-    KINDS,
-    MAX_CODEBOOKS,
-    Kind,
-    KVCacheSpec,
-    LayerSpec,
-    QuantSpec,
-    TensorShape,
-    expected_tensors,
+from kvq_calib.artifact.errors import (
+    ArtifactDigestError,
+    ArtifactError,
+    ArtifactFileError,
+    ArtifactMetadataError,
+    ArtifactModelError,
+    ArtifactVersionError,
 )
+from kvq_calib.artifact.validate import check_rates, check_tensors, prefix_of
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.registry import codec_of, make_quantizers
+from kvq_calib.codec.size import CacheShape, TensorShape, cache_bytes
+from kvq_calib.files import write_atomically
+from kvq_calib.schema.geometry import KINDS, Kind, KVGeometry, cache_elements
+from kvq_calib.schema.problem import first_problem
+from kvq_calib.schema.spec import KVCacheSpec
 
-FORMAT_VERSION = 6
+__all__ = ["FORMAT_VERSION", "MAX_FILE_BYTES", "METADATA_KEY", "KVArtifact"]
+
+FORMAT_VERSION = 7
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30
-
-
-class ArtifactError(KVQError):
-    """An artifact that cannot be used."""
-
-
-class ArtifactFileError(ArtifactError):
-    """Not a readable safetensors file: missing, truncated, or a header that lies."""
-
-
-class ArtifactVersionError(ArtifactError):
-    """Written by a later format version than this reader knows."""
-
-
-class ArtifactMetadataError(ArtifactError):
-    """Metadata that is missing, malformed or contradicts itself."""
-
-
-class ArtifactTensorError(ArtifactError):
-    """A tensor that is missing, unknown, or has the wrong shape or dtype."""
-
-
-class ArtifactValueError(ArtifactError):
-    """A tensor with values no quantizer can have: NaN, unsorted levels, widths out of range, ..."""
-
-
-class ArtifactDigestError(ArtifactError):
-    """Content that does not match its own digest: the file was damaged or edited."""
-
-
-class ArtifactModelError(ArtifactError):
-    """The artifact was calibrated for another model."""
-
-
-@dataclass(frozen=True)
-class LayerParams:
-    """The calibrated numbers of one layer."""
-
-    key: QuantParams
-    value: QuantParams
-
-    def of(self, kind: Kind) -> QuantParams:
-        """The numbers of ``kind``."""
-        return self.key if kind == "key" else self.value
-
-
-def reference_quantizers(
-    spec: KVCacheSpec,
-    geometry: KVGeometry,
-    layers: Sequence[LayerParams],
-    device: torch.device | str = "cpu",
-) -> list[dict[Kind, Quantizer]]:
-    """One reference quantizer per layer and kind, of what is or will be an artifact."""
-    return [
-        {
-            kind: Quantizer(
-                own.of(kind),
-                params.of(kind),
-                geometry.layers[number],
-                geometry.rope_of(number),
-                spec.storage_dtype,
-            ).to(device)
-            for kind in KINDS
-        }
-        for number, (own, params) in enumerate(zip(spec.resolved(len(layers)), layers, strict=True))
-    ]
+_SECTIONS = {"format_version", "spec", "geometry", "model", "calibration", "outliers_per_token"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +60,6 @@ class KVArtifact:
         model: the model it is for: ``id`` (as the user named it) and ``config``, the fields a model must share.
         calibration: where the numbers come from: data, hashes, window, seed, settings, library versions.
         outliers_per_token: expected outliers of one token, per kind and layer, measured at calibration.
-        older_sha256: of the file it was read from, if that is of an older format version: caches that were saved then
-            name their artifact by it. Not taken over by a changed copy.
     """
 
     spec: KVCacheSpec
@@ -131,13 +68,12 @@ class KVArtifact:
     model: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     outliers_per_token: Mapping[Kind, Sequence[float]] = field(default_factory=dict)
-    older_sha256: str | None = field(default=None, init=False, compare=False)
 
     # ------------------------------------------------------------------ use
 
     def quantizers(self, device: torch.device | str = "cpu") -> list[dict[Kind, Quantizer]]:
-        """One reference quantizer per layer and kind."""
-        return reference_quantizers(self.spec, self.geometry, self.layers, device)
+        """One quantizer per layer and kind."""
+        return make_quantizers(self.spec, self.geometry, self.layers, device)
 
     def check_model(self, config: Mapping[str, Any]) -> None:
         """Refuse a model that this artifact is not for.
@@ -156,6 +92,33 @@ class KVArtifact:
                     f"{expected.get(name)!r}, this model has {config.get(name)!r}; calibrate this model first"
                 )
 
+    def sizes(
+        self, outliers_per_token: Mapping[Kind, Sequence[float]] | None = None
+    ) -> list[dict[Kind, TensorShape]]:
+        """What decides the bytes of the keys and of the values of each layer.
+
+        Args:
+            outliers_per_token: measured outliers per token, kind and layer; those of calibration by default.
+        """
+        rates = self.outliers_per_token if outliers_per_token is None else outliers_per_token
+        return [
+            {
+                kind: TensorShape(
+                    quantizer.layout,
+                    self.geometry.layers[index].sliding_window,
+                    rates[kind][index] if kind in rates else 0.0,
+                    quantizer.params.held_bytes,
+                )
+                for kind, quantizer in own.items()
+            }
+            for index, own in enumerate(self.quantizers())
+        ]
+
+    def cache_shape(self, context: int, batch: int = 1, recent_tokens: int | None = None) -> CacheShape:
+        """How much a cache of this artifact holds; ``recent_tokens`` is the spec's by default."""
+        recent = self.spec.recent_tokens if recent_tokens is None else recent_tokens
+        return CacheShape(context, batch, self.spec.sink_tokens, recent)
+
     def storage(
         self,
         context: int,
@@ -169,31 +132,10 @@ class KVArtifact:
             context: tokens of one sequence.
             batch: sequences.
             recent_tokens: exact window; the spec's by default.
-            outliers_per_token: measured outliers per token, layer and kind; those of calibration by default.
+            outliers_per_token: measured outliers per token, kind and layer; those of calibration by default.
         """
-        recent = self.spec.recent_tokens if recent_tokens is None else recent_tokens
-        rates = self.outliers_per_token if outliers_per_token is None else outliers_per_token
-        sinks = self.spec.sink_tokens
-        total: dict[str, float] = {}
-        for index, quantizers in enumerate(self.quantizers()):
-            window = self.geometry.layers[index].sliding_window
-            first, stop = packed_tokens(context, recent, window)
-            for kind, quantizer in quantizers.items():
-                rate = rates[kind][index] if kind in rates else 0.0
-                sizes = storage_bytes(
-                    quantizer.layout,
-                    context=context,
-                    batch=batch,
-                    sink_tokens=sinks,
-                    recent_tokens=recent,
-                    sliding_window=window,
-                    outliers=rate * (stop - first) * batch,
-                )
-                sizes["parameters"] = quantizer.params.held_bytes
-                for name, size in sizes.items():
-                    total[name] = total.get(name, 0.0) + size
-        total.update(shared_bytes(context, batch, sinks, recent))
-        return total
+        tensors = [tensor for layer in self.sizes(outliers_per_token) for tensor in layer.values()]
+        return cache_bytes(tensors, self.cache_shape(context, batch, recent_tokens))
 
     def elements(self, context: int, batch: int = 1) -> int:
         """Numbers an unquantized cache would hold: keys and values of every layer, a sliding window's where it has one."""
@@ -212,23 +154,12 @@ class KVArtifact:
     # ---------------------------------------------------------------- write
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
-        specs = self.spec.resolved(len(self.layers))
-        for index, params in enumerate(self.layers):
-            for kind in KINDS:
-                stored = params.of(kind).tensors()
-                spec = specs[index].of(kind)
-                if not spec.variable_bits:
-                    bits, row = stored.pop("bits"), stored.pop("codebook_index")
-                    if bool((bits != spec.bits).any()) or bool(row.any()):
-                        raise ArtifactValueError(
-                            f"layers.{index}.{kind} needs variable_bits: its channels have widths or codebooks of their own"
-                        )
-                elif int(stored["codebook_index"].max()) >= MAX_CODEBOOKS:
-                    raise _too_many_codebooks(f"layers.{index}.{kind}.", stored["codebook_index"])
-                for name, tensor in stored.items():
-                    tensors[f"layers.{index}.{kind}.{name}"] = tensor.detach().cpu().contiguous()
-        return tensors
+        return {
+            prefix_of(index, kind) + name: tensor.detach().cpu().contiguous()
+            for index, params in enumerate(self.layers)
+            for kind in KINDS
+            for name, tensor in params.of(kind).tensors().items()
+        }
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -247,7 +178,7 @@ class KVArtifact:
             ArtifactError: this object breaks a rule that :meth:`load` checks.
         """
         tensors, metadata = self._tensors(), self._metadata()
-        _validate(self.spec, self.geometry, tensors)
+        check_tensors(self.spec, self.geometry, tensors)
         metadata["digest"] = _digest(metadata, tensors)
         return safetensors.torch.save(tensors, {METADATA_KEY: _canonical(metadata)})
 
@@ -278,67 +209,64 @@ class KVArtifact:
     def from_bytes(cls, data: bytes, name: str = "artifact") -> KVArtifact:
         """Check and build an artifact from a file's content; ``name`` is used in messages."""
         metadata, tensors = _parse(data, name)
-        version = metadata.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ArtifactMetadataError(f"{name}: format_version is {version!r}, not a positive number")
-        if version > FORMAT_VERSION:
-            raise ArtifactVersionError(
-                f"{name} has format version {version}, this release reads up to {FORMAT_VERSION}; update kvq-calib"
-            )
-        stated = metadata.pop("digest", None)
-        try:
-            actual = _digest(metadata, tensors)
-        except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
-            raise ArtifactMetadataError(
-                f"{name}: its metadata is not plain JSON ({_one_line(error)})"
-            ) from error
-        if stated != actual:
-            raise ArtifactDigestError(
-                f"{name} is damaged: its content does not match its digest; copy it again"
-            )
-        try:
-            spec = KVCacheSpec.model_validate(metadata.get("spec"))
-            geometry = KVGeometry.model_validate(metadata.get("geometry"))
-        except ValidationError as error:
-            raise ArtifactMetadataError(f"{name}: {first_problem(error)}") from error
-        unknown = metadata.keys() - {
-            "format_version", "spec", "geometry", "model", "calibration", "outliers_per_token"
-        }  # fmt: skip
+        _check_version(metadata, name)
+        _check_digest(metadata, tensors, name)
+        unknown = metadata.keys() - _SECTIONS
         if unknown:
             raise ArtifactMetadataError(f"{name}: unknown metadata {sorted(unknown)[0]!r}")
         for section in ("model", "calibration"):
             if not isinstance(metadata.get(section), dict):
                 raise ArtifactMetadataError(f"{name}: metadata {section!r} is not an object")
-        rates = _check_rates(metadata.get("outliers_per_token"), len(geometry.layers), name)
         try:
-            if version < 3:
-                tensors = _packed(spec, geometry, tensors)
-            _validate(spec, geometry, tensors)
+            spec = KVCacheSpec.model_validate(metadata.get("spec"))
+            geometry = KVGeometry.model_validate(metadata.get("geometry"))
+            rates = check_rates(metadata.get("outliers_per_token"), len(geometry.layers))
+            check_tensors(spec, geometry, tensors)
+        except ValidationError as error:
+            raise ArtifactMetadataError(f"{name}: {first_problem(error)}") from error
         except ArtifactError as error:
             raise type(error)(f"{name}: {error}") from None
-        specs = spec.resolved(len(geometry.layers))
-        layers = tuple(
-            LayerParams(
-                **{
-                    kind: _params(specs[index].of(kind), layer, f"layers.{index}.{kind}.", tensors)
-                    for kind in KINDS
-                }
-            )
-            for index, layer in enumerate(geometry.layers)
+        layers = _layer_params(spec, tensors, len(geometry.layers))
+        return cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
+
+
+def _layer_params(spec: KVCacheSpec, tensors: Mapping[str, Tensor], layers: int) -> tuple[LayerParams, ...]:
+    """The numbers of all layers, of tensors that were checked."""
+    found = []
+    for number, layer in enumerate(spec.resolved(layers)):
+        own = {}
+        for kind in KINDS:
+            prefix = prefix_of(number, kind)
+            named = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            own[kind] = codec_of(layer.of(kind)).params_type(**named)
+        found.append(LayerParams(own["key"], own["value"]))
+    return tuple(found)
+
+
+def _check_version(metadata: Mapping[str, Any], name: str) -> None:
+    version = metadata.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactMetadataError(f"{name}: format_version is {version!r}, not a positive number")
+    if version > FORMAT_VERSION:
+        raise ArtifactVersionError(
+            f"{name} has format version {version}, this release reads {FORMAT_VERSION}; update kvq-calib"
         )
-        artifact = cls(spec, geometry, layers, metadata["model"], metadata["calibration"], rates)
-        if version < FORMAT_VERSION:
-            object.__setattr__(artifact, "older_sha256", hashlib.sha256(data).hexdigest())
-        return artifact
+    if version < FORMAT_VERSION:
+        raise ArtifactVersionError(
+            f"{name} has format version {version} of an earlier kvq-calib, this release reads {FORMAT_VERSION} alone; "
+            "calibrate the model again"
+        )
 
 
-def _params(
-    spec: QuantSpec, geometry: LayerGeometry, prefix: str, tensors: Mapping[str, Tensor]
-) -> QuantParams:
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if spec.variable_bits:
-        return QuantParams(**own)
-    return QuantParams.uniform(spec.bits, geometry.channels, **own)
+def _check_digest(metadata: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Hold the content against the digest, which is taken out of ``metadata``."""
+    stated = metadata.pop("digest", None)
+    try:
+        actual = _digest(metadata, tensors)
+    except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
+        raise ArtifactMetadataError(f"{name}: its metadata is not plain JSON ({_one_line(error)})") from error
+    if stated != actual:
+        raise ArtifactDigestError(f"{name} is damaged: its content does not match its digest; copy it again")
 
 
 def _canonical(metadata: Mapping[str, Any]) -> str:
@@ -381,165 +309,3 @@ def _refuse_constant(text: str) -> float:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _check_rates(rates: object, layers: int, name: str) -> dict[Kind, list[float]]:
-    if not isinstance(rates, dict) or set(rates) != set(KINDS):
-        raise ArtifactMetadataError(f"{name}: outliers_per_token must have 'key' and 'value'")
-    checked: dict[Kind, list[float]] = {}
-    for kind in KINDS:
-        values = rates[kind]
-        if not isinstance(values, list) or len(values) != layers:
-            raise ArtifactMetadataError(f"{name}: outliers_per_token.{kind} must have {layers} numbers")
-        for value in values:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise ArtifactMetadataError(f"{name}: outliers_per_token.{kind} has {value!r}")
-        checked[kind] = [float(value) for value in values]
-    return checked
-
-
-def _resolved(spec: KVCacheSpec, geometry: KVGeometry) -> tuple[LayerSpec, ...]:
-    try:
-        return spec.resolved(len(geometry.layers))
-    except ValueError as error:
-        raise ArtifactMetadataError(str(error)) from error
-
-
-def _checked(tensors: Mapping[str, Tensor], name: str, expected: TensorShape) -> Tensor:
-    """The tensor ``name``, if it is there and as expected."""
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise ArtifactTensorError(f"tensor {name} is missing")
-    shape, dtypes = expected
-    actual, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    fits = len(actual) == len(shape) and all(
-        size >= 1 if wanted is None else size == wanted for size, wanted in zip(actual, shape, strict=True)
-    )
-    if not fits or dtype not in dtypes:
-        wanted_shape = ["any" if size is None else size for size in shape]
-        raise ArtifactTensorError(
-            f"tensor {name} is {dtype} {list(actual)}, not {' or '.join(dtypes)} {wanted_shape}"
-        )
-    return tensor
-
-
-def _value_error(name: str, what: str) -> ArtifactValueError:
-    return ArtifactValueError(f"tensor {name} {what}")
-
-
-def _too_many_codebooks(prefix: str, index: Tensor) -> ArtifactValueError:
-    what = (
-        f"names {int(index.max()) + 1} codebooks, at most {MAX_CODEBOOKS} can be stored; calibrate with fewer"
-    )
-    return _value_error(prefix + "codebook_index", what)
-
-
-def _packed(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file of version 1 or 2, where rows of a codebook are padded float32 and channels of several widths
-    may share one, with the codebooks of version 3. Every reader computes what it did."""
-    found = dict(tensors)
-    for index, layer in enumerate(_resolved(spec, geometry)):
-        for kind in KINDS:
-            prefix, quant = f"layers.{index}.{kind}.", layer.of(kind)
-            if not quant.variable_bits:
-                continue
-            per_channel = (geometry.layers[index].channels,)
-            bits = _checked(tensors, prefix + "bits", (per_channel, ("uint8",)))
-            row_of = _checked(tensors, prefix + "codebook_index", (per_channel, ("int32",)))
-            table = _checked(tensors, prefix + "codebook", ((None, None), ("float32",)))
-            _validate_widths(prefix, quant, bits)
-            needed = quant.level_count(int(bits.max()))
-            if not needed <= table.shape[1] <= 256:
-                raise _value_error(prefix + "codebook", f"has {table.shape[1]} columns for {needed} levels")
-            if int(row_of.min()) < 0 or int(row_of.max()) >= len(table):
-                raise _value_error(prefix + "codebook_index", f"points outside the {len(table)} codebooks")
-            if not bool(torch.isfinite(table).all()):
-                raise _value_error(prefix + "codebook", "has values that are not finite")
-            if bool((table[:, 1:] < table[:, :-1]).any()):
-                raise _value_error(prefix + "codebook", "has unsorted levels")
-            try:
-                codebook, packed = pack_codebooks(quant, bits, table, row_of)
-            except ValueError as error:
-                raise _value_error(prefix + "codebook", f"{error}; calibrate again") from None
-            if packed.dtype != torch.uint8:
-                raise _too_many_codebooks(prefix, packed)
-            found[prefix + "codebook"], found[prefix + "codebook_index"] = codebook, packed
-    return found
-
-
-def _validate(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> None:
-    """Check names, shapes, dtypes and ranges of every tensor against spec and geometry."""
-    unknown = set(tensors)
-    for index, layer in enumerate(_resolved(spec, geometry)):
-        rope = geometry.rope_of(index)
-        for kind in KINDS:
-            prefix = f"layers.{index}.{kind}."
-            quant = layer.of(kind)
-            for name, expected in expected_tensors(quant, geometry.layers[index], rope).items():
-                _checked(tensors, prefix + name, expected)
-                unknown.discard(prefix + name)
-            _validate_values(prefix, quant, tensors)
-    if unknown:
-        raise ArtifactTensorError(f"tensor {sorted(unknown)[0]} is unknown")
-
-
-def _validate_widths(prefix: str, spec: QuantSpec, bits: Tensor) -> None:
-    if int(bits.max()) > spec.bits:
-        raise _value_error(prefix + "bits", f"has widths over {spec.bits}")
-
-
-def _validate_codebooks(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Rows of a codebook of ``variable_bits``: each used, by channels of one width, and sorted."""
-    codebook, bits = tensors[prefix + "codebook"], tensors[prefix + "bits"]
-    index = tensors[prefix + "codebook_index"].to(torch.int64)
-    _validate_widths(prefix, spec, bits)
-    widths: dict[int, int] = {}
-    for row, width in zip(index.tolist(), bits.tolist(), strict=True):
-        if widths.setdefault(row, width) != width:
-            what = f"gives codebook {row} to channels of {widths[row]} and of {width} bits"
-            raise _value_error(prefix + "codebook_index", what)
-    rows = max(widths) + 1
-    if len(widths) < rows:
-        unused = min(set(range(rows)) - widths.keys())
-        raise _value_error(prefix + "codebook_index", f"gives codebook {unused} to no channel")
-    counts = [spec.level_count(widths[row]) for row in range(rows)]
-    if len(codebook) != sum(counts):
-        what = f"has {len(codebook)} levels, the widths of its channels need {sum(counts)}"
-        raise _value_error(prefix + "codebook", what)
-    if any(bool((row[1:] < row[:-1]).any()) for row in codebook.split(counts)):
-        raise _value_error(prefix + "codebook", "has unsorted levels")
-
-
-def _validate_values(prefix: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-    for name in (
-        *("codebook", "scale", "zero_point", "phase", "rotation"),
-        *("feedback_scale", "feedback_weight", "importance", "importance_unit"),
-    ):
-        tensor = tensors.get(prefix + name)
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise _value_error(prefix + name, "has values that are not finite")
-    codebook = tensors[prefix + "codebook"]
-    if spec.variable_bits:
-        _validate_codebooks(prefix, spec, tensors)
-    elif bool((codebook[:, 1:] < codebook[:, :-1]).any()):
-        raise _value_error(prefix + "codebook", "has unsorted levels")
-    for name in ("scale", "importance_unit"):
-        tensor = tensors.get(prefix + name)
-        if tensor is not None and bool((tensor <= 0).any()):
-            raise _value_error(prefix + name, "must be positive")
-    for name in ("feedback_scale", "feedback_weight", "importance"):
-        tensor = tensors.get(prefix + name)
-        if tensor is not None and bool((tensor < 0).any()):
-            raise _value_error(prefix + name, "must not be negative")
-    if spec.feedback_rank:
-        if bool((tensors[prefix + "feedback_weight"] == 0).any()):
-            raise _value_error(prefix + "feedback_weight", "must be positive with a feedback_rank")
-        scale, entries = tensors[prefix + "feedback_scale"].double(), tensors[prefix + "feedback"].double()
-        factor = (scale[:, None] * entries).unflatten(1, (-1, spec.feedback_rank))
-        if bool((factor.square().sum(-1) >= 1).any()):
-            raise _value_error(prefix + "feedback", "leaves a coordinate nothing of its own")
-    rotation = tensors.get(prefix + "rotation")
-    if rotation is not None:
-        identity = torch.eye(rotation.shape[-1])
-        if bool(((rotation @ rotation.mT - identity).abs() > 1e-3).any()):
-            raise _value_error(prefix + "rotation", "is not orthogonal")

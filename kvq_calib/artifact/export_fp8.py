@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.quantizer import QuantParams, codebook_table
+from kvq_calib.codec.registry import codec_of
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import WriteError, write_atomically
-from kvq_calib.schema.geometry import RopeSpec
-from kvq_calib.schema.spec import KINDS, Kind, QuantSpec
+from kvq_calib.schema.geometry import KINDS, Kind, RopeSpec
 
 __all__ = [
     "DEFAULT_PREFIX",
@@ -49,30 +48,6 @@ _PLURAL: dict[Kind, str] = {"key": "keys", "value": "values"}
 Amax = Mapping[Kind, Sequence[float]]
 
 
-def _range(spec: QuantSpec, params: QuantParams) -> tuple[Tensor, Tensor] | None:
-    """Centre and half width of what each channel holds that is neither an outlier nor clamped, float32 ``[C]`` each;
-    ``None`` where the artifact does not say.
-
-    Thresholds enclose all elements but the outliers. With widths per channel or learned levels, scale and zero point
-    are free parameters of a fit: there the ends are the outer levels and half the gaps beside them.
-    """
-    if params.scale is None or params.zero_point is None:
-        return None
-    scale, zero_point = params.scale.float(), params.zero_point.float()
-    if not spec.variable_bits and spec.datatype != "learned":
-        return zero_point, scale
-    rows = codebook_table(spec, params)[params.codebook_index.to(torch.int64)]
-    low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
-    below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
-    above = high - torch.where(rows < high, rows, -torch.inf).amax(1, keepdim=True)
-    single = low == high
-    low, high = (
-        (low - below.masked_fill(single, 0.0) / 2)[:, 0],
-        (high + above.masked_fill(single, 0.0) / 2)[:, 0],
-    )
-    return zero_point + scale * (low + high) / 2, scale * (high - low) / 2
-
-
 def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
     """Largest magnitude of each channel at any position, from that before RoPE, both ``[C]``: a pair turns, so either half
     may come to be as long as the pair."""
@@ -88,63 +63,42 @@ def amax_of(artifact: KVArtifact) -> dict[Kind, list[float | None]]:
     """Per layer, the largest magnitude of rotated keys and of values that the artifact's quantizers reach.
 
     Keys quantized before RoPE: for a pair whose halves reach ``a`` and ``b`` it is ``sqrt(a^2 + b^2)`` times the attention
-    scaling, which holds at every position and for every phase. Values behind a rotation, ``v = rotation @ y`` with ``y`` in
-    ``centre -+ half``: ``|rotation @ centre| + |rotation| @ half``. ``None`` where thresholds come from each token, or from
-    the text.
+    scaling, which holds at every position and for every turn of the pair. ``None`` where thresholds come from each token,
+    or from the text.
     """
     found: dict[Kind, list[float | None]] = {kind: [] for kind in KINDS}
-    specs = artifact.spec.resolved(len(artifact.layers))
-    for index, (layer, geometry) in enumerate(zip(artifact.layers, artifact.geometry.layers, strict=True)):
-        rope, heads = artifact.geometry.rope_of(index), geometry.num_kv_heads
-        for kind in KINDS:
-            spec, params = specs[index].of(kind), layer.of(kind)
-            held = _range(spec, params)
+    for index, quantizers in enumerate(artifact.quantizers()):
+        rope = artifact.geometry.rope_of(index)
+        for kind, quantizer in quantizers.items():
+            held = quantizer.channel_range()
             if held is None:
                 found[kind].append(None)
                 continue
             centre, half = held
-            if params.rotation is not None:
-                centre = torch.einsum("hij,hj->hi", params.rotation, centre.view(heads, -1)).flatten()
-                half = torch.einsum("hij,hj->hi", params.rotation.abs(), half.view(heads, -1)).flatten()
             reach = centre.abs() + half
-            if kind == "key" and spec.pre_rope and rope is not None:
-                reach = _rotated(reach, heads, rope)
+            if kind == "key" and quantizer.spec.pre_rope and rope is not None:
+                reach = _rotated(reach, quantizer.shape.heads, rope)
             found[kind].append(float(reach.max()))
     return found
 
 
 def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
-    """What an FP8 cache with one scale per layer cannot express of an artifact, in words: thresholds at least.
+    """What an FP8 cache with one scale per layer cannot express of an artifact, in words.
 
     Args:
         artifact: the artifact.
         amax: measured magnitudes, for whose kinds nothing is estimated; what the artifact records by default.
     """
     measured = {**recorded_amax(artifact), **(amax or {})}
-    specs = artifact.spec.resolved(len(artifact.layers))
-    features: dict[str, dict[Kind, None]] = {}
-
-    def lost(what: str, kind: Kind) -> None:
-        features.setdefault(what, {})[kind] = None
-
+    lost: dict[str, dict[Kind, None]] = {}
     for kind in KINDS:
-        for spec in (layer.of(kind) for layer in specs):
-            if spec.datatype != "uniform":
-                lost(f"{spec.datatype} levels", kind)
-            if spec.variable_bits:
-                lost("a width for each channel", kind)
-            lost(f"thresholds for each {spec.granularity}", kind)
-            if spec.outliers.fraction > 0:
-                lost("exact outliers", kind)
-            for name in ("phase", "rotation"):
-                if getattr(spec, name):
-                    lost(f"{name}s", kind)
-            for name, what in (("feedback", "error feedback"), ("trellis", "trellis codes")):
-                if getattr(spec, name):
-                    lost(what, kind)
-            if (spec.variable_bits or spec.datatype == "learned") and kind not in measured:
-                lost("a true range (it is estimated from the levels; --amax takes a measured one)", kind)
-    words = [f"{what} of {' and '.join(_PLURAL[kind] for kind in kinds)}" for what, kinds in features.items()]
+        for layer in artifact.spec.resolved(len(artifact.layers)):
+            features = layer.of(kind).features()
+            if codec_of(layer.of(kind)).range_is_estimated and kind not in measured:
+                features.append("a true range (it is estimated from the levels; --amax takes a measured one)")
+            for feature in features:
+                lost.setdefault(feature, {})[kind] = None
+    words = [f"{what} of {' and '.join(_PLURAL[kind] for kind in kinds)}" for what, kinds in lost.items()]
     for count, what in ((artifact.spec.sink_tokens, "first"), (artifact.spec.recent_tokens, "newest")):
         if count:
             words.append(f"{count} exact {what} token{'s' if count > 1 else ''}")

@@ -23,14 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact, LayerParams
-from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.errors import ArtifactFileError
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
 from kvq_calib.errors import ConfigError, ModelError
 from kvq_calib.fit.levels import storable
 from kvq_calib.model.geometry import model_geometry
 from kvq_calib.model.load import model_fingerprint
-from kvq_calib.schema.geometry import KVGeometry
-from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, QuantSpec
+from kvq_calib.schema.geometry import KINDS, KVGeometry
+from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
 __all__ = ["geometry_of", "import_kvquant", "load_pickle"]
 
@@ -201,19 +203,12 @@ def import_kvquant(
             normed.add(len(entry) >= 5)
             widths.add(len(centroids[kind]))
             if kind == "key":
-                upper, lower = (_channels(name, part, shape.channels) for part in entry[:2])
+                upper, lower = (_channels(name, part, shape.shape("key").channels) for part in entry[:2])
         if bool((upper < lower).any()):
             raise ArtifactFileError(f"{path}: upper thresholds of layer {number} are below the lower ones")
-        bits = (len(centroids["key"]) - 1).bit_length()
         scale = ((upper - lower) / 2).clamp(min=_SMALLEST_SCALE).float()
-        key = QuantParams.uniform(
-            bits,
-            shape.channels,
-            centroids["key"][None],
-            scale,
-            zero_point=((upper + lower) / 2).float(),
-        )
-        layers.append(LayerParams(key, QuantParams.uniform(bits, shape.channels, centroids["value"][None])))
+        key = ScalarParams(centroids["key"][None], scale, ((upper + lower) / 2).float())
+        layers.append(LayerParams(key, ScalarParams(centroids["value"][None])))
     extra = [n for n in content if n.startswith(f"model.layers.{len(geometry.layers)}.")]
     if extra:
         raise ConfigError(
@@ -224,24 +219,18 @@ def import_kvquant(
     bits, q_norm = (widths.pop() - 1).bit_length(), normed.pop()
     try:
         spec = KVCacheSpec(
-            key=QuantSpec(
+            key=ScalarSpec(
                 bits=bits,
                 q_norm=q_norm,
                 outliers=OutlierSpec(fraction=outliers, max_per_token=max_per_token if outliers else None),
             ),
-            value=QuantSpec(
-                bits=bits,
-                granularity="token",
-                dynamic=True,
-                q_norm=q_norm,
-                outliers=OutlierSpec(fraction=outliers),
+            value=ScalarSpec(
+                bits=bits, thresholds="token", q_norm=q_norm, outliers=OutlierSpec(fraction=outliers)
             ),
             sink_tokens=sink_tokens,
         )
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    cap = [spec.key.outliers.cap("channel", shape.channels) for shape in geometry.layers]
-    channels = [shape.channels for shape in geometry.layers]
     return KVArtifact(
         spec,
         geometry,
@@ -249,8 +238,11 @@ def import_kvquant(
         model=dict(model),
         calibration={"recipe": "imported", "source": "KVQuant quantizers", "file": Path(path).name},
         outliers_per_token={
-            "key": [min(outliers * count, float(most)) for count, most in zip(channels, cap, strict=True)],
-            "value": [float(2 * spec.value.outliers.per_side(count)) for count in channels],
+            kind: [
+                ScalarQuantizer.nominal_outliers(spec.key if kind == "key" else spec.value, shape.shape(kind))
+                for shape in geometry.layers
+            ]
+            for kind in KINDS
         },
     )
 

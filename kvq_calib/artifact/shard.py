@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.codec.quantizer import QuantParams, codebook_table, pack_codebooks
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.params import LayerParams
 from kvq_calib.errors import ConfigError
-from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
-from kvq_calib.schema.spec import KINDS, QuantSpec
+from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
 
 __all__ = ["shard"]
 
@@ -45,10 +42,11 @@ def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
         )
         shapes.append(part)
         shares.append(count / geometry.num_kv_heads)
-        sliced = {
-            kind: _slice(params.of(kind), specs[number].of(kind), geometry, first, count) for kind in KINDS
+        own = {
+            kind: params.of(kind).of_heads(specs[number].of(kind), geometry.shape(kind), first, count)
+            for kind in KINDS
         }
-        layers.append(LayerParams(**sliced))
+        layers.append(LayerParams(own["key"], own["value"]))
     return replace(
         artifact,
         geometry=KVGeometry(layers=tuple(shapes), ropes=artifact.geometry.ropes),
@@ -71,21 +69,3 @@ def _heads(number: int, geometry: LayerGeometry, rank: int, ranks: int) -> tuple
             "divide evenly; use another number of ranks"
         )
     return rank * heads // ranks, max(1, heads // ranks)
-
-
-def _slice(
-    params: QuantParams, spec: QuantSpec, geometry: LayerGeometry, first: int, count: int
-) -> QuantParams:
-    """Everything that belongs to these heads: channels, or rows by head."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in params.tensors().items():
-        if name == "codebook":
-            found[name] = tensor
-            continue
-        step = tensor.shape[0] // geometry.num_kv_heads  # channels of a head, or 1
-        found[name] = tensor[first * step : (first + count) * step]
-    if spec.variable_bits:  # rows that other heads use alone stay with them
-        found["codebook"], found["codebook_index"] = pack_codebooks(
-            spec, found["bits"], codebook_table(spec, params), found["codebook_index"]
-        )
-    return QuantParams(**found)

@@ -1,189 +1,452 @@
-"""Trellis-coded quantization: twice the levels for the same bits.
+"""The trellis codec: a width for each channel, and the path of least error through a block of tokens.
 
-Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest bits of
-the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
-four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer (IEEE Trans. Commun.
-38, 1990). Per channel, with ``u[t]`` the lowest bit of the code of token ``t`` of a block and ``u[t] = 0`` before it::
+Channels share tables of levels; each has a scale and a zero point. A code is not that of the nearest level but a step of the
+path of least error through the block (:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. With error
+compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other coordinates of its
+head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a token by its size
+(:mod:`kvq_calib.codec.token_weighting`). Decoding knows nothing of either.
 
-    level index[t] = 4 * (code[t] >> 1) + 2 * (u[t] ^ u[t - 2]) + u[t - 1]
-
-Reading is therefore three bit operations and the look-up there was before; the work is in the encoder, which finds the
-path of least squared error with Viterbi's algorithm. A block starts in a known state and ends in any, so no bit is
-stored beside the codes, and blocks stay independent of each other.
+The tokens of a block, 32 from the start of what is given, are coded together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.packing import BLOCK_TOKENS
+from kvq_calib.codec.error_compensation import Compensation
+from kvq_calib.codec.pair_rotation import turn_pairs
+from kvq_calib.codec.params import Params, StoredTensor, TensorProblem
+from kvq_calib.codec.paths import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.codec.quantizer import Normalised, Quantized, Quantizer
+from kvq_calib.codec.thresholds import reciprocal
+from kvq_calib.codec.token_weighting import SIZE_CLASSES, token_weights
+from kvq_calib.schema.geometry import HeadShape
+from kvq_calib.schema.spec import MAX_BITS, QuantSpec, TrellisSpec
 
-__all__ = ["Subsets", "best_path", "level_index", "lowest_bits_before", "pair_index"]
+__all__ = [
+    "MAX_CODEBOOKS",
+    "TrellisParams",
+    "TrellisQuantizer",
+    "codebook_table",
+    "pack_codebooks",
+    "storable_levels",
+    "storable_thresholds",
+]
 
-
-def level_index(codes: Tensor) -> Tensor:
-    """Which level each code stands for.
-
-    Args:
-        codes: integers ``[..., T]``, tokens in order from the first of a block on.
-
-    Returns:
-        The same dtype and shape.
-    """
-    free = codes & 1
-    before, long_before = torch.zeros_like(free), torch.zeros_like(free)
-    before[..., 1:], long_before[..., 2:] = free[..., :-1], free[..., :-2]
-    place = torch.arange(codes.shape[-1], device=codes.device) % BLOCK_TOKENS
-    before = before.masked_fill(place < 1, 0)
-    long_before = long_before.masked_fill(place < 2, 0)
-    return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
-
-
-def pair_index(width: int) -> Tensor:
-    """Level indices of the two tokens whose codes share a byte, a nibble each.
-
-    Args:
-        width: of the codes, 1 to 4; bits of a nibble above are not looked at.
-
-    Returns:
-        int64 ``[1024, 2]``; row ``256 * before + byte``, with ``before`` of :func:`lowest_bits_before`.
-    """
-    row = torch.arange(1024)
-    mask = (1 << width) - 1
-    codes = torch.stack((row >> 8 & 1, row >> 9, row & mask, row >> 4 & mask), dim=-1)
-    return level_index(codes)[:, 2:]
-
-
-def lowest_bits_before(data: Tensor) -> Tensor:
-    """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
-
-    Args:
-        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them, tokens in
-            order.
-
-    Returns:
-        The same dtype and shape.
-    """
-    free = data & 0x11
-    free |= free >> 3
-    free &= 3
-    before = torch.empty_like(free)
-    before.view(-1)[1:] = free.view(-1)[:-1]
-    before[..., 0] = 0
-    return before
+#: Most codebooks of one layer's keys or values that a ``codebook_index`` can name.
+MAX_CODEBOOKS = 256
+_LARGEST_HALF = torch.finfo(torch.float16).max
+#: The smallest positive float16.
+_SMALLEST_HALF = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Subsets:
-    """The levels of ``C`` channels, made ready for :func:`best_path`: where any number stands in each of the four subsets
-    ``levels[:, s::4]``.
-
-    One search in the boundaries of all subsets together gives a *rank*, which says what is nearest in each of them.
+class TrellisParams(Params):
+    """What the trellis codec stores; ``C`` channels, ``H`` heads of ``D`` coordinates, ``P`` RoPE pairs.
 
     Attributes:
-        boundaries: float32 ``[C, R]``, sorted in each row.
-        nearest: float32 ``[C, 4, R + 1]``, the level of each subset that is nearest to what has a rank.
-        place: int64 ``[C, 4 (R + 1)]``, its place in the subset.
-        empty: bool ``[C]``, channels of width 0.
+        bits: uint8 ``[C]``, width of each channel.
+        codebook: float16 ``[N]``: the non-decreasing rows ``0 .. G - 1`` one after the other, without padding. Row
+            ``g`` holds the levels of the channels whose ``codebook_index`` is ``g``; they are there, and of one width.
+            While levels are trained float32 ``[G, L]``, :func:`codebook_table`.
+        codebook_index: uint8 ``[C]``, the row of each channel.
+        scale, zero_point: ``[C]``, thresholds ``zero_point -+ scale``; float16, or float32 where numbers are beyond
+            that. Computed with in float32.
+        pair_angle: float16 ``[H, P]``, radians by which each RoPE pair is turned. Computed with in float32.
+        compensation: int8 ``[H, n]``: the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in
+            steps of the head's ``compensation_scale``; with a rank a factor ``[D, rank]`` of the errors' correlations.
+        compensation_scale: float32 ``[H]``.
+        error_weight: float16 ``[H, D]``, not negative: what an error of each coordinate costs beside those of the others
+            of its head; without a rank, what is left of that after compensation.
+        token_weight: float16 ``[H, 32]``, not negative: the weight of a token by the class of its size.
+        token_size_unit: float32 ``[H]``, positive: the squared size that classes are counted from.
     """
 
-    boundaries: Tensor
-    nearest: Tensor
-    place: Tensor
-    empty: Tensor
+    bits: Tensor
+    codebook: Tensor
+    codebook_index: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    pair_angle: Tensor | None = None
+    compensation: Tensor | None = None
+    compensation_scale: Tensor | None = None
+    error_weight: Tensor | None = None
+    token_weight: Tensor | None = None
+    token_size_unit: Tensor | None = None
 
-    @classmethod
-    def of(cls, levels: Tensor, bits: Tensor) -> Subsets:
-        """Of levels float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used, and integer widths
-        ``[C]``."""
-        if levels.shape[1] < 4:  # every channel has width 0
-            levels = levels[:, :1].expand(-1, 4)
-        subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
-        boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
-        used = (1 << bits.to(torch.int64)) >> 1
-        unused = torch.arange(1, subsets.shape[-1], device=levels.device) >= used[:, None]
-        boundaries = boundaries.masked_fill(unused[:, None], torch.inf).flatten(1)
-        boundaries, order = boundaries.sort(dim=1)
-        owner = order[:, None] // max(subsets.shape[-1] - 1, 1)
-        own = owner == torch.arange(4, device=levels.device)[:, None]
-        place = torch.nn.functional.pad(own.cumsum(-1), (1, 0))
-        return cls(boundaries, subsets.gather(-1, place), place.flatten(1), bits == 0)
+    shared: ClassVar[frozenset[str]] = frozenset({"codebook"})
 
-    def split(self, channels: int) -> list[Subsets]:
-        """The same in parts of so many channels."""
-        parts = (getattr(self, f.name).split(channels) for f in fields(self))
-        return [Subsets(*part) for part in zip(*parts, strict=True)]
+    def of_heads(self, spec: QuantSpec, shape: HeadShape, first: int, count: int) -> Self:
+        """What belongs to some heads; rows of the codebook that other heads use alone stay with them."""
+        assert isinstance(spec, TrellisSpec)
+        part = super().of_heads(spec, shape, first, count)
+        codebook, index = pack_codebooks(spec, part.bits, codebook_table(spec, self), part.codebook_index)
+        return replace(part, codebook=codebook, codebook_index=index)
 
 
-@lru_cache
-@torch.inference_mode(False)  # the tables outlive the mode they are first asked for in
-def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What two successive tokens are on the only way between two states, int64.
-
-    Returns:
-        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same with 4 times
-        the lowest bits of their codes added.
-    """
-    state = torch.arange(4)
-    last, long_ago = (state & 1)[:, None], (state >> 1)[:, None]
-    now, between = state & 1, state >> 1
-    subsets = torch.stack((2 * (between ^ long_ago) + last, 2 * (now ^ last) + between)).flatten(1)
-    free = torch.stack((between, now)).repeat(1, 4)
-    return subsets.to(device), (subsets + 4 * free).T.contiguous().to(device)
+def codebook_table(spec: TrellisSpec, params: TrellisParams) -> Tensor:
+    """Levels by codebook: float32 ``[G, L]``; a row of fewer than ``L`` levels repeats its last one."""
+    if params.codebook.ndim == 2:
+        return params.codebook
+    index, device = params.codebook_index.to(torch.int64), params.codebook.device
+    width = torch.zeros(int(index.max()) + 1, dtype=torch.int64, device=device)
+    width[index] = params.bits.to(torch.int64)  # one for all channels of a row
+    count = torch.tensor([spec.level_count(bits) for bits in width.tolist()], device=device)
+    stop = count.cumsum(0)[:, None]
+    place = stop - count[:, None] + torch.arange(int(count.max()), device=device)
+    return params.codebook[place.minimum(stop - 1)].float()
 
 
-def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes whose path through the trellis has the least squared error, or the least weighted one.
+def pack_codebooks(spec: TrellisSpec, bits: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Codebooks as they are stored, the inverse of :func:`codebook_table`.
 
-    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
-    them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation rounded.
-    Ties go to the predecessor, and in the end to the state, of the lower number.
+    Rows that no channel uses are left out; of a row that channels of several widths use, each width gets the part that
+    it reads.
 
     Args:
-        subsets: of the levels.
-        u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
-        weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
+        spec: of the tensor.
+        bits: uint8 ``[C]``.
+        table: float32 ``[G, L]``, levels representable in float16.
+        index: integer ``[C]``, the row of each channel.
 
     Returns:
-        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the levels they stand for, ``level_index(codes)``, int64.
+        ``codebook``, float16 ``[N]``, and ``codebook_index``, uint8 ``[C]``; int32 where the rows are more than
+        :data:`MAX_CODEBOOKS`, which no artifact can hold.
+
+    Raises:
+        ValueError: rounding to float16 would change a level.
     """
-    channels, batch, tokens = u.shape
-    rank = torch.searchsorted(subsets.boundaries, u.flatten(1).contiguous())
-    distance = u.flatten(1)[:, None] - subsets.nearest.gather(-1, rank[:, None].expand(-1, 4, -1))
-    distance = distance * distance
-    if weight is not None:
-        distance = distance * weight.flatten(1)[:, None]
-    # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
-    distance = torch.nn.functional.pad(
-        distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)
-    ).transpose(0, 1)
-    first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 0, 2, 1).contiguous()
-    of_pair, steps_of_pair = _pair_tables(u.device)
-    pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
-    cost = torch.full_like(first[:, 0], torch.inf)
-    cost[0] = 0
-    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at once.
-    other = []  # per two tokens, whether a way into a state is not the best one
-    for step in pair.unflatten(0, (4, 4)).unbind(2):
-        ways = step + cost[:, None]
-        cost = ways.amin(0)
-        other.append(ways != cost)
-    states = [cost.min(0, keepdim=True).indices]
-    worse = torch.stack(other[1:]).unbind(1)
-    worse_too = worse[0] & worse[1]
-    best = worse[0].to(torch.int64) + worse_too + (worse_too & worse[2])
-    for before in best.flip(0).unbind():
-        states.append(before.gather(0, states[-1]))
-    states.append(torch.zeros_like(states[0]))
-    ends = torch.cat(states[::-1])  # [17, N]
-    steps = steps_of_pair[4 * ends[:-1] + ends[1:]]
-    steps = steps.transpose(0, 1).reshape(channels, batch, -1)[..., :tokens]
-    subset, free = steps & 3, steps >> 2
-    place = subsets.place.gather(1, subset.flatten(1) * subsets.nearest.shape[-1] + rank).view_as(free)
-    empty = subsets.empty[:, None, None]
-    codes = (place << 1 | free).masked_fill(empty, 0)
-    return codes.to(torch.uint8), (place << 2 | subset).masked_fill(empty, 0)
+    rows, packed = torch.unique(index.to(torch.int64) * (MAX_BITS + 1) + bits, return_inverse=True)
+    levels = torch.cat(
+        [table[row // (MAX_BITS + 1), : spec.level_count(row % (MAX_BITS + 1))] for row in rows.tolist()]
+    )
+    rounded = levels.half()
+    if not bool((rounded.float() == levels).all()):
+        raise ValueError("has levels that are no float16 numbers")
+    return rounded, packed.to(torch.uint8 if len(rows) <= MAX_CODEBOOKS else torch.int32)
+
+
+def storable_levels(table: Tensor) -> Tensor:
+    """Sort levels ``[G, L]`` and round them to float16, so that look-ups in half precision lose nothing."""
+    return table.sort(1).values.half().float()
+
+
+def storable_thresholds(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the channels as artifacts hold them: float16, if it reaches that far, else float32.
+
+    Args:
+        scale, zero_point: float ``[C]``, ``scale`` positive.
+    """
+    if float(torch.maximum(scale, zero_point.abs()).max()) > _LARGEST_HALF:
+        return scale.float(), zero_point.float()
+    return scale.half().clamp(min=_SMALLEST_HALF), zero_point.half()
+
+
+def nearest_boundaries(levels: Tensor, bits: Tensor) -> Tensor:
+    """Decision boundaries of channels whose codes mean the nearest level.
+
+    Args:
+        levels: float32 ``[C, L]``, of which the first ``2 ** bits`` are used.
+        bits: integer ``[C]``.
+
+    Returns:
+        float32 ``[C, L - 1]``: midpoints of the levels that are used, then ``+inf``.
+    """
+    middle = (levels[:, :-1] + levels[:, 1:]) * 0.5
+    count = (1 << bits.to(torch.int64))[:, None]
+    unused = torch.arange(1, levels.shape[1], device=levels.device) >= count
+    return middle.masked_fill(unused, torch.inf)
+
+
+class TrellisQuantizer(Quantizer):
+    """See :class:`kvq_calib.codec.quantizer.Quantizer`."""
+
+    codec = "trellis"
+    spec_type = TrellisSpec
+    params_type = TrellisParams
+    range_is_estimated = True
+    spec: TrellisSpec
+    params: TrellisParams
+
+    # ------------------------------------------------------------ what an artifact holds of it
+
+    @classmethod
+    def stored_tensors(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> dict[str, StoredTensor]:
+        """See :class:`TrellisParams`."""
+        assert isinstance(spec, TrellisSpec)
+        heads, size = shape
+        by_channel, float32 = (shape.channels,), ("float32",)
+        tensors = {
+            "bits": StoredTensor(by_channel, ("uint8",)),
+            "codebook": StoredTensor((None,), ("float16",)),
+            "codebook_index": StoredTensor(by_channel, ("uint8",)),
+            "scale": StoredTensor(by_channel, ("float16", "float32")),
+            "zero_point": StoredTensor(by_channel, ("float16", "float32")),
+        }
+        if spec.pair_rotation and pairs:
+            tensors["pair_angle"] = StoredTensor((heads, pairs), ("float16",))
+        compensation = spec.error_compensation
+        if compensation is not None:
+            tensors["compensation"] = StoredTensor((heads, compensation.entries(size)), ("int8",))
+            tensors["compensation_scale"] = StoredTensor((heads,), float32)
+            if compensation.needs_error_weight:
+                tensors["error_weight"] = StoredTensor((heads, size), ("float16",))
+        if spec.token_weighting:
+            tensors["token_weight"] = StoredTensor((heads, SIZE_CLASSES), ("float16",))
+            tensors["token_size_unit"] = StoredTensor((heads,), float32)
+        return tensors
+
+    @classmethod
+    def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Widths in range, codebooks as their channels need them, everything finite and of the right sign."""
+        assert isinstance(spec, TrellisSpec)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise TensorProblem(name, "has values that are not finite")
+        _check_codebooks(spec, tensors)
+        for name in ("scale", "token_size_unit"):
+            if name in tensors and bool((tensors[name] <= 0).any()):
+                raise TensorProblem(name, "must be positive")
+        for name in ("compensation_scale", "error_weight", "token_weight"):
+            if name in tensors and bool((tensors[name] < 0).any()):
+                raise TensorProblem(name, "must not be negative")
+        rank = 0 if spec.error_compensation is None else spec.error_compensation.rank
+        if rank:
+            if bool((tensors["error_weight"] == 0).any()):
+                raise TensorProblem("error_weight", "must be positive with a rank")
+            step, entries = tensors["compensation_scale"].double(), tensors["compensation"].double()
+            factor = (step[:, None] * entries).unflatten(1, (-1, rank))
+            if bool((factor.square().sum(-1) >= 1).any()):
+                raise TensorProblem("compensation", "leaves a coordinate nothing of its own")
+
+    @classmethod
+    def nominal_levels(cls, spec: QuantSpec) -> int:
+        """Levels of the widest channel."""
+        assert isinstance(spec, TrellisSpec)
+        return spec.level_count(spec.max_bits)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of each channel."""
+        return tuple(self.params.bits.tolist())
+
+    def derived(self) -> list[Tensor]:
+        """The matrices of error compensation, once something was coded."""
+        made = self.__dict__.get("compensation")
+        return [] if made is None else made.tensors()
+
+    # ------------------------------------------------------------ what a reader of the codes asks
+
+    # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
+
+    @property
+    def table(self) -> Tensor:
+        """Levels per codebook, float32 ``[G, L]``: :func:`codebook_table`."""
+        return codebook_table(self.spec, self.params)
+
+    @property
+    def table_index(self) -> Tensor:
+        """The codebook of each channel, int64 ``[C]``."""
+        return self.params.codebook_index.to(torch.int64)
+
+    def level_count(self, width: int) -> int:
+        """Levels of a channel of this width."""
+        return self.spec.level_count(width)
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale per channel, float32 ``[C]``."""
+        return self.params.scale.float()
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero point per channel, float32 ``[C]``."""
+        return self.params.zero_point.float()
+
+    @property
+    def pair_angle(self) -> Tensor | None:
+        """Angle by which each RoPE pair is turned, float32 ``[H, P]``, or ``None``."""
+        return None if self.params.pair_angle is None else self.params.pair_angle.float()
+
+    @property
+    def codes_in_blocks(self) -> bool:
+        """True where there are paths."""
+        return self.spec.states > 1
+
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
+        return level_index(codes) if self.codes_in_blocks else codes
+
+    def pair_index(self, width: int) -> Tensor:
+        """Level indices of the two tokens of a byte, see :meth:`kvq_calib.codec.quantizer.Quantizer.pair_index`."""
+        return pair_index(width) if self.codes_in_blocks else super().pair_index(width)
+
+    def before_pairs(self, data: Tensor) -> Tensor | None:
+        """The lowest bits of the two codes before each pair: uint8 ``[..., 16]`` to the same."""
+        return lowest_bits_before(data) if self.codes_in_blocks else None
+
+    def channel_range(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point are free parameters of a fit: the ends are the outer levels and half the gaps beside them."""
+        rows = self.levels
+        low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
+        below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
+        above = high - torch.where(rows < high, rows, -torch.inf).amax(1, keepdim=True)
+        single = low == high
+        low = (low - below.masked_fill(single, 0.0) / 2)[:, 0]
+        high = (high + above.masked_fill(single, 0.0) / 2)[:, 0]
+        return self.zero_point + self.scale * (low + high) / 2, self.scale * (high - low) / 2
+
+    # ------------------------------------------------------------ numbers to codes
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Turn RoPE pairs, where the spec says so; heads to channels: ``[B, H, T, D]`` to float32 ``[B, T, C]``."""
+        x = x.float()
+        if self.params.pair_angle is not None:
+            assert self.rope is not None
+            x = turn_pairs(x, self.params.pair_angle, self.rope)
+        return super().transform(x)
+
+    def inverse_transform(self, y: Tensor) -> Tensor:
+        """Invert :meth:`transform`: ``[B, T, C]`` to float32 ``[B, H, T, D]``."""
+        x = super().inverse_transform(y)
+        if self.params.pair_angle is None:
+            return x
+        assert self.rope is not None
+        return turn_pairs(x, self.params.pair_angle, self.rope, -1.0)
+
+    @cached_property
+    def compensation(self) -> Compensation | None:
+        """The matrices of error compensation, or ``None``."""
+        spec, params = self.spec.error_compensation, self.params
+        if spec is None:
+            return None
+        assert params.compensation is not None and params.compensation_scale is not None
+        return Compensation.of(
+            params.compensation,
+            params.compensation_scale,
+            params.error_weight,
+            rank=spec.rank,
+            refinement_passes=spec.refinement_passes,
+            size=self.shape.head_dim,
+        )
+
+    def token_weights(self, y: Tensor) -> Tensor | None:
+        """What errors of each token count: float32 ``[B, T, C]`` to ``[B, T, H]``, or ``None`` where all count alike."""
+        if self.params.token_weight is None:
+            return None
+        assert self.params.token_size_unit is not None
+        return token_weights(y, self.params.token_weight, self.params.token_size_unit)
+
+    def _deciders(self, levels: Tensor, bits: Tensor) -> Subsets | Tensor:
+        """What decides the codes of some channels: of their levels ``[C, L]`` and widths ``[C]``."""
+        return Subsets.of(levels, bits) if self.codes_in_blocks else nearest_boundaries(levels, bits)
+
+    @staticmethod
+    def _code(deciders: Subsets | Tensor, u: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes of some channels, uint8, and the indices of the levels they stand for, int64.
+
+        Args:
+            deciders: of these channels.
+            u: normalised elements, float32 ``[C, B, T]``.
+            weight: of their tokens, float32 ``[C, B, T]``, or ``None``.
+        """
+        if isinstance(deciders, Subsets):
+            return best_path(deciders, u, weight)
+        index = torch.searchsorted(deciders, u.flatten(1).contiguous()).view(u.shape)
+        return index.to(torch.uint8), index
+
+    def encode(self, normalised: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Codes of normalised elements without error compensation.
+
+        Args:
+            normalised: float32 ``[B, T, C]``; tokens are taken in blocks of 32 from the first on.
+            weight: of the tokens, float32 ``[B, T, H]``, or ``None``.
+
+        Returns:
+            uint8 ``[B, T, C]``.
+        """
+        if weight is not None:
+            weight = weight.permute(2, 0, 1).repeat_interleave(self.shape.head_dim, 0)
+        deciders = self._deciders(self.levels, self.params.bits)
+        return self._code(deciders, normalised.permute(2, 0, 1), weight)[0].permute(1, 2, 0)
+
+    def compensate(self, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Code with error compensation.
+
+        Args:
+            y: float32 ``[B, T, C]``.
+            weight: of the tokens, float32 ``[B, T, H]``, or ``None``.
+
+        Returns:
+            What was coded in the last pass, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
+        """
+        assert self.compensation is not None
+        heads, size = self.shape
+
+        def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
+            split: Tensor = parameter.unflatten(0, (heads, size))
+            return split.transpose(0, 1).contiguous()
+
+        levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
+        scale, zero_point = (by_coordinate(p)[..., None, None] for p in (self.scale, self.zero_point))
+        inverse = reciprocal(scale)
+        deciders = self._deciders(levels.flatten(0, 1), bits.flatten()).split(heads)
+        exact = by_coordinate(y.permute(2, 0, 1))
+        codes = torch.empty(exact.shape, dtype=torch.uint8, device=y.device)
+        weight = None if weight is None else weight.permute(2, 0, 1).contiguous()
+
+        def code(i: int, wanted: Tensor) -> Tensor:
+            codes[i], index = self._code(deciders[i], (wanted - zero_point[i]) * inverse[i], weight)
+            seen = levels[i].gather(1, index.flatten(1)).view(index.shape)
+            return zero_point[i] + scale[i] * seen
+
+        coded = self.compensation.apply(exact, code)
+
+        def by_channel(x: Tensor) -> Tensor:  # [D, H, B, T] to [B, T, C]
+            return x.transpose(0, 1).flatten(0, 1).permute(1, 2, 0).contiguous()
+
+        return by_channel(coded), by_channel(codes)
+
+    def normalise(self, x: Tensor) -> Normalised:
+        """Bring ``[B, H, T, D]`` keys or values into the range of the levels, errors of others made good for."""
+        y = self.transform(x)
+        if self.compensation is not None:
+            y, _ = self.compensate(y, self.token_weights(y))
+        return Normalised.of(y, self.scale, self.zero_point)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Quantize ``[B, H, T, D]`` keys or values."""
+        y = self.transform(x)
+        weight = self.token_weights(y)
+        if self.compensation is not None:
+            return Quantized(self.compensate(y, weight)[1])
+        return Quantized(self.encode(Normalised.of(y, self.scale, self.zero_point).normalised, weight))
+
+
+def _check_codebooks(spec: TrellisSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Widths in range; rows of the codebook each used, by channels of one width, and sorted."""
+    codebook, bits = tensors["codebook"], tensors["bits"]
+    if int(bits.max()) > spec.max_bits:
+        raise TensorProblem("bits", f"has widths over {spec.max_bits}")
+    widths: dict[int, int] = {}
+    for row, width in zip(tensors["codebook_index"].tolist(), bits.tolist(), strict=True):
+        if widths.setdefault(row, width) != width:
+            what = f"gives codebook {row} to channels of {widths[row]} and of {width} bits"
+            raise TensorProblem("codebook_index", what)
+    rows = max(widths) + 1
+    if len(widths) < rows:
+        unused = min(set(range(rows)) - widths.keys())
+        raise TensorProblem("codebook_index", f"gives codebook {unused} to no channel")
+    counts = [spec.level_count(widths[row]) for row in range(rows)]
+    if len(codebook) != sum(counts):
+        raise TensorProblem(
+            "codebook", f"has {len(codebook)} levels, the widths of its channels need {sum(counts)}"
+        )
+    if any(bool((row[1:] < row[:-1]).any()) for row in codebook.split(counts)):
+        raise TensorProblem("codebook", "has unsorted levels")

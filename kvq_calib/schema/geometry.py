@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from kvq_calib.schema.frozen import Frozen
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
 
 #: Largest head dimension an outlier index can address (see ``codec/packing.py``).
 MAX_HEAD_DIM = 2048
@@ -43,11 +46,29 @@ class RopeSpec(Frozen):
         return self
 
 
+class HeadShape(NamedTuple):
+    """Shape of one token of a layer's keys, or of its values.
+
+    Attributes:
+        heads: key-value heads ``H``.
+        head_dim: coordinates ``D`` of a head.
+    """
+
+    heads: int
+    head_dim: int
+
+    @property
+    def channels(self) -> int:
+        """``C = heads * head_dim``."""
+        return self.heads * self.head_dim
+
+
 class LayerGeometry(Frozen):
     """Shapes of one attention layer.
 
     Attributes:
         num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
+        value_head_dim: of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
     """
@@ -55,6 +76,7 @@ class LayerGeometry(Frozen):
     num_query_heads: Annotated[int, Field(ge=1)]
     num_kv_heads: Annotated[int, Field(ge=1)]
     head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    value_head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     rope: Annotated[int, Field(ge=0)] | None = None
 
@@ -66,10 +88,10 @@ class LayerGeometry(Frozen):
             )
         return self
 
-    @property
-    def channels(self) -> int:
-        """``C = num_kv_heads * head_dim``."""
-        return self.num_kv_heads * self.head_dim
+    def shape(self, kind: Kind) -> HeadShape:
+        """Shape of one token of the keys, or of the values."""
+        own = self.value_head_dim if kind == "value" else None
+        return HeadShape(self.num_kv_heads, own or self.head_dim)
 
     def held_tokens(self, context: int) -> int:
         """Tokens of a text of ``context`` that an unquantized cache holds: those a query can see."""
@@ -78,7 +100,9 @@ class LayerGeometry(Frozen):
 
 def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
     """Numbers that an unquantized cache holds of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
-    return batch * sum(2 * layer.channels * layer.held_tokens(context) for layer in layers)
+    return batch * sum(
+        layer.shape(kind).channels * layer.held_tokens(context) for layer in layers for kind in KINDS
+    )
 
 
 class KVGeometry(Frozen):

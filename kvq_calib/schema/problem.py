@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+__all__ = ["first_problem"]
+
+#: Keys of recipes and artifacts made before the codecs had specs of their own, and what says it now.
+_RENAMED = {
+    "granularity": "thresholds: channel, token, token_normalized or channel_online",
+    "dynamic": "thresholds: channel, token, token_normalized or channel_online",
+    "channel_normalized": "thresholds: token_normalized",
+    "datatype": "levels: uniform, normal_float or kmeans",
+    "variable_bits": "codec: trellis with max_bits",
+    "trellis": "codec: trellis",
+    "phase": "pair_rotation of the trellis codec",
+    "feedback": "error_compensation of the trellis codec",
+    "feedback_rank": "error_compensation.rank",
+    "sweeps": "error_compensation.refinement_passes",
+    "importance": "token_weighting of the trellis codec",
+    "foreign": "vocabulary_samples",
+    "first_layer": "first_layer_weight",
+    "written": "self_generated",
+}
+
 
 def first_problem(error: ValidationError) -> str:
     """One line from a pydantic error: where, and what."""
@@ -11,5 +31,6 @@ def first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = "no such key"
+        now = _RENAMED.get(str(problem["loc"][-1]))
+        message = "no such key" if now is None else f"no such key any more; write {now}"
     return f"{place}: {message}" if place else message

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvq_calib.errors import ConfigError
 from kvq_calib.files import shipped_folder
 from kvq_calib.schema.problem import first_problem
-from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, TrellisSpec
 
 DEFAULT_RECIPE = "nuq3-1p"
 
@@ -52,30 +52,30 @@ class FitConfig(_Settings):
 
 
 class AllocationConfig(_Settings):
-    """How many bits every channel gets (``docs/method.md``, rate and distortion).
+    """How many bits every channel of the trellis codec gets (``docs/method.md``, rate and distortion).
 
     Attributes:
         bits_per_element: what the artifact may take, everything counted, at ``context`` tokens.
         context: tokens of context at which the budget holds.
         scope: one budget for the whole ``model``, an equal one for keys and values of each ``layer``, or
-            ``uniform``: every channel has the width that the cache section says.
-        min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn fast, tell
-            next to nothing. The estimate by gradients holds for small errors, so values keep a bit.
+            ``uniform``: every channel has the width ``max_bits`` of the cache section.
+        min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn
+            fast, tell next to nothing. The estimate by gradients holds for small errors, so values keep a bit.
         codebooks: most codebooks that channels of one width share, per layer and kind. 32 for each width up to 8 are
             what a byte can number.
-        corrections: rounds of measuring what the errors of every layer cost on the model's output and spending the budget
-            again. The estimate by gradients can be far too low where a layer's errors are large.
+        corrections: rounds of measuring what the errors of every layer cost on the model's output and allocating the
+            budget again. The estimate by gradients can be far too low where a layer's errors are large.
         shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
             few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
-        foreign: share of tokens drawn from the whole vocabulary in that part of a channel's distribution that follows no
-            weights; all of it in the first layer, where keys and values depend on the token alone. 0 leaves out the
-            forward pass that collects them.
-        first_layer: times that errors of the first layer count. Tokens that the calibration text does not have fare worst
-            there, and no measurement on that text shows it; 4 gives the layer about a bit more.
-        written: windows of text that the model writes itself, for each window of the calibration text. They join it in
-            statistics, corrections and learning. 0 for none.
-        repeats: every third document of that text repeats pieces of the two before it, which asks of the model to find again what
-            stands in its context.
+        vocabulary_samples: share of tokens drawn from the whole vocabulary in that part of a channel's distribution
+            that follows no weights; all of it in the first layer, where keys and values depend on the token alone. 0
+            leaves out the forward pass that collects them.
+        first_layer_weight: factor on the errors of the first layer. Tokens that the calibration text does not have
+            fare worst there, and no measurement on that text shows it; 4 gives the layer about a bit more.
+        self_generated: windows of text that the model generates itself, for each window of the calibration text. They
+            join it in statistics, corrections and learning. 0 for none.
+        repeats: every third document of that text repeats pieces of the two before it, so that the model has to find
+            again what stands in its context.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -85,9 +85,9 @@ class AllocationConfig(_Settings):
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
     codebooks: Annotated[int, Field(ge=1, le=32)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
-    foreign: Annotated[float, Field(ge=0, le=1)] = 0.1
-    first_layer: Annotated[float, Field(gt=0, le=1024)] = 4.0
-    written: Annotated[float, Field(ge=0, le=16)] = 0.5
+    vocabulary_samples: Annotated[float, Field(ge=0, le=1)] = 0.1
+    first_layer_weight: Annotated[float, Field(gt=0, le=1024)] = 4.0
+    self_generated: Annotated[float, Field(ge=0, le=16)] = 0.5
     repeats: bool = True
     corrections: Annotated[int, Field(ge=0, le=8)] = 1
 
@@ -113,8 +113,8 @@ class CalibrationConfig(_TextSettings):
         description: one line for people.
         cache: what is quantized how.
         fit: how codebooks are fitted.
-        allocation: widths per channel from one budget; needs static channel thresholds for keys and values.
-        learn: training of what is stored, after the fit; needs the same.
+        allocation: widths per channel from one budget; for the trellis codec.
+        learn: training of what is stored, after the fit; for the trellis codec.
         dataset: name or path of the calibration text.
         samples: windows of ``seqlen`` tokens.
         seed: of every random choice.
@@ -131,36 +131,33 @@ class CalibrationConfig(_TextSettings):
     seed: Annotated[int, Field(ge=0)] = 0
     recompute: bool = False
 
+    @property
+    def codec(self) -> str:
+        """The codec of the keys and values of all layers."""
+        return self.cache.key.codec
+
     @model_validator(mode="after")
     def _check(self) -> CalibrationConfig:
-        specs = [LayerSpec(key=self.cache.key, value=self.cache.value), *self.cache.layers.values()]
-        for layer in specs:
-            for kind in KINDS:
-                self._check_spec(kind, layer.of(kind))
-        return self
-
-    def _check_spec(self, kind: Kind, spec: QuantSpec) -> None:
-        if spec.rotation:
-            raise ValueError(f"{kind}.rotation: calibration fits no rotations; leave it out")
-        if self.allocation is None:
-            if spec.variable_bits or spec.phase or spec.feedback or spec.importance:
-                raise ValueError(
-                    f"{kind}: variable_bits, phase, feedback and importance need an allocation section"
-                )
-        elif not spec.variable_bits:
-            raise ValueError(f"allocation needs {kind}.variable_bits: true")
-        for name in ("feedback", "importance"):
-            if getattr(spec, name) and self.fit.weights != "fisher":
-                raise ValueError(f"{kind}.{name} needs fit.weights: fisher")
+        specs = self.cache.specs()
+        codecs = sorted({spec.codec for spec in specs})
+        if len(codecs) > 1:
+            raise ValueError(
+                f"cache: one codec for the keys and values of all layers, not {' and '.join(codecs)}"
+            )
+        trellis = [spec for spec in specs if isinstance(spec, TrellisSpec)]
+        if trellis and self.allocation is None:
+            raise ValueError(
+                "allocation: the trellis codec needs this section, which says how many bits it may take"
+            )
         for section in ("allocation", "learn"):
-            if getattr(self, section) is None:
-                continue
-            if spec.granularity != "channel" or spec.dynamic or spec.outliers.fraction or spec.q_norm:
-                raise ValueError(
-                    f"{section} needs {kind}s with static thresholds per channel, without outliers and q_norm"
-                )
-            if kind == "key" and not spec.pre_rope:
-                raise ValueError(f"{section} needs key.pre_rope: true")
+            if not trellis and getattr(self, section) is not None:
+                raise ValueError(f"{section} is for the trellis codec: leave it out, or set codec: trellis")
+        gradients = any(spec.error_compensation or spec.token_weighting for spec in trellis)
+        if gradients and self.fit.weights != "fisher":
+            raise ValueError(
+                "error_compensation and token_weighting come from gradients: they need fit.weights: fisher"
+            )
+        return self
 
 
 class EvalConfig(_TextSettings):

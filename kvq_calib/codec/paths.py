@@ -1,0 +1,189 @@
+"""Trellis-coded quantization: twice the levels for the same bits.
+
+Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest bits of
+the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
+four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer (IEEE Trans. Commun.
+38, 1990). Per channel, with ``u[t]`` the lowest bit of the code of token ``t`` of a block and ``u[t] = 0`` before it::
+
+    level index[t] = 4 * (code[t] >> 1) + 2 * (u[t] ^ u[t - 2]) + u[t - 1]
+
+Reading is therefore three bit operations and the look-up there was before; the work is in the encoder, which finds the
+path of least squared error with Viterbi's algorithm. A block starts in a known state and ends in any, so no bit is
+stored beside the codes, and blocks stay independent of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import BLOCK_TOKENS
+
+__all__ = ["Subsets", "best_path", "level_index", "lowest_bits_before", "pair_index"]
+
+
+def level_index(codes: Tensor) -> Tensor:
+    """Which level each code stands for.
+
+    Args:
+        codes: integers ``[..., T]``, tokens in order from the first of a block on.
+
+    Returns:
+        The same dtype and shape.
+    """
+    free = codes & 1
+    before, long_before = torch.zeros_like(free), torch.zeros_like(free)
+    before[..., 1:], long_before[..., 2:] = free[..., :-1], free[..., :-2]
+    place = torch.arange(codes.shape[-1], device=codes.device) % BLOCK_TOKENS
+    before = before.masked_fill(place < 1, 0)
+    long_before = long_before.masked_fill(place < 2, 0)
+    return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
+
+
+def pair_index(width: int) -> Tensor:
+    """Level indices of the two tokens whose codes share a byte, a nibble each.
+
+    Args:
+        width: of the codes, 1 to 4; bits of a nibble above are not looked at.
+
+    Returns:
+        int64 ``[1024, 2]``; row ``256 * before + byte``, with ``before`` of :func:`lowest_bits_before`.
+    """
+    row = torch.arange(1024)
+    mask = (1 << width) - 1
+    codes = torch.stack((row >> 8 & 1, row >> 9, row & mask, row >> 4 & mask), dim=-1)
+    return level_index(codes)[:, 2:]
+
+
+def lowest_bits_before(data: Tensor) -> Tensor:
+    """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
+
+    Args:
+        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them, tokens in
+            order.
+
+    Returns:
+        The same dtype and shape.
+    """
+    free = data & 0x11
+    free |= free >> 3
+    free &= 3
+    before = torch.empty_like(free)
+    before.view(-1)[1:] = free.view(-1)[:-1]
+    before[..., 0] = 0
+    return before
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """The levels of ``C`` channels, made ready for :func:`best_path`: where any number stands in each of the four subsets
+    ``levels[:, s::4]``.
+
+    One search in the boundaries of all subsets together gives a *rank*, which says what is nearest in each of them.
+
+    Attributes:
+        boundaries: float32 ``[C, R]``, sorted in each row.
+        nearest: float32 ``[C, 4, R + 1]``, the level of each subset that is nearest to what has a rank.
+        place: int64 ``[C, 4 (R + 1)]``, its place in the subset.
+        empty: bool ``[C]``, channels of width 0.
+    """
+
+    boundaries: Tensor
+    nearest: Tensor
+    place: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, levels: Tensor, bits: Tensor) -> Subsets:
+        """Of levels float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used, and integer widths
+        ``[C]``."""
+        if levels.shape[1] < 4:  # every channel has width 0
+            levels = levels[:, :1].expand(-1, 4)
+        subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
+        boundaries = (subsets[..., :-1] + subsets[..., 1:]) * 0.5
+        used = (1 << bits.to(torch.int64)) >> 1
+        unused = torch.arange(1, subsets.shape[-1], device=levels.device) >= used[:, None]
+        boundaries = boundaries.masked_fill(unused[:, None], torch.inf).flatten(1)
+        boundaries, order = boundaries.sort(dim=1)
+        owner = order[:, None] // max(subsets.shape[-1] - 1, 1)
+        own = owner == torch.arange(4, device=levels.device)[:, None]
+        place = torch.nn.functional.pad(own.cumsum(-1), (1, 0))
+        return cls(boundaries, subsets.gather(-1, place), place.flatten(1), bits == 0)
+
+    def split(self, channels: int) -> list[Subsets]:
+        """The same in parts of so many channels."""
+        parts = (getattr(self, f.name).split(channels) for f in fields(self))
+        return [Subsets(*part) for part in zip(*parts, strict=True)]
+
+
+@lru_cache
+@torch.inference_mode(False)  # the tables outlive the mode they are first asked for in
+def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What two successive tokens are on the only way between two states, int64.
+
+    Returns:
+        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same with 4 times
+        the lowest bits of their codes added.
+    """
+    state = torch.arange(4)
+    last, long_ago = (state & 1)[:, None], (state >> 1)[:, None]
+    now, between = state & 1, state >> 1
+    subsets = torch.stack((2 * (between ^ long_ago) + last, 2 * (now ^ last) + between)).flatten(1)
+    free = torch.stack((between, now)).repeat(1, 4)
+    return subsets.to(device), (subsets + 4 * free).T.contiguous().to(device)
+
+
+def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes whose path through the trellis has the least squared error, or the least weighted one.
+
+    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
+    them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation rounded.
+    Ties go to the predecessor, and in the end to the state, of the lower number.
+
+    Args:
+        subsets: of the levels.
+        u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
+        weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
+
+    Returns:
+        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the levels they stand for, ``level_index(codes)``, int64.
+    """
+    channels, batch, tokens = u.shape
+    rank = torch.searchsorted(subsets.boundaries, u.flatten(1).contiguous())
+    distance = u.flatten(1)[:, None] - subsets.nearest.gather(-1, rank[:, None].expand(-1, 4, -1))
+    distance = distance * distance
+    if weight is not None:
+        distance = distance * weight.flatten(1)[:, None]
+    # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
+    distance = torch.nn.functional.pad(
+        distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)
+    ).transpose(0, 1)
+    first, second = distance.reshape(4, -1, BLOCK_TOKENS // 2, 2).permute(3, 0, 2, 1).contiguous()
+    of_pair, steps_of_pair = _pair_tables(u.device)
+    pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
+    cost = torch.full_like(first[:, 0], torch.inf)
+    cost[0] = 0
+    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at once.
+    other = []  # per two tokens, whether a way into a state is not the best one
+    for step in pair.unflatten(0, (4, 4)).unbind(2):
+        ways = step + cost[:, None]
+        cost = ways.amin(0)
+        other.append(ways != cost)
+    states = [cost.min(0, keepdim=True).indices]
+    worse = torch.stack(other[1:]).unbind(1)
+    worse_too = worse[0] & worse[1]
+    best = worse[0].to(torch.int64) + worse_too + (worse_too & worse[2])
+    for before in best.flip(0).unbind():
+        states.append(before.gather(0, states[-1]))
+    states.append(torch.zeros_like(states[0]))
+    ends = torch.cat(states[::-1])  # [17, N]
+    steps = steps_of_pair[4 * ends[:-1] + ends[1:]]
+    steps = steps.transpose(0, 1).reshape(channels, batch, -1)[..., :tokens]
+    subset, free = steps & 3, steps >> 2
+    place = subsets.place.gather(1, subset.flatten(1) * subsets.nearest.shape[-1] + rank).view_as(free)
+    empty = subsets.empty[:, None, None]
+    codes = (place << 1 | free).masked_fill(empty, 0)
+    return codes.to(torch.uint8), (place << 2 | subset).masked_fill(empty, 0)

@@ -1,0 +1,57 @@
+"""Thresholds: the scale and zero point that bring numbers into the range of the levels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["online_thresholds", "reciprocal", "token_thresholds"]
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale`` in float32, 0 for a scale of 0 (all elements equal: each is coded by the level nearest 0)."""
+    return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each token, leaving out its ``per_side`` largest and smallest elements.
+
+    The zero point is the middle of what remains, rounded to the storage dtype; the scale is the largest distance
+    from it, rounded up, so that no element that remains becomes an outlier through rounding.
+
+    Args:
+        values: float32 ``[..., C]``.
+        per_side: elements left out at each end.
+        storage: dtype the pair is stored in.
+
+    Returns:
+        ``(scale, zero_point)``, each ``[...]`` in the storage dtype.
+    """
+    channels = values.shape[-1]
+    if 2 * per_side >= channels:
+        raise ValueError(f"cannot trim {per_side} elements from both ends of {channels}")
+    if per_side == 0:
+        low, high = values.amin(-1), values.amax(-1)
+    else:
+        high = values.topk(per_side + 1, dim=-1).values[..., -1]
+        low = values.topk(per_side + 1, dim=-1, largest=False).values[..., -1]
+    zero_point = ((low + high) * 0.5).to(storage)
+    exact = torch.maximum(high - zero_point.float(), zero_point.float() - low)
+    scale = exact.to(storage)
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    return torch.where(scale.float() < exact, above, scale), zero_point
+
+
+def online_thresholds(y: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each sequence and channel from the text itself.
+
+    Args:
+        y: float32 ``[B, T, C]``.
+        fraction: share of elements outside, half of it at each end.
+
+    Returns:
+        ``(scale, zero_point)``, each float32 ``[B, 1, C]``.
+    """
+    tail = fraction / 2
+    low, high = torch.quantile(y, torch.tensor([tail, 1 - tail], device=y.device, dtype=y.dtype), dim=1)
+    return ((high - low) * 0.5)[:, None], ((high + low) * 0.5)[:, None]
