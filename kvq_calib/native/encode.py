@@ -1,0 +1,208 @@
+"""The trellis encoder, called: everything is checked before a pointer is passed."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.native.loader import KvqTrellis, Library, library
+
+__all__ = ["TrellisTables", "encode_trellis"]
+
+_OK, _NOT_A_NUMBER, _BAD_ARGUMENT, _NO_MEMORY = range(4)
+#: Beyond this a squared error could overflow for some levels of a channel and not for others.
+_LARGEST_LEVEL = 2.0**39
+_MOST_LEVELS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisTables:
+    """What the encoder reads of a quantizer; tensors on the CPU, ``C = H D`` channels.
+
+    Attributes:
+        heads, size: ``H`` and ``D``.
+        states: of the trellis, 4 or 1.
+        level_count: int32 ``[C]``, levels of each channel, a power of two: 1 for width 0.
+        levels: float32 ``[C, L]``, of which the first ``level_count`` are used.
+        scale, zero_point, inverse: float32 ``[C]``, ``inverse`` what a difference is multiplied with.
+        shares, refinement_shares: float32 ``[H, D, D]``, of error compensation.
+        refinement_passes: how often coordinates are coded again.
+        size_edges: float32 ``[H, K - 1]``, ascending: between the classes of tokens' sizes.
+        class_weight: float32 ``[H, K]``, the weight of a token by its class.
+    """
+
+    heads: int
+    size: int
+    states: int
+    level_count: Tensor
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    inverse: Tensor
+    shares: Tensor | None = None
+    refinement_shares: Tensor | None = None
+    refinement_passes: int = 0
+    size_edges: Tensor | None = None
+    class_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no quantizer has.
+
+        Raises:
+            ValueError: a tensor of another dtype, shape or place, or counts that do not fit.
+        """
+        heads, size, channels = self.heads, self.size, self.heads * self.size
+        _check("level_count", self.level_count, torch.int32, (channels,))
+        if self.levels.ndim != 2:
+            raise ValueError(f"levels: has {self.levels.ndim} dimensions")
+        _check("levels", self.levels, torch.float32, (channels, self.levels.shape[1]))
+        for name in ("scale", "zero_point", "inverse"):
+            _check(name, getattr(self, name), torch.float32, (channels,))
+        for name in ("shares", "refinement_shares"):
+            if (matrix := getattr(self, name)) is not None:
+                _check(name, matrix, torch.float32, (heads, size, size))
+        classes = 0 if self.class_weight is None else self.class_weight.shape[-1]
+        if self.class_weight is not None and self.size_edges is not None:
+            _check("class_weight", self.class_weight, torch.float32, (heads, classes))
+            _check("size_edges", self.size_edges, torch.float32, (heads, classes - 1))
+        elif self.class_weight is not None or self.size_edges is not None:
+            raise ValueError("size_edges: needed with class_weight, and only then")
+        if self.refinement_passes and (self.shares is None or self.refinement_shares is None):
+            raise ValueError("refinement_shares: needed for refinement passes")
+        if self.states not in (1, 4):
+            raise ValueError(f"states: {self.states}")
+        counts = set(self.level_count.unique().tolist())
+        allowed = {1} | {1 << width for width in range(1 if self.states == 1 else 2, 9)}
+        if not counts <= allowed or max(counts) > min(self.levels.shape[1], _MOST_LEVELS):
+            raise ValueError(f"level_count: {sorted(counts)} for {self.levels.shape[1]} levels")
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether the encoder's codes are torch's: levels sorted and of a size whose squares overflow together, weights
+        that are numbers."""
+        place = torch.arange(self.levels.shape[1])
+        last = self.level_count[:, None].to(torch.int64) - 1
+        levels = self.levels.gather(1, torch.minimum(place, last))
+        sound = bool((levels.abs() < _LARGEST_LEVEL).all()) and bool((levels.diff(dim=1) >= 0).all())
+        if self.class_weight is not None and self.size_edges is not None:
+            weight = self.class_weight
+            sound &= bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
+            sound &= bool((self.size_edges.diff(dim=1) >= 0).all())
+        return sound
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held but the matrices of error compensation, which others hold too."""
+        own = (self.level_count, self.levels, self.scale, self.zero_point, self.inverse)
+        weights = (self.size_edges, self.class_weight)
+        return [*own, *(tensor for tensor in weights if tensor is not None)]
+
+    @cached_property
+    def described(self) -> KvqTrellis:
+        """The same in C, for input that is to be normalised and compensated."""
+        return KvqTrellis(
+            self.heads,
+            self.size,
+            self.states,
+            self.refinement_passes,
+            self.levels.shape[1],
+            0 if self.class_weight is None else self.class_weight.shape[1],
+            *map(_pointer, (self.level_count, self.levels, self.scale, self.zero_point, self.inverse)),
+            *map(_pointer, (self.shares, self.refinement_shares, self.size_edges, self.class_weight)),
+        )
+
+    @cached_property
+    def described_plain(self) -> KvqTrellis:
+        """The same for input that is normalised and compensated already, or needs neither."""
+        return KvqTrellis(
+            self.heads,
+            self.size,
+            self.states,
+            0,
+            self.levels.shape[1],
+            0,
+            *map(_pointer, (self.level_count, self.levels)),
+        )
+
+
+def encode_trellis(
+    tables: TrellisTables,
+    y: Tensor,
+    weight: Tensor | None = None,
+    *,
+    normalised: bool = False,
+    by_size: bool = False,
+    wants_coded: bool = False,
+    using: Library | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Codes of keys or values as torch computes them.
+
+    Args:
+        tables: of the quantizer.
+        y: float32 ``[B, T, C]`` on the CPU, tokens in blocks of 32 from the first on.
+        weight: of the tokens' errors, float32 ``[B, T, H]``, not negative; with ``None`` all count alike.
+        normalised: ``y`` is on the scale of the levels, and no error compensation is wanted.
+        by_size: weights are those of the classes of the tokens' sizes, not ``weight``.
+        wants_coded: also return what was coded in the last pass.
+        using: a library other than the one for this machine.
+
+    Returns:
+        Codes, uint8 ``[B, T, C]``, and float32 ``[B, T, C]`` or ``None``. ``None`` altogether where torch must compute:
+        there is no library, gradients are wanted, or something is no number.
+
+    Raises:
+        ValueError: tensors of the wrong dtype, shape or device.
+    """
+    chosen = library() if using is None else using
+    if chosen is None or not tables.is_exact or _wants_gradient(y, weight):
+        return None
+    if y.ndim != 3:
+        raise ValueError(f"y: has {y.ndim} dimensions where three are needed")
+    batch, tokens, _ = y.shape
+    y = y.contiguous()
+    _check("y", y, torch.float32, (batch, tokens, tables.heads * tables.size))
+    if weight is not None:
+        weight = weight.contiguous()
+        _check("weight", weight, torch.float32, (batch, tokens, tables.heads))
+    if by_size and (weight is not None or normalised or tables.class_weight is None):
+        raise ValueError("by_size: needs classes of sizes, no weights, and numbers as they are")
+    codes = torch.empty(y.shape, dtype=torch.uint8)
+    coded = torch.empty_like(y) if wants_coded else None
+    described = tables.described_plain if normalised else tables.described
+    if not by_size and described.size_classes:
+        described = KvqTrellis.from_buffer_copy(described)
+        described.size_classes = 0
+    threads = torch.get_num_threads()
+    status = chosen.functions.kvq_encode_trellis(
+        ctypes.byref(described), *map(_pointer, (y, weight)), batch, tokens, threads, *map(_pointer, (codes, coded))
+    )  # fmt: skip
+    if status == _NO_MEMORY:
+        raise MemoryError("the native encoder found no memory")
+    if status == _BAD_ARGUMENT:
+        raise ValueError("the native encoder refused its arguments")
+    return None if status == _NOT_A_NUMBER else (codes, coded)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor whose memory is not what a pointer would be taken for.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(f"{name}: is on {tensor.device}, layout {tensor.layout}, where the CPU reads")
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is needed")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: is not contiguous")
