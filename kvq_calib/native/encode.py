@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvq_calib.native.loader import KvqTrellis, Library, library
+from kvq_calib.native.loader import KvqTrellis, Library
 
-__all__ = ["TrellisTables", "encode_trellis"]
+__all__ = ["Encoded", "TrellisTables", "encode_trellis"]
 
 _OK, _NOT_A_NUMBER, _BAD_ARGUMENT, _NO_MEMORY = range(4)
 #: Beyond this a squared error could overflow for some levels of a channel and not for others.
@@ -100,64 +101,66 @@ class TrellisTables:
         weights = (self.size_edges, self.class_weight)
         return [*own, *(tensor for tensor in weights if tensor is not None)]
 
-    @cached_property
-    def described(self) -> KvqTrellis:
-        """The same in C, for input that is to be normalised and compensated."""
+    def described(self, normalised: bool, by_size: bool) -> KvqTrellis:
+        """The same in C: for input that is ``normalised``, and with weights by the size of a token or without."""
+        compensates, weighs = (
+            self.refinement_passes and not normalised,
+            by_size and self.class_weight is not None,
+        )
+        plain = (None, None, None)
+        thresholds = plain if normalised else (self.scale, self.zero_point, self.inverse)
+        shares = (None, None) if normalised else (self.shares, self.refinement_shares)
+        classes = (self.size_edges, self.class_weight) if weighs else (None, None)
         return KvqTrellis(
             self.heads,
             self.size,
             self.states,
-            self.refinement_passes,
+            self.refinement_passes if compensates else 0,
             self.levels.shape[1],
-            0 if self.class_weight is None else self.class_weight.shape[1],
-            *map(_pointer, (self.level_count, self.levels, self.scale, self.zero_point, self.inverse)),
-            *map(_pointer, (self.shares, self.refinement_shares, self.size_edges, self.class_weight)),
+            0 if not weighs or self.class_weight is None else self.class_weight.shape[1],
+            *map(_pointer, (self.level_count, self.levels, *thresholds, *shares, *classes)),
         )
 
-    @cached_property
-    def described_plain(self) -> KvqTrellis:
-        """The same for input that is normalised and compensated already, or needs neither."""
-        return KvqTrellis(
-            self.heads,
-            self.size,
-            self.states,
-            0,
-            self.levels.shape[1],
-            0,
-            *map(_pointer, (self.level_count, self.levels)),
-        )
+
+class Encoded(NamedTuple):
+    """What the encoder found.
+
+    Attributes:
+        codes: uint8 ``[B, T, C]``.
+        coded: float32 ``[B, T, C]``, what was coded in the last pass.
+    """
+
+    codes: Tensor
+    coded: Tensor
 
 
 def encode_trellis(
+    library: Library,
     tables: TrellisTables,
     y: Tensor,
     weight: Tensor | None = None,
     *,
     normalised: bool = False,
     by_size: bool = False,
-    wants_coded: bool = False,
-    using: Library | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Codes of keys or values as torch computes them.
+) -> Encoded | None:
+    """Codes of keys or values, those that torch finds; on as many threads as torch uses.
 
     Args:
+        library: that computes.
         tables: of the quantizer.
         y: float32 ``[B, T, C]`` on the CPU, tokens in blocks of 32 from the first on.
         weight: of the tokens' errors, float32 ``[B, T, H]``, not negative; with ``None`` all count alike.
         normalised: ``y`` is on the scale of the levels, and no error compensation is wanted.
         by_size: weights are those of the classes of the tokens' sizes, not ``weight``.
-        wants_coded: also return what was coded in the last pass.
-        using: a library other than the one for this machine.
 
     Returns:
-        Codes, uint8 ``[B, T, C]``, and float32 ``[B, T, C]`` or ``None``. ``None`` altogether where torch must compute:
-        there is no library, gradients are wanted, or something is no number.
+        ``None`` where torch must compute: gradients are wanted, levels are beyond what the encoder knows, or something
+        met on the way is no number.
 
     Raises:
         ValueError: tensors of the wrong dtype, shape or device.
     """
-    chosen = library() if using is None else using
-    if chosen is None or not tables.is_exact or _wants_gradient(y, weight):
+    if not tables.is_exact or _wants_gradient(y, weight):
         return None
     if y.ndim != 3:
         raise ValueError(f"y: has {y.ndim} dimensions where three are needed")
@@ -170,20 +173,23 @@ def encode_trellis(
     if by_size and (weight is not None or normalised or tables.class_weight is None):
         raise ValueError("by_size: needs classes of sizes, no weights, and numbers as they are")
     codes = torch.empty(y.shape, dtype=torch.uint8)
-    coded = torch.empty_like(y) if wants_coded else None
-    described = tables.described_plain if normalised else tables.described
-    if not by_size and described.size_classes:
-        described = KvqTrellis.from_buffer_copy(described)
-        described.size_classes = 0
-    threads = torch.get_num_threads()
-    status = chosen.functions.kvq_encode_trellis(
-        ctypes.byref(described), *map(_pointer, (y, weight)), batch, tokens, threads, *map(_pointer, (codes, coded))
-    )  # fmt: skip
+    compensates = tables.shares is not None and not normalised
+    coded = torch.empty_like(y) if compensates else y
+    status = library.functions.kvq_encode_trellis(
+        ctypes.byref(tables.described(normalised, by_size)),
+        _pointer(y),
+        _pointer(weight),
+        batch,
+        tokens,
+        torch.get_num_threads(),
+        _pointer(codes),
+        _pointer(coded) if compensates else None,
+    )
     if status == _NO_MEMORY:
         raise MemoryError("the native encoder found no memory")
     if status == _BAD_ARGUMENT:
         raise ValueError("the native encoder refused its arguments")
-    return None if status == _NOT_A_NUMBER else (codes, coded)
+    return None if status == _NOT_A_NUMBER else Encoded(codes, coded)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -203,6 +209,8 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: is on {tensor.device}, layout {tensor.layout}, where the CPU reads")
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is needed")
-    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is needed"
+        )
+    if not tensor.is_contiguous() or tensor.is_neg():
         raise ValueError(f"{name}: is not contiguous")
