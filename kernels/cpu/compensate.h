@@ -12,7 +12,7 @@ constexpr int kTile = 4;
 // Tokens whose sums for a tile stand in registers.
 constexpr int kSpan = kWidest == 16 ? 4 : 2;
 
-// A head's coordinates in a group of blocks: [D][32] vectors each.
+// A head's coordinates in a group of blocks: [D][kPlane] vectors each.
 template <int L>
 struct Group {
     const Floats<L>* exact;
@@ -26,7 +26,7 @@ void take_up(Floats<L>* sum, const Group<L>& group, const float* shares, int siz
         for (int row = 0; row < rows; row++)
             for (int j = first; j < stop; j++) {
                 const Floats<L> share = splat<L>(shares[row * size + j]);
-                for (int t = 0; t < kBlock; t++) sum[row * kBlock + t] += share * group.error[j * kBlock + t];
+                for (int t = 0; t < kBlock; t++) sum[row * kBlock + t] += share * group.error[j * kPlane + t];
             }
         return;
     }
@@ -35,7 +35,7 @@ void take_up(Floats<L>* sum, const Group<L>& group, const float* shares, int siz
         for (int row = 0; row < kTile; row++)
             for (int t = 0; t < kSpan; t++) total[row][t] = sum[row * kBlock + begin + t];
         for (int j = first; j < stop; j++) {
-            const Floats<L>* error = group.error + j * kBlock + begin;
+            const Floats<L>* error = group.error + j * kPlane + begin;
 #pragma GCC unroll 4
             for (int row = 0; row < kTile; row++) {
                 const Floats<L> share = splat<L>(shares[row * size + j]);
@@ -58,9 +58,11 @@ void feed_tile(Floats<L>* fed, const Group<L>& group, const float* shares, int s
         for (int row = 0; row < rows; row++)
             take_up<L>(fed + row * kBlock, group, own + row * size, size, 1, first + row + 1, first + rows);
         take_up<L>(fed, group, own, size, rows, first + rows, size);
-        for (int n = 0; n < rows * kBlock; n++) fed[n] = group.exact[first * kBlock + n] + fed[n];
-    } else {
-        for (int n = 0; n < rows * kBlock; n++) fed[n] = group.exact[first * kBlock + n];
+    }
+    for (int row = 0; row < rows; row++) {
+        const Floats<L>* exact = group.exact + (first + row) * kPlane;
+        Floats<L>* of = fed + row * kBlock;
+        for (int t = 0; t < kBlock; t++) of[t] = again ? exact[t] + of[t] : exact[t];
     }
     take_up<L>(fed, group, own, size, rows, 0, first);
 }

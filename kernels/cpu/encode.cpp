@@ -34,14 +34,13 @@ struct Room {
     uint8_t* bytes;
 
     static size_t size(const KvqTrellis& codec, bool wants_coded) {
-        const size_t row = kBlock * sizeof(Floats<L>);
-        return row * (static_cast<size_t>(codec.head_dim) * (2 + wants_coded) + kTile + 3) + sizeof(Coded<L>) +
-               static_cast<size_t>(codec.head_dim) * kBlock * L;
+        const size_t head = static_cast<size_t>(codec.head_dim) * kPlane;
+        return (head * (2 + wants_coded) + kBlock * (kTile + 3)) * sizeof(Floats<L>) + sizeof(Coded<L>) + head * L;
     }
 
     Room(void* memory_, const KvqTrellis& codec, bool wants_coded) {
         exact = static_cast<Floats<L>*>(memory_);
-        const int head = codec.head_dim * kBlock;
+        const size_t head = static_cast<size_t>(codec.head_dim) * kPlane;
         error = exact + head;
         coded = error + head;
         weight = coded + (wants_coded ? head : 0);
@@ -59,12 +58,19 @@ void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Fl
     const int edges = codec.size_classes - 1;
     const float* edge = codec.size_edges + static_cast<int64_t>(head) * edges;
     const float* by_class = codec.class_weight + static_cast<int64_t>(head) * codec.size_classes;
-    for (int t = 0; t < kBlock; t++) {
-        Floats<L> size = exact[t] * exact[t];
-        for (int i = 1; i < codec.head_dim; i++) size += exact[i * kBlock + t] * exact[i * kBlock + t];
-        Floats<L> chosen = splat<L>(by_class[0]);
-        for (int k = 0; k < edges; k++) chosen = size > splat<L>(edge[k]) ? splat<L>(by_class[k + 1]) : chosen;
-        weight[t] = chosen;
+    constexpr int kSums = 8;
+    for (int begin = 0; begin < kBlock; begin += kSums) {
+        Floats<L> size[kSums];
+        for (int t = 0; t < kSums; t++) size[t] = exact[begin + t] * exact[begin + t];
+        for (int i = 1; i < codec.head_dim; i++) {
+            const Floats<L>* of = exact + i * kPlane + begin;
+            for (int t = 0; t < kSums; t++) size[t] += of[t] * of[t];
+        }
+        for (int t = 0; t < kSums; t++) {
+            Floats<L> chosen = splat<L>(by_class[0]);
+            for (int k = 0; k < edges; k++) chosen = size[t] > splat<L>(edge[k]) ? splat<L>(by_class[k + 1]) : chosen;
+            weight[begin + t] = chosen;
+        }
     }
 }
 
@@ -111,10 +117,10 @@ void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, T
     code_channel<L>(job.channels[channel], codec.states, u, tokens, *room.found);
     if (codec.shares != nullptr)
         for (int t = 0; t < kBlock; t++)
-            room.error[i * kBlock + t] = room.exact[i * kBlock + t] - (zero_point + scale * room.found->seen[t]);
+            room.error[i * kPlane + t] = room.exact[i * kPlane + t] - (zero_point + scale * room.found->seen[t]);
     for (int t = 0; t < kBlock; t++) {
         const typename Lanes<L>::B narrow = __builtin_convertvector(room.found->code[t], typename Lanes<L>::B);
-        std::memcpy(room.bytes + (i * kBlock + t) * L, &narrow, L);
+        std::memcpy(room.bytes + (i * kPlane + t) * L, &narrow, L);
     }
 }
 
@@ -128,9 +134,9 @@ void code_head(const Job& job, int first_channel, const float* shares, bool agai
         if (shares != nullptr) feed_tile<L>(room.fed, group, shares, size, first, rows, again);
         for (int row = 0; row < rows; row++) {
             const int i = first + row;
-            Floats<L>* fed = shares != nullptr ? room.fed + row * kBlock : room.exact + i * kBlock;
+            Floats<L>* fed = shares != nullptr ? room.fed + row * kBlock : room.exact + i * kPlane;
             if (shares != nullptr) take_up<L>(fed, group, shares + i * size, size, 1, first, i);
-            if (job.coded != nullptr) std::memcpy(room.coded + i * kBlock, fed, kBlock * sizeof(Floats<L>));
+            if (job.coded != nullptr) std::memcpy(room.coded + i * kPlane, fed, kBlock * sizeof(Floats<L>));
             code_coordinate<L>(job, first_channel + i, i, fed, tokens, room);
         }
     }

@@ -5,6 +5,9 @@
 
 namespace kvq {
 
+// Most coordinates of a head.
+constexpr int kMostSize = 2048;
+
 // Blocks of one head, a lane each; lanes beyond the last repeat it and are not written back.
 struct Blocks {
     int64_t first;       // number of the first one, counted over the sequences of the batch
@@ -27,78 +30,138 @@ struct Blocks {
     }
 };
 
+// Four floats, and sixteen bytes.
 typedef float Quad __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-KVQ_INLINE Quad load_quad(const float* from) {
-    Quad quad;
-    std::memcpy(&quad, from, sizeof quad);
-    return quad;
+#if defined(__clang__)
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+#define KVQ_QUADS(a, b, ...) KVQ_SHUFFLE(Ints<4>, a, b, __VA_ARGS__)
+
+template <class Vector>
+KVQ_INLINE Vector load(const void* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
 }
-KVQ_INLINE void store_quad(float* to, Quad quad) { std::memcpy(to, &quad, sizeof quad); }
+template <class Vector>
+KVQ_INLINE void store(void* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
 
 KVQ_INLINE void transpose(Quad (&q)[4]) {
-    typedef int32_t Order __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define KVQ_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define KVQ_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Order{i, j, k, l})
-#endif
-    const Quad a = KVQ_SHUFFLE(q[0], q[1], 0, 4, 1, 5), b = KVQ_SHUFFLE(q[0], q[1], 2, 6, 3, 7);
-    const Quad c = KVQ_SHUFFLE(q[2], q[3], 0, 4, 1, 5), d = KVQ_SHUFFLE(q[2], q[3], 2, 6, 3, 7);
-    q[0] = KVQ_SHUFFLE(a, c, 0, 1, 4, 5);
-    q[1] = KVQ_SHUFFLE(a, c, 2, 3, 6, 7);
-    q[2] = KVQ_SHUFFLE(b, d, 0, 1, 4, 5);
-    q[3] = KVQ_SHUFFLE(b, d, 2, 3, 6, 7);
-#undef KVQ_SHUFFLE
+    const Quad a = KVQ_QUADS(q[0], q[1], 0, 4, 1, 5), b = KVQ_QUADS(q[0], q[1], 2, 6, 3, 7);
+    const Quad c = KVQ_QUADS(q[2], q[3], 0, 4, 1, 5), d = KVQ_QUADS(q[2], q[3], 2, 6, 3, 7);
+    q[0] = KVQ_QUADS(a, c, 0, 1, 4, 5);
+    q[1] = KVQ_QUADS(a, c, 2, 3, 6, 7);
+    q[2] = KVQ_QUADS(b, d, 0, 1, 4, 5);
+    q[3] = KVQ_QUADS(b, d, 2, 3, 6, 7);
 }
 
-// y [rows, channels] to `to` [size][32][L]; 0 where a block has no token.
+// Sixteen rows of bytes: four times row n is interleaved with row n + 8.
+KVQ_INLINE void transpose(Bytes (&rows)[16]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {
+        Bytes next[16];
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) {
+            next[2 * n] = KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2 * n + 1] =
+                KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+#pragma GCC unroll 16
+        for (int n = 0; n < 16; n++) rows[n] = next[n];
+    }
+}
+
+// Where the rows of each lane begin, and how many tokens they have.
+template <int L>
+struct Rows {
+    int64_t start[L];
+    int length[L];
+
+    // `repeated`: of lanes that repeat another too, which have no tokens otherwise.
+    KVQ_INLINE Rows(const Blocks& blocks, bool repeated) {
+        for (int lane = 0; lane < L; lane++) {
+            start[lane] = blocks.row(lane) * blocks.channels + blocks.channel;
+            length[lane] = repeated || lane < blocks.count ? blocks.length(lane) : 0;
+        }
+    }
+};
+
+// y [rows, channels] to `to` [size][kPlane][L]; 0 where a block has no token.
 template <int L>
 void gather(const Blocks& blocks, const float* y, float* to) {
-    static const float nothing[4] = {};
-    for (int four = 0; four < L; four += 4) {
-        const float* from[4];
-        int length[4];
-        for (int n = 0; n < 4; n++) {
-            from[n] = y + blocks.row(four + n) * blocks.channels + blocks.channel;
-            length[n] = blocks.length(four + n);
-        }
-        for (int t = 0; t < kBlock; t++) {
-            int i = 0;
-            for (; i + 4 <= blocks.size; i += 4) {
+    static const float nothing[kMostSize] = {};
+    const Rows<L> rows(blocks, true);
+    for (int t = 0; t < kBlock; t++) {
+        const float* from[L];
+        for (int lane = 0; lane < L; lane++)
+            from[lane] = t < rows.length[lane] ? y + rows.start[lane] + static_cast<int64_t>(t) * blocks.channels : nothing;
+        int i = 0;
+        for (; i + 4 <= blocks.size; i += 4)
+            for (int lane = 0; lane < L; lane += 4) {
                 Quad quads[4];
-                for (int n = 0; n < 4; n++)
-                    quads[n] = load_quad(t < length[n] ? from[n] + static_cast<int64_t>(t) * blocks.channels + i : nothing);
+                for (int n = 0; n < 4; n++) quads[n] = load<Quad>(from[lane + n] + i);
                 transpose(quads);
-                for (int n = 0; n < 4; n++) store_quad(to + ((i + n) * kBlock + t) * L + four, quads[n]);
+                for (int n = 0; n < 4; n++) store(to + ((i + n) * kPlane + t) * L + lane, quads[n]);
             }
-            for (; i < blocks.size; i++)
-                for (int n = 0; n < 4; n++)
-                    to[(i * kBlock + t) * L + four + n] =
-                        t < length[n] ? from[n][static_cast<int64_t>(t) * blocks.channels + i] : 0.0f;
-        }
+        for (; i < blocks.size; i++)
+            for (int lane = 0; lane < L; lane++) to[(i * kPlane + t) * L + lane] = from[lane][i];
     }
 }
 
 // The inverse, for tokens and lanes that are there.
 template <int L>
 void scatter(const Blocks& blocks, const float* from, float* y) {
-    for (int lane = 0; lane < blocks.count; lane++) {
-        float* to = y + blocks.row(lane) * blocks.channels + blocks.channel;
-        const int length = blocks.length(lane);
-        for (int t = 0; t < length; t++, to += blocks.channels)
-            for (int i = 0; i < blocks.size; i++) to[i] = from[(i * kBlock + t) * L + lane];
-    }
+    const Rows<L> rows(blocks, false);
+    for (int t = 0; t < kBlock; t++)
+        for (int lane = 0; lane < L; lane += 4) {
+            float* to[4];
+            bool there[4];
+            for (int n = 0; n < 4; n++) {
+                there[n] = t < rows.length[lane + n];
+                to[n] = y + rows.start[lane + n] + static_cast<int64_t>(t) * blocks.channels;
+            }
+            int i = 0;
+            for (; i + 4 <= blocks.size; i += 4) {
+                Quad quads[4];
+                for (int n = 0; n < 4; n++) quads[n] = load<Quad>(from + ((i + n) * kPlane + t) * L + lane);
+                transpose(quads);
+                for (int n = 0; n < 4; n++)
+                    if (there[n]) store(to[n] + i, quads[n]);
+            }
+            for (; i < blocks.size; i++)
+                for (int n = 0; n < 4; n++)
+                    if (there[n]) to[n][i] = from[(i * kPlane + t) * L + lane + n];
+        }
 }
 
-// Codes, [size][32][L] bytes, to rows of channels.
+// Codes, [size][kPlane][L] bytes, to rows of channels.
 template <int L>
 void scatter(const Blocks& blocks, const uint8_t* from, uint8_t* codes) {
-    for (int lane = 0; lane < blocks.count; lane++) {
-        uint8_t* to = codes + blocks.row(lane) * blocks.channels + blocks.channel;
-        const int length = blocks.length(lane);
-        for (int t = 0; t < length; t++, to += blocks.channels)
-            for (int i = 0; i < blocks.size; i++) to[i] = from[(i * kBlock + t) * L + lane];
+    const Rows<L> rows(blocks, false);
+    for (int t = 0; t < kBlock; t += 16 / L) {  // tokens of all lanes that sixteen bytes hold
+        uint8_t* to[16];
+        bool there[16];
+        for (int n = 0; n < 16; n++) {
+            there[n] = t + n / L < rows.length[n % L];
+            to[n] = codes + rows.start[n % L] + static_cast<int64_t>(t + n / L) * blocks.channels;
+        }
+        int i = 0;
+        for (; i + 16 <= blocks.size; i += 16) {
+            Bytes bytes[16];
+            for (int n = 0; n < 16; n++) bytes[n] = load<Bytes>(from + ((i + n) * kPlane + t) * L);
+            transpose(bytes);
+            for (int n = 0; n < 16; n++)
+                if (there[n]) store(to[n] + i, bytes[n]);
+        }
+        for (; i < blocks.size; i++)
+            for (int n = 0; n < 16; n++)
+                if (there[n]) to[n][i] = from[(i * kPlane + t) * L + n];
     }
 }
 

@@ -8,6 +8,9 @@
 namespace kvq {
 
 constexpr int kBlock = 32;
+// Vectors from one coordinate to the next: one more than there are tokens, for at a distance of a power of two all
+// coordinates would fall on the same few lines of the cache.
+constexpr int kPlane = kBlock + 1;
 
 // What is the same for all channels of a head.
 template <int L>
