@@ -68,7 +68,8 @@ void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Fl
         }
         for (int t = 0; t < kSums; t++) {
             Floats<L> chosen = splat<L>(by_class[0]);
-            for (int k = 0; k < edges; k++) chosen = size[t] > splat<L>(edge[k]) ? splat<L>(by_class[k + 1]) : chosen;
+            // What is no number has the last class, as with the reference.
+            for (int k = 0; k < edges; k++) chosen = size[t] <= splat<L>(edge[k]) ? chosen : splat<L>(by_class[k + 1]);
             weight[begin + t] = chosen;
         }
     }
