@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvq_calib.codec.trellis import TrellisParams, TrellisQuantizer, pack_codebooks
-from kvq_calib.schema.geometry import HeadShape
+from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,7 @@ def trellis_quantizer(
     states: int = 4,
     compensation: tuple[int, int] | None = None,
     weighting: bool = False,
+    rotation: bool = False,
     steps: float = 0.0,
 ) -> TrellisQuantizer:
     """A quantizer with random numbers.
@@ -73,6 +74,7 @@ def trellis_quantizer(
         states: of the trellis.
         compensation: rank and refinement passes, or ``None``.
         weighting: of tokens, with zeros and large numbers among the weights.
+        rotation: of RoPE pairs, half as many as there could be.
         steps: levels, scales and zero points are multiples of this, so that many things tie; 0 for any.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -89,6 +91,7 @@ def trellis_quantizer(
         if compensation is None
         else ErrorCompensationSpec(rank=compensation[0], refinement_passes=compensation[1]),
         token_weighting=weighting,
+        pair_rotation=rotation,
     )
     widths = torch.randint(0, max_bits + 1, (channels,), generator=generator, dtype=torch.uint8)
     if bits is not None:
@@ -107,6 +110,12 @@ def trellis_quantizer(
         parts["compensation_scale"] = torch.full((heads,), 0.9 / 127 / (rank**0.5 if rank else 2.0))
         if spec.error_compensation.needs_error_weight:
             parts["error_weight"] = (torch.rand(heads, size, generator=generator) + 0.01).half()
+    rope = None
+    if rotation:
+        order = torch.randperm(size, generator=generator).tolist()
+        pairs = tuple(zip(order[: size // 4], order[size // 4 : size // 4 * 2], strict=True))
+        rope = RopeSpec(pairs=pairs, inv_freq=(1.0,) * len(pairs))
+        parts["pair_angle"] = torch.randn(heads, len(pairs), generator=generator).half()
     if weighting:
         weight = torch.randn(heads, 32, generator=generator).exp()
         weight[:, ::5] = 0
@@ -121,4 +130,4 @@ def trellis_quantizer(
         zero_point=drawn(channels).half(),
         **parts,
     )
-    return TrellisQuantizer(spec, params, HeadShape(heads, size))
+    return TrellisQuantizer(spec, params, HeadShape(heads, size), rope)

@@ -40,6 +40,7 @@ def case(generator: Any) -> dict[str, Any]:
         "level_stride": stride,
         "refinement_passes": 0,
         "size_classes": 0,
+        "pairs": 0,
     }
     arrays: dict[str, Any] = {
         "level_count": counts.astype(np.int32),
@@ -58,27 +59,46 @@ def case(generator: Any) -> dict[str, Any]:
         numbers["size_classes"] = classes
         arrays["class_weight"] = generator.random((heads, classes), np.float32)
         arrays["size_edges"] = np.sort(generator.random((heads, classes - 1), np.float32) * size, 1)
+    if generator.integers(2):
+        numbers["pairs"] = pairs = int(generator.integers(0, size // 2 + 1))
+        arrays["pair"] = generator.permutation(size)[: 2 * pairs].astype(np.int32).reshape(pairs, 2)
+        arrays["cosine"], arrays["sine"] = generator.random((2, heads, pairs), np.float32)
     batch, tokens = int(generator.integers(1, 4)), int(generator.integers(1, 330))
-    y = generator.standard_normal((batch, tokens, channels)).astype(np.float32)
+    # Heads before tokens or after them.
+    by_head = bool(generator.integers(2))
+    shape = (batch, heads, tokens, size) if by_head else (batch, tokens, heads, size)
+    x = generator.standard_normal(shape).astype(np.float32)
     weight = generator.random((batch, tokens, heads), np.float32) if generator.integers(2) else None
-    return {"numbers": numbers, "arrays": arrays, "y": y, "weight": weight}
+    return {"numbers": numbers, "arrays": arrays, "x": x, "weight": weight, "by_head": by_head}
+
+
+def call(library: Library, drawn: dict[str, Any], codec: KvqTrellis, threads: int) -> tuple[int, Any, Any]:
+    """Status, codes and what was coded."""
+    x, weight = own(drawn["x"]), None if drawn["weight"] is None else own(drawn["weight"])
+    steps = [step // 4 for step in x.strides[:3]]
+    batch, tokens = x.shape[0], x.shape[2 if drawn["by_head"] else 1]
+    strides = (steps[0], steps[2], steps[1]) if drawn["by_head"] else tuple(steps)
+    shape = (batch, tokens, drawn["numbers"]["heads"] * drawn["numbers"]["head_dim"])
+    found, coded = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    status = library.functions.kvq_encode_trellis(
+        ctypes.byref(codec),
+        pointer(x),
+        (ctypes.c_int64 * 3)(*strides),
+        pointer(weight),
+        batch,
+        tokens,
+        threads,
+        pointer(found),
+        pointer(coded),
+    )
+    return status, found, coded
 
 
 def codes(library: Library, drawn: dict[str, Any], threads: int) -> tuple[Any, Any]:
     """Codes and what was coded."""
     arrays = {name: own(array) for name, array in drawn["arrays"].items()}
     codec = KvqTrellis(**drawn["numbers"], **{name: pointer(array) for name, array in arrays.items()})
-    y, weight = own(drawn["y"]), None if drawn["weight"] is None else own(drawn["weight"])
-    found, coded = np.empty(y.shape, np.uint8), np.empty(y.shape, np.float32)
-    status = library.functions.kvq_encode_trellis(
-        ctypes.byref(codec),
-        pointer(y),
-        pointer(weight),
-        *y.shape[:2],
-        threads,
-        pointer(found),
-        pointer(coded),
-    )
+    status, found, coded = call(library, drawn, codec, threads)
     assert status == 0, status
     return found, coded
 
@@ -94,13 +114,12 @@ def refused(library: Library, drawn: dict[str, Any]) -> None:
         ("refinement_passes", -1),
         ("size_classes", -1),
         ("level_stride", 0),
+        ("pairs", -1),
+        ("pairs", 1 << 20),
     ):
         arrays = {each: pointer(array) for each, array in drawn["arrays"].items()}
         codec = KvqTrellis(**{**drawn["numbers"], name: value}, **arrays)
-        y, found = drawn["y"], np.empty(drawn["y"].shape, np.uint8)
-        status = library.functions.kvq_encode_trellis(
-            ctypes.byref(codec), pointer(y), None, *y.shape[:2], 1, pointer(found), None
-        )
+        status, _, _ = call(library, drawn, codec, 1)
         assert status == 2, (name, value, status)
 
 

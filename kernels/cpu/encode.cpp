@@ -15,7 +15,8 @@ namespace {
 struct Job {
     const KvqTrellis* codec;
     const Channel* channels;
-    const float* y;
+    const float* x;
+    Strides stride;
     const float* weight;
     uint8_t* codes;
     float* coded;
@@ -52,6 +53,22 @@ struct Room {
     }
 };
 
+// Turn the pairs of a head's coordinates.
+template <int L>
+void turn_pairs(const KvqTrellis& codec, int head, Floats<L>* exact) {
+    for (int p = 0; p < codec.pairs; p++) {
+        const Floats<L> cosine = splat<L>(codec.cosine[static_cast<int64_t>(head) * codec.pairs + p]);
+        const Floats<L> sine = splat<L>(codec.sine[static_cast<int64_t>(head) * codec.pairs + p]);
+        Floats<L>* first = exact + codec.pair[2 * p] * kPlane;
+        Floats<L>* second = exact + codec.pair[2 * p + 1] * kPlane;
+        for (int t = 0; t < kBlock; t++) {
+            const Floats<L> x = first[t], y = second[t];
+            first[t] = cosine * x - sine * y;
+            second[t] = sine * x + cosine * y;
+        }
+    }
+}
+
 // Weights of the tokens of a head by the classes of their sizes, the sums of their squares from coordinate 0 on.
 template <int L>
 void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Floats<L>* weight) {
@@ -77,11 +94,11 @@ void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Fl
 
 // Weights that a caller gave; notes those that are none.
 template <int L>
-void gather_weights(const Job& job, const Blocks& blocks, int head, Room<L>& room) {
+void gather_weights(const Job& job, const Blocks& blocks, Room<L>& room) {
     const int heads = job.codec->heads;
     float* to = reinterpret_cast<float*>(room.weight);
     for (int lane = 0; lane < L; lane++) {
-        const float* from = job.weight + blocks.row(lane) * heads + head;
+        const float* from = job.weight + blocks.start_of_heads(lane);
         const int length = blocks.length(lane);
         for (int t = 0; t < kBlock; t++) to[t * L + lane] = t < length ? from[static_cast<int64_t>(t) * heads] : 0.0f;
     }
@@ -144,23 +161,25 @@ void code_head(const Job& job, int first_channel, const float* shares, bool agai
 }
 
 template <int L>
-bool encode_group(const Job& job, int head, const Blocks& blocks, void* memory) {
+bool encode_group(const Job& job, const Blocks& blocks, void* memory) {
     const KvqTrellis& codec = *job.codec;
+    const int head = blocks.head, channel = head * blocks.size;
     Room<L> room(memory, codec, job.coded != nullptr);
-    gather<L>(blocks, job.y, reinterpret_cast<float*>(room.exact));
+    gather<L>(blocks, job.x, job.stride, reinterpret_cast<float*>(room.exact));
+    turn_pairs<L>(codec, head, room.exact);
     const bool weighs = job.weight != nullptr || codec.size_classes > 0;
     room.found->not_a_number = Ints<L>{};
     if (job.weight != nullptr) {
-        gather_weights<L>(job, blocks, head, room);
+        gather_weights<L>(job, blocks, room);
     } else if (weighs) {
         weigh_by_size<L>(codec, head, room.exact, room.weight);
     }
     const bool whole = fill_present<L>(blocks, room.present);
     const Tokens<L> tokens = {weighs ? room.weight : nullptr, whole ? nullptr : room.present};
     const int64_t matrix = static_cast<int64_t>(head) * codec.head_dim * codec.head_dim;
-    code_head<L>(job, blocks.channel, codec.shares != nullptr ? codec.shares + matrix : nullptr, false, tokens, room);
+    code_head<L>(job, channel, codec.shares != nullptr ? codec.shares + matrix : nullptr, false, tokens, room);
     for (int pass = 0; pass < codec.refinement_passes; pass++)
-        code_head<L>(job, blocks.channel, codec.refinement_shares + matrix, true, tokens, room);
+        code_head<L>(job, channel, codec.refinement_shares + matrix, true, tokens, room);
     scatter<L>(blocks, room.bytes, job.codes);
     if (job.coded != nullptr) scatter<L>(blocks, reinterpret_cast<const float*>(room.coded), job.coded);
     return !any<L>(room.found->not_a_number);
@@ -177,15 +196,15 @@ bool encode_piece(const Job& job, int64_t piece, void* memory) {
     const int64_t first = piece % job.groups * kWidest, blocks = job.batch * job.per_sequence;
     const int count = static_cast<int>(blocks - first < kWidest ? blocks - first : kWidest);
     const int size = job.codec->head_dim;
-    const Blocks own = {first, count, job.per_sequence, job.tokens, job.codec->heads * size, head * size, size};
+    const Blocks own = {first, count, job.per_sequence, job.tokens, head, size, job.codec->heads * size};
     switch (lanes_for(count)) {
 #if defined(__AVX512F__)
-        case 16: return encode_group<16>(job, head, own, memory);
+        case 16: return encode_group<16>(job, own, memory);
 #endif
 #if defined(__AVX__)
-        case 8: return encode_group<8>(job, head, own, memory);
+        case 8: return encode_group<8>(job, own, memory);
 #endif
-        default: return encode_group<4>(job, head, own, memory);
+        default: return encode_group<4>(job, own, memory);
     }
 }
 
@@ -213,17 +232,18 @@ void encode_pieces(void* of) {
 }  // namespace
 }  // namespace kvq
 
-extern "C" int32_t kvq_encode_trellis(const KvqTrellis* codec, const float* y, const float* weight, int64_t batch,
-                                      int64_t tokens, int32_t threads, uint8_t* codes, float* coded) {
+extern "C" int32_t kvq_encode_trellis(const KvqTrellis* codec, const float* x, const int64_t* stride,
+                                      const float* weight, int64_t batch, int64_t tokens, int32_t threads,
+                                      uint8_t* codes, float* coded) {
     using namespace kvq;
     if (codec == nullptr || batch < 0 || tokens < 0 || !is_sound(*codec)) return KVQ_BAD_ARGUMENT;
     if (batch == 0 || tokens == 0) return KVQ_OK;
-    if (y == nullptr || codes == nullptr) return KVQ_BAD_ARGUMENT;
+    if (x == nullptr || stride == nullptr || codes == nullptr) return KVQ_BAD_ARGUMENT;
     const int64_t per_sequence = (tokens + kBlock - 1) / kBlock, blocks = batch * per_sequence;
     const Tables tables(*codec, lanes_for(blocks));
     if (tables.channels() == nullptr) return KVQ_NO_MEMORY;
-    Job job = {codec,  tables.channels(), y,      weight,       codes,
-               coded,  batch,             tokens, per_sequence, (blocks + kWidest - 1) / kWidest,
+    Job job = {codec,  tables.channels(), x,      {stride[0], stride[1], stride[2]}, weight, codes,
+               coded,  batch,             tokens, per_sequence,                      (blocks + kWidest - 1) / kWidest,
                {0},    {KVQ_OK}};
     const int64_t pieces = codec->heads * job.groups;
     run_on_threads(static_cast<int>(threads < pieces ? threads : pieces), encode_pieces, &job);

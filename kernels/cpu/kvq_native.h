@@ -32,6 +32,7 @@ struct KvqTrellis {
     int32_t refinement_passes;  // with refinement_shares
     int32_t level_stride;       // L
     int32_t size_classes;       // of token weights, 0 for none
+    int32_t pairs;              // RoPE pairs that are turned, P, 0 for none
     const int32_t* level_count; // [C]: 1 for width 0, else 2 ** width, twice that with four states
     const float* levels;        // [C, L], sorted, finite and below 2 ** 39 in each row
     const float* scale;         // [C]; null where numbers are normalised already, then zero_point and inverse are too
@@ -41,6 +42,9 @@ struct KvqTrellis {
     const float* refinement_shares; // [H, D, D] or null
     const float* size_edges;        // [H, size_classes - 1], ascending
     const float* class_weight;      // [H, size_classes], finite and not negative
+    const int32_t* pair;            // [P, 2], the coordinates of each, none twice
+    const float* cosine;            // [H, P], of the angles
+    const float* sine;              // [H, P]
 };
 
 extern "C" {
@@ -51,13 +55,16 @@ KVQ_EXPORT const char* kvq_isa();
 // Whether this processor has it: 1 or 0. Itself compiled for any processor.
 KVQ_EXPORT int32_t kvq_runs_here();
 
-// Codes of y [batch, tokens, C], tokens in blocks of 32 from the first on.
+// Codes of keys or values of `batch` sequences, tokens in blocks of 32 from the first on.
 //
+//   x       head_dim numbers in a row for each sequence, head and token
+//   stride  numbers from a sequence, a token and a head to the next
 //   weight  [batch, tokens, H], finite and not negative, of the tokens' errors; null: by the classes of their sizes,
 //           or all alike where there are none
 //   threads to use at most; what is computed does not depend on it
 //   codes   [batch, tokens, C], written
 //   coded   [batch, tokens, C], what was coded in the last pass; may be null
-KVQ_EXPORT int32_t kvq_encode_trellis(const KvqTrellis* codec, const float* y, const float* weight, int64_t batch,
-                                      int64_t tokens, int32_t threads, uint8_t* codes, float* coded);
+KVQ_EXPORT int32_t kvq_encode_trellis(const KvqTrellis* codec, const float* x, const int64_t* stride,
+                                      const float* weight, int64_t batch, int64_t tokens, int32_t threads,
+                                      uint8_t* codes, float* coded);
 }

@@ -10,23 +10,27 @@ constexpr int kMostSize = 2048;
 
 // Blocks of one head, a lane each; lanes beyond the last repeat it and are not written back.
 struct Blocks {
-    int64_t first;       // number of the first one, counted over the sequences of the batch
-    int count;           // that are there
+    int64_t first;  // number of the first one, counted over the sequences of the batch
+    int count;      // that are there
     int64_t per_sequence;
-    int64_t tokens;      // of a sequence
-    int channels;        // of a token
-    int channel;         // the head's first
-    int size;            // of the head
+    int64_t tokens;  // of a sequence
+    int head, size, channels;
 
-    // Row of the first token of a lane's block, and how many tokens it has.
-    KVQ_INLINE int64_t row(int lane) const {
-        const int64_t block = first + (lane < count ? lane : count - 1);
-        return block / per_sequence * tokens + block % per_sequence * kBlock;
-    }
+    KVQ_INLINE int64_t block(int lane) const { return first + (lane < count ? lane : count - 1); }
+    KVQ_INLINE int64_t sequence(int lane) const { return block(lane) / per_sequence; }
+    KVQ_INLINE int64_t first_token(int lane) const { return block(lane) % per_sequence * kBlock; }
+    // Tokens of a lane's block that are there.
     KVQ_INLINE int length(int lane) const {
-        const int64_t block = first + (lane < count ? lane : count - 1);
-        const int64_t left = tokens - block % per_sequence * kBlock;
+        const int64_t left = tokens - first_token(lane);
         return left < kBlock ? static_cast<int>(left) : kBlock;
+    }
+    // The head's first channel of a lane's first token in [batch, tokens, channels].
+    KVQ_INLINE int64_t start(int lane) const {
+        return (sequence(lane) * tokens + first_token(lane)) * channels + head * size;
+    }
+    // Of the same in [batch, tokens, heads].
+    KVQ_INLINE int64_t start_of_heads(int lane) const {
+        return (sequence(lane) * tokens + first_token(lane)) * (channels / size) + head;
     }
 };
 
@@ -77,30 +81,25 @@ KVQ_INLINE void transpose(Bytes (&rows)[16]) {
     }
 }
 
-// Where the rows of each lane begin, and how many tokens they have.
-template <int L>
-struct Rows {
-    int64_t start[L];
-    int length[L];
-
-    // `repeated`: of lanes that repeat another too, which have no tokens otherwise.
-    KVQ_INLINE Rows(const Blocks& blocks, bool repeated) {
-        for (int lane = 0; lane < L; lane++) {
-            start[lane] = blocks.row(lane) * blocks.channels + blocks.channel;
-            length[lane] = repeated || lane < blocks.count ? blocks.length(lane) : 0;
-        }
-    }
+// Numbers from a sequence, a token and a head to the next.
+struct Strides {
+    int64_t sequence, token, head;
 };
 
-// y [rows, channels] to `to` [size][kPlane][L]; 0 where a block has no token.
+// The head's numbers of every token to `to` [size][kPlane][L]; 0 where a block has no token.
 template <int L>
-void gather(const Blocks& blocks, const float* y, float* to) {
+void gather(const Blocks& blocks, const float* x, Strides stride, float* to) {
     static const float nothing[kMostSize] = {};
-    const Rows<L> rows(blocks, true);
+    const float* start[L];
+    int length[L];
+    for (int lane = 0; lane < L; lane++) {
+        start[lane] = x + blocks.sequence(lane) * stride.sequence + blocks.first_token(lane) * stride.token +
+                      blocks.head * stride.head;
+        length[lane] = blocks.length(lane);
+    }
     for (int t = 0; t < kBlock; t++) {
         const float* from[L];
-        for (int lane = 0; lane < L; lane++)
-            from[lane] = t < rows.length[lane] ? y + rows.start[lane] + static_cast<int64_t>(t) * blocks.channels : nothing;
+        for (int lane = 0; lane < L; lane++) from[lane] = t < length[lane] ? start[lane] + t * stride.token : nothing;
         int i = 0;
         for (; i + 4 <= blocks.size; i += 4)
             for (int lane = 0; lane < L; lane += 4) {
@@ -114,10 +113,24 @@ void gather(const Blocks& blocks, const float* y, float* to) {
     }
 }
 
+// Where the rows of each lane begin in [batch, tokens, channels], and how many tokens are to be written.
+template <int L>
+struct Rows {
+    int64_t start[L];
+    int length[L];
+
+    KVQ_INLINE explicit Rows(const Blocks& blocks) {
+        for (int lane = 0; lane < L; lane++) {
+            start[lane] = blocks.start(lane);
+            length[lane] = lane < blocks.count ? blocks.length(lane) : 0;
+        }
+    }
+};
+
 // The inverse, for tokens and lanes that are there.
 template <int L>
 void scatter(const Blocks& blocks, const float* from, float* y) {
-    const Rows<L> rows(blocks, false);
+    const Rows<L> rows(blocks);
     for (int t = 0; t < kBlock; t++)
         for (int lane = 0; lane < L; lane += 4) {
             float* to[4];
@@ -143,7 +156,7 @@ void scatter(const Blocks& blocks, const float* from, float* y) {
 // Codes, [size][kPlane][L] bytes, to rows of channels.
 template <int L>
 void scatter(const Blocks& blocks, const uint8_t* from, uint8_t* codes) {
-    const Rows<L> rows(blocks, false);
+    const Rows<L> rows(blocks);
     for (int t = 0; t < kBlock; t += 16 / L) {  // tokens of all lanes that sixteen bytes hold
         uint8_t* to[16];
         bool there[16];

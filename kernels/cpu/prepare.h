@@ -22,6 +22,10 @@ inline bool is_sound(const KvqTrellis& codec) {
     if (!normalises && codec.shares != nullptr) return false;
     if (codec.size_classes < 0 || codec.size_classes > kMostClasses) return false;
     if (codec.size_classes > 0 && (codec.size_edges == nullptr || codec.class_weight == nullptr)) return false;
+    if (codec.pairs < 0 || codec.pairs > codec.head_dim / 2) return false;
+    if (codec.pairs > 0 && (codec.pair == nullptr || codec.cosine == nullptr || codec.sine == nullptr)) return false;
+    for (int n = 0; n < 2 * codec.pairs; n++)
+        if (codec.pair[n] < 0 || codec.pair[n] >= codec.head_dim) return false;
     const int least = codec.states == 4 ? 4 : 2;
     for (int c = 0; c < codec.heads * codec.head_dim; c++) {
         const int32_t count = codec.level_count[c];

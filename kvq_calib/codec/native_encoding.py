@@ -23,6 +23,16 @@ def trellis_tables(quantizer: TrellisQuantizer) -> TrellisTables:
     shares = None if compensation is None else compensation.shares.contiguous()
     refinement = None if compensation is None else compensation.refinement_shares
     weight, unit = params.token_weight, params.token_size_unit
+    turned = {}
+    if params.pair_angle is not None:
+        assert quantizer.rope is not None
+        # In the shape that the reference takes them in, so that rounding is the same.
+        angle = params.pair_angle.float()[:, None, :]
+        turned = {
+            "pair": torch.tensor(quantizer.rope.pairs, dtype=torch.int32).reshape(-1, 2),
+            "cosine": angle.cos()[:, 0].contiguous(),
+            "sine": angle.sin()[:, 0].contiguous(),
+        }
     counts = [quantizer.level_count(width) for width in quantizer.widths]
     return TrellisTables(
         heads=quantizer.shape.heads,
@@ -38,4 +48,5 @@ def trellis_tables(quantizer: TrellisQuantizer) -> TrellisTables:
         refinement_passes=0 if compensation is None else compensation.refinement_passes,
         size_edges=None if unit is None or weight is None else size_edges(unit).contiguous(),
         class_weight=None if weight is None else weight.float().contiguous(),
+        **turned,
     )

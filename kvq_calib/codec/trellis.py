@@ -371,14 +371,14 @@ class TrellisQuantizer(Quantizer):
         return trellis_tables(self)
 
     def _encode_natively(
-        self, y: Tensor, weight: Tensor | None = None, *, normalised: bool = False, by_size: bool = False
+        self, x: Tensor, weight: Tensor | None = None, *, normalised: bool = False, by_size: bool = False
     ) -> Encoded | None:
         """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` where torch is to compute."""
-        if y.device.type != "cpu" or y.dtype != torch.float32 or (native := library()) is None:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or (native := library()) is None:
             return None
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
             return None
-        return encode_trellis(native, self.native_tables, y, weight, normalised=normalised, by_size=by_size)
+        return encode_trellis(native, self.native_tables, x, weight, normalised=normalised, by_size=by_size)
 
     def encode(self, normalised: Tensor, weight: Tensor | None = None) -> Tensor:
         """Codes of normalised elements without error compensation.
@@ -408,7 +408,7 @@ class TrellisQuantizer(Quantizer):
             What was coded in the last pass, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
         """
         assert self.compensation is not None
-        if (found := self._encode_natively(y, weight)) is not None:
+        if (found := self._encode_natively(y, weight)) is not None and found.coded is not None:
             return found.coded, found.codes
         heads, size = self.shape
 
@@ -438,17 +438,22 @@ class TrellisQuantizer(Quantizer):
 
     def normalise(self, x: Tensor) -> Normalised:
         """Bring ``[B, H, T, D]`` keys or values into the range of the levels, errors of others made good for."""
-        y = self.transform(x)
-        if self.compensation is not None:
-            found = self._encode_natively(y, by_size=self.spec.token_weighting)
-            y = self.compensate(y, self.token_weights(y))[0] if found is None else found.coded
+        if self.compensation is None:
+            y = self.transform(x)
+        elif (
+            found := self._encode_natively(x.float(), by_size=self.spec.token_weighting)
+        ) and found.coded is not None:
+            y = found.coded
+        else:
+            y = self.transform(x)
+            y, _ = self.compensate(y, self.token_weights(y))
         return Normalised.of(y, self.scale, self.zero_point)
 
     def quantize(self, x: Tensor) -> Quantized:
         """Quantize ``[B, H, T, D]`` keys or values."""
-        y = self.transform(x)
-        if (found := self._encode_natively(y, by_size=self.spec.token_weighting)) is not None:
+        if found := self._encode_natively(x.float(), by_size=self.spec.token_weighting):
             return Quantized(found.codes)
+        y = self.transform(x)
         weight = self.token_weights(y)
         if self.compensation is not None:
             return Quantized(self.compensate(y, weight)[1])

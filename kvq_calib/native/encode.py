@@ -34,6 +34,8 @@ class TrellisTables:
         refinement_passes: how often coordinates are coded again.
         size_edges: float32 ``[H, K - 1]``, ascending: between the classes of tokens' sizes.
         class_weight: float32 ``[H, K]``, the weight of a token by its class.
+        pair: int32 ``[P, 2]``, the coordinates of each RoPE pair that is turned.
+        cosine, sine: float32 ``[H, P]``, of the angles.
     """
 
     heads: int
@@ -49,6 +51,9 @@ class TrellisTables:
     refinement_passes: int = 0
     size_edges: Tensor | None = None
     class_weight: Tensor | None = None
+    pair: Tensor | None = None
+    cosine: Tensor | None = None
+    sine: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no quantizer has.
@@ -72,6 +77,16 @@ class TrellisTables:
             _check("size_edges", self.size_edges, torch.float32, (heads, classes - 1))
         elif self.class_weight is not None or self.size_edges is not None:
             raise ValueError("size_edges: needed with class_weight, and only then")
+        if self.pair is not None and self.cosine is not None and self.sine is not None:
+            _check("pair", self.pair, torch.int32, (len(self.pair), 2))
+            if sorted(set(places := self.pair.flatten().tolist())) != sorted(places) or (
+                places and not 0 <= min(places) <= max(places) < size
+            ):
+                raise ValueError(f"pair: names coordinates that a head of {size} does not have, or one twice")
+            for name in ("cosine", "sine"):
+                _check(name, getattr(self, name), torch.float32, (heads, len(self.pair)))
+        elif not self.pair is self.cosine is self.sine is None:
+            raise ValueError("pair: needed with cosine and sine, and only then")
         if self.refinement_passes and (self.shares is None or self.refinement_shares is None):
             raise ValueError("refinement_shares: needed for refinement passes")
         if self.states not in (1, 4):
@@ -98,28 +113,33 @@ class TrellisTables:
     def tensors(self) -> list[Tensor]:
         """Everything held but the matrices of error compensation, which others hold too."""
         own = (self.level_count, self.levels, self.scale, self.zero_point, self.inverse)
-        weights = (self.size_edges, self.class_weight)
-        return [*own, *(tensor for tensor in weights if tensor is not None)]
+        some = (self.size_edges, self.class_weight, self.pair, self.cosine, self.sine)
+        return [*own, *(tensor for tensor in some if tensor is not None)]
 
-    def described(self, normalised: bool, by_size: bool) -> KvqTrellis:
-        """The same in C: for input that is ``normalised``, and with weights by the size of a token or without."""
-        compensates, weighs = (
-            self.refinement_passes and not normalised,
-            by_size and self.class_weight is not None,
-        )
-        plain = (None, None, None)
-        thresholds = plain if normalised else (self.scale, self.zero_point, self.inverse)
-        shares = (None, None) if normalised else (self.shares, self.refinement_shares)
-        classes = (self.size_edges, self.class_weight) if weighs else (None, None)
-        return KvqTrellis(
-            self.heads,
-            self.size,
-            self.states,
-            self.refinement_passes if compensates else 0,
-            self.levels.shape[1],
-            0 if not weighs or self.class_weight is None else self.class_weight.shape[1],
-            *map(_pointer, (self.level_count, self.levels, *thresholds, *shares, *classes)),
-        )
+    def described(self, normalised: bool, by_size: bool, turns: bool) -> KvqTrellis:
+        """The same in C: for input that is ``normalised``, with weights by the size of a token or without, and with pairs
+        that are still to be turned or without."""
+        numbers = {
+            "heads": self.heads,
+            "head_dim": self.size,
+            "states": self.states,
+            "level_stride": self.levels.shape[1],
+        }
+        read = {"level_count": self.level_count, "levels": self.levels}
+        if not normalised:
+            read |= {"scale": self.scale, "zero_point": self.zero_point, "inverse": self.inverse}
+            numbers["refinement_passes"] = self.refinement_passes
+            if self.shares is not None:
+                read["shares"] = self.shares
+            if self.refinement_shares is not None:
+                read["refinement_shares"] = self.refinement_shares
+        if by_size and self.class_weight is not None and self.size_edges is not None:
+            read |= {"class_weight": self.class_weight, "size_edges": self.size_edges}
+            numbers["size_classes"] = self.class_weight.shape[1]
+        if turns and self.pair is not None and self.cosine is not None and self.sine is not None:
+            read |= {"pair": self.pair, "cosine": self.cosine, "sine": self.sine}
+            numbers["pairs"] = len(self.pair)
+        return KvqTrellis(**numbers, **{name: tensor.data_ptr() for name, tensor in read.items()})
 
 
 class Encoded(NamedTuple):
@@ -127,17 +147,17 @@ class Encoded(NamedTuple):
 
     Attributes:
         codes: uint8 ``[B, T, C]``.
-        coded: float32 ``[B, T, C]``, what was coded in the last pass.
+        coded: float32 ``[B, T, C]``, what was coded in the last pass; with error compensation.
     """
 
     codes: Tensor
-    coded: Tensor
+    coded: Tensor | None
 
 
 def encode_trellis(
     library: Library,
     tables: TrellisTables,
-    y: Tensor,
+    x: Tensor,
     weight: Tensor | None = None,
     *,
     normalised: bool = False,
@@ -148,9 +168,10 @@ def encode_trellis(
     Args:
         library: that computes.
         tables: of the quantizer.
-        y: float32 ``[B, T, C]`` on the CPU, tokens in blocks of 32 from the first on.
+        x: float32 on the CPU, tokens in blocks of 32 from the first on: ``[B, H, T, D]`` as models have them, or
+            ``[B, T, C]`` with pairs turned already.
         weight: of the tokens' errors, float32 ``[B, T, H]``, not negative; with ``None`` all count alike.
-        normalised: ``y`` is on the scale of the levels, and no error compensation is wanted.
+        normalised: ``x [B, T, C]`` is on the scale of the levels, and no error compensation is wanted.
         by_size: weights are those of the classes of the tokens' sizes, not ``weight``.
 
     Returns:
@@ -160,30 +181,29 @@ def encode_trellis(
     Raises:
         ValueError: tensors of the wrong dtype, shape or device.
     """
-    if not tables.is_exact or _wants_gradient(y, weight):
+    if not tables.is_exact or _wants_gradient(x, weight):
         return None
-    if y.ndim != 3:
-        raise ValueError(f"y: has {y.ndim} dimensions where three are needed")
-    batch, tokens, _ = y.shape
-    y = y.contiguous()
-    _check("y", y, torch.float32, (batch, tokens, tables.heads * tables.size))
+    by_head = x.ndim == 4
+    if (x.ndim != 3 and not by_head) or (normalised and by_head):
+        raise ValueError(f"x: has {x.ndim} dimensions")
+    if x.stride(-1) != 1 or not by_head:
+        x = x.contiguous()
+    batch, tokens = x.shape[0], x.shape[-2]
+    rest = (tables.heads, tokens, tables.size) if by_head else (tokens, tables.heads * tables.size)
+    _check("x", x, torch.float32, (batch, *rest), contiguous=False)
     if weight is not None:
         weight = weight.contiguous()
         _check("weight", weight, torch.float32, (batch, tokens, tables.heads))
     if by_size and (weight is not None or normalised or tables.class_weight is None):
         raise ValueError("by_size: needs classes of sizes, no weights, and numbers as they are")
-    codes = torch.empty(y.shape, dtype=torch.uint8)
-    compensates = tables.shares is not None and not normalised
-    coded = torch.empty_like(y) if compensates else y
+    codes = torch.empty((batch, tokens, tables.heads * tables.size), dtype=torch.uint8)
+    coded = torch.empty(codes.shape) if tables.shares is not None and not normalised else None
+    strides = (x.stride(0), x.stride(2), x.stride(1)) if by_head else (x.stride(0), x.stride(1), tables.size)
     status = library.functions.kvq_encode_trellis(
-        ctypes.byref(tables.described(normalised, by_size)),
-        _pointer(y),
-        _pointer(weight),
-        batch,
-        tokens,
-        torch.get_num_threads(),
-        _pointer(codes),
-        _pointer(coded) if compensates else None,
+        ctypes.byref(tables.described(normalised, by_size, by_head)),
+        *(x.data_ptr(), (ctypes.c_int64 * 3)(*strides), _pointer(weight)),
+        *(batch, tokens, torch.get_num_threads()),
+        *(codes.data_ptr(), _pointer(coded)),
     )
     if status == _NO_MEMORY:
         raise MemoryError("the native encoder found no memory")
@@ -192,15 +212,17 @@ def encode_trellis(
     return None if status == _NOT_A_NUMBER else Encoded(codes, coded)
 
 
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, contiguous: bool = True
+) -> None:
     """Refuse a tensor whose memory is not what a pointer would be taken for.
 
     Raises:
@@ -212,5 +234,5 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise ValueError(
             f"{name}: is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is needed"
         )
-    if not tensor.is_contiguous() or tensor.is_neg():
+    if (contiguous and not tensor.is_contiguous()) or tensor.is_neg():
         raise ValueError(f"{name}: is not contiguous")

@@ -43,9 +43,10 @@ class KvqTrellis(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("heads", "head_dim", "states", "refinement_passes")),
-        *((name, ctypes.c_int32) for name in ("level_stride", "size_classes")),
+        *((name, ctypes.c_int32) for name in ("level_stride", "size_classes", "pairs")),
         *((name, ctypes.c_void_p) for name in ("level_count", "levels", "scale", "zero_point", "inverse")),
         *((name, ctypes.c_void_p) for name in ("shares", "refinement_shares", "size_edges", "class_weight")),
+        *((name, ctypes.c_void_p) for name in ("pair", "cosine", "sine")),
     ]
 
 
@@ -144,10 +145,11 @@ def library_of(isa: str, folder: Path = FOLDER) -> Library:
         raise OSError(f"{_file(isa, folder)} was built for {built_for}")
     if not runs:
         raise _NotHere("this processor does not have it")
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    pointer, size, strides = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     encode = functions.kvq_encode_trellis
     encode.argtypes = [
-        ctypes.POINTER(KvqTrellis), pointer, pointer, size, size, ctypes.c_int32, pointer, pointer
-    ]  # fmt: skip
+        *(ctypes.POINTER(KvqTrellis), pointer, strides, pointer),
+        *(size, size, ctypes.c_int32, pointer, pointer),
+    ]
     encode.restype = ctypes.c_int32
     return Library(isa, functions)
