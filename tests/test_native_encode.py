@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,14 @@ from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.native import loader
 from kvq_calib.native.encode import Encoded, TrellisTables, encode_trellis
 from kvq_calib.native.loader import Library, library_of, usable_isas
+
+ARTIFACT = (
+    Path(__file__).parent.parent
+    / "benchmarks"
+    / "artifacts"
+    / "smollm2-135m-wikitext2"
+    / "kvq3.kvq.safetensors"
+)
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +408,26 @@ def test_other_strides_are_read_right(libraries: list[Library]) -> None:
     strided = y.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
     check_equal(quantizer, strided, libraries)
+
+
+@pytest.mark.skipif(not ARTIFACT.is_file(), reason="the artifact is not part of this distribution")
+def test_the_benchmark_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "FOLDER", folder)
+    monkeypatch.syspath_prepend(str(ARTIFACT.parents[2]))
+    import encode_speed
+
+    output = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/encode_speed.py"])
+    with threads(1):
+        encode_speed.main(["--tokens", "40", "--layer", "3", "--repeats", "2", "--output", str(output)])
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert [(row["kind"], row["tokens"]) for row in content["rows"]] == [("key", 40), ("value", 40)]
+    for row in content["rows"]:
+        assert list(row["seconds"]) == ["torch", *usable_isas(folder)]
+        assert all(seconds["cpu"] > 0 for seconds in row["seconds"].values())
+    assert output.with_suffix(".md").read_text(encoding="utf-8").strip() == capsys.readouterr().out.strip()
 
 
 # ---------------------------------------------------------------- the loader

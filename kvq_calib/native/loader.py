@@ -99,8 +99,12 @@ def _chosen(isa: str, folder: Path) -> Library | None:
     return None
 
 
-def usable_isas(folder: Path = FOLDER) -> Iterator[str]:
-    """Instruction sets whose library is there and runs here, the best first. What is there and does not fit is logged."""
+def usable_isas(folder: Path | None = None) -> Iterator[str]:
+    """Instruction sets whose library is there, in :data:`FOLDER` by default, and runs here, the best first.
+
+    What is there and does not fit is logged.
+    """
+    folder = FOLDER if folder is None else folder
     for isa in ISAS:
         if not _file(isa, folder).exists():
             continue
@@ -123,8 +127,8 @@ def _file(isa: str, folder: Path) -> Path:
 
 
 @lru_cache
-def library_of(isa: str, folder: Path = FOLDER) -> Library:
-    """The library of an instruction set.
+def library_of(isa: str, folder: Path) -> Library:
+    """The library of an instruction set in a folder.
 
     Raises:
         OSError: it is not there, of another version, or not for this processor; one line says which.
