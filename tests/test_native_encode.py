@@ -433,6 +433,20 @@ def test_the_benchmark_runs(
 # ---------------------------------------------------------------- the loader
 
 
+def foreign_library(folder: Path, isa: str, functions: dict[str, str]) -> None:
+    """A library in place of ours whose functions return these constants."""
+    lines = [
+        f'extern "C" {"const char*" if value.startswith(chr(34)) else "int"} {name}() {{ return {value}; }}'
+        for name, value in functions.items()
+    ]
+    source = folder / "other.cpp"
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    compiler = compile_cpu.find_compiler()
+    assert compiler is not None
+    target = folder / compile_cpu.library_name(isa)
+    subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+
+
 def test_the_switch_turns_it_off_and_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -473,31 +487,24 @@ def test_an_instruction_set_is_taken_by_name_or_refused(
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("functions", "reason"),
     [
-        ('int kvq_abi() {{ return {other}; }} const char* kvq_isa() {{ return "{isa}"; }} int kvq_runs_here() {{ return 1; }}',
-         "it has version"),
-        ('int kvq_abi() {{ return {abi}; }} const char* kvq_isa() {{ return "pdp-11"; }} int kvq_runs_here() {{ return 1; }}',
-         "was built for pdp-11"),
-        ("int nothing() {{ return 0; }}", "is no library of this package"),
+        ({"kvq_abi": str(loader.ABI + 1), "kvq_runs_here": "1"}, "it has version"),
+        ({"kvq_abi": str(loader.ABI), "kvq_isa": '"pdp-11"', "kvq_runs_here": "1"}, "was built for pdp-11"),
+        (None, "is no library of this package"),
     ],
-)  # fmt: skip
+)
 def test_a_library_that_does_not_fit_is_named_once_and_torch_computes(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    source: str,
+    functions: dict[str, str] | None,
     reason: str,
 ) -> None:
     isa = next(usable_isas(folder))
-    text = source.format(abi=loader.ABI, other=loader.ABI + 1, isa=isa)
-    (tmp_path / "other.cpp").write_text(f'extern "C" {{ {text} }}\n', encoding="utf-8")
-    compiler = compile_cpu.find_compiler()
-    assert compiler is not None
-    target = tmp_path / compile_cpu.library_name(isa)
-    subprocess.run(
-        [*compiler, "-shared", "-fPIC", str(tmp_path / "other.cpp"), "-o", str(target)], check=True
+    foreign_library(
+        tmp_path, isa, {"other": "1"} if functions is None else {"kvq_isa": f'"{isa}"', **functions}
     )
     monkeypatch.setattr(loader, "FOLDER", tmp_path)
     monkeypatch.delenv("KVQ_CALIB_OPS", raising=False)
@@ -514,16 +521,8 @@ def test_a_set_that_the_processor_lacks_is_passed_over(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     isas = list(usable_isas(folder))
-    text = f'int kvq_abi() {{ return {loader.ABI}; }} const char* kvq_isa() {{ return "{isas[0]}"; }}'
-    (tmp_path / "other.cpp").write_text(
-        f'extern "C" {{ {text} int kvq_runs_here() {{ return 0; }} }}\n', encoding="utf-8"
-    )
-    compiler = compile_cpu.find_compiler()
-    assert compiler is not None
-    target = tmp_path / compile_cpu.library_name(isas[0])
-    subprocess.run(
-        [*compiler, "-shared", "-fPIC", str(tmp_path / "other.cpp"), "-o", str(target)], check=True
-    )
+    mine = {"kvq_abi": str(loader.ABI), "kvq_isa": f'"{isas[0]}"', "kvq_runs_here": "0"}
+    foreign_library(tmp_path, isas[0], mine)
     for isa in isas[1:]:
         (tmp_path / compile_cpu.library_name(isa)).symlink_to(folder / compile_cpu.library_name(isa))
     assert list(usable_isas(tmp_path)) == isas[1:]

@@ -72,9 +72,9 @@ KVQ_INLINE void transpose(Bytes (&rows)[16]) {
         Bytes next[16];
 #pragma GCC unroll 8
         for (int n = 0; n < 8; n++) {
-            next[2 * n] = KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            next[2 * n + 1] =
-                KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            const Bytes a = rows[n], b = rows[n + 8];
+            next[2 * n] = KVQ_SHUFFLE(Bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2 * n + 1] = KVQ_SHUFFLE(Bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
 #pragma GCC unroll 16
         for (int n = 0; n < 16; n++) rows[n] = next[n];

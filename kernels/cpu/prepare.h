@@ -13,8 +13,10 @@ constexpr int kMostClasses = 1 << 10;
 
 // Whether all counts and pointers fit together, so that no table is read beyond its end.
 inline bool is_sound(const KvqTrellis& codec) {
-    if (codec.heads < 1 || codec.heads > kMostHeads || codec.head_dim < 1 || codec.head_dim > kMostSize) return false;
-    if ((codec.states != 1 && codec.states != 4) || codec.level_count == nullptr || codec.levels == nullptr) return false;
+    if (codec.heads < 1 || codec.heads > kMostHeads) return false;
+    if (codec.head_dim < 1 || codec.head_dim > kMostSize) return false;
+    if (codec.states != 1 && codec.states != 4) return false;
+    if (codec.level_count == nullptr || codec.levels == nullptr) return false;
     if (codec.refinement_passes < 0 || (codec.refinement_passes > 0 && codec.refinement_shares == nullptr)) return false;
     if (codec.refinement_shares != nullptr && codec.shares == nullptr) return false;
     const bool normalises = codec.scale != nullptr;

@@ -117,8 +117,8 @@ class TrellisTables:
         return [*own, *(tensor for tensor in some if tensor is not None)]
 
     def described(self, normalised: bool, by_size: bool, turns: bool) -> KvqTrellis:
-        """The same in C: for input that is ``normalised``, with weights by the size of a token or without, and with pairs
-        that are still to be turned or without."""
+        """The same in C: for input that is ``normalised``, with weights by the size of a token or without, and with
+        pairs that are still to be turned or without."""
         numbers = {
             "heads": self.heads,
             "head_dim": self.size,
