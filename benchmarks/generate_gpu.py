@@ -70,15 +70,15 @@ def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device)
     config = model.config
     for start in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - start)
-        shape = (1, config.num_key_value_heads, count, config.head_dim)
+        shape = (2, 1, config.num_key_value_heads, count, config.head_dim)
+        layers = (
+            tuple(torch.randn(shape, device=device, dtype=torch.float16))
+            for _ in range(config.num_hidden_layers)
+        )
         if isinstance(cache, KVQCache):
-            cache._begin(1, torch.arange(start, start + count, device=device)[None], None)
-        for index in range(config.num_hidden_layers):
-            keys, values = (torch.randn(shape, device=device, dtype=torch.float16) for _ in range(2))
-            if isinstance(cache, KVQCache):
-                layer = cache.layers[index]
-                layer.ops.append(layer.storage, keys, values, cache.table)
-            else:
+            cache.append(layers)
+        else:
+            for index, (keys, values) in enumerate(layers):
                 cache.update(keys, values, index)
 
 

@@ -86,13 +86,7 @@ RECIPES: dict[str, KVCacheSpec] = {
     "dense2": recipe(key={"bits": 2, "outliers": {}}, value={"bits": 2, "outliers": {}}, sink_tokens=0),
     "mixed-phase-rotation": recipe(
         key={"bits": 6, "variable_bits": True, "phase": True},
-        value={
-            "bits": 5,
-            "variable_bits": True,
-            "granularity": "channel",
-            "dynamic": False,
-            "rotation": True,
-        },
+        value={"bits": 5, "variable_bits": True, "granularity": "channel", "dynamic": False},
         sink_tokens=2,
     ),
     "feedback": recipe(
@@ -124,7 +118,6 @@ RECIPES: dict[str, KVCacheSpec] = {
             "dynamic": False,
             "trellis": True,
             "importance": True,
-            "rotation": True,
             "outliers": {},
         },
         sink_tokens=2,

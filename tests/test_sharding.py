@@ -22,7 +22,7 @@ LAYER = LayerGeometry(num_query_heads=8, num_kv_heads=4, head_dim=8, rope=0)
 GEOMETRY = KVGeometry(layers=(LAYER, LAYER.model_copy(update={"sliding_window": 40})), ropes=(ROPE,))
 CHANNELS = {"granularity": "channel", "dynamic": False, "outliers": {}, "variable_bits": True}
 STATIC = {
-    "phase-rotation": recipe(key={**CHANNELS, "phase": True}, value={**CHANNELS, "rotation": True}),
+    "phase-rotation": recipe(key={**CHANNELS, "phase": True}, value=CHANNELS),
     "feedback": recipe(key={**CHANNELS, "feedback": True, "phase": True}, value={**CHANNELS, "bits": 3}),
     "one-width": recipe(key={"bits": 3, "outliers": {}}, value={**CHANNELS, "variable_bits": False}),
 }
@@ -30,20 +30,22 @@ STATIC = {
 RANK = """
 import sys, torch, torch.distributed as dist
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.torch_ops import TorchOps
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 from kvq_calib.artifact.shard import shard
 
 def attention(artifact, query, keys, values):
     outputs = []
     for number, pair in enumerate(artifact.quantizers()):
-        ops = ReferenceOps(pair["key"], pair["value"])
+        ops = TorchOps(pair["key"], pair["value"])
         sinks, cpu = artifact.spec.sink_tokens, torch.device("cpu")
         table = SlotTable(1, sinks, artifact.spec.recent_tokens, cpu)
         storage = LayerStorage(pair["key"], pair["value"], 1, sinks, cpu)
         tokens = keys.shape[2]
         table.append(torch.arange(tokens)[None], None)
-        ops.append(storage, keys, values, table)
+        storage.append(keys, values, table, ops.pack)
         seen = Visibility(None, tokens, tokens, artifact.geometry.layers[number].sliding_window)
         outputs.append(ops.attend(AttentionRequest(query, seen, 8**-0.5), storage, table))
     return torch.stack(outputs)
