@@ -197,7 +197,7 @@ class Quantizer(ABC):
         )
 
     def derived(self) -> list[Tensor]:
-        """Tensors that are kept beside the stored ones once they were needed."""
+        """Tensors that are made of the stored ones once and kept."""
         return []
 
     # ------------------------------------------------------------ what a reader of the codes asks

@@ -284,25 +284,13 @@ class KVQCache(Cache):  # type: ignore[misc]
 
 
 def _check_streamable(artifact: KVArtifact) -> None:
-    storage = torch.finfo(getattr(torch, artifact.spec.storage_dtype))
-    for index, layer in enumerate(artifact.spec.resolved(len(artifact.layers))):
+    for index, quantizers in enumerate(artifact.quantizers()):
         rope = artifact.geometry.rope_of(index)
-        for kind in ("key", "value"):
-            spec = layer.of(kind)
-            if spec.granularity == "channel" and spec.dynamic:
-                raise RuntimeMismatchError(
-                    f"layer {index}: dynamic thresholds per channel need the whole text at once and serve "
-                    "evaluation only; use static thresholds (dynamic: false)"
-                )
-            params = artifact.layers[index].of(kind)
-            if params.scale is not None and params.zero_point is not None:
-                largest = float((params.zero_point.float().abs() + params.scale.float()).max())
-                if largest > storage.max:
-                    raise RuntimeMismatchError(
-                        f"layer {index}: {kind} thresholds reach {largest:.3g}, more than "
-                        f"{artifact.spec.storage_dtype} holds; calibrate with storage_dtype: bfloat16"
-                    )
-        if layer.key.pre_rope and rope is not None and rope.length_dependent:
+        for kind, quantizer in quantizers.items():
+            reason = quantizer.cannot_stream()
+            if reason is not None:
+                raise RuntimeMismatchError(f"layer {index}, {kind}s: {reason}")
+        if quantizers["key"].spec.pre_rope and rope is not None and rope.length_dependent:
             raise RuntimeMismatchError(
                 f"layer {index}: the rotary embedding depends on the length of the text; "
                 "calibrate with pre_rope: false"

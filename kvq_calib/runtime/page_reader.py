@@ -71,8 +71,7 @@ class PageReader:
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self.layout = quantizer.layout
-        params = quantizer.params
-        self.device = params.bits.device
+        self.device = quantizer.device
         #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
         #: normalized values can take them instead of every value.
         self.separable = not (self.layout.token_params or self.layout.outlier_cap)
@@ -87,7 +86,7 @@ class PageReader:
         self._single = [(group, *self._level_table(group, table)) for group in groups if not group.paired]
 
     def _widths(self) -> Iterator[_Group]:
-        index = self.quantizer.params.codebook_index.to(torch.int64)
+        index = self.quantizer.table_index
 
         def group(width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
             used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
@@ -100,7 +99,7 @@ class PageReader:
         for width, channels, rows in self.layout.groups(self.device):
             yield group(width, channels, rows.flatten())
         if 0 in widths:
-            channels = (self.quantizer.params.bits == 0).nonzero().flatten()
+            channels = torch.tensor(self.layout.widths, device=self.device).eq(0).nonzero().flatten()
             yield group(0, channels, channels[:0])
 
     def _pair_tables(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +179,7 @@ class PageReader:
                 self._scale_channels(y)
             if corrections is not None:
                 y.view(-1).index_add_(0, *next(corrections))
-            if self.quantizer.spec.channel_normalized:
+            if self.quantizer.channel_normalised:
                 self._scale_channels(y)
             yield y.view(batch, layout.heads, layout.head_dim, -1)
 

@@ -84,7 +84,7 @@ class TorchOps:
         self.key = key
         self.value = value
         self.heads = key.layout.heads
-        self.device = key.params.bits.device
+        self.device = key.device
         rope = rope_of(key)
         self.rope = None if rope is None else RopeTable(rope, self.device)
 
@@ -97,6 +97,7 @@ class TorchOps:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
         found = [tensor for reader in self.readers for tensor in reader.tensors()]
         for quantizer in (self.key, self.value):
+            found += quantizer.derived()
             for _, channels, rows in quantizer.layout.groups(torch.device("cpu")):
                 found += [channels, rows]
         return found + (self.rope.tensors() if self.rope is not None else [])
@@ -146,10 +147,10 @@ class TorchOps:
         if self.rope is None:
             return query, query
         query = self.rope.scale_(query.mT).mT
-        turns = self.key.params.phase
+        turns = self.key.pair_angle
         if turns is None:
             return query, query
-        angle = turns.float()[..., None]
+        angle = turns[..., None]
         turned = self.rope.rotate_(query.mT.clone(), angle.cos(), angle.sin())
         return query, turned.mT
 

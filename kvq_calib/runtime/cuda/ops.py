@@ -17,7 +17,7 @@ from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.pages import PageTable
 from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.cuda.structs import TYPES
-from kvq_calib.runtime.cuda.tables import KernelTables, unsupported
+from kvq_calib.runtime.cuda.tables import CODECS, KernelTables, unsupported
 from kvq_calib.runtime.dense import attend_dense
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.slots import SlotTable
@@ -147,6 +147,9 @@ def ops_with(quantizers: Sequence[Mapping[Kind, Quantizer]], launcher: Launcher)
 
 def _check_layers(quantizers: Sequence[Mapping[Kind, Quantizer]]) -> None:
     for index, pair in enumerate(quantizers):
+        other = [q.codec for q in pair.values() if q.codec not in CODECS]
+        if other:
+            raise RuntimeMismatchError(f"layer {index}: the codec {other[0]!r} has no CUDA kernels")
         sizes = [pair[kind].layout.head_dim for kind in ("key", "value")]
         if sizes[0] != sizes[1]:
             raise RuntimeMismatchError(

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.packing import PAGE_BLOCKS
-from kvq_calib.codec.quantizer import Quantizer, importance_edges, reciprocal
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.scalar import ScalarQuantizer
+from kvq_calib.codec.thresholds import reciprocal
+from kvq_calib.codec.token_weighting import size_edges
+from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
 from kvq_calib.runtime.rope_table import rope_of
 from kvq_calib.schema.spec import Kind
 
-__all__ = ["MAX_HEAD_DIM", "KernelTables", "unsupported"]
+__all__ = ["CODECS", "MAX_HEAD_DIM", "KernelTables", "unsupported"]
 
 MAX_HEAD_DIM = 256
+#: Codecs that the kernels know.
+CODECS = (ScalarQuantizer.codec, TrellisQuantizer.codec)
 
 
 class KernelTables:
@@ -40,39 +46,54 @@ class KernelTables:
     """
 
     def __init__(self, quantizer: Quantizer, kind: Kind) -> None:
-        params, spec, layout = quantizer.params, quantizer.spec, quantizer.layout
+        layout = quantizer.layout
         self.quantizer, self.kind = quantizer, kind
-        self.device = params.bits.device
+        self.device = quantizer.device
         self.heads, self.head_dim = layout.heads, layout.head_dim
         self.words = PAGE_BLOCKS * layout.words_per_block
         self.token = layout.token_params
-        self.trellis = spec.trellis
-        self.channel_normalized = spec.channel_normalized
+        self.trellis = quantizer.codes_in_blocks
+        self.channel_normalized = quantizer.channel_normalised
         self.cap = quantizer.outlier_cap
-        self.per_side = spec.outliers.per_side(layout.channels)
+        self.per_side = 0
+        if isinstance(quantizer, ScalarQuantizer):
+            self.per_side = quantizer.spec.outliers.per_side(layout.channels)
         self.storage = quantizer.storage
         self.storage_bfloat = quantizer.storage == torch.bfloat16
         self.rope = rope_of(quantizer) if kind == "key" else None
-        self.bits = params.bits.contiguous()
+        self.bits = self._tensor(layout.widths, torch.uint8)
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
-        shared = not bool(params.codebook_index.any()) and len(set(layout.widths)) == 1
+        shared = not bool(quantizer.table_index.any()) and len(set(layout.widths)) == 1
         rows = slice(0, 1) if shared else slice(None)
         self.levels = quantizer.levels[rows].contiguous()
         if self.trellis:
             self.boundaries = ((self.levels[:, :-4] + self.levels[:, 4:]) * 0.5).contiguous()
         else:
-            self.boundaries = quantizer.boundaries[rows].contiguous()
+            self.boundaries = nearest_boundaries(self.levels, self.bits[rows]).contiguous()
         self.level_stride = 0 if shared else 1
-        self.scale = None if params.scale is None else quantizer.scale.contiguous()
-        self.zero_point = None if params.zero_point is None else quantizer.zero_point.contiguous()
-        self.reciprocal = None if self.scale is None else reciprocal(self.scale)
-        self.refinements = spec.sweeps
-        self.compensation = quantizer.feedback.contiguous() if spec.feedback else None
-        self.refinement = quantizer.sweep_shares.contiguous() if spec.sweeps else None
-        self.token_weight = self.weight_edges = None
-        if params.importance is not None and params.importance_unit is not None:
-            self.token_weight = params.importance.float().contiguous()
-            self.weight_edges = importance_edges(params.importance_unit).contiguous()
+        self.scale: Tensor | None = None
+        self.zero_point: Tensor | None = None
+        self.reciprocal: Tensor | None = None
+        if quantizer.has_channel_thresholds:
+            self.scale, self.zero_point = quantizer.scale.contiguous(), quantizer.zero_point.contiguous()
+            self.reciprocal = reciprocal(self.scale)
+        self.refinements = 0
+        self.compensation: Tensor | None = None
+        self.refinement: Tensor | None = None
+        self.token_weight: Tensor | None = None
+        self.weight_edges: Tensor | None = None
+        if isinstance(quantizer, TrellisQuantizer):
+            self._set_encoder(quantizer)
+
+    def _set_encoder(self, quantizer: TrellisQuantizer) -> None:
+        """What only the encoder of the trellis codec reads."""
+        made, params = quantizer.compensation, quantizer.params
+        if made is not None:
+            self.compensation, self.refinements = made.shares.contiguous(), made.refinement_passes
+            self.refinement = None if made.refinement_shares is None else made.refinement_shares.contiguous()
+        if params.token_weight is not None and params.token_size_unit is not None:
+            self.token_weight = params.token_weight.float().contiguous()
+            self.weight_edges = size_edges(params.token_size_unit).contiguous()
 
     def _tensor(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -112,7 +133,7 @@ class KernelTables:
     def angles(self) -> Tensor:
         """int32 ``[H, D / 2, 2]``: turns per token, and at position 0, which undo the rotation of the pair."""
         start = torch.zeros(self.heads, self.head_dim // 2, dtype=torch.float64, device=self.device)
-        angle = self.quantizer.params.phase
+        angle = self.quantizer.pair_angle
         if angle is not None:
             start[:, : angle.shape[1]] = -angle.double()
         return torch.stack((self.frequencies.expand(self.heads, -1), _turns(start)), dim=-1).contiguous()
@@ -120,14 +141,13 @@ class KernelTables:
     @cached_property
     def pair_rotation(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Cosines and sines ``[H, P]``, and per coordinate its partner and pair; then ``P``."""
-        angle = self.quantizer.params.phase
+        angle = self.quantizer.pair_angle
         if angle is None:
             return None
         place = [-1] * self.head_dim
         for number, (first, second) in enumerate(self.rope_pairs[0][: angle.shape[1]]):
             place[first] = second | number << 16
             place[second] = first | number << 16 | 1 << 15
-        angle = angle.float()
         return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, angle.shape[1]])
 
     # Tables of the decode kernel.
