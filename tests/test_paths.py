@@ -9,12 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq_calib.codec import trellis
+from kvq_calib.codec import paths
 from kvq_calib.codec.packing import pack_units, slice_bytes
-from kvq_calib.codec.quantizer import Quantizer, QuantParams
-from kvq_calib.codec.trellis import Subsets, best_path, level_index, lowest_bits_before, pair_index
-from kvq_calib.schema.geometry import LayerGeometry
-from kvq_calib.schema.spec import QuantSpec
+from kvq_calib.codec.paths import Subsets, best_path, level_index, lowest_bits_before, pair_index
 
 
 def path_of(
@@ -74,25 +71,6 @@ def test_blocks_and_sequences_do_not_depend_on_each_other(seed: int, width: int,
         assert torch.equal(codes[:, 1:2, part], path_of(levels, bits, u[:, 1:2, part]))
 
 
-def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one() -> None:
-    generator = torch.Generator().manual_seed(1)
-    spec = QuantSpec(bits=3, variable_bits=True, trellis=True)
-    shape = LayerGeometry(num_query_heads=1, num_kv_heads=1, head_dim=4)
-    rows = [torch.linspace(-1, 1, 1 if width == 0 else 2 << width) for width in range(4)]
-    rows[0] = torch.tensor([0.25])
-    codebook = torch.stack([torch.cat((row, row[-1:].expand(16 - len(row)))) for row in rows])
-    widths = torch.arange(4, dtype=torch.uint8)
-    params = QuantParams(widths, codebook, torch.arange(4).int(), torch.ones(4), torch.zeros(4))
-    quantizer = Quantizer(spec, params, shape)
-    x = torch.randn(2, 1, 50, 4, generator=generator).clamp(-1, 1)
-    codes = quantizer.quantize(x).codes
-    assert codes.amax((0, 1)).tolist() == [0, 1, 3, 7]
-    seen = quantizer(x)
-    assert (seen[..., 0] == 0.25).all()
-    for width in range(1, 4):
-        assert torch.isin(seen[..., width], rows[width]).all()
-
-
 def test_twice_the_levels_lower_the_error_by_more_than_a_decibel() -> None:
     """Normal samples, 3 bits: the optimal scalar quantizer has 14.62 dB."""
     levels = torch.erfinv((2 * torch.arange(16) + 1) / 16 - 1) * 2**0.5 * 1.25
@@ -107,18 +85,11 @@ def test_all_channels_may_have_width_zero() -> None:
 
 
 def test_a_first_call_in_inference_mode_leaves_nothing_that_gradients_trip_over() -> None:
-    trellis._pair_tables.cache_clear()
+    paths._pair_tables.cache_clear()
     levels, bits, u = torch.linspace(-1, 1, 16)[None], torch.tensor([3]), torch.randn(1, 1, 40)
     with torch.inference_mode():
         codes = path_of(levels, bits, u)
     assert torch.equal(path_of(levels, bits, u.clone().requires_grad_()), codes)
-
-
-def test_a_trellis_needs_static_thresholds_and_a_spare_bit() -> None:
-    with pytest.raises(ValueError, match="trellis needs static thresholds"):
-        QuantSpec(bits=3, trellis=True, granularity="token", dynamic=True)
-    with pytest.raises(ValueError, match="at most 7"):
-        QuantSpec(bits=8, trellis=True)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
@@ -127,3 +98,16 @@ def test_bytes_of_packed_codes_become_indices_as_single_codes_do(width: int) -> 
     data = slice_bytes(pack_units(codes, width), width).flatten(-2)
     row = 256 * lowest_bits_before(data).to(torch.int64) + data
     assert torch.equal(pair_index(width)[row].flatten(-2), level_index(codes))
+
+
+@given(st.integers(0, 2**31))
+def test_subsets_in_parts_are_subsets_of_the_parts(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 4, (6,), generator=generator)
+    levels = torch.randn(6, 16, generator=generator).sort(1).values
+    u = torch.randn(6, 1, 40, generator=generator)
+    whole = path_of(levels, bits, u)
+    parts = Subsets.of(levels, bits).split(2)
+    assert len(parts) == 3
+    for part, own, mine in zip(parts, u.split(2), whole.split(2), strict=True):
+        assert torch.equal(best_path(part, own)[0], mine)
