@@ -84,7 +84,8 @@ class _Unpickler(pickle.Unpickler):
         known = self._allowed.get((module, name))
         if known is None:
             raise ArtifactFileError(
-                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it was run"
+                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it "
+                "was run"
             )
         return known
 
@@ -262,7 +263,8 @@ def _channels(name: str, part: Any, channels: int) -> Tensor:
     thresholds = _array(name, part)
     if len(thresholds) != channels:
         raise ConfigError(
-            f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was made for"
+            f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was "
+            "made for"
         )
     return thresholds
 
