@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact, LayerParams
 from kvq_calib.codec.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.intercept import LayerKV, intercept
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.capture import LayerKV, intercept
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
 
@@ -51,7 +51,7 @@ def random_artifact(
 
 def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codebooks: int = 1) -> KVArtifact:
     """A random artifact whose thresholds fit what ``model`` caches for random tokens."""
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     resolved = spec.resolved(len(geometry.layers))
     samples: list[dict[Kind, Tensor]] = [{} for _ in geometry.layers]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,25 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.compat import crop_takes_removed
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.intercept import AttentionCall, attention_modules, layer_of
 from kvq_calib.model.rope import Rotation, find_apply_rotary
-from kvq_calib.runtime.attention import attach, mark
+from kvq_calib.runtime.attention import attach
 from kvq_calib.runtime.storage import LayerStorage, SlotTable, StorageMark
 from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
 
 __all__ = ["KVQCache", "KVQCacheLayer"]
 
 _log = logging.getLogger("kvq_calib.runtime")
-#: In releases where ``crop`` takes the number of tokens to remove, 0 keeps everything; else 0 is a length.
-_CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 
 
-class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class KVQCacheLayer(AttendingLayer):
     """One layer of a :class:`KVQCache`, as transformers sees it.
 
     Args:
@@ -41,23 +41,13 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         ops: what stores and attends.
     """
 
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
     def __init__(self, cache: KVQCache, index: int, ops: ReferenceOps) -> None:
-        super().__init__()
+        super().__init__(ops.geometry.sliding_window)
         self.cache = cache
         self.index = index
         self.ops = ops
         self.storage: LayerStorage | None = None
-        self.sliding_window = ops.geometry.sliding_window
         self._pending = False
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether the layer sees a window only."""
-        return self.sliding_window is not None
 
     @property
     def length(self) -> int:
@@ -66,44 +56,20 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # ------------------------------------------------- what transformers calls
 
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: storage is made when the first tokens arrive."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to attention, which will store them.
-
-        Args:
-            key_states, value_states: ``[B, H, T, D]``, keys as the model rotated them.
-            args, kwargs: not used.
-
-        Returns:
-            The same two tensors, the keys marked with this layer.
-        """
+        """Hand the new keys and values on to attention, once that of the layer before has come."""
         self.cache._refuse_pending()
         self._pending = True
-        return mark(key_states, self), value_states
+        return super().update(key_states, value_states)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        embeddings: Any,
-        options: Mapping[str, Any],
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Store the new tokens and attend to all; called by the attention function.
 
         Args:
-            module: the attention module.
-            query: ``[B, Hq, T, D]``, rotated.
-            key, value: ``[B, H, T, D]``, keys rotated.
-            mask: as :class:`~kvq_calib.runtime.torch_ops.Visibility` takes it.
-            embeddings: the model's (cos, sin) of these tokens, or ``None``.
-            options: keyword arguments of the attention function.
+            call: queries ``[B, Hq, T, D]``, keys and values ``[B, H, T, D]``, queries and keys rotated, and a mask as
+                :class:`~kvq_calib.runtime.torch_ops.Visibility` takes it.
 
         Returns:
             ``[B, T, Hq, D]``.
@@ -113,6 +79,8 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 pass.
         """
         self._pending = False
+        module, query, key, value = call.module, call.query, call.key, call.value
+        options = call.kwargs
         with self.cache._undone_on_failure():
             cache, ops = self.cache, self.ops
             batch, _, tokens, size = query.shape
@@ -120,10 +88,10 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 raise RuntimeMismatchError(
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
-            visibility = Visibility(mask, self.length + tokens, tokens, options.get("sliding_window"))
+            visibility = Visibility(call.mask, self.length + tokens, tokens, options.get("sliding_window"))
             keys, rotation = key, None
             if ops.key.spec.pre_rope and ops.key.rope is not None:
-                rotation = self._rotation(module, embeddings)
+                rotation = self._rotation(module, call.position_embeddings)
                 keys = rotation.unrotate(key)
             if cache._begins(self, batch, tokens):
                 positions = cache._positions(options.get("position_ids"), tokens, query.device)
@@ -174,29 +142,6 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 "the length of the text?); calibrate with pre_rope: false, or this model anew"
             )
 
-    def get_mask_sizes(self, query: int | Tensor, *args: Any) -> tuple[int, int]:
-        """Slots the mask should cover, and the first of them.
-
-        Args:
-            query: number of new tokens, or (older releases) their positions.
-            args: not used.
-        """
-        tokens = query if isinstance(query, int) else query.shape[0]
-        first = 0 if self.sliding_window is None else max(self.length - self.sliding_window + 1, 0)
-        return self.length + tokens - first, first
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Slots held, those a sliding window has passed included."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """The window, or -1 for no limit (newer releases)."""
-        return -1 if self.sliding_window is None else self.sliding_window
-
-    def get_max_cache_shape(self) -> int:
-        """The window, or -1 for no limit (older releases)."""
-        return self.get_max_length()
-
     def crop(self, *args: Any) -> None:
         """Layers share their slots, so only the cache can be cropped."""
         raise NotImplementedError("crop the cache, not one layer of it")
@@ -229,8 +174,8 @@ class KVQCache(Cache):  # type: ignore[misc]
     """A packed key-value cache for one model.
 
     Use it like any cache of transformers: ``model.generate(**inputs, cache=KVQCache(artifact, model))`` (before 5.24
-    the argument is ``past_key_values``). The constructor switches the model's attention implementation to one that
-    reads packed storage and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
+    the argument is ``past_key_values``). The constructor attaches the model: attention over a packed cache is the cache's
+    own from then on, and all else stays as it was; :func:`kvq_calib.runtime.detach` undoes that.
 
     Args:
         artifact: calibrated for this model.
@@ -267,7 +212,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         ops, note = select_ops(artifact, device, backend)
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        attach(model)
+        attach(model, artifact.geometry)
         self.artifact = artifact
         self.device = device
         self.recent_tokens = artifact.spec.recent_tokens if recent_tokens is None else recent_tokens
@@ -403,7 +348,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         elif count < 0:
             kept = max(length + count, 0)
         else:
-            kept = length if _CROP_TAKES_REMOVED else 0
+            kept = length if crop_takes_removed() else 0
         if kept >= length or self.table is None:
             return
         if kept == 0:
@@ -593,11 +538,7 @@ def _check_streamable(artifact: KVArtifact) -> None:
 
 def _attention_modules(model: nn.Module, layers: int) -> set[nn.Module]:
     """The attention modules, as a set that hashes by identity."""
-    return {
-        module
-        for module in model.modules()
-        if isinstance(index := getattr(module, "layer_idx", None), int) and index < layers
-    }
+    return {module for module in attention_modules(model) if layer_of(module) < layers}
 
 
 def _single_device(modules: set[nn.Module]) -> torch.device:

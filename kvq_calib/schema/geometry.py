@@ -48,6 +48,7 @@ class LayerGeometry(Frozen):
 
     Attributes:
         num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
+        value_head_dim: of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
     """
@@ -55,6 +56,7 @@ class LayerGeometry(Frozen):
     num_query_heads: Annotated[int, Field(ge=1)]
     num_kv_heads: Annotated[int, Field(ge=1)]
     head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    value_head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     rope: Annotated[int, Field(ge=0)] | None = None
 
