@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.intercept import LayerKV, intercept
-from kvq_calib.model.load import load_model, with_cache
+from kvq_calib.model.capture import LayerKV, intercept
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
 
 SAMPLE_TOKENS = 1024

@@ -20,8 +20,9 @@ from gpu_recipes import RECIPES, Recipe
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint, with_cache
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
@@ -53,7 +54,7 @@ def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
 
 def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
     """For keys and values of unit spread: speed needs no better."""
-    specs, geometry = recipe.specs(), model_geometry(model)
+    specs, geometry = recipe.specs(), inspect_model(model).geometry
     layers = tuple(
         LayerParams(**{kind: recipe.params(kind, layer, geometry.rope_of(index)) for kind in KINDS})
         for index, layer in enumerate(geometry.layers)

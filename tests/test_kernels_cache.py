@@ -9,7 +9,7 @@ from models_zoo import tiny_model, token_ids
 from shim.host import HostLauncher, compiler
 
 from kvq_calib.codec.packing import PageLayout
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, detach
 from kvq_calib.runtime import ops as backends
 from kvq_calib.runtime.cuda.ops import CudaOps, ops_with

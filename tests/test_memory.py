@@ -26,7 +26,7 @@ from kvq_calib.evaluate.memory import (
     shape_report,
     stages,
 )
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage

@@ -16,7 +16,7 @@ from kvq_calib import KVQCache
 from kvq_calib.codec.quantizer import Quantized, Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.paged import TOKENS, PagedLayout, codes_of, packed_tensor
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import attached
 from kvq_calib.runtime.page_reader import PageReader
 from kvq_calib.runtime.storage import PackedTensor

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from kvq_calib.artifact.artifact import ArtifactModelError
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
 from kvq_calib.runtime.visibility import Visibility
 

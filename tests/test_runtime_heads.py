@@ -12,7 +12,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.cuda.ops import ops_with
-from kvq_calib.runtime.rope_table import RopeTable, rope_of
+from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
@@ -84,7 +84,7 @@ class Layer:
             seen = torch.cat((exact[:, :, :sinks], quantizer(exact[:, :, :packed])[:, :, sinks:]), 2)
             sides.append(torch.cat((seen, exact[:, :, packed:]), 2))
         keys, values = sides
-        if rope_of(self.key) is not None:
+        if self.key.read_rope is not None:
             table = RopeTable(ROPE, CPU)
             turned = table.rotate_(keys.mT.clone(), *table.cos_sin(torch.arange(keys.shape[2])[None]))
             keys = table.scale_(turned).mT

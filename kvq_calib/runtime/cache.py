@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 from collections.abc import Iterable
@@ -16,7 +15,8 @@ from transformers.cache_utils import Cache
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.compat import crop_takes_removed
+from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.runtime.attention import attach
 from kvq_calib.runtime.cache_layer import KVQCacheLayer
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
@@ -29,8 +29,6 @@ from kvq_calib.runtime.visibility import Visibility
 __all__ = ["KVQCache"]
 
 _log = logging.getLogger("kvq_calib.runtime")
-#: In releases where ``crop`` takes the number of tokens to remove, 0 keeps everything; else 0 is a length.
-_CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 
 
 class KVQCache(Cache):  # type: ignore[misc]
@@ -76,7 +74,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         ops, note = choose_ops(self.quantizers, self.device, backend)
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        attach(model)
+        attach(model, artifact.geometry)
         self.artifact = artifact
         self.backend = ops[0].name
         geometry = artifact.geometry
@@ -175,7 +173,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         elif count < 0:
             kept = max(length + count, 0)
         else:
-            kept = length if _CROP_TAKES_REMOVED else 0
+            kept = length if crop_takes_removed() else 0
         if kept >= length:
             return
         if kept == 0:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from torch import Tensor
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.rope import Rotation, find_apply_rotary
-from kvq_calib.runtime.attention import mark
+from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.intercept import AttentionCall
+from kvq_calib.model.rope import RopeTable, Rotation, find_apply_rotary
 from kvq_calib.runtime.forward_pass import ForwardPass
 from kvq_calib.runtime.ops import Ops
-from kvq_calib.runtime.rope_table import RopeTable
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
@@ -22,7 +20,7 @@ from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 __all__ = ["KVQCacheLayer"]
 
 
-class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class KVQCacheLayer(AttendingLayer):
     """One layer of a :class:`~kvq_calib.runtime.cache.KVQCache`.
 
     Args:
@@ -32,17 +30,12 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         checks_rope: compare the model's angles with the artifact's in every pass.
     """
 
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
     def __init__(self, index: int, ops: Ops, forward_pass: ForwardPass, checks_rope: bool) -> None:
-        super().__init__()
+        super().__init__(forward_pass.contents.windows[index])
         self.index = index
         self.ops = ops
         self.forward_pass = forward_pass
         self.checks_rope = checks_rope
-        self.sliding_window = forward_pass.contents.windows[index]
 
     @property
     def storage(self) -> LayerStorage | None:
@@ -51,76 +44,47 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return storages[self.index] if storages else None
 
     @property
-    def is_sliding(self) -> bool:
-        """Whether the layer sees a window only."""
-        return self.sliding_window is not None
-
-    @property
     def length(self) -> int:
         """Slots held."""
         return self.forward_pass.contents.length_of(self.index)
 
-    # ------------------------------------------------- what transformers calls
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: storage is made when the first tokens arrive."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to attention, which will store them.
-
-        Args:
-            key_states, value_states: ``[B, H, T, D]``, keys as the model rotated them.
-            args, kwargs: not used.
-
-        Returns:
-            The same two tensors, the keys marked with this layer.
-        """
+        """Hand the new keys and values on to attention, once that of the layer before has come."""
         self.forward_pass.announce(self.index)
-        return mark(key_states, self), value_states
+        return super().update(key_states, value_states)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        embeddings: Any,
-        options: Mapping[str, Any],
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Store the new tokens and attend to all; called by the attention function.
 
         Args:
-            module: the attention module.
-            query: ``[B, Hq, T, D]``, rotated.
-            key, value: ``[B, H, T, D]``, keys rotated; values may have heads of another size.
-            mask: as :class:`~kvq_calib.runtime.visibility.Visibility` takes it.
-            embeddings: the model's (cos, sin) of these tokens, or ``None``.
-            options: keyword arguments of the attention function.
+            call: queries ``[B, Hq, T, D]``, keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, queries and keys
+                rotated, and a mask as :class:`~kvq_calib.runtime.visibility.Visibility` takes it.
 
         Returns:
-            ``[B, T, Hq, D]``, ``D`` of the values, contiguous.
+            ``[B, T, Hq, Dv]``.
 
         Raises:
             RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
                 pass.
         """
-        with self.forward_pass.attention(self.index, module):
-            batch, _, tokens, size = query.shape
-            visibility = Visibility(mask, self.length + tokens, tokens, options.get("sliding_window"))
-            rope, keys = self.ops.rope, key
+        with self.forward_pass.attention(self.index, call.module):
+            batch, _, tokens, size = call.query.shape
+            options = call.kwargs
+            visibility = Visibility(call.mask, self.length + tokens, tokens, options.get("sliding_window"))
+            rope, keys = self.ops.rope, call.key
             if rope is not None:
-                keys = self._rotation(module, embeddings).unrotate(key)
+                keys = self._rotation(call).unrotate(call.key)
             positions = options.get("position_ids")
             storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
             if rope is not None and self.checks_rope:
-                self._check_rope(rope, keys, key, table.positions(table.length - tokens, table.length))
-            self.store(storage, keys, value, table)
+                newest = table.positions(table.length - tokens, table.length)
+                self._check_rope(rope, keys, call.key, newest)
+            self.store(storage, keys, call.value, table)
             scaling = options.get("scaling")
             request = AttentionRequest(
-                query,
+                call.query,
                 visibility,
                 size**-0.5 if scaling is None else float(scaling),
                 options.get("softcap"),
@@ -140,13 +104,13 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             storage.drop_before(storage.length + 1 - self.sliding_window, table)
         storage.append(keys, values, table, self.ops.pack)
 
-    def _rotation(self, module: nn.Module, embeddings: Any) -> Rotation:
-        if embeddings is None:
+    def _rotation(self, call: AttentionCall) -> Rotation:
+        if call.position_embeddings is None:
             raise RuntimeMismatchError(
                 f"layer {self.index} was called without position_embeddings; "
                 "calibrate with pre_rope: false for this model"
             )
-        return Rotation(find_apply_rotary(module), *embeddings)
+        return Rotation(find_apply_rotary(call.module), *call.position_embeddings)
 
     def _check_rope(self, rope: RopeTable, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
         """Refuse angles other than those of the artifact: they would be wrong on every later read."""
@@ -158,29 +122,6 @@ class KVQCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self.index} rotates keys by other angles than at calibration (RoPE that depends on "
                 "the length of the text?); calibrate with pre_rope: false, or this model anew"
             )
-
-    def get_mask_sizes(self, query: int | Tensor, *args: Any) -> tuple[int, int]:
-        """Slots the mask should cover, and the first of them.
-
-        Args:
-            query: number of new tokens, or (older releases) their positions.
-            args: not used.
-        """
-        tokens = query if isinstance(query, int) else query.shape[0]
-        first = 0 if self.sliding_window is None else max(self.length - self.sliding_window + 1, 0)
-        return self.length + tokens - first, first
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Slots held, those a sliding window has passed included."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """The window, or -1 for no limit (newer releases)."""
-        return -1 if self.sliding_window is None else self.sliding_window
-
-    def get_max_cache_shape(self) -> int:
-        """The window, or -1 for no limit (older releases)."""
-        return self.get_max_length()
 
     def crop(self, *args: Any) -> None:
         """Layers share their slots, so only the cache can be cropped."""

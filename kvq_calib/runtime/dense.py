@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kvq_calib.codec.packing import PAGE_BLOCKS
+from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.exact_tokens import ExactTokens
-from kvq_calib.runtime.rope_table import RopeTable
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.visibility import AttentionRequest

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.cuda.ops import make_cuda_ops
-from kvq_calib.runtime.rope_table import RopeTable
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.torch_ops import TorchOps

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.online_softmax import OnlineSoftmax
 from kvq_calib.runtime.page_reader import PageReader
-from kvq_calib.runtime.rope_table import RopeTable, rope_of
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility, as_additive
@@ -85,7 +85,7 @@ class TorchOps:
         self.value = value
         self.heads = key.layout.heads
         self.device = key.device
-        rope = rope_of(key)
+        rope = key.read_rope
         self.rope = None if rope is None else RopeTable(rope, self.device)
 
     @cached_property

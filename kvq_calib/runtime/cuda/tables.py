@@ -15,7 +15,6 @@ from kvq_calib.codec.scalar import ScalarQuantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
-from kvq_calib.runtime.rope_table import rope_of
 from kvq_calib.schema.spec import Kind
 
 __all__ = ["CODECS", "MAX_HEAD_DIM", "KernelTables", "unsupported"]
@@ -60,7 +59,7 @@ class KernelTables:
             self.per_side = quantizer.spec.outliers.per_side(layout.channels)
         self.storage = quantizer.storage
         self.storage_bfloat = quantizer.storage == torch.bfloat16
-        self.rope = rope_of(quantizer) if kind == "key" else None
+        self.rope = quantizer.read_rope if kind == "key" else None
         self.bits = self._tensor(layout.widths, torch.uint8)
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
         shared = not bool(quantizer.table_index.any()) and len(set(layout.widths)) == 1
