@@ -27,9 +27,10 @@ from common import RESULTS, environment, environment_lines, markdown_table, time
 from fit import fit_all_values
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.model.capture import LayerKV

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from kvq_calib.calibrate import allocation
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.codec.quantizer import Quantizer, QuantParams, codebook_table
+from kvq_calib.codec.quantizer import Quantizer, QuantParams
+from kvq_calib.codec.trellis import codebook_table
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.kmeans import distortion, exact_kmeans

@@ -12,7 +12,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.calibrate.rate_distortion import spec_by_layer
-from kvq_calib.codec.quantizer import error_weight, triangular_factor
+from kvq_calib.codec.error_compensation import error_weight_matrix, triangular_factor
 from kvq_calib.data import TokenWindows
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
@@ -74,7 +74,7 @@ def test_what_a_factor_leaves_is_what_its_rounding_errors_cost():
     found = error_feedback(w, rank=2)
     assert found.feedback.shape == (HEADS, 2 * DIM)
     assert bool((found.feedback_weight > 0).all())
-    taken = error_weight(found.feedback, found.feedback_scale, found.feedback_weight, 2)
+    taken = error_weight_matrix(found.feedback, found.feedback_scale, found.feedback_weight, 2)
     unit, _ = triangular_factor(taken)
     damped = w + 0.03 * torch.diag_embed(w.diagonal(dim1=-2, dim2=-1))
     for head in range(HEADS):

@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 from models_zoo import tiny_model
 
-from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
 from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS
-from kvq_calib.codec.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.codec.trellis import Subsets, best_path
+from kvq_calib.codec.paths import Subsets, best_path
+from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.codec.trellis import pack_codebooks, storable_thresholds
 from kvq_calib.errors import ConfigError
 from kvq_calib.schema.spec import QuantSpec
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.codec.quantizer import error_weight, triangular_factor
+from kvq_calib.codec.error_compensation import error_weight_matrix, triangular_factor
 
 __all__ = ["ErrorFeedback", "GradientCovariance", "error_feedback"]
 
@@ -102,7 +102,7 @@ def error_feedback(weight: Tensor, rank: int = 0) -> ErrorFeedback:
     most = stored.square().sum(-1).amax(-1)
     scale = (scale * ((1 - _OWN) / most.clamp(min=1 - _OWN)).sqrt()).float()
     share = _shares(diagonal).clamp(min=torch.finfo(torch.float16).smallest_normal)
-    matrix, _ = triangular_factor(error_weight(feedback, scale, share, rank))
+    matrix, _ = triangular_factor(error_weight_matrix(feedback, scale, share, rank))
     # A rounding error of coordinate i is an error of all that takes it up.
     spread = torch.linalg.solve_triangular(
         matrix, torch.eye(size).to(weight).expand_as(weight), upper=False, unitriangular=True

@@ -22,18 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import LayerParams, reference_quantizers
 from kvq_calib.calibrate.allocation import storable_levels
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.gradients import activations_only, head_logits, is_splittable, recomputed_layers
-from kvq_calib.codec.quantizer import (
-    Quantizer,
-    QuantParams,
-    codebook_table,
-    pack_codebooks,
-    roundtrip_storage,
-    storable_thresholds,
-)
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.quantizer import Quantizer, QuantParams, roundtrip_storage
+from kvq_calib.codec.registry import make_quantizers
+from kvq_calib.codec.trellis import codebook_table, pack_codebooks, storable_thresholds
 from kvq_calib.errors import CalibrationError
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.placement import input_device, is_offloaded
@@ -312,7 +307,7 @@ def learn(
             ids = window[None].to(device)
             reference = unquantized(model, ids)
             for own, candidate in zip(found, candidates, strict=True):
-                quantizers = reference_quantizers(cache, geometry, candidate, device)
+                quantizers = make_quantizers(cache, geometry, candidate, device)
                 own.append(divergence(model, ids, cache, quantizers, reference=reference))
         return [math.fsum(own) / held_out for own in found]
 

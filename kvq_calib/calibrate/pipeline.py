@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.error_compensation import GradientCovariance
@@ -37,6 +37,7 @@ from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.calibrate.statistics import ChannelHistogram, LevelHistogram, Magnitude, Statistics
 from kvq_calib.calibrate.token_weighting import TokenImportance
 from kvq_calib.calibrate.vocabulary_samples import strewn
+from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError

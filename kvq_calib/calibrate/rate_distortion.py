@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.allocation import (
     Curves,
     allocate,
@@ -21,7 +21,9 @@ from kvq_calib.calibrate.allocation import (
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
 from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
 from kvq_calib.calibrate.token_weighting import TokenImportance
-from kvq_calib.codec.quantizer import QuantParams, storable_thresholds
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.codec.trellis import storable_thresholds
 from kvq_calib.schema.geometry import KVGeometry, RopeSpec
 from kvq_calib.schema.recipe import AllocationConfig
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec

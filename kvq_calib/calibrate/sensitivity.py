@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import LayerParams, reference_quantizers
 from kvq_calib.calibrate.distributed import world
 from kvq_calib.calibrate.finetune import divergence
 from kvq_calib.calibrate.gradients import activations_only, recomputed_layers
+from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.registry import make_quantizers
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
@@ -65,7 +66,7 @@ def error_sensitivity(
 
     quantize: list[Mapping[Kind, Callable[[Tensor], Tensor]]] = [
         {kind: scaled(layer, kind, quantizer) for kind, quantizer in own.items()}
-        for layer, own in enumerate(reference_quantizers(cache, geometry, layers))
+        for layer, own in enumerate(make_quantizers(cache, geometry, layers))
     ]
     rank, ranks = world()
     with ExitStack() as stack:

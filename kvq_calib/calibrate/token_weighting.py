@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.codec.quantizer import importance_classes, squared_size
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES
+from kvq_calib.codec.token_weighting import SIZE_CLASSES, size_classes, squared_size
 
 __all__ = ["TokenImportance"]
 
@@ -29,7 +28,7 @@ class TokenImportance(Sums):
     """
 
     def __init__(self, heads: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(2, heads, IMPORTANCE_CLASSES, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, heads, SIZE_CLASSES, dtype=torch.float64, device=device)
 
     def update(self, y: Tensor, gradient: Tensor, unit: Tensor) -> None:
         """Add tokens.
@@ -39,7 +38,7 @@ class TokenImportance(Sums):
             unit: float32 ``[H]``, the same in every call: what is stored as ``importance_unit``.
         """
         heads = self.sums.shape[1]
-        place = importance_classes(unit, squared_size(y.float(), heads)).T.to(self.sums.device)
+        place = size_classes(unit, squared_size(y.float(), heads)).T.to(self.sums.device)
         cost = gradient.double().square().unflatten(1, (heads, -1)).sum(-1).T.to(self.sums.device)
         self.sums[0].scatter_add_(1, place, cost)
         self.sums[1].scatter_add_(1, place, torch.ones_like(cost))
