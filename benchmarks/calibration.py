@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact, LayerParams
 from kvq_calib.calibrate.gradients import fisher_pass
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.model.geometry import model_geometry

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kvq_calib.calibrate import allocation
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.quantizer import Quantizer, QuantParams, codebook_table
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError

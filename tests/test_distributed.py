@@ -18,7 +18,7 @@ TEXT = "".join(chr(97 + (i * i + i // 7) % 26) if i % 6 else " " for i in range(
 #: Calibrates with checkpoints after every window; a rank named by DIE_AT_RANK kills itself after DIE_AFTER windows.
 CODE = """
 import os, signal
-import kvq_calib.calibrate.pipeline as pipeline
+import kvq_calib.calibrate.run as pipeline
 pipeline.CHECKPOINT_SECONDS = 0.0
 if os.environ.get("DIE_AT_RANK", "none") == os.environ.get("RANK"):
     save, windows = pipeline._Run._save, iter(range(int(os.environ["DIE_AFTER"])))

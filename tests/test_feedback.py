@@ -10,8 +10,8 @@ from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
-from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.calibrate.rate_distortion import spec_by_layer
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.quantizer import error_weight, triangular_factor
 from kvq_calib.data import TokenWindows
 from kvq_calib.model.load import model_fingerprint, with_cache

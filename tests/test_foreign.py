@@ -7,7 +7,7 @@ import torch
 from models_zoo import tiny_model
 
 from kvq_calib.calibrate.distribution import WeightedHistogram
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.vocabulary_samples import strewn
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.token_weighting import TokenImportance
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config

@@ -6,7 +6,7 @@ from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import LayerParams
 from kvq_calib.calibrate.finetune import Trainable, divergence, learn
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.quantizer import Quantizer, QuantParams, pack_codebooks, storable_thresholds
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.geometry import LayerGeometry, RopeSpec

@@ -8,7 +8,7 @@ from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.model.intercept import intercept

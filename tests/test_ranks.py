@@ -30,7 +30,7 @@ def ranks_of():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "kvq_calib.calibrate.pipeline",
+            "kvq_calib.calibrate.run",
             "kvq_calib.model.load",
             "kvq_calib.data",
             "kvq_calib.cli.main",

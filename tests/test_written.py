@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.self_generated import WrittenText, write
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError

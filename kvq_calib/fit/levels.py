@@ -1,6 +1,7 @@
 """A codebook from weighted statistics: one function per datatype, and Q-Norm.
 
-To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`.
+To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`, and in
+:data:`DATA_FREE` if its levels do not depend on the data.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from kvq_calib.fit.kmeans import Floats, exact_kmeans, lloyd_kmeans
 from kvq_calib.schema.spec import Datatype
 
 Solver = Literal["exact", "lloyd"]
+
+#: Datatypes whose levels do not depend on the data.
+DATA_FREE: tuple[Datatype, ...] = ("uniform", "normal_float")
 
 
 def uniform_levels(bits: int) -> Floats:
