@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.calibrate.error_compensation import error_feedback
+from kvq_calib.calibrate.error_compensation import compensation_factors
 from kvq_calib.codec.quantizer import (
     Quantizer,
     QuantParams,
@@ -307,12 +307,15 @@ def fed_for(weight, rank=0):
         torch.full((CHANNELS,), 2.0),
         zero_point=torch.zeros(CHANNELS),
     )
-    found = error_feedback(weight.double().expand(HEADS, -1, -1), rank)
+    found = compensation_factors(weight.double().expand(HEADS, -1, -1), rank)
     x = 0.5 * torch.randn(1, HEADS, 500, DIM, generator=torch.Generator().manual_seed(1))
 
     def cost(**options):
-        stored = found._asdict()
-        del stored["left"]
+        stored = {
+            "feedback": found.entries,
+            "feedback_scale": found.scale,
+            "feedback_weight": found.weight,
+        }
         params = replace(even, **stored) if options else even
         rank_of = {"feedback_rank": rank} if options else {}
         error = Quantizer(QuantSpec(bits=3, **options, **rank_of), params, SHAPE)(x) - x

@@ -1,8 +1,9 @@
 """Codebooks that channels of one width share, with a scale and a zero point for every channel.
 
 A table of levels for every channel would cost bits that buy more elsewhere, so channels of one width share a few
-(:func:`share_codebooks`). How levels are placed depends on the codec (:func:`level_curves`): for codes of the nearest level by
-Lloyd's iteration; for a trellis by the optimal density first, and then where the best paths use them (:func:`follow_paths`).
+(:func:`share_codebooks`). How levels are placed depends on the codec (:func:`level_curves`): for codes of the nearest
+level by Lloyd's iteration; for a trellis by the optimal density first, and then where the best paths use them
+(:func:`follow_paths`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ _SHARE_ROUNDS = 10
 _FRESH_ROUNDS = 2
 #: A channel that never moves still needs a positive scale.
 SMALLEST_SCALE = 1e-8
-#: Error of the best path, its levels moved, over that of the nearest level at the start: 2.4 to 2.8 for normal samples and 1.9
-#: to 2.3 for Laplacian ones, 1 to 4 bits. Only its size against the error without any bits matters here.
+#: Error of the best path, its levels moved, over that of the nearest level at the start: 2.4 to 2.8 for normal
+#: samples and 1.9 to 2.3 for Laplacian ones, 1 to 4 bits. Only its size against the error without any bits matters
+#: here.
 _PATH_OVER_NEAREST = 2.4
-#: Rounds of finding paths and moving levels; how far beyond the mean of its samples a level moves in all but the last, since
-#: whole runs of levels creep in one direction; and the blocks of samples of one codebook.
+#: Rounds of finding paths and moving levels; how far beyond the mean of its samples a level moves in all but the
+#: last, since whole runs of levels creep in one direction; and the blocks of samples of one codebook.
 _PATH_ROUNDS = 16
 _PATH_STEP = 1.9
 _SAMPLE_BLOCKS = 1024
@@ -65,10 +67,10 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
     """Scale and zero point per channel, and at most ``most`` codebooks for the channels of one width.
 
     Alternates between three steps: each channel takes the codebook that serves it best; scale and zero point follow by
-    weighted least squares given the codes; each level becomes the weighted mean of what it codes. None of them can increase
-    the weighted error of the nearest level. In the first rounds levels are placed anew for all that a codebook codes
-    (:func:`level_placement`) instead, since what they start from is a mean of other levels. With a trellis the levels then
-    follow what paths use them for (:func:`follow_paths`).
+    weighted least squares given the codes; each level becomes the weighted mean of what it codes. None of them can
+    increase the weighted error of the nearest level. In the first rounds levels are placed anew for all that a
+    codebook codes (:func:`level_placement`) instead, since what they start from is a mean of other levels. With a
+    trellis the levels then follow what paths use them for (:func:`follow_paths`).
 
     Args:
         curves: the layer's, with widths up to the largest in ``widths``.
@@ -105,8 +107,8 @@ def share_codebooks(curves: Curves, widths: Tensor, most: int, spec: QuantSpec) 
 
 
 def follow_paths(books: Tensor, width: int, samples: Tensor) -> Tensor:
-    """Levels for a trellis: each moves to the mean of the samples that the best paths code with it, repeatedly, and, but for the
-    last time, as far again nearly (over-relaxation).
+    """Levels for a trellis: each moves to the mean of the samples that the best paths code with it, repeatedly, and,
+    but for the last time, as far again nearly (over-relaxation).
 
     Args:
         books: float64 ``[G, L]``, the start: levels for the nearest-level rule.

@@ -1,6 +1,6 @@
-"""Streaming statistics for widths and levels per channel: moments of channels and RoPE pairs, and weighted distributions.
+"""Streaming statistics of channels: moments, also of RoPE pairs, and weighted distributions.
 
-State depends on channels and bins, never on tokens, and two states add.
+They give widths and levels per channel. State depends on channels and bins, never on tokens, and two states add.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The KL divergence from a model's own predictions to those it makes with quantized keys and values, and its gradient."""
+"""KL divergence from a model's predictions to those it makes with quantized keys and values, and its gradient."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ rounding errors are left, weighed by ``D`` (the argument of GPTQ, arXiv 2210.173
 weights). ``D`` is never above the diagonal of ``W``, and a reader of the cache has nothing to do.
 
 ``M`` has as many entries as half the square of the head's size. Where that is too much to store, ``W`` is taken as
-``S (I - diag(F F^T) + F F^T) S``, ``S`` diagonal and ``F`` of few columns (factor analysis of the correlations), and ``M``
-follows from that.
+``S (I - diag(F F^T) + F F^T) S``, ``S`` diagonal and ``F`` of few columns (factor analysis of the correlations), and
+``M`` follows from that.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _shares(weight: Tensor) -> Tensor:
 def _factor(correlation: Tensor, rank: int) -> Tensor:
     """Columns whose outer products come closest to correlations ``[H, D, D]`` beside the diagonal, ``[H, D, rank]``.
 
-    Factor analysis by maximum likelihood (Jöreskog, 1967), a few rounds of its fixed point: what a coordinate has of its own scales
-    the correlations, whose largest eigenvalues beyond 1 are what coordinates have in common.
+    Factor analysis by maximum likelihood (Jöreskog, 1967), a few rounds of its fixed point: what a coordinate has of
+    its own scales the correlations, whose largest eigenvalues beyond 1 are what coordinates have in common.
     """
     own = torch.full_like(correlation[..., 0], 0.5)
     factor = correlation[..., :rank]

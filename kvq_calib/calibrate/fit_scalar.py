@@ -1,7 +1,7 @@
 """Fits recipes of one table of levels for each layer's keys or values: KVQuant's, and the baselines.
 
-Thresholds of channels are quantiles of a sketch of each channel. Levels are fitted to the distribution of normalised values,
-weighted by squared gradients of the loss where the recipe says so (KVQuant section 3.3).
+Thresholds of channels are quantiles of a sketch of each channel. Levels are fitted to the distribution of normalised
+values, weighted by squared gradients of the loss where the recipe says so (KVQuant section 3.3).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Fits recipes with a width for every channel from one budget (kvq*).
 
-Moments of channels give the rotation of key pairs; weighted distributions of the rotated channels give what every width costs
-each of them, and with one budget the widths and levels (:mod:`kvq_calib.calibrate.rate_distortion`). What errors cost on the
-model's output corrects the budget, and gradient descent on what is stored comes last where the recipe has it.
+Moments of channels give the rotation of key pairs; weighted distributions of the rotated channels give what every
+width costs each of them, and with one budget the widths and levels (:mod:`kvq_calib.calibrate.rate_distortion`). What
+errors cost on the model's output corrects the budget, and gradient descent on what is stored comes last where the
+recipe has it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The protocol of what fits a recipe, and the registry of ways to do it.
 
-To add one, write a class with the methods of :class:`Fitter` in a file of its own and give it a name with :func:`register`; see
-``fit_scalar.py`` and ``fit_trellis.py``. Passes, checkpoints and assembly need nothing new.
+To add one, write a class with the methods of :class:`Fitter` in a file of its own and give it a name with
+:func:`register`; see ``fit_scalar.py`` and ``fit_trellis.py``. Passes, checkpoints and assembly need nothing new.
 """
 
 from __future__ import annotations

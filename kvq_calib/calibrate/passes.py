@@ -1,7 +1,7 @@
 """Passes of windows of text through a model, which feed accumulators.
 
-A pass knows keys, views and windows; it knows nothing of recipes and codecs. Windows are divided over ranks, and what the
-ranks have seen is added up at the end of each pass.
+A pass knows keys, views and windows; it knows nothing of recipes and codecs. Windows are divided over ranks, and what
+the ranks have seen is added up at the end of each pass.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from kvq_calib.calibrate.clock import Clock, Progress
 from kvq_calib.calibrate.distributed import added_over_ranks, world
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.plan import Captured, Key, ObservedKey, Table, View
+from kvq_calib.calibrate.statistics import Statistics
 from kvq_calib.calibrate.texts import Window
 from kvq_calib.model.intercept import LayerKV
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["Passes", "observe_window"]
-
-Reader = Callable[[Captured], Any]
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Passes:
         Raises:
             CalibrationError: activations or gradients are not finite.
         """
+        self.prepare(keys)
         observation = _Observation(keys, self.geometry, self.state.statistics, self.totals)
         forward = self.clock.timing(part, observation.see)
         backward = self.clock.timing(part, observation.see_gradients)
@@ -72,7 +72,6 @@ class Passes:
             else:
                 forward_pass(self.model, ids)
 
-        self.prepare(keys)
         if observation.needs_gradients:
             self.steps(part, len(windows), step, keys)
         else:
@@ -133,23 +132,38 @@ def observe_window(
     return found
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A view of one layer, and what takes up what it gives."""
+
+    view: View[Any]
+    read: Callable[[Captured], Any]
+    takers: list[tuple[ObservedKey[Any, Any], Statistics]]
+
+
 class _Observation:
-    """Hands captured layers to the keys of a pass that look at the present window."""
+    """Hands captured layers to the keys of a pass that look at the present window.
+
+    Args:
+        keys: of the pass.
+        geometry: of the model.
+        statistics: the accumulators of the keys.
+        totals: statistics of earlier stages.
+    """
 
     def __init__(
         self, keys: Sequence[ObservedKey[Any, Any]], geometry: KVGeometry, statistics: Table, totals: Table
     ) -> None:
         self.window: Window | None = None
-        self._statistics = statistics
-        self._keys: dict[View[Any], list[ObservedKey[Any, Any]]] = {}
+        readings: dict[View[Any], _Reading] = {}
         for key in keys:
-            self._keys.setdefault(key.view, []).append(key)
-        self._readers: dict[View[Any], Reader] = {view: view.reader(geometry, totals) for view in self._keys}
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether any key does."""
-        return any(view.needs_gradients for view in self._keys)
+            if key.view not in readings:
+                readings[key.view] = _Reading(key.view, key.view.reader(geometry, totals), [])
+            readings[key.view].takers.append((key, statistics.get(key)))
+        self.needs_gradients = any(view.needs_gradients for view in readings)
+        self._readings: dict[tuple[int, bool], list[_Reading]] = {}
+        for view, reading in readings.items():
+            self._readings.setdefault((view.tensor.layer, view.needs_gradients), []).append(reading)
 
     def see(self, kv: LayerKV) -> None:
         """A layer in the forward pass."""
@@ -161,10 +175,8 @@ class _Observation:
 
     def _hand_out(self, captured: Captured, needs_gradients: bool) -> None:
         assert self.window is not None
-        for view, keys in self._keys.items():
-            if view.tensor.layer != captured.kv.layer or view.needs_gradients != needs_gradients:
-                continue
-            if view.text.takes(self.window):
-                seen = self._readers[view](captured)
-                for key in keys:
-                    key.add(self._statistics.get(key), seen)
+        for reading in self._readings.get((captured.kv.layer, needs_gradients), ()):
+            if reading.view.text.takes(self.window):
+                seen = reading.read(captured)
+                for key, statistics in reading.takers:
+                    key.add(statistics, seen)

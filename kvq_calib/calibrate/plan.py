@@ -1,8 +1,8 @@
 """What a calibration collects: typed keys of statistics, and the plan that lists them.
 
-A recipe asks for statistics by keys. A key is frozen and says everything that decides its statistics: what of the model is
-looked at (a :class:`View`), on which windows of text, and how it is accumulated. Recipes that ask for equal keys share one
-accumulator, and keys of equal views share the work of reading.
+A recipe asks for statistics by keys. A key is frozen and says everything that decides its statistics: what of the
+model is looked at (a :class:`View`), on which windows of text, and how it is accumulated. Recipes that ask for equal
+keys share one accumulator, and keys of equal views share the work of reading.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class ChannelView(View[Tensor]):
 class MagnitudeKey(ObservedKey[Magnitude, Tensor]):
     """The largest magnitude of rotated keys, or of values.
 
-    Whatever is calibrated, every pass over the calibration text looks at these first, so that the first layer that gives
-    something else than numbers is named; later ones only follow it.
+    Whatever is calibrated, every pass over the calibration text looks at these first, so that the first layer that
+    gives something else than numbers is named; later ones only follow it.
     """
 
     def empty(self, geometry: KVGeometry) -> Magnitude:
@@ -240,8 +240,8 @@ class Plan:
     """Which statistics each stage collects.
 
     Attributes:
-        stages: distinct keys by stage, in the order in which they were first asked for; a stage that nobody asked for is
-            left out.
+        stages: distinct keys by stage, in the order in which they were first asked for; a stage that nobody asked for
+            is left out.
     """
 
     stages: Mapping[Stage, tuple[ObservedKey[Any, Any], ...]]

@@ -30,8 +30,9 @@ __all__ = ["Measure", "TensorStatistics", "correction", "fit_layers", "pair_phas
 Measure = Callable[[tuple[LayerParams, ...]], Mapping[CachedTensor, Tensor]]
 """What the errors of a fit cost by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`."""
 
-#: How much of what compensation takes from the weights of a layer (in logarithms, on average) the allocation counts on: errors
-#: that are handed on widen what a coordinate has to code. Between the coordinates of the layer it counts on all of it.
+#: How much of what compensation takes from the weights of a layer (in logarithms, on average) the allocation counts
+#: on: errors that are handed on widen what a coordinate has to code. Between the coordinates of the layer it counts
+#: on all of it.
 _TRUST = 0.5
 #: Share of what compensation saves on the calibration text that is left on other text.
 _OTHER_TEXT = 0.7
@@ -39,8 +40,8 @@ _OTHER_TEXT = 0.7
 _MATRIX_SHARE = 0.4
 #: Columns of the factors of compensation that are tried.
 _FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
-#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head, small ones are
-#: noise, and can be negative.
+#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head,
+#: small ones are noise, and can be negative.
 _MOST, _LEAST = 64.0, 1 / 8
 
 
@@ -65,8 +66,7 @@ class TensorStatistics:
 
 
 def pair_phases(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
-    """The angles by which pairs of key channels are rotated, float16 ``[H, P]``; ``None`` where the spec or the layer has
-    none."""
+    """The angles by which key pairs are rotated, float16 ``[H, P]``; ``None`` where spec or layer have none."""
     return moments.principal_phase() if spec.phase and rope is not None else None
 
 
@@ -78,9 +78,10 @@ def spec_by_layer(
 ) -> KVCacheSpec:
     """The spec with error compensation as it pays in each layer at ``settings.context`` tokens, or left out.
 
-    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large heads and a
-    sliding window; factors of few columns save less and take far less. Where the matrix takes too large a share of what it
-    saves, the factor that saves most beyond what it takes is stored. A rank that the spec gives is taken or left out.
+    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large
+    heads and a sliding window; factors of few columns save less and take far less. Where the matrix takes too large a
+    share of what it saves, the factor that saves most beyond what it takes is stored. A rank that the spec gives is
+    taken or left out.
 
     Args:
         cache: spec.
@@ -101,7 +102,13 @@ def spec_by_layer(
 
 
 def _compensation_that_pays(spec: QuantSpec, covariance: Tensor, numbers: int) -> dict[str, int | bool]:
-    """What of a spec to change so that compensation pays on so many numbers; ``covariance`` of gradients ``[H, D, D]``."""
+    """What of a spec to change so that compensation pays on so many numbers.
+
+    Args:
+        spec: of the tensor.
+        covariance: of the gradients, float64 ``[H, D, D]``.
+        numbers: that are held of the tensor.
+    """
     stored, saved = {}, {}
     ranks = [rank for rank in _FACTOR_RANKS if 4 * rank <= covariance.shape[-1]]
     for rank in [spec.feedback_rank] if spec.feedback_rank else [0, *ranks]:
@@ -229,7 +236,7 @@ class _BudgetedFit:
     tensors: Sequence[_Tensor]
 
     def widths(self, errors: Sequence[Tensor]) -> list[Tensor]:
-        """Widths within the budget, uint8 ``[C]`` each, for what every width costs every channel, ``[C, widths]`` each."""
+        """Widths within the budget, uint8 ``[C]`` each, for errors by width, float64 ``[C, widths]`` each."""
         counted = [
             table if tensor.at.layer else table * self.settings.first_layer
             for table, tensor in zip(errors, self.tensors, strict=True)

@@ -1,8 +1,8 @@
 """Self-generated calibration text: windows that the model writes itself.
 
-Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can be
-given: what it generates is drawn from its own distribution, with the registers, languages and oddities of its training text.
-(LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, calibrate weights on such text.)
+Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can
+be given: what it generates is drawn from its own distribution, with the registers, languages and oddities of its
+training text. (LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, calibrate weights on such text.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What the errors of each head's keys and values really cost, measured on the model's output.
 
 The weighted error of an allocation is a second-order estimate, head by head. This measures all heads at once and at
-the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a = 1`` of
-their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an error that costs
-``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other included.
+the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a``
+of 1 of their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an
+error that costs ``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other
+included.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Token weighting: what an error of a token costs, by the size of its vector.
 
-Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens. An encoder
-that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it sees is the token:
-in many models, tokens that only collect attention that is needed nowhere else have much smaller values than the rest.
+Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens.
+An encoder that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it
+sees is the token: in many models, tokens that only collect attention that is needed nowhere else have much smaller
+values than the rest.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class TokenCosts(Statistics):
         """Add tokens.
 
         Args:
-            y, gradient: float ``[N, C]`` on the CPU, values as they are to be quantized and the gradients of the loss with
-                respect to them.
+            y, gradient: float ``[N, C]`` on the CPU, values as they are to be quantized and the gradients of the loss
+                with respect to them.
             unit: float32 ``[H]``, the same in every call: the size that classes are counted from.
         """
         heads = self.sums.shape[1]
@@ -50,7 +51,11 @@ class TokenCosts(Statistics):
         self.sums[1].scatter_add_(1, place, torch.ones_like(cost))
 
     def weights(self, shrinkage: float) -> Tensor:
-        """Mean squared gradient of each class over that of all tokens, moved towards 1 by this share: float16 ``[H, 32]``."""
+        """Mean squared gradient of each class over that of all tokens, float16 ``[H, 32]``.
+
+        Args:
+            shrinkage: how far a weight is moved towards 1, 0 to 1.
+        """
         cost, count = self.sums
         mean = (cost.sum(1, keepdim=True) / count.sum(1, keepdim=True).clamp(min=1)).clamp(
             min=torch.finfo(torch.float64).tiny

@@ -1,8 +1,9 @@
 """Tokens that the calibration text does not have.
 
-A few windows of text hold a tenth of a vocabulary. Keys and values of the first layer are functions of the token alone, and
-those of the next few layers nearly are, so a token that another text uses often may lie far from everything that was
-seen. The model can be asked what they are: with tokens drawn from the vocabulary put into the text.
+A few windows of text hold a tenth of a vocabulary. Keys and values of the first layer are functions of the token
+alone, and those of the next few layers nearly are, so a token that another text uses often may lie far from
+everything that was seen. The model can be asked what they are: with tokens drawn from the vocabulary put into the
+text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def sample_tokens(vocabulary: int, count: int, generator: torch.Generator) -> Te
 
 
 def with_vocabulary_samples(ids: Tensor, vocabulary: int, seed: int) -> Tensor:
-    """Replace every second token, from the second on, by one drawn from the vocabulary: int64 ``[N, T]``, as ``ids``."""
+    """Replace every second token of ``ids [N, T]``, from the second on, by one drawn from the vocabulary."""
     text = ids.clone()
     places = text[:, _FIRST::_STEP]
     found = sample_tokens(vocabulary, places.numel(), torch.Generator().manual_seed(seed))

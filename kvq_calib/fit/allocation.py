@@ -73,7 +73,8 @@ def allocate(
 
     Each channel takes the width of least ``distortion + multiplier * bits stored``; the multiplier, found by
     bisection, is the same for all, so that the last stored bit of every channel is worth the same (reverse
-    water-filling). A bit of width is stored for every token that is held: where a sliding window leaves few, it costs little.
+    water-filling). A bit of width is stored for every token that is held: where a sliding window leaves few, it costs
+    little.
 
     Args:
         distortion: one float64 ``[C, widths]`` for each layer and kind.

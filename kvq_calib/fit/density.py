@@ -35,8 +35,8 @@ def evenly_weighted(weights: Tensor) -> Tensor:
 def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
     """Levels of every row by Lloyd's iteration from a cut of the row that is nearly optimal.
 
-    Iterating from other starts ends in local optima that may be far off: for 32 levels of a channel's distribution 13% above
-    the optimum on average from the point density that is optimal for many levels, 1% from here.
+    Iterating from other starts ends in local optima that may be far off: for 32 levels of a channel's distribution
+    13% above the optimum on average from the point density that is optimal for many levels, 1% from here.
 
     Args:
         points, weights: float64 ``[C, n]``, ``points`` sorted. A row without weight counts as evenly weighted.
@@ -66,9 +66,9 @@ def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
 def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
     """Levels of every row that follow the optimal point density of many levels.
 
-    For a trellis, where not every level can be taken for every token: a level at an isolated value of much weight, as those
-    of least nearest-level error have, can often not be taken when that value comes. A single level is the mean. Arguments
-    and result as for :func:`lloyd`.
+    For a trellis, where not every level can be taken for every token: a level at an isolated value of much weight, as
+    those of least nearest-level error have, can often not be taken when that value comes. A single level is the mean.
+    Arguments and result as for :func:`lloyd`.
     """
     if k == 1:
         return lloyd(points, weights, 1)
@@ -77,7 +77,7 @@ def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _index_at_share(points: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
-    """Where the optimal point density of many levels reaches these shares, int64 ``[C, shares]``, indices of ``points``.
+    """Indices of the points where the optimal density of many levels reaches these shares, int64 ``[C, shares]``.
 
     The density is proportional to the cube root of the weighted density (Panter and Dite, 1951). Points and weights as
     for :func:`lloyd`; every row has weight.
@@ -91,7 +91,7 @@ def _index_at_share(points: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def _run_ends(points: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Cut every row into ``count`` runs of equal shares of the density: int64 ``[C, count + 1]``, where runs begin or end."""
+    """Where ``count`` runs of equal shares of the density begin and end in every row: int64 ``[C, count + 1]``."""
     rows, size = points.shape
     if count == size:  # each point is a run
         return torch.arange(size + 1, device=points.device).expand(rows, -1)
@@ -101,11 +101,11 @@ def _run_ends(points: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def _centres_of_best_cut(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Weighted means of the cells of the best cut of every row into ``k`` cells, each a sequence of whole runs of points.
+    """Weighted means of the cells of the best cut of every row into ``k`` cells.
 
-    Runs have equal shares of the density of :func:`_index_at_share`, so a few for each level suffice, and a cell is never
-    much longer than the mean. Dynamic programming over the runs, all rows at once. Arguments and result as for
-    :func:`lloyd`; every row has weight.
+    A cell is a sequence of whole runs of points. Runs have equal shares of the density of :func:`_index_at_share`, so
+    a few for each level suffice, and a cell is never much longer than the mean. Dynamic programming over the runs,
+    all rows at once. Arguments and result as for :func:`lloyd`; every row has weight.
     """
     rows, size = points.shape
     tiny = torch.finfo(points.dtype).tiny

@@ -1,7 +1,7 @@
 """A codebook from weighted statistics: one function per datatype, and Q-Norm.
 
-To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`, and in
-:data:`DATA_FREE` if its levels do not depend on the data.
+To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`,
+and in :data:`DATA_FREE` if its levels do not depend on the data.
 """
 
 from __future__ import annotations
