@@ -18,7 +18,7 @@ from models_zoo import tiny_model, tiny_tokenizer, token_ids
 from test_cli import TEXT, assert_one_line, call, files
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import layers, report, svg
 from kvq_calib.fit.levels import fit_levels
