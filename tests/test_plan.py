@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from kvq_calib.model.geometry import model_geometry
 from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
@@ -23,6 +22,7 @@ from kvq_calib.calibrate.texts import Source, TextLibrary, Window, text_of, unit
 from kvq_calib.codec.quantizer import QuantParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.fit.levels import uniform_levels
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.recipe import calibration_config
 
@@ -37,7 +37,7 @@ def model():
 
 
 def plan(model, *configs):
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     made = [make_fitter(Recipe(str(n), config, geometry, 4)) for n, config in enumerate(configs)]
     magnitudes = magnitude_keys(len(geometry.layers), 4)
     return make_plan(lambda stage: [key for fitter in made for key in fitter.keys(stage)], magnitudes)
@@ -65,10 +65,10 @@ def test_recipes_that_ask_for_the_same_share_it(model, one, other):
     "changes",
     [
         ("cache.sink_tokens=4",),
-        ("cache.key.phase=false",),
-        ("fit.weights=uniform", "cache.key.feedback=false", "cache.key.sweeps=0",
-         "cache.key.importance=false", "cache.value.importance=false"),
-        ("allocation.written=1",),
+        ("cache.key.pair_rotation=false",),
+        ("fit.weights=uniform", "cache.key.error_compensation=null", "cache.key.error_compensation.refinement_passes=0",
+         "cache.key.token_weighting=false", "cache.value.token_weighting=false"),
+        ("allocation.self_generated=1",),
         ("allocation.repeats=false",),
     ],
     ids=" ".join,
@@ -82,7 +82,12 @@ def test_what_differs_is_collected_apart(model, changes):
 
 
 def test_part_of_what_another_recipe_asks_for_costs_nothing_more(model):
-    less = recipe("kvq3", "cache.key.importance=false", "cache.key.feedback=false", "cache.key.sweeps=0")
+    less = recipe(
+        "kvq3",
+        "cache.key.token_weighting=false",
+        "cache.key.error_compensation=null",
+        "cache.key.error_compensation.refinement_passes=0",
+    )
     assert set(plan(model, less).keys) < set(plan(model, recipe("kvq3")).keys)
 
 
@@ -213,7 +218,7 @@ def test_a_fitter_from_outside_runs_from_the_text_to_the_artifact(model, tmp_pat
 
 
 def test_a_table_gives_what_was_put_there_and_nothing_else(model):
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     text = text_of({Source.CALIBRATION: 2})
     view = ChannelView(CachedTensor(0, "key"), text, 1, True)
     table, sketch = Table(), SketchKey(view).empty(geometry)
