@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 from models_zoo import tiny_model
 
-from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
 from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError
@@ -193,7 +194,7 @@ def test_command_reads_the_configuration_alone(tmp_path):
     content = {}
     for layer in range(len(geometry.layers)):
         for projection in ("k_proj", "v_proj"):
-            ones = torch.ones(1, shape.channels, dtype=torch.float64)
+            ones = torch.ones(1, shape.shape("key").channels, dtype=torch.float64)
             content[f"model.layers.{layer}.self_attn.{projection}"] = (
                 ones,
                 -ones,
