@@ -1,21 +1,16 @@
-"""What every codec promises, held for each of them and for one that is made here.
-
-The toy codec has two bits for every element and a table of levels for every head. Its spec, its numbers and its
-quantizer are all that a codec is; it is registered, and everything that asks the protocol alone must work with it.
-"""
+"""What every codec promises, held for each of them and for one that is made for tests (``toy_codec.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
 
 import pytest
 import torch
-from artifact_factory import RANDOM_PARAMS, Draw, random_artifact, random_quantizer
+from artifact_factory import random_artifact, random_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_codec import ToyQuantizer, ToySpec, registered
 
 from kvq_calib.artifact import artifact as files
 from kvq_calib.artifact.artifact import KVArtifact
@@ -24,104 +19,18 @@ from kvq_calib.artifact.export_fp8 import amax_of, losses
 from kvq_calib.artifact.shard import shard
 from kvq_calib.codec import registry
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS, pack_units, slice_bytes
-from kvq_calib.codec.params import Params, StoredTensor, TensorProblem
-from kvq_calib.codec.quantizer import Normalised, Quantized, Quantizer
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.schema import spec as specs
 from kvq_calib.schema.geometry import KINDS, HeadShape, KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, QuantSpec
-
-# ------------------------------------------------------------------------------------------------------ the toy codec
-
-
-class ToySpec(QuantSpec):
-    """Two bits for every element."""
-
-    codec: Literal["toy"] = "toy"
-
-    @property
-    def max_width(self) -> int:
-        return 2
-
-    @property
-    def width_words(self) -> str:
-        return "2 bits per element"
-
-    def features(self) -> list[str]:
-        return ["levels for each head", "thresholds for each channel"]
-
-
-@dataclass(frozen=True)
-class ToyParams(Params):
-    """Levels float16 ``[H, 4]``; scale and zero point float32 ``[C]``."""
-
-    head_levels: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-
-class ToyQuantizer(Quantizer):
-    """The nearest of a head's four levels."""
-
-    codec = "toy"
-    spec_type = ToySpec
-    params_type = ToyParams
-    params: ToyParams
-
-    @classmethod
-    def stored_tensors(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> dict[str, StoredTensor]:
-        by_channel = StoredTensor((shape.channels,), ("float32",))
-        levels = StoredTensor((shape.heads, 4), ("float16",))
-        return {"head_levels": levels, "scale": by_channel, "zero_point": by_channel}
-
-    @classmethod
-    def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise TensorProblem(name, "has values that are not finite")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (2,) * self.shape.channels
-
-    @property
-    def table(self) -> Tensor:
-        return self.params.head_levels.float()
-
-    @property
-    def table_index(self) -> Tensor:
-        return torch.arange(self.shape.channels, device=self.device) // self.shape.head_dim
-
-    @property
-    def scale(self) -> Tensor:
-        return self.params.scale
-
-    @property
-    def zero_point(self) -> Tensor:
-        return self.params.zero_point
-
-    def normalise(self, x: Tensor) -> Normalised:
-        return Normalised.of(self.transform(x), self.scale, self.zero_point)
-
-    def quantize(self, x: Tensor) -> Quantized:
-        distance = (self.normalise(x).normalised[..., None] - self.levels).abs()
-        return Quantized(distance.argmin(-1).to(torch.uint8))
-
-
-def toy_params(spec: QuantSpec, draw: Draw) -> ToyParams:
-    levels = torch.stack([draw.levels(4).half() for _ in range(draw.shape.heads)])
-    return ToyParams(levels, *draw.thresholds())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def toy() -> Iterator[None]:
     """The toy codec is known while this file is tested."""
-    assert registry.register(ToyQuantizer) is ToyQuantizer
-    RANDOM_PARAMS["toy"] = toy_params
-    yield
-    del registry._CODECS["toy"], specs._SPECS["toy"], RANDOM_PARAMS["toy"]
+    with registered():
+        yield
 
-
-# ---------------------------------------------------------------------------------------------------------- the cases
 
 OUTLIERS = {"fraction": 0.05, "max_per_token": 4}
 #: Between them every feature of every codec.
@@ -184,7 +93,7 @@ GEOMETRY = KVGeometry(
 )
 
 
-# ------------------------------------------------------------------------------------------------- spec and artifact
+# ---- spec and artifact
 
 
 @case
@@ -268,6 +177,14 @@ def test_values_that_are_no_numbers_are_named(name: str) -> None:
     made.to_bytes()
 
 
+def test_registering_makes_a_codec_known_by_its_name() -> None:
+    spec = spec_of("toy")
+    assert type(spec) is ToySpec
+    assert registry.codec_of(spec) is ToyQuantizer
+    assert registry.register(ToyQuantizer) is ToyQuantizer  # again changes nothing
+    assert registry.codec_of(spec) is ToyQuantizer
+
+
 def test_a_codec_that_is_not_known_is_named_with_those_that_are() -> None:
     data = random_artifact(GEOMETRY, cache_spec("toy")).to_bytes()
     del specs._SPECS["toy"]
@@ -296,7 +213,7 @@ def test_what_works_on_artifacts_works_with_every_codec(name: str) -> None:
     assert again.layers[0].key.of_heads(again.spec.key, again.geometry.layers[0].shape("key"), 0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------- layout and size
+# ---- layout and size
 
 
 @case
@@ -340,7 +257,7 @@ def test_another_device_changes_nothing_but_the_place(name: str) -> None:
     assert (there.storage, there.shape, there.rope) == (quantizer.storage, quantizer.shape, quantizer.rope)
 
 
-# ------------------------------------------------------------------------------------------- numbers to codes and back
+# ---- numbers to codes and back
 
 
 @settings(max_examples=60, deadline=None)
