@@ -23,7 +23,8 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure_perplexity
-from kvq_calib.model.load import LoadedModel, load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.recipe import CalibrationConfig, EvalConfig, calibration_config
 

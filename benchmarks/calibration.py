@@ -32,9 +32,10 @@ from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.intercept import LayerKV
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.capture import LayerKV
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.geometry import LayerGeometry
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
@@ -106,7 +107,7 @@ def keep_everything(
     model: Any, windows: TokenWindows, config: CalibrationConfig
 ) -> tuple[KVArtifact, dict[str, Any]]:
     """All keys, values and gradients of the text in memory, then layer after layer."""
-    geometry, sinks = model_geometry(model), config.cache.sink_tokens
+    geometry, sinks = inspect_model(model).geometry, config.cache.sink_tokens
     kept: Pairs = {}
 
     def keep(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:

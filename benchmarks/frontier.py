@@ -24,7 +24,7 @@ from torch import Tensor
 from kvq_calib.calibrate.allocation import lloyd
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import Comparison
-from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 

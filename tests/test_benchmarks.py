@@ -207,7 +207,7 @@ def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
 @pytest.fixture(scope="module")
 def artifact(loaded: LoadedModel, text: Path) -> KVArtifact:
     from kvq_calib.calibrate.pipeline import calibrate
-    from kvq_calib.model.load import model_fingerprint
+    from kvq_calib.model.fingerprint import model_fingerprint
 
     windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)
     config = calibration_config("nuq3-1p", command_line={"samples": 3, "seqlen": 64})
@@ -309,7 +309,7 @@ def test_bare_backward_computes_the_gradients_that_calibration_needs(loaded: Loa
     import calibration_memory
 
     from kvq_calib.calibrate.gradients import fisher_pass
-    from kvq_calib.model.intercept import LayerKV, intercept
+    from kvq_calib.model.capture import LayerKV, intercept
 
     ids = load_windows(str(text), loaded.tokenizer, samples=1, seqlen=300).ids
     want: dict[int, torch.Tensor] = {}

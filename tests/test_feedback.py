@@ -14,7 +14,8 @@ from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.calibrate.rate_distortion import spec_by_layer
 from kvq_calib.codec.quantizer import error_weight, triangular_factor
 from kvq_calib.data import TokenWindows
-from kvq_calib.model.load import model_fingerprint, with_cache
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig, calibration_config

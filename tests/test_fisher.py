@@ -26,7 +26,7 @@ def run(model, ids, **options):
 
 def plain(model, ids):
     """The same by autograd on keys and values that are replaced by leaves, and the model's own loss."""
-    from kvq_calib.model.intercept import intercept
+    from kvq_calib.model.capture import intercept
 
     leaves = {}
 

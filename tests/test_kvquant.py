@@ -14,8 +14,8 @@ from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
 from kvq_calib.cli.main import artifact_group
 from kvq_calib.errors import ConfigError
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 pytestmark = pytest.mark.model
@@ -188,7 +188,7 @@ def test_command_reads_the_configuration_alone(tmp_path):
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path / "model")
     geometry, fingerprint = geometry_of(str(tmp_path / "model"))
-    assert geometry == model_geometry(model)
+    assert geometry == inspect_model(model).geometry
     assert fingerprint == model_fingerprint(model)
     shape = geometry.layers[0]
     content = {}

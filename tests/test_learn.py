@@ -149,7 +149,7 @@ def test_divergence_is_zero_without_quantization_and_the_one_that_is_evaluated()
     halved = [dict.fromkeys(KINDS, lambda x: 0.5 * x) for _ in range(2)]
     found = divergence(model, ids, replace_sinks(cache, 0), halved)
 
-    from kvq_calib.model.intercept import intercept
+    from kvq_calib.model.capture import intercept
 
     want = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     with intercept(model, lambda kv: (0.5 * kv.keys, 0.5 * kv.values)):

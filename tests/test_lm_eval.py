@@ -16,7 +16,8 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.cli import lm_eval as lm_eval_command
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.model.load import load_model, with_cache
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import attached
 
 pytestmark = pytest.mark.model

@@ -26,9 +26,11 @@ from kvq_calib.evaluate.memory import (
     shape_report,
     stages,
 )
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import read_recipe
 from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, QuantSpec
@@ -128,7 +130,7 @@ def test_everything_reachable_from_the_cache_is_counted(name, codebooks):
     found += sum(len(item) * item.itemsize for item in arrays.values())
     # Index tensors of the layout are shared by all caches; they are counted, but hang on no cache.
     assert cache.nbytes >= found > 0.9 * cache.nbytes
-    layouts = {op.layout for layer in cache.layers for op in (layer.ops.key, layer.ops.value)}
+    layouts = {quantizer.layout for pair in cache.quantizers for quantizer in pair.values()}
     shared = {
         tensor.untyped_storage().data_ptr(): tensor.nbytes
         for layout in layouts
@@ -221,7 +223,8 @@ def test_a_gpus_part_is_what_a_rank_really_holds(ranks):
             storage = LayerStorage(pair["key"], pair["value"], 1, spec.sink_tokens, cpu)
             heads = 2 // ranks
             table.append(torch.arange(tokens)[None], None)
-            storage.append(*torch.randn(2, 1, heads, tokens, 16), table)
+            pack = TorchOps(pair["key"], pair["value"]).pack
+            storage.append(*torch.randn(2, 1, heads, tokens, 16), table, pack)
             held += sum(size for _, size in storage.memory())
             held += sum(quantizer.params.held_bytes for quantizer in pair.values())
         held += sum(table.memory().values())

@@ -16,10 +16,11 @@ from kvq_calib import KVQCache
 from kvq_calib.codec.quantizer import Quantized, Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.paged import TOKENS, PagedLayout, codes_of, packed_tensor
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import attached
+from kvq_calib.runtime.page_reader import PageReader
 from kvq_calib.runtime.storage import PackedTensor
-from kvq_calib.runtime.torch_ops import PageReader
+from kvq_calib.runtime.torch_ops import append_blocks
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KINDS
 
@@ -31,7 +32,7 @@ PAIRS = [(name, kind) for name in RECIPES for kind in KINDS]
 def stored(name: str, kind: str, count: int = 320, batch: int = 2) -> tuple[PackedTensor, Quantizer]:
     quantizer = random_artifact(GEOMETRY, RECIPES[name]).quantizers()[0][kind]
     packed = PackedTensor(quantizer, batch, CPU)
-    packed.append(tokens(count, batch, seed=4)[0].to(quantizer.storage))
+    append_blocks(packed, quantizer, tokens(count, batch, seed=4)[0].to(quantizer.storage))
     return packed, quantizer
 
 
@@ -191,8 +192,9 @@ def test_a_model_goes_on_from_a_cache_that_went_through_a_pool():
             for kind in KINDS:
                 packed = getattr(layer.storage, kind)
                 assert packed.dropped_pages == 1
-                layout = roomy(packed.quantizer)
-                moved = packed_tensor(layout.unpack(layout.pack(codes_of(packed))), packed.quantizer)
+                quantizer = cache.quantizers[layer.index][kind]
+                layout = roomy(quantizer)
+                moved = packed_tensor(layout.unpack(layout.pack(codes_of(packed))), quantizer)
                 moved.dropped_pages, moved.blocks = packed.dropped_pages, packed.blocks
                 setattr(layer.storage, kind, moved)
         got = model(input_ids=ids[:, 300:], **with_cache(cache)).logits

@@ -11,8 +11,8 @@ from kvq_calib.calibrate import pipeline
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
-from kvq_calib.model.intercept import intercept
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
 from kvq_calib.schema.spec import QuantSpec
 

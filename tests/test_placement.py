@@ -8,7 +8,8 @@ from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ModelError
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.recipe import calibration_config
 

@@ -22,8 +22,9 @@ from kvq_calib.calibrate.pipeline import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import layers, report, svg
 from kvq_calib.fit.levels import fit_levels
-from kvq_calib.model.intercept import intercept
-from kvq_calib.model.load import LoadedModel, model_fingerprint
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import LoadedModel
 from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model

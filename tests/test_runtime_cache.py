@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attached, detach
 from kvq_calib.schema.spec import KVCacheSpec
 
@@ -315,7 +315,7 @@ def test_decode_logits_leave_the_model_as_it_was():
 
 def test_work_space_does_not_grow_with_the_text():
     """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
-    from kvq_calib.runtime import torch_ops as reference
+    from kvq_calib.runtime import torch_ops
 
     class Largest(TorchDispatchMode):
         elements = 0
@@ -330,7 +330,7 @@ def test_work_space_does_not_grow_with_the_text():
     artifact = artifact_for(model, RECIPES["nuq4-1p"])
     largest = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "WORK_ELEMENTS", 4 * 256 * 32)
+        patch.setattr(torch_ops, "WORK_ELEMENTS", 4 * 256 * 32)
         for tokens in (2500, 5000):
             cache = KVQCache(artifact, model)
             logits_through(model, cache, token_ids(1, tokens), [tokens - 4, 1, 1, 1])
@@ -363,21 +363,17 @@ class PeakBytes(TorchDispatchMode):
 
 def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch):
     """Peak of a step: the packed bytes, and what a step over 4 pages needs as well; nothing stays behind."""
-    from kvq_calib.runtime import torch_ops as reference
+    from kvq_calib.runtime import torch_ops
 
-    monkeypatch.setattr(reference, "WORK_ELEMENTS", 2 * 256 * 32)
-    monkeypatch.setattr(reference, "ANGLE_ELEMENTS", 2 * 256 * 16)
+    monkeypatch.setattr(torch_ops, "WORK_ELEMENTS", 2 * 256 * 32)
+    monkeypatch.setattr(torch_ops, "ANGLE_ELEMENTS", 2 * 256 * 16)
     model = tiny("llama", max_position_embeddings=1 << 16)
     artifact = artifact_for(model, RECIPES["nuq4-1p"])
     generator = torch.Generator().manual_seed(0)
     beside = {}
     for tokens in (1024, 32768):
         cache = KVQCache(artifact, model)
-        cache._begin(1, torch.arange(tokens)[None], None)
-        for layer in cache.layers:
-            layer.ops.append(
-                layer.storage, *torch.randn(2, 1, 2, tokens, 16, generator=generator), cache.table
-            )
+        cache.append(torch.randn(2, 1, 2, tokens, 16, generator=generator) for _ in cache.layers)
         logits_through(model, cache, token_ids(1, 1), [1])
         packed = cache.nbytes
         with PeakBytes() as mode:

@@ -37,20 +37,22 @@ BY_CHANNEL = {
 RANK = """
 import sys, torch, torch.distributed as dist
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.torch_ops import TorchOps
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 from kvq_calib.artifact.shard import shard
 
 def attention(artifact, query, keys, values):
     outputs = []
     for number, pair in enumerate(artifact.quantizers()):
-        ops = ReferenceOps(pair["key"], pair["value"])
+        ops = TorchOps(pair["key"], pair["value"])
         sinks, cpu = artifact.spec.sink_tokens, torch.device("cpu")
         table = SlotTable(1, sinks, artifact.spec.recent_tokens, cpu)
         storage = LayerStorage(pair["key"], pair["value"], 1, sinks, cpu)
         tokens = keys.shape[2]
         table.append(torch.arange(tokens)[None], None)
-        ops.append(storage, keys, values, table)
+        storage.append(keys, values, table, ops.pack)
         seen = Visibility(None, tokens, tokens, artifact.geometry.layers[number].sliding_window)
         outputs.append(ops.attend(AttentionRequest(query, seen, 8**-0.5), storage, table))
     return torch.stack(outputs)

@@ -79,7 +79,7 @@ class KVArtifact:
         """Refuse a model that this artifact is not for.
 
         Args:
-            config: :func:`kvq_calib.model.load.model_fingerprint` of the model.
+            config: :func:`kvq_calib.model.fingerprint.model_fingerprint` of the model.
 
         Raises:
             ArtifactModelError: names the first field that differs.

@@ -29,8 +29,9 @@ from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
 from kvq_calib.errors import ConfigError, ModelError
 from kvq_calib.fit.levels import storable
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.compat import tensor_rebuilder
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KINDS, KVGeometry
 from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
@@ -64,7 +65,7 @@ def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("numpy", "dtype"): np.dtype,
         ("numpy", "ndarray"): np.ndarray,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_tensor_v2"): tensor_rebuilder(),
         ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
     }
 
@@ -145,7 +146,7 @@ def geometry_of(model: str) -> tuple[KVGeometry, dict[str, Any]]:
     small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
-    found = model_geometry(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
+    found = inspect_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()).geometry
     fingerprint = model_fingerprint(_Configured(config))
     return KVGeometry(layers=found.layers * layers, ropes=found.ropes), fingerprint
 

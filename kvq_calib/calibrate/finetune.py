@@ -35,7 +35,7 @@ from kvq_calib.codec.quantizer import (
     storable_thresholds,
 )
 from kvq_calib.errors import CalibrationError
-from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, QuantSpec

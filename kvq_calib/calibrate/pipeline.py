@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.calibrate.capture import capture
 from kvq_calib.calibrate.distributed import check_agreement, world
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
 from kvq_calib.calibrate.error_compensation import GradientCovariance
@@ -43,9 +42,10 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.files import write_atomically
 from kvq_calib.fit.levels import fit_levels, q_norm, storable
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.intercept import LayerKV
+from kvq_calib.model.capture import LayerKV, capture
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.placement import input_device, is_offloaded
+from kvq_calib.model.probe import check_generation
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.recipe import CalibrationConfig
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
@@ -103,7 +103,7 @@ def calibrate(
         model: a causal language model in eval mode.
         windows: token ids int64 ``[N, T]`` and where they come from.
         configs: recipes by name. Settings of the run (data, seed, recompute) must agree.
-        model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.model.load.model_fingerprint`.
+        model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.model.fingerprint.model_fingerprint`.
         checkpoint: file that keeps the statistics of a run; removed when it is complete.
         resume: go on from ``checkpoint`` if it is there. The result is the same as without interruption.
         progress: told after every window.
@@ -240,7 +240,8 @@ class _Run:
         self.configs = dict(configs)
         self.checkpoint = checkpoint
         self.progress = progress or (lambda what, done, total: None)
-        self.geometry: KVGeometry = model_geometry(model)
+        self.geometry: KVGeometry = inspect_model(model).geometry
+        check_generation(model, self.geometry)
         self.recompute = shared_setting(self.configs, "recompute")
         self.seed = shared_setting(self.configs, "seed")
         self.subjects = [

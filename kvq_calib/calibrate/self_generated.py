@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvq_calib.calibrate.vocabulary_samples import drawn
 from kvq_calib.errors import CalibrationError
-from kvq_calib.model.load import cache_of, with_cache
+from kvq_calib.model.compat import cache_of, with_cache
 from kvq_calib.model.placement import input_device
 
 __all__ = ["WrittenText", "write"]

@@ -173,7 +173,7 @@ def _load(
 
 def _load_fitting(model: str, artifacts: dict[str, KVArtifact], *options: Any) -> LoadedModel:
     """The model, which every artifact must be for."""
-    from kvq_calib.model.load import model_fingerprint
+    from kvq_calib.model.fingerprint import model_fingerprint
 
     loaded = _load(model, *options)
     fingerprint = model_fingerprint(loaded.model)
@@ -290,7 +290,8 @@ def calibrate_command(
     from kvq_calib.calibrate.distributed import local_device, process_group
     from kvq_calib.calibrate.pipeline import calibrate, shared_setting
     from kvq_calib.data import check_dataset, load_windows
-    from kvq_calib.model.load import check_length, model_fingerprint
+    from kvq_calib.model.fingerprint import model_fingerprint
+    from kvq_calib.model.load import check_length
     from kvq_calib.progress import ProgressReporter
 
     run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}

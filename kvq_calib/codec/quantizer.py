@@ -94,7 +94,7 @@ class Quantizer(ABC):
         spec: of this codec.
         params: the calibrated numbers, of the codec's :attr:`params_type`.
         shape: heads and head size.
-        rope: the layer's rotary embedding; needed where RoPE pairs are turned.
+        rope: of keys, the layer's rotary embedding; needed where RoPE pairs are turned.
         storage_dtype: of residuals and scales per token.
     """
 
@@ -200,10 +200,15 @@ class Quantizer(ABC):
         )
 
     def derived(self) -> list[Tensor]:
-        """Tensors that are kept beside the stored ones once they were needed."""
+        """Tensors that are made of the stored ones once and kept."""
         return []
 
     # ------------------------------------------------------------ what a reader of the codes asks
+
+    @property
+    def read_rope(self) -> RopeSpec | None:
+        """The rotary embedding that readers apply; ``None`` where keys are stored as attention uses them."""
+        return self.rope if self.spec.pre_rope else None
 
     @property
     @abstractmethod

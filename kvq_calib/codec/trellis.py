@@ -239,9 +239,8 @@ class TrellisQuantizer(Quantizer):
         return tuple(self.params.bits.tolist())
 
     def derived(self) -> list[Tensor]:
-        """The matrices of error compensation, once something was coded."""
-        made = self.__dict__.get("compensation")
-        return [] if made is None else made.tensors()
+        """The matrices of error compensation."""
+        return [] if self.compensation is None else self.compensation.tensors()
 
     # ------------------------------------------------------------ what a reader of the codes asks
 

@@ -14,8 +14,8 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import pareto
 from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
 from kvq_calib.evaluate.rivals import Rival
-from kvq_calib.model.geometry import model_geometry
 from kvq_calib.model.hub import first_line
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.recipe import EvalConfig
 
@@ -116,7 +116,7 @@ def runnable(
     Returns:
         The first, and names and reasons of the others.
     """
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
     return (
         [rival for rival, reason in reasons if reason is None],
@@ -171,7 +171,7 @@ def compare(
     Raises:
         KVQError: the model's predictions are not finite.
     """
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     calibrated = [rival for rival in rivals if rival.calibrated]
     for done, rival in enumerate(calibrated, 1):
         rival.prepare(model, calibration)

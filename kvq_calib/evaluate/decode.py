@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["decode_logits"]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.capture import capture
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.statistics import LEVEL_BINS, LevelHistogram
 from kvq_calib.codec.packing import packed_tokens, storage_bytes
@@ -19,7 +18,7 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.perplexity import Comparison
 from kvq_calib.evaluate.prefill import Place, quantized_prefill
-from kvq_calib.model.intercept import LayerKV
+from kvq_calib.model.capture import LayerKV, capture
 from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = [

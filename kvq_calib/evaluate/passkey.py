@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.model.placement import input_device
 from kvq_calib.runtime import KVQCache, attached
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.quantizer import roundtrip_storage
-from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.spec import KINDS, Kind
 

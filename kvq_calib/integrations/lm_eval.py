@@ -19,7 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.model.load import load_model, model_fingerprint, with_cache
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["KVQuantLM"]

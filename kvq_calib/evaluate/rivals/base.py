@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvq_calib.data import TokenWindows
+from kvq_calib.model.compat import with_cache
 from kvq_calib.model.intercept import AttentionCall, intercept_calls
-from kvq_calib.model.load import with_cache
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, cache_elements
 from kvq_calib.schema.spec import KINDS, Kind
 
