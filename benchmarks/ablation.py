@@ -20,7 +20,7 @@ from typing import Any
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure_perplexity
 from kvq_calib.model.fingerprint import model_fingerprint

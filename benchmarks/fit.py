@@ -126,7 +126,8 @@ def build_histogram(values: Tensor, weights: Tensor, threads: int) -> LevelHisto
         return histogram
 
     def add(total: LevelHistogram, other: LevelHistogram) -> LevelHistogram:
-        total.merge(other)
+        parts = other.state()
+        total.load({name: tensor + parts[name] for name, tensor in total.state().items()})
         return total
 
     starts = range(0, len(values), CHUNK)

@@ -21,9 +21,9 @@ from ablation import CONTEXT, Variant, calibrated, chosen, evaluated
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 from torch import Tensor
 
-from kvq_calib.calibrate.allocation import lloyd
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import Comparison
+from kvq_calib.fit.density import lloyd
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter

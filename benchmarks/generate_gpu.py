@@ -19,7 +19,8 @@ from common import environment
 from gpu_recipes import RECIPES, Recipe
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.params import LayerParams
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model

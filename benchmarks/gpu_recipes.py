@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.quantizer import QuantParams, pack_codebooks
+from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.codec.token_weighting import SIZE_CLASSES
+from kvq_calib.codec.trellis import pack_codebooks
 from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES, Kind, QuantSpec
+from kvq_calib.schema.spec import Kind, QuantSpec
 
 OUTLIERS = 0.01
 #: Codebooks of one width in the recipes with widths per channel.
@@ -84,7 +86,7 @@ class Recipe:
         if spec.sweeps:
             extra["feedback_weight"] = (0.5 + 0.5 * torch.rand(heads, size, generator=generator)).half()
         if spec.importance:
-            classes = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator)
+            classes = torch.rand(heads, SIZE_CLASSES, generator=generator)
             extra["importance"] = (0.25 + classes).half()
             extra["importance_unit"] = torch.full((heads,), float(size))
         codebook = torch.stack(rows)

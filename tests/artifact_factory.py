@@ -19,9 +19,9 @@ from kvq_calib.codec.registry import codec_of
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
 from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_thresholds
-from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KINDS, HeadShape, Kind, KVGeometry, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, QuantSpec, ScalarSpec, TrellisSpec
 

@@ -206,7 +206,7 @@ def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: LoadedModel, text: Path) -> KVArtifact:
-    from kvq_calib.calibrate.pipeline import calibrate
+    from kvq_calib.calibrate.run import calibrate
     from kvq_calib.model.fingerprint import model_fingerprint
 
     windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)

@@ -346,7 +346,7 @@ def test_unforeseen_errors_are_one_line_unless_debugging(place, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("kvq_calib.calibrate.pipeline.calibrate", broken)
+    monkeypatch.setattr("kvq_calib.calibrate.run.calibrate", broken)
     status, _, err = calibrate(place)
     assert status == 1
     assert_one_line(err, "RuntimeError: first line second line", "--debug")
@@ -362,9 +362,10 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
         sys.executable, "-c",
         # Whoever starts the tests in the background leaves this signal ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
-        "save = p._Run._save\n"
-        "p._Run._save = lambda run, **options: (save(run, **options), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
+        "import os, sys, time, kvq_calib.calibrate.checkpoint as p; p.CHECKPOINT_SECONDS = 0.0\n"
+        "save = p.Checkpoint.save\n"
+        "pause = float(os.environ.get('PAUSE', '0'))\n"
+        "p.Checkpoint.save = lambda *args, **options: (save(*args, **options), time.sleep(pause))\n"
         "from kvq_calib.cli.main import calibrate; calibrate()",
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip
@@ -495,7 +496,7 @@ def test_windows_longer_than_the_model_are_refused_with_the_reason(place):
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_resume_finishes(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvq_calib.calibrate.pipeline.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kvq_calib.calibrate.checkpoint.CHECKPOINT_SECONDS", 0.0)
     sync, calls = os.fsync, iter(range(3))
 
     def full(handle):

@@ -12,7 +12,7 @@ from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
 from kvq_calib.artifact.shard import shard
-from kvq_calib.codec.packing import packed_tokens
+from kvq_calib.codec.size import packed_tokens
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.memory import (
     PAPER_GB,

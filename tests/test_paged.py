@@ -107,7 +107,7 @@ def unit(words: np.ndarray, width: int, token: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_documented_layout_read_with_numpy_alone(kind):
-    packed, quantizer = stored("mixed-phase-rotation", kind, count=32, batch=1)
+    packed, quantizer = stored("trellis-one-state", kind, count=32, batch=1)
     layout, codes = roomy(quantizer), codes_of(packed)
     page = layout.pack(codes)[0, 1].numpy().view(np.uint16)
     place = 0

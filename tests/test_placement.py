@@ -5,7 +5,7 @@ import torch
 from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer, token_ids
 
 from kvq_calib.calibrate.gradients import fisher_pass
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ModelError
 from kvq_calib.model.fingerprint import model_fingerprint

@@ -18,7 +18,7 @@ from models_zoo import tiny_model, tiny_tokenizer, token_ids
 from test_cli import TEXT, assert_one_line, call, files
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import layers, report, svg
 from kvq_calib.fit.levels import fit_levels
@@ -391,7 +391,7 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
             assert use.counts != use.weights
 
 
-@pytest.mark.parametrize("recipe", ["mixed-phase-rotation", "feedback", "post-rope-token"])
+@pytest.mark.parametrize("recipe", ["trellis-one-state", "feedback", "post-rope-token"])
 def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     """Without any record of a calibration, too."""
     model = tiny_model("llama")

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from artifact_factory import RECIPES, artifact_for, recipe
+from artifact_factory import RECIPES, artifact_for, recipe, trellis
 from models_zoo import FAMILIES, tiny_model, token_ids
 from plain_cache import plain_cache, record
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +68,7 @@ def assert_same_logits(model, spec, chunks, *, padding=(0, 0), recent=None, code
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_decode_match_the_plain_cache(family):
-    spec = RECIPES["mixed-phase-rotation"] if family in ("llama", "gpt_neox", "glm") else RECIPES["nuq4-1p"]
+    spec = RECIPES["trellis-one-state"] if family in ("llama", "gpt_neox", "glm") else RECIPES["nuq4-1p"]
     assert_same_logits(tiny(family), spec, [45, 1, 1, 18, *[1] * 12], padding=(0, 5))
 
 
@@ -108,8 +108,7 @@ def test_sliding_windows_over_several_pages(family, implementation):
 
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_every_width_matches_with_a_trellis(bits: int):
-    static = {"bits": bits, "granularity": "channel", "dynamic": False, "trellis": True, "outliers": {}}
-    spec = recipe(key=static, value={**static, "bits": 8 - bits}, recent_tokens=bits, sink_tokens=bits % 3)
+    spec = recipe(key=trellis(bits), value=trellis(8 - bits), recent_tokens=bits, sink_tokens=bits % 3)
     assert_same_logits(tiny("qwen3"), spec, [66, 1, 1], codebooks=2 + 4 * (bits % 2))
 
 
@@ -213,7 +212,7 @@ def test_crop_accepts_negative_counts_and_all():
 
 def test_rows_can_be_selected_repeated_and_reordered():
     model = tiny("llama")
-    artifact = artifact_for(model, RECIPES["mixed-phase-rotation"])
+    artifact = artifact_for(model, RECIPES["trellis-one-state"])
     ids = token_ids(3, 300)
     rows = torch.tensor([2, 0, 2, 1])
     cache = KVQCache(artifact, model)
@@ -253,7 +252,7 @@ def test_deepcopy_forks_the_text_and_shares_the_artifact():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["mixed-phase-rotation", "post-rope-token"])
+@pytest.mark.parametrize("name", ["trellis-one-state", "post-rope-token"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_filled_cache_survives_save_and_load(family, name, tmp_path):
     model = tiny(family)

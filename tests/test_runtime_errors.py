@@ -12,7 +12,7 @@ from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from safetensors import safe_open
 
-from kvq_calib.artifact.artifact import ArtifactModelError
+from kvq_calib.artifact.errors import ArtifactModelError
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
@@ -94,7 +94,7 @@ def test_thresholds_beyond_the_storage_dtype(llama, artifact):
     broken = dataclasses.replace(key, zero_point=key.zero_point + 1e5)
     layer = dataclasses.replace(artifact.layers[1], key=broken)
     artifact = dataclasses.replace(artifact, layers=(artifact.layers[0], layer))
-    with pytest.raises(RuntimeMismatchError, match="layer 1: key thresholds reach 1e\\+05"):
+    with pytest.raises(RuntimeMismatchError, match="layer 1, keys: thresholds reach 1e\\+05"):
         KVQCache(artifact, llama)
 
 
@@ -108,9 +108,9 @@ def test_numbers_beyond_the_storage_dtype(llama, artifact):
     assert cache.get_seq_length() == 0
 
 
-def test_dynamic_channel_thresholds_cannot_be_streamed(llama):
-    artifact = artifact_for(llama, recipe(key={"dynamic": True}))
-    with pytest.raises(RuntimeMismatchError, match="layer 0: dynamic thresholds per channel"):
+def test_online_channel_thresholds_cannot_be_streamed(llama):
+    artifact = artifact_for(llama, recipe(key={"thresholds": "channel_online"}))
+    with pytest.raises(RuntimeMismatchError, match="layer 0, keys: online thresholds per channel"):
         KVQCache(artifact, llama)
 
 

@@ -9,10 +9,10 @@ from shim.host import HostLauncher
 
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.cuda.ops import ops_with
-from kvq_calib.model.rope import RopeTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility

@@ -10,7 +10,7 @@ from artifact_factory import RECIPES, artifact_for
 from models_zoo import tiny_model, token_ids
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, ops
 from kvq_calib.runtime.cuda.ops import CudaOps
 from kvq_calib.runtime.torch_ops import TorchOps

@@ -288,7 +288,7 @@ def calibrate_command(
         check_writable(file)
 
     from kvq_calib.calibrate.distributed import local_device, process_group
-    from kvq_calib.calibrate.pipeline import calibrate, shared_setting
+    from kvq_calib.calibrate.run import calibrate, shared_setting
     from kvq_calib.data import check_dataset, load_windows
     from kvq_calib.model.fingerprint import model_fingerprint
     from kvq_calib.model.load import check_length

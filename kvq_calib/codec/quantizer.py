@@ -124,7 +124,11 @@ class Quantizer(ABC):
         """The same quantizer on another device."""
         if self.device == torch.device(device):
             return self
-        return type(self)(self.spec, self.params.to(device), self.shape, self.rope, self.storage_dtype)
+        return self.with_params(self.params.to(device))
+
+    def with_params(self, params: Params) -> Self:
+        """The same quantizer with other numbers."""
+        return type(self)(self.spec, params, self.shape, self.rope, self.storage_dtype)
 
     @property
     def device(self) -> torch.device:

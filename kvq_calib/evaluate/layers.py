@@ -13,8 +13,8 @@ from torch import Tensor
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.statistics import LEVEL_BINS, LevelHistogram
-from kvq_calib.codec.packing import packed_tokens, storage_bytes
 from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.size import packed_tokens, storage_bytes
 from kvq_calib.errors import KVQError
 from kvq_calib.evaluate.perplexity import Comparison
 from kvq_calib.evaluate.prefill import Place, quantized_prefill

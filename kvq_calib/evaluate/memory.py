@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
+from kvq_calib.codec.packing import PAGE_TOKENS, PageLayout
+from kvq_calib.codec.size import packed_tokens, shared_bytes, storage_bytes
+from kvq_calib.codec.token_weighting import SIZE_CLASSES
 from kvq_calib.errors import ConfigError
 from kvq_calib.schema.geometry import LayerGeometry, cache_elements
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, QuantSpec
 
 __all__ = [
     "PAPER_GB",
@@ -190,7 +192,7 @@ def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
     if spec.sweeps or spec.feedback_rank:
         size += 2 * channels
     if spec.importance:
-        size += geometry.num_kv_heads * (2 * IMPORTANCE_CLASSES + 4)
+        size += geometry.num_kv_heads * (2 * SIZE_CLASSES + 4)
     return size
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.quantizer import codebook_table
+from kvq_calib.codec.trellis import codebook_table
 from kvq_calib.evaluate.perplexity import PerplexityResult
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.recipe import EvalConfig

@@ -7,8 +7,9 @@ import torch
 from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate import checkpoint as checkpoints
+from kvq_calib.calibrate import run as run_module
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.model.capture import intercept
@@ -211,7 +212,7 @@ def test_work_is_not_lost_when_the_artifact_cannot_be_saved(model, tmp_path):
 
 UNLEARNED = ("kvq3", "learn=null", "allocation.context=65536")
 #: Steps of each part for four windows of text and two that the model writes, in one batch.
-PASSES = {"writing": 1, "thresholds": 6, "foreign tokens": 4, "codebooks": 6}
+PASSES = {"generating text": 1, "thresholds": 6, "vocabulary samples": 4, "codebooks": 6}
 
 
 @pytest.mark.parametrize(
@@ -221,16 +222,16 @@ PASSES = {"writing": 1, "thresholds": 6, "foreign tokens": 4, "codebooks": 6}
         (("nuq3-1p",), ("thresholds", 3)),
         (("nuq3-1p",), ("codebooks", 1)),
         (("nuq3-1p",), ("codebooks", 3)),
-        (UNLEARNED, ("writing", 1)),
+        (UNLEARNED, ("generating text", 1)),
         (UNLEARNED, ("thresholds", 6)),
-        (UNLEARNED, ("foreign tokens", 1)),
-        (UNLEARNED, ("foreign tokens", 3)),
+        (UNLEARNED, ("vocabulary samples", 1)),
+        (UNLEARNED, ("vocabulary samples", 3)),
         (UNLEARNED, ("codebooks", 2)),
         (UNLEARNED, ("codebooks", 5)),
     ],
 )
 def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, settings, stop_at):
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "run.checkpoint"
     data, settings = windows(samples=4), config(*settings)
 
@@ -258,7 +259,7 @@ def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, set
 
 
 def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     checkpoint = tmp_path / "run.checkpoint"
 
     def interrupt(what, done, total):
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
             run(other, settings, data, checkpoint=checkpoint, resume=True)
         assert checkpoint.read_bytes() == kept
     with monkeypatch.context() as later:
-        later.setattr(pipeline, "_CHECKPOINT_VERSION", pipeline._CHECKPOINT_VERSION + 1)
+        later.setattr(run_module, "VERSION", checkpoints.VERSION + 1)
         with pytest.raises(CalibrationError, match="other settings, data, model or version"):
             run(model, config(), checkpoint=checkpoint, resume=True)
     assert checkpoint.read_bytes() == kept
@@ -290,7 +291,7 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
 def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, monkeypatch):
     """Saving takes a thirtieth of the time at most, however large the statistics are, but for the end of a part."""
     now, writes = [0.0], []
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
 
     def write(*_):
         writes.append(now[0])
@@ -299,7 +300,7 @@ def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, 
     def step(*_):
         now[0] += 20.0
 
-    monkeypatch.setattr(pipeline, "write_atomically", write)
+    monkeypatch.setattr(checkpoints, "write_atomically", write)
     settings = config("nuq3-1p", "fit.weights=uniform", "cache.key.dynamic=true")
     run(model, settings, windows(samples=40), checkpoint=tmp_path / "run.checkpoint", progress=step)
     assert writes == [40.0, 350.0, 660.0, 830.0]
@@ -313,13 +314,13 @@ def test_a_run_says_where_time_and_memory_went(model):
         model_id="",
         model_config={},
     )
-    assert set(result.seconds) == {"writing", "thresholds", "foreign tokens", "codebooks", "learning", "fit"}
+    assert set(result.seconds) == {*PASSES, "learning", "fit"}
     assert min(result.seconds.values()) > 0
-    assert set(result.statistics_seconds) == {"thresholds", "foreign tokens", "codebooks"}
+    assert set(result.statistics_seconds) == {"thresholds", "vocabulary samples", "codebooks"}
     for part, seconds in result.statistics_seconds.items():
         assert 0 < seconds < result.seconds[part]
     channels = 2 * 2 * model.config.head_dim  # of two layers
-    # Histograms of keys and values, of the text's tokens and of foreign ones, moments, and gradient covariances of keys.
+    # Histograms of keys and values, of the text's tokens and of those drawn from the vocabulary, moments, and gradient covariances of keys.
     assert result.statistics_bytes == pytest.approx(2 * 2 * channels * 4 * 512 * 8, rel=0.05)
     again = calibrate(model, windows(samples=9), {"r": config("nuq3-1p")}, model_id="", model_config={})
     assert again.statistics_bytes == pytest.approx(channels * 1024 * 8 + 2 * 2 * 2 * 4096 * 8, rel=0.01)

@@ -7,8 +7,8 @@ import torch
 from models_zoo import tiny_model
 
 from kvq_calib.calibrate.distribution import WeightedHistogram
-from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.calibrate.vocabulary_samples import strewn
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.calibrate.vocabulary_samples import sampled_positions, with_vocabulary_samples
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config
 
@@ -17,7 +17,7 @@ OUTLYING = 90
 
 def test_every_other_token_is_drawn_and_common_ones_more_often():
     ids = torch.full((8, 512), 60_000)
-    text = strewn(ids, 50_000, seed=0)
+    text = with_vocabulary_samples(ids, 50_000, seed=0)
     drawn = text[:, 1::2]
     assert drawn.shape == (8, 256)
     assert int(drawn.max()) < 50_000
@@ -25,29 +25,38 @@ def test_every_other_token_is_drawn_and_common_ones_more_often():
     assert bool((ids == 60_000).all())  # the text itself is left alone
     # By Zipf's law from 1,000 on, half of the mass lies below sqrt(1,000 * 51,000) - 1,000 = 6,141.
     assert float((drawn < 6_141).double().mean()) == pytest.approx(0.5, abs=0.04)
-    assert torch.equal(strewn(ids, 50_000, seed=0), text)
-    assert not torch.equal(strewn(ids, 50_000, seed=1), text)
+    assert torch.equal(with_vocabulary_samples(ids, 50_000, seed=0), text)
+    assert not torch.equal(with_vocabulary_samples(ids, 50_000, seed=1), text)
+
+
+@pytest.mark.parametrize("sinks", range(5))
+def test_drawn_tokens_are_found_behind_the_sinks(sinks):
+    ids = torch.full((1, 33), 60_000)
+    text = with_vocabulary_samples(ids, 50_000, seed=0)
+    drawn = (text[0] < 50_000).nonzero().flatten()
+    found = torch.arange(33)[sampled_positions(sinks)]
+    assert torch.equal(found, drawn[drawn >= sinks])
 
 
 def test_windows_without_a_place_are_left_alone():
     ids = torch.arange(8).view(8, 1)
-    assert torch.equal(strewn(ids, 100, seed=0), ids)
+    assert torch.equal(with_vocabulary_samples(ids, 100, seed=0), ids)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_foreign_values_take_their_share_of_what_follows_no_weights(share):
+def test_values_of_drawn_tokens_take_their_share_of_what_follows_no_weights(share):
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(4000, 2, generator=generator)
-    foreign_values = 5 + torch.randn(1000, 2, generator=generator)
+    drawn_values = 5 + torch.randn(1000, 2, generator=generator)
     mean, deviation = own.double().mean(0), own.double().std(0)
-    text, foreign = WeightedHistogram(2), WeightedHistogram(2)
+    text, vocabulary = WeightedHistogram(2), WeightedHistogram(2)
     text.update(own, torch.full_like(own, 3.0), mean, deviation)
-    foreign.update(foreign_values, torch.ones_like(foreign_values), mean, deviation)
+    vocabulary.update(drawn_values, torch.ones_like(drawn_values), mean, deviation)
     _, before = text.distribution(mean, deviation, 0.4)
-    points, weights = text.distribution(mean, deviation, 0.4, foreign, share)
+    points, weights = text.distribution(mean, deviation, 0.4, vocabulary, share)
     torch.testing.assert_close(weights.sum(1), before.sum(1))
     centre = (weights * points).sum(1) / weights.sum(1)
-    expected = own.double().mean(0) * (1 - 0.4 * share) + foreign_values.double().mean(0) * 0.4 * share
+    expected = own.double().mean(0) * (1 - 0.4 * share) + drawn_values.double().mean(0) * 0.4 * share
     torch.testing.assert_close(centre, expected)
 
 

@@ -1,4 +1,4 @@
-"""Error feedback: the factors of the weight, what is left of it, and statistics that add."""
+"""Error compensation: the factors of the weight, what is left of it, and statistics that add."""
 
 import math
 
@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_zoo import tiny_model, token_ids
+from statistic_helpers import added
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.error_compensation import GradientCovariance, compensation_factors
 from kvq_calib.calibrate.rate_distortion import spec_by_layer
-from kvq_calib.codec.quantizer import error_weight, triangular_factor
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.error_compensation import error_weight_matrix, triangular_factor
 from kvq_calib.data import TokenWindows
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
@@ -30,10 +31,10 @@ def weight(seed, dim=DIM, samples=200):
     return g.mT @ g
 
 
-def matrix(feedback, scale, dim=DIM):
+def matrix(entries, scale, dim=DIM):
     full = torch.eye(dim, dtype=torch.float64).repeat(HEADS, 1, 1)
     row, column = torch.tril_indices(dim, dim, -1)
-    full[:, row, column] = feedback.double() * scale.double()[:, None]
+    full[:, row, column] = entries.double() * scale.double()[:, None]
     return full
 
 
@@ -41,8 +42,8 @@ def matrix(feedback, scale, dim=DIM):
 @given(st.integers(0, 10**6))
 def test_the_factors_give_the_weight_back(seed):
     w = weight(seed)
-    feedback, scale, _, left = error_feedback(w)
-    unit = matrix(feedback, scale)
+    entries, scale, _, left = compensation_factors(w)
+    unit = matrix(entries, scale)
     rest = left * w.diagonal(dim1=-2, dim2=-1)
     rebuilt = unit.mT @ torch.diag_embed(rest) @ unit
     # Damping adds 3% to the diagonal, eight bits round the entries.
@@ -56,25 +57,25 @@ def test_the_factors_give_the_weight_back(seed):
 
 def test_the_stored_weights_are_the_pivots_of_each_head():
     w = weight(3)
-    _, _, share, left = error_feedback(w)
+    _, _, share, left = compensation_factors(w)
     pivots = left * w.diagonal(dim1=-2, dim2=-1)
     expected = (pivots / pivots.amax(-1, keepdim=True)).half()
     assert torch.allclose(share, expected, rtol=2e-3)
     assert bool((share.amax(-1) == 1).all())
 
 
-def test_the_last_coordinate_has_nobody_to_make_good_for_it():
-    left = error_feedback(weight(0)).left
+def test_the_errors_of_the_last_coordinate_cannot_be_compensated():
+    left = compensation_factors(weight(0)).left
     assert torch.allclose(left[:, -1], torch.ones(HEADS, dtype=torch.float64))
     assert bool((left[:, 0] < 0.9).all())
 
 
 def test_what_a_factor_leaves_is_what_its_rounding_errors_cost():
     w = weight(5, samples=40)
-    found = error_feedback(w, rank=2)
-    assert found.feedback.shape == (HEADS, 2 * DIM)
-    assert bool((found.feedback_weight > 0).all())
-    taken = error_weight(found.feedback, found.feedback_scale, found.feedback_weight, 2)
+    found = compensation_factors(w, rank=2)
+    assert found.entries.shape == (HEADS, 2 * DIM)
+    assert bool((found.weight > 0).all())
+    taken = error_weight_matrix(found.entries, found.scale, found.weight, 2)
     unit, _ = triangular_factor(taken)
     damped = w + 0.03 * torch.diag_embed(w.diagonal(dim1=-2, dim2=-1))
     for head in range(HEADS):
@@ -87,23 +88,23 @@ def test_what_a_factor_leaves_is_what_its_rounding_errors_cost():
 def test_more_columns_save_more_and_all_as_much_as_the_matrix():
     common = torch.randn(HEADS, DIM, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     w = common @ common.mT + 0.3 * torch.eye(DIM, dtype=torch.float64)
-    saved = [-float(error_feedback(w, rank).left.log2().mean()) for rank in (1, 2, DIM + 2, 0)]
+    saved = [-float(compensation_factors(w, rank).left.log2().mean()) for rank in (1, 2, DIM + 2, 0)]
     assert 0 < saved[0] < saved[1]
     assert saved[1:3] == pytest.approx([saved[3]] * 2, rel=0.03)
 
 
-def test_independent_gradients_ask_for_no_feedback():
-    feedback, scale, _, left = error_feedback(
+def test_independent_gradients_ask_for_no_compensation():
+    entries, scale, _, left = compensation_factors(
         torch.diag_embed(torch.rand(HEADS, DIM, dtype=torch.float64) + 0.1)
     )
-    assert not bool((feedback.double() * scale.double()[:, None]).any())
+    assert not bool((entries.double() * scale.double()[:, None]).any())
     assert torch.allclose(left, torch.ones_like(left))
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_no_gradients_at_all_and_tiny_heads(dim):
-    feedback, scale, share, left = error_feedback(torch.zeros(HEADS, dim, dim, dtype=torch.float64))
-    assert feedback.shape == (HEADS, dim * (dim - 1) // 2)
+    entries, scale, share, left = compensation_factors(torch.zeros(HEADS, dim, dim, dtype=torch.float64))
+    assert entries.shape == (HEADS, dim * (dim - 1) // 2)
     assert bool(torch.isfinite(scale).all())
     assert bool(torch.isfinite(share).all())
     assert torch.allclose(left, torch.ones_like(left))
@@ -117,18 +118,17 @@ def test_two_states_add():
     second.update(gradients[15:])
     resumed = GradientCovariance(HEADS, DIM)
     resumed.load(first.state())
-    resumed.merge(second)
-    assert torch.allclose(resumed.sums, whole.sums)
+    assert torch.allclose(added(resumed, second).sums, whole.sums)
     head = gradients[:, DIM : 2 * DIM].double()
     assert torch.allclose(whole.sums[1], head.T @ head)
 
 
-def test_feedback_is_left_out_where_it_takes_more_than_it_saves():
+def test_compensation_is_left_out_where_it_takes_more_than_it_saves():
     agreeing = GradientCovariance(HEADS, DIM)
     agreeing.sums += weight(0)
     stored = 8 * HEADS * (2 * DIM + 4 + 2 * DIM)
     # Half of it is counted on, and of that what is left on other text.
-    saved = -0.7 * float(error_feedback(weight(0), rank=2).left.log2().mean()) / 4 * HEADS * DIM
+    saved = -0.7 * float(compensation_factors(weight(0), rank=2).left.log2().mean()) / 4 * HEADS * DIM
     enough = math.ceil(stored / saved)
     cache = calibration_config("kvq3", assignments=("cache.key.feedback_rank=2",)).cache
     for window, context, kept in (
@@ -154,7 +154,7 @@ def test_feedback_is_left_out_where_it_takes_more_than_it_saves():
         assert (found is cache) == kept
 
 
-def test_what_feedback_stores_follows_the_tokens_it_serves():
+def test_what_compensation_stores_follows_the_tokens_it_serves():
     size, generator = 64, torch.Generator().manual_seed(0)
     common = torch.randn(HEADS, size, 3, generator=generator, dtype=torch.float64)
     rest = torch.randn(HEADS, size, size, generator=generator, dtype=torch.float64) / 16
@@ -176,7 +176,7 @@ def test_what_feedback_stores_follows_the_tokens_it_serves():
 
 
 @pytest.mark.model
-def test_layers_with_a_small_window_are_calibrated_without_feedback():
+def test_layers_with_a_small_window_are_calibrated_without_compensation():
     model = tiny_model("gemma3_text", max_position_embeddings=8192)
     windows = TokenWindows(token_ids(4, 48, 0), {"dataset": "random", "seqlen": 48})
     settings = ("learn.steps=2", "learn.seqlen=24", "allocation.written=0", "allocation.bits_per_element=4.5")
@@ -201,7 +201,7 @@ def test_layers_with_a_small_window_are_calibrated_without_feedback():
     assert {kind: pytest.approx(size) for kind, size in again.storage(300).items()} == held
 
 
-def test_feedback_needs_gradients_and_an_allocation():
+def test_compensation_needs_gradients_and_an_allocation():
     cache = {
         "key": {"bits": 4, "variable_bits": True, "feedback": True},
         "value": {"bits": 4, "variable_bits": True},

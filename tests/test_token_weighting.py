@@ -1,13 +1,14 @@
-"""Importance of tokens: what is counted, the weights that follow, and that a calibration stores them."""
+"""Token weighting: what is counted, the weights that follow, and that a calibration stores them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from models_zoo import tiny_model, token_ids
+from statistic_helpers import added
 
-from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.calibrate.token_weighting import TokenImportance
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config
 
@@ -26,7 +27,7 @@ def tokens(count, seed=0):
 
 
 def test_small_tokens_with_large_gradients_count_more():
-    found = TokenImportance(HEADS)
+    found = TokenCosts(HEADS)
     y, gradient = tokens(8000)
     found.update(y, gradient, UNIT)
     weights = found.weights(0.0)
@@ -44,25 +45,24 @@ def test_small_tokens_with_large_gradients_count_more():
 
 
 def test_two_states_add():
-    whole, first, second, resumed = (TokenImportance(HEADS) for _ in range(4))
+    whole, first, second, resumed = (TokenCosts(HEADS) for _ in range(4))
     y, gradient = tokens(40)
     whole.update(y, gradient, UNIT)
     first.update(y[:15], gradient[:15], UNIT)
     second.update(y[15:], gradient[15:], UNIT)
     resumed.load(first.state())
-    resumed.merge(second)
-    assert torch.allclose(resumed.sums, whole.sums)
+    assert torch.allclose(added(resumed, second).sums, whole.sums)
 
 
 def test_a_token_that_costs_as_much_as_millions_of_others_has_a_weight_that_can_be_stored():
-    found = TokenImportance(HEADS)
+    found = TokenCosts(HEADS)
     found.sums[:, :, 3] = 1.0
     found.sums[:, :, 20] = torch.tensor([0.0, 1e8])[:, None]
     assert float(found.weights(0.0).max()) == torch.finfo(torch.float16).max
 
 
 def test_no_tokens_and_no_gradients_weigh_nothing_differently():
-    found = TokenImportance(HEADS)
+    found = TokenCosts(HEADS)
     assert bool((found.weights(0.25) == 1).all())
     found.update(torch.randn(5, HEADS * DIM), torch.zeros(5, HEADS * DIM), UNIT)
     assert bool(torch.isfinite(found.weights(0.25)).all())

@@ -3,7 +3,7 @@ import torch
 from models_zoo import FAMILIES, tiny_model, token_ids
 from test_attention_capture import snapshot
 
-from kvq_calib.calibrate import fisher
+from kvq_calib.calibrate import gradients as passes
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.errors import CalibrationError, ModelError
 
@@ -56,13 +56,13 @@ def worst(got, want):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_the_models_own_loss_with_logits_in_pieces(family, monkeypatch):
-    monkeypatch.setattr(fisher, "_CHUNK", 5)
+    monkeypatch.setattr(passes, "_CHUNK", 5)
     model, ids = tiny_model(family), token_ids(1, 18)
     want_loss, want = plain(model, ids)
     before = snapshot(model)
     loss, gradients, forward = run(model, ids)
     layers = list(range(model.config.num_hidden_layers))
-    assert fisher._SPLITTABLE[model]  # no family falls back to whole logits
+    assert passes._SPLITTABLE[model]  # no family falls back to whole logits
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert worst(gradients, want) < 1e-4
     assert forward == layers
@@ -100,7 +100,7 @@ def test_falls_back_to_whole_logits_where_a_body_cannot_be_called_alone(monkeypa
     monkeypatch.setattr(type(model.base_model), "forward", body)
     other = tiny_model("llama")
     other_loss, other_gradients, _ = run(other, ids)
-    assert fisher._SPLITTABLE[other] is False
+    assert passes._SPLITTABLE[other] is False
     assert other_loss == pytest.approx(loss, rel=1e-6)
     assert worst(other_gradients, gradients) < 1e-5
 

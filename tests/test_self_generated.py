@@ -1,4 +1,4 @@
-"""Text that the model writes itself."""
+"""Calibration text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kvq_calib.model.geometry import model_geometry
 from models_zoo import FAMILIES, tiny_model, token_ids
 
-from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.calibrate.self_generated import WrittenText, write
+from kvq_calib.calibrate import run as run_module
+from kvq_calib.calibrate.checkpoint import Checkpoint, RunState
+from kvq_calib.calibrate.clock import Clock
+from kvq_calib.calibrate.fitter import Recipe, make_fitter
+from kvq_calib.calibrate.passes import Passes
+from kvq_calib.calibrate.plan import Stage, Table
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.calibrate.self_generated import SelfGeneratedText, continue_texts
+from kvq_calib.calibrate.texts import TextLibrary
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.schema.recipe import calibration_config
@@ -25,11 +32,11 @@ def model():
     return tiny_model("llama")
 
 
-def written(model, windows=3, seqlen=40, repeating=0, **changes):
+def generated(model, windows=3, seqlen=40, repeating=0, **changes):
     settings = {"prefix": (), "vocabulary": 128, "seed": 0, **changes}
-    text = WrittenText({False: windows, True: repeating}, seqlen, **settings)
+    text = SelfGeneratedText(windows, repeating, seqlen, **settings)
     for batch in range(len(text.ids)):
-        text.write(model, batch)
+        text.generate(model, batch)
     return text
 
 
@@ -46,7 +53,7 @@ def recipe(*assignments):
 def test_every_family_writes(family):
     model = tiny_model(family)
     prompt = token_ids(3, 2, 0)
-    text = write(model, prompt, 5, torch.Generator().manual_seed(0))
+    text = continue_texts(model, prompt, 5, torch.Generator().manual_seed(0))
     assert text.shape == (3, 7)
     assert torch.equal(text[:, :2], prompt)
     assert int(text.min()) >= 0
@@ -56,7 +63,7 @@ def test_every_family_writes(family):
 def test_what_is_written_follows_the_predictions(model):
     """Over many texts a token is as frequent as the model says, on the context it was written in."""
     prompt = token_ids(1, 3, 0).expand(4000, 3)
-    text = write(model, prompt, 2, torch.Generator().manual_seed(0))
+    text = continue_texts(model, prompt, 2, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for place in (3, 4):
             # The mean over contexts of the predicted distribution is the distribution of what stands there.
@@ -68,21 +75,21 @@ def test_what_is_written_follows_the_predictions(model):
 
 def test_windows_are_documents_one_after_the_other(model, monkeypatch):
     monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
-    text = written(model)
+    text = generated(model)
     assert text.ids.shape == (1, 16, 8)  # fifteen documents fill three windows of forty tokens
     rows = text.windows(3, repeats=False)
     assert rows.shape == (3, 40)
     assert torch.equal(rows.flatten(), text.ids.flatten()[:120])
     assert torch.equal(rows[:, ::8].flatten(), text.beginnings.flatten()[:15])
-    more = written(model, windows=12)
+    more = generated(model, windows=12)
     assert torch.equal(more.windows(12, repeats=False)[:3], rows)
-    assert not torch.equal(written(model, seed=1).windows(3, repeats=False), rows)
-    assert torch.equal(written(model).windows(3, repeats=False), rows)
+    assert not torch.equal(generated(model, seed=1).windows(3, repeats=False), rows)
+    assert torch.equal(generated(model).windows(3, repeats=False), rows)
 
 
 def test_every_third_document_repeats_pieces_of_two(model, monkeypatch):
     monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
-    text = written(model, windows=0, repeating=6)
+    text = generated(model, windows=0, repeating=6)
     assert text.ids.shape == (2, 16, 8)  # of thirty documents ten are repeats
     rows = text.windows(6, repeats=True)
     assert rows.shape == (6, 40)
@@ -97,15 +104,16 @@ def test_every_third_document_repeats_pieces_of_two(model, monkeypatch):
     assert len(orders) > 5
     assert torch.equal(text.windows(2, repeats=True), rows[:2])
     # The text beside it stays what it is.
-    both = written(model, repeating=6)
+    both = generated(model, repeating=6)
     assert torch.equal(both.windows(6, repeats=True), rows)
-    assert torch.equal(both.windows(3, repeats=False), written(model).windows(3, repeats=False))
+    assert torch.equal(both.windows(3, repeats=False), generated(model).windows(3, repeats=False))
 
 
 @given(windows=st.integers(1, 40), seqlen=st.integers(8, 600), prefix=st.sampled_from([(), (7,)]))
 def test_there_are_documents_enough(windows, seqlen, prefix):
     for repeats in (False, True):
-        text = WrittenText({repeats: windows}, seqlen, prefix=prefix, vocabulary=16, seed=0)
+        counts = (0, windows) if repeats else (windows, 0)
+        text = SelfGeneratedText(*counts, seqlen, prefix=prefix, vocabulary=16, seed=0)
         assert text.windows(windows, repeats=repeats).shape == (windows, seqlen)
 
 
@@ -115,7 +123,7 @@ def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
-    rows = written(model, prefix=(7,)).windows(3, repeats=False)
+    rows = generated(model, prefix=(7,)).windows(3, repeats=False)
     hook.remove()
     assert bool((rows[:, 0] == 7).all())
     prompts = [ids for ids in seen if ids.shape[1] > 1]
@@ -149,24 +157,33 @@ def test_statistics_take_it_up(model):
     }
 
 
+def moments_of(model, windows, settings):
+    """What the first pass finds under a recipe, and the text it looked at."""
+    geometry = model_geometry(model)
+    recipe = Recipe("r", settings, geometry, len(windows.ids))
+    keys = list(make_fitter(recipe).keys(Stage.THRESHOLDS))
+    library, (text,) = TextLibrary(windows, model, 0), {key.view.text for key in keys}
+    if settings.allocation.written:
+        library.generated = generated(model, windows=0, repeating=4, seqlen=24)
+    passes = Passes(
+        model, geometry, RunState(), Table(), Checkpoint(None, "", keys), Clock(), lambda *step: None
+    )
+    passes.observe("thresholds", keys, library.windows(text))
+    return [passes.totals.get(key) for key in keys], library.rows(text)
+
+
 def test_statistics_are_those_of_both_texts(model):
     """What is written counts as any other window does."""
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
-    config = recipe()
-    first = pipeline._Run(model, windows, {"r": config}, {}, None, None)
-    first.write()
-    first.first_pass()
-    text = first._text(config)
+    mixed, text = moments_of(model, windows, recipe())
     assert torch.equal(text[:4], windows.ids)
-    second = pipeline._Run(
-        model, TokenWindows(text, windows.source), {"r": recipe("allocation.written=0")}, {}, None, None
-    )
-    second.first_pass()
-    subjects = zip(first.subjects, second.subjects, strict=True)
-    for one, other in subjects:
-        moments = second.totals[other.sketch].state()
-        for part, tensor in first.totals[one.sketch].state().items():
-            torch.testing.assert_close(tensor, moments[part])
+    assert text.shape == (8, 24)
+    plain, same = moments_of(model, TokenWindows(text, windows.source), recipe("allocation.written=0"))
+    assert torch.equal(same, text)
+    assert len(mixed) == len(plain) == 4
+    for one, other in zip(mixed, plain, strict=True):
+        for name, tensor in one.state().items():
+            torch.testing.assert_close(tensor, other.state()[name])
 
 
 def test_learning_takes_it_up(model):
@@ -189,7 +206,7 @@ def test_predictions_that_are_not_numbers_are_refused():
 
 
 def test_a_model_that_waits_on_disk_does_not_write(model, monkeypatch):
-    monkeypatch.setattr(pipeline, "is_offloaded", lambda _: True)
+    monkeypatch.setattr(run_module, "is_offloaded", lambda _: True)
     steps = []
     with pytest.raises(ConfigError, match=r"allocation\.written=0"):
         run(model, {"r": recipe()}, progress=lambda *step: steps.append(step))

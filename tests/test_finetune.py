@@ -4,13 +4,15 @@ import pytest
 import torch
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.artifact.artifact import LayerParams
-from kvq_calib.calibrate.finetune import Trainable, divergence, learn
-from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.codec.quantizer import Quantizer, QuantParams, pack_codebooks, storable_thresholds
+from kvq_calib.calibrate.divergence import divergence
+from kvq_calib.calibrate.finetune import Trainable, learn
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.quantizer import Quantizer, QuantParams
+from kvq_calib.codec.trellis import pack_codebooks, storable_thresholds
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
-from kvq_calib.schema.recipe import CalibrationConfig
+from kvq_calib.schema.recipe import CalibrationConfig, LearnConfig
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
 
 pytestmark = pytest.mark.model
@@ -167,12 +169,9 @@ def test_a_start_that_training_makes_worse_is_kept() -> None:
     spoiled = learn(
         model,
         token_ids(3, 48, 0),
-        artifact.spec,
-        artifact.geometry,
-        artifact.layers,
-        steps=8,
-        seqlen=24,
-        learning_rate=20.0,
+        artifact,
+        # Above what a recipe may ask for.
+        LearnConfig.model_construct(steps=8, seqlen=24, learning_rate=20.0),
         seed=0,
     )
     assert spoiled.before is not None
