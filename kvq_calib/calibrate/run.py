@@ -37,7 +37,9 @@ from kvq_calib.calibrate.self_generated import SelfGeneratedText
 from kvq_calib.calibrate.texts import Source, Text, TextLibrary, text_of, united
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.placement import is_offloaded
+from kvq_calib.model.probe import check_generation
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.recipe import CalibrationConfig
 
