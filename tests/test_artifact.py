@@ -1,7 +1,8 @@
 """The artifact: the same bytes for the same content, golden bytes, and a named refusal for every damage."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -23,9 +24,12 @@ from kvq_calib.artifact.errors import (
     ArtifactValueError,
     ArtifactVersionError,
 )
+from kvq_calib.codec.scalar import ScalarParams
+from kvq_calib.codec.trellis import TrellisParams
 from kvq_calib.errors import KVQError
 from kvq_calib.files import WriteError
-from kvq_calib.schema.geometry import KINDS
+from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, OutlierSpec, ScalarSpec, TrellisSpec
 
 both = pytest.mark.parametrize("codec", TINY)
 
@@ -93,6 +97,19 @@ def test_golden_bytes(codec):
     """The format is pinned: a change that breaks this needs a new format version (docs/format.md)."""
     assert TINY[codec]().to_bytes() == golden_file(codec).read_bytes()
     assert same(KVArtifact.load(golden_file(codec)), TINY[codec]())
+
+
+def test_the_page_on_the_format_names_every_key_and_tensor():
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# The artifact format, version {FORMAT_VERSION}\n")
+    declared = (
+        *(KVCacheSpec, ScalarSpec, OutlierSpec, TrellisSpec, ErrorCompensationSpec),
+        *(KVGeometry, LayerGeometry, RopeSpec),
+    )
+    names = {name for model in declared for name in model.model_fields}
+    names |= {field.name for params in (ScalarParams, TrellisParams) for field in fields(params)}
+    names |= module._parse(tiny_scalar().to_bytes(), "tiny")[0].keys()
+    assert not [name for name in sorted(names) if f"`{name}`" not in text]
 
 
 @both

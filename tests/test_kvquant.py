@@ -194,7 +194,7 @@ def test_command_reads_the_configuration_alone(tmp_path):
     content = {}
     for layer in range(len(geometry.layers)):
         for projection in ("k_proj", "v_proj"):
-            ones = torch.ones(1, shape.channels, dtype=torch.float64)
+            ones = torch.ones(1, shape.shape("key").channels, dtype=torch.float64)
             content[f"model.layers.{layer}.self_attn.{projection}"] = (
                 ones,
                 -ones,

@@ -111,6 +111,18 @@ def test_ties_never_select_more_outliers_than_the_cap(magnitudes, cap):
         )
 
 
+def test_of_too_many_outliers_those_farthest_out_for_their_channels_stay():
+    scale = torch.ones(CHANNELS)
+    scale[:4] = 100.0
+    spec = ScalarSpec(bits=2, outliers=OutlierSpec(fraction=0.05, max_per_token=2))
+    params = ScalarParams(torch.tensor([[-1.0, -0.5, 0.5, 1.0]]), scale, torch.zeros(CHANNELS))
+    y = torch.zeros(1, 1, CHANNELS)
+    y[0, 0, 1], y[0, 0, 2], y[0, 0, 9], y[0, 0, 12] = 150.0, -400.0, 3.0, -5.0
+    q = ScalarQuantizer(spec, params, SHAPE).quantize(by_head(y))
+    assert q.outliers[0, 0].nonzero().flatten().tolist() == [2, 12]
+    assert q.residual[0, 0, [2, 12]].tolist() == [-300.0, -4.0]
+
+
 def test_a_tie_at_the_threshold_is_no_outlier():
     quantizer = quantizer_of(2, outliers=OutlierSpec(fraction=0.05, max_per_token=2))
     at_threshold = quantizer.zero_point + quantizer.scale

@@ -149,14 +149,13 @@ def test_values_may_have_a_head_size_of_their_own():
     assert cache_elements([SHAPE, uneven], context=100, batch=3) == 3 * (100 * (16 + 16) + 10 * (16 + 10))
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=0)
-    with pytest.raises(
-        ValidationError, match="outside the head of 4"
-    ):  # pairs are of keys, however wide values are
-        KVGeometry(layers=(SHAPE.model_copy(update={"head_dim": 4, "value_head_dim": 8}),), ropes=(ROPE,))
+    narrow_keys = SHAPE.model_copy(update={"head_dim": 4, "value_head_dim": 8})
+    with pytest.raises(ValidationError, match="outside the head of 4"):  # pairs are of keys
+        KVGeometry(layers=(narrow_keys,), ropes=(ROPE,))
 
 
-def stored(spec, shape=HeadShape(2, 8), pairs=2):
-    return codec_of(spec).stored_tensors(spec, shape, pairs)
+def stored(spec, pairs=2):
+    return codec_of(spec).stored_tensors(spec, HeadShape(2, 8), pairs)
 
 
 def test_stored_tensors_follow_the_spec():

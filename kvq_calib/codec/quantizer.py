@@ -12,7 +12,7 @@ twice. Unless a codec says otherwise (:attr:`Quantizer.codes_in_blocks`, :meth:`
 is quantized by itself: how tokens are grouped into calls, pages or batches never changes a code.
 
 :mod:`kvq_calib.codec.registry` has the codecs by name. ``tests/test_codec_protocol.py`` holds each of them to what is
-promised here, and has the smallest codec there can be.
+promised here; ``tests/toy_codec.py`` is the smallest there can be.
 """
 
 from __future__ import annotations
