@@ -209,6 +209,6 @@ def test_predictions_that_are_not_numbers_are_refused():
 def test_a_model_that_waits_on_disk_does_not_write(model, monkeypatch):
     monkeypatch.setattr(run_module, "is_offloaded", lambda _: True)
     steps = []
-    with pytest.raises(ConfigError, match=r"allocation\.written=0"):
+    with pytest.raises(ConfigError, match=r"allocation\.self_generated=0"):
         run(model, {"r": recipe()}, progress=lambda *step: steps.append(step))
     assert not steps
