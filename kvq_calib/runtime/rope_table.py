@@ -8,12 +8,18 @@ from torch import Tensor
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.schema.geometry import RopeSpec
 
-__all__ = ["RopeTable", "rope_of"]
+__all__ = ["RopeTable", "pair_rotation", "rope_of"]
 
 
 def rope_of(key: Quantizer) -> RopeSpec | None:
     """The rotary embedding that readers apply to keys; ``None`` where keys are stored as attention uses them."""
     return key.rope if key.spec.pre_rope else None
+
+
+def pair_rotation(quantizer: Quantizer) -> Tensor | None:
+    """Radians by which each RoPE pair is turned before it is coded, float32 ``[H, P]``; ``None`` where none is."""
+    angles = quantizer.params.phase
+    return None if angles is None else angles.float()
 
 
 class RopeTable:

@@ -21,7 +21,7 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.online_softmax import OnlineSoftmax
 from kvq_calib.runtime.page_reader import PageReader
-from kvq_calib.runtime.rope_table import RopeTable, rope_of
+from kvq_calib.runtime.rope_table import RopeTable, pair_rotation, rope_of
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility, as_additive
@@ -146,11 +146,10 @@ class TorchOps:
         if self.rope is None:
             return query, query
         query = self.rope.scale_(query.mT).mT
-        turns = self.key.params.phase
-        if turns is None:
+        angles = pair_rotation(self.key)
+        if angles is None:
             return query, query
-        angle = turns.float()[..., None]
-        turned = self.rope.rotate_(query.mT.clone(), angle.cos(), angle.sin())
+        turned = self.rope.rotate_(query.mT.clone(), angles.cos()[..., None], angles.sin()[..., None])
         return query, turned.mT
 
     def _segments(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.codec.quantizer import Quantizer, importance_edges, reciprocal
-from kvq_calib.runtime.rope_table import rope_of
+from kvq_calib.runtime.rope_table import pair_rotation, rope_of
 from kvq_calib.schema.spec import Kind
 
 __all__ = ["MAX_HEAD_DIM", "KernelTables", "unsupported"]
@@ -112,7 +112,7 @@ class KernelTables:
     def angles(self) -> Tensor:
         """int32 ``[H, D / 2, 2]``: turns per token, and at position 0, which undo the rotation of the pair."""
         start = torch.zeros(self.heads, self.head_dim // 2, dtype=torch.float64, device=self.device)
-        angle = self.quantizer.params.phase
+        angle = pair_rotation(self.quantizer)
         if angle is not None:
             start[:, : angle.shape[1]] = -angle.double()
         return torch.stack((self.frequencies.expand(self.heads, -1), _turns(start)), dim=-1).contiguous()
@@ -120,14 +120,13 @@ class KernelTables:
     @cached_property
     def pair_rotation(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Cosines and sines ``[H, P]``, and per coordinate its partner and pair; then ``P``."""
-        angle = self.quantizer.params.phase
+        angle = pair_rotation(self.quantizer)
         if angle is None:
             return None
         place = [-1] * self.head_dim
         for number, (first, second) in enumerate(self.rope_pairs[0][: angle.shape[1]]):
             place[first] = second | number << 16
             place[second] = first | number << 16 | 1 << 15
-        angle = angle.float()
         return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, angle.shape[1]])
 
     # Tables of the decode kernel.
