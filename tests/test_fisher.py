@@ -3,7 +3,7 @@ import torch
 from models_zoo import FAMILIES, tiny_model, token_ids
 from test_attention_capture import snapshot
 
-from kvq_calib.calibrate import fisher
+from kvq_calib.calibrate import gradients as fisher
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.errors import CalibrationError, ModelError
 
