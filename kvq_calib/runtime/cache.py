@@ -23,7 +23,7 @@ from kvq_calib.model.compat import crop_takes_removed
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.intercept import AttentionCall, attention_modules, layer_of
 from kvq_calib.model.rope import Rotation, find_apply_rotary
-from kvq_calib.runtime.attention import attach
+from kvq_calib.runtime.attention import attach, readable_mask
 from kvq_calib.runtime.storage import LayerStorage, SlotTable, StorageMark
 from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
 
@@ -88,7 +88,9 @@ class KVQCacheLayer(AttendingLayer):
                 raise RuntimeMismatchError(
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
-            visibility = Visibility(call.mask, self.length + tokens, tokens, options.get("sliding_window"))
+            visibility = Visibility(
+                readable_mask(call), self.length + tokens, tokens, options.get("sliding_window")
+            )
             keys, rotation = key, None
             if ops.key.spec.pre_rope and ops.key.rope is not None:
                 rotation = self._rotation(module, call.position_embeddings)
