@@ -11,7 +11,7 @@ import kvq_calib
 PACKAGE = Path(kvq_calib.__file__).parent
 #: The parts in order: one may import those before it, never those after it.
 ORDER = [
-    *("errors", "files", "progress"),
+    *("errors", "files", "progress", "native"),
     *("schema", "codec", "fit", "model", "data", "artifact"),
     *("calibrate", "runtime", "evaluate", "integrations", "cli"),
 ]
