@@ -11,7 +11,7 @@ from models_zoo import tiny_model
 
 from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
 from kvq_calib.model.geometry import model_geometry
 from kvq_calib.model.load import model_fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,16 +17,15 @@ from kvq_calib.codec.packing import packed_tokens
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.memory import (
     PAPER_GB,
-    ModelShape,
     _expected_outliers,
     artifact_report,
+    layer_bits,
     longest_context,
-    model_shape,
     paper_comparison,
     per_gpu_report,
     shape_report,
-    stages,
 )
+from kvq_calib.evaluate.shapes import ModelShape, model_shape, stages
 from kvq_calib.model.load import with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
@@ -68,6 +68,7 @@ def test_formula_equals_the_bytes_of_filled_buffers(name, tokens):
     formula = artifact.storage(tokens, batch=2, outliers_per_token=measured_rates(cache))
     assert {kind: pytest.approx(size) for kind, size in formula.items()} == held
     assert cache.nbytes == pytest.approx(sum(formula.values()) + tables)
+    assert artifact_report(artifact, tokens, 2, measured_rates(cache)).by_kind == pytest.approx(formula)
     bits = artifact.bits_per_element(tokens, 2, measured_rates(cache))
     assert bits == pytest.approx(8 * (cache.nbytes - tables) / artifact.elements(tokens, 2))
 
@@ -198,6 +199,21 @@ def test_longest_context_is_the_last_that_fits():
     assert shape_report(shape, spec, longest).total <= room < shape_report(shape, spec, longest + 256).total
     assert 1_000_000 < longest < 1_200_000  # the paper: a million tokens on one GPU
     assert longest_context(model_shape("llama-65b"), spec) == 0
+
+
+def test_layers_add_up_to_the_whole():
+    artifact = artifact_for(tiny_model("llama"), RECIPES["nuq4-1p"])
+    artifact = replace(artifact, outliers_per_token={"key": [0.5, 0.25], "value": [2.0, 2.0]})
+    bits = layer_bits(artifact, 4096)
+    shared = sum(
+        size
+        for name, size in artifact.storage(4096).items()
+        if name in ("positions", "block_table", "sink_slots")
+    )
+    mean = sum(map(sum, bits.values())) / 4
+    assert mean + 8 * shared / artifact.elements(4096) == pytest.approx(
+        artifact.bits_per_element(4096), rel=1e-12
+    )
 
 
 def test_unknown_shape_lists_the_known_ones():

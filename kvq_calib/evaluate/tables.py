@@ -38,17 +38,23 @@ def print_table(table: Table) -> None:
 
 
 def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) -> Table:
-    """One row per artifact under the unquantized model."""
+    """One row per artifact under the unquantized model; the modes where not all are as asked."""
     tokens = f"{results[0].tokens:,} tokens in windows of {config.seqlen}" if results else ""
-    table = Table(title=f"{config.dataset}, {config.mode} mode, {tokens}, bits at {config.context} tokens")
+    mixed = any(result.mode != config.mode for result in results)
+    mode = "" if mixed else f"{config.mode} mode, "
+    table = Table(title=f"{config.dataset}, {mode}{tokens}, bits at {config.context} tokens")
     table.add_column("artifact")
+    if mixed:
+        table.add_column("mode")
     for heading in ("bits/element", "perplexity", "KL mean", "KL p99", "top-1"):
         table.add_column(heading, justify="right")
     if results:
-        table.add_row("unquantized", "", f"{results[0].baseline_perplexity:.3f}", "", "", "")
+        blank = [""] if mixed else []
+        table.add_row("unquantized", *blank, "", f"{results[0].baseline_perplexity:.3f}", "", "", "")
     for result in results:
         table.add_row(
             result.name,
+            *([result.mode] if mixed else []),
             f"{result.bits_per_element:.3f}",
             f"{result.perplexity:.3f}",
             f"{result.kl_mean:.5f}",
@@ -76,7 +82,7 @@ def compare_table(comparison: Comparison, config: EvalConfig) -> Table:
         table.add_row(
             result.name,
             one.origin,
-            one.mode,
+            result.mode,
             f"{result.bits_per_element:.3f}",
             f"{result.perplexity:.3f}",
             f"{result.kl_mean:.5f}",
