@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 import torch
 from artifact_factory import RECIPES, random_artifact, recipe
+from kvq_calib.runtime.rope_table import pair_rotation
 from shim.host import HostLauncher, compiler
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from kvq_calib.runtime.cuda.pages import PageTable
 from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.cuda.tables import KernelTables
 from kvq_calib.runtime.page_reader import PageReader
-from kvq_calib.runtime.rope_table import pair_rotation
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 from kvq_calib.runtime.torch_ops import TorchOps

@@ -287,6 +287,11 @@ class TrellisQuantizer(Quantizer):
         """True where there are paths."""
         return self.spec.states > 1
 
+    @property
+    def compensates(self) -> bool:
+        """Where the spec says so."""
+        return self.spec.error_compensation is not None
+
     def level_index(self, codes: Tensor) -> Tensor:
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
         return level_index(codes) if self.codes_in_blocks else codes
