@@ -56,7 +56,10 @@ def variants() -> list[Variant]:
             "allocation.first_layer_weight=1",
         ),
         "and text that the model writes": ("allocation.self_generated=0",),
-        "and paths that weigh their tokens": ("cache.key.token_weighting=false", "cache.value.token_weighting=false"),
+        "and paths that weigh their tokens": (
+            "cache.key.token_weighting=false",
+            "cache.value.token_weighting=false",
+        ),
         "and a sweep over the coordinates of keys": ("cache.key.error_compensation.refinement_passes=0",),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
         "and repeats in what the model writes": ("allocation.repeats=false",),

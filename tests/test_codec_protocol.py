@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, object]] = {
     "scalar-token": {"bits": 2, "thresholds": "token"},
     "scalar-token-outliers": {"bits": 1, "thresholds": "token", "outliers": OUTLIERS},
     "scalar-normalized": {"bits": 8, "thresholds": "token_normalized", "outliers": OUTLIERS},
+    "scalar-post-rope": {"bits": 3, "pre_rope": False, "levels": "uniform"},
     "scalar-online": {"bits": 5, "thresholds": "channel_online", "outliers": OUTLIERS},
     "trellis": {"codec": "trellis", "max_bits": 4},
     "trellis-full": {
@@ -217,6 +218,14 @@ def test_what_works_on_artifacts_works_with_every_codec(name: str) -> None:
 
 
 @case
+def test_readers_turn_keys_that_are_stored_before_rope_and_never_values(name: str) -> None:
+    artifact = random_artifact(GEOMETRY, cache_spec(name))
+    with_rope, without = artifact.quantizers()
+    assert with_rope["key"].read_rope == (GEOMETRY.ropes[0] if artifact.spec.key.pre_rope else None)
+    assert without["key"].read_rope is with_rope["value"].read_rope is without["value"].read_rope is None
+
+
+@case
 def test_the_layout_says_what_a_page_holds(name: str) -> None:
     quantizer = quantizer_of(name)
     layout, q = quantizer.layout, quantizer.quantize(values(quantizer))
@@ -251,6 +260,9 @@ def test_another_device_changes_nothing_but_the_place(name: str) -> None:
     quantizer = quantizer_of(name)
     assert quantizer.device == torch.device("cpu")
     assert quantizer.to("cpu") is quantizer
+    again = quantizer.with_params(quantizer.params)
+    x = values(quantizer)
+    assert torch.equal(again(x), quantizer(x))
     there = quantizer.to("meta")
     assert there.device == torch.device("meta")
     assert there.params.held_bytes == quantizer.params.held_bytes

@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 import torch
 from artifact_factory import RECIPES, random_artifact, recipe
+from kvq_calib.runtime.rope_table import pair_rotation
 from shim.host import HostLauncher, compiler
 from torch import Tensor
 
@@ -341,9 +342,20 @@ def turned(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
 def decoded(packed: PackedTensor, quantizer: Quantizer) -> Tensor:
     """What is packed, in float64 and with pairs turned back: ``[B, H, 256 * pages, D]``."""
     y = PageReader(quantizer).read(packed.pages).mT.double()
-    if quantizer.params.phase is not None:
-        y = quantizer._turn(y, -1.0)
+    angles = pair_rotation(quantizer)
+    if angles is not None:
+        y = turned_back(y, angles, quantizer.rope)
     return y
+
+
+def turned_back(y: Tensor, angles: Tensor, rope: RopeSpec) -> Tensor:
+    """``[B, H, S, D]`` with each pair turned by minus its angle, ``[H, P]``."""
+    first, second = torch.tensor(rope.pairs, device=y.device).unbind(1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    a, b = y[..., first], y[..., second]
+    out = y.clone()
+    out[..., first], out[..., second] = cos * a + sin * b, cos * b - sin * a
+    return out
 
 
 def as_words(keep: Tensor) -> Tensor:
@@ -406,7 +418,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     first, count = 3, 7  # a part of the blocks, over the end of a page
     part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
     where = positions[:, part].int().contiguous()
-    turn = where if rope is not None or layer.key.params.phase is not None else None
+    turn = where if rope is not None or pair_rotation(layer.key) is not None else None
     wanted = range(first, first + count)
     got = dequantize(machine.launcher, layer.tables[0], pages[0], batch, wanted, torch.float32, turn)
     torch.testing.assert_close(got.double(), keys[:, :, part], rtol=1e-5, atol=2e-4 * float(keys.abs().max()))

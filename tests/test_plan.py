@@ -19,7 +19,7 @@ from kvq_calib.calibrate.plan import ChannelView, ObservedKey, Stage, Table, mag
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.calibrate.texts import Source, TextLibrary, Window, text_of, united
-from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.fit.levels import uniform_levels
 from kvq_calib.model.inspect import inspect_model
@@ -52,7 +52,7 @@ def recipe(name, *assignments):
     [
         (recipe("nuq4-1p"), recipe("nuq2-1p")),
         (recipe("kvq4"), recipe("kvq3")),
-        (recipe("kvq3"), recipe("kvq3", "allocation.min_value_bits=0", "cache.key.bits=6")),
+        (recipe("kvq3"), recipe("kvq3", "allocation.min_value_bits=0", "cache.key.max_bits=6")),
     ],
 )
 def test_recipes_that_ask_for_the_same_share_it(model, one, other):
@@ -66,7 +66,7 @@ def test_recipes_that_ask_for_the_same_share_it(model, one, other):
     [
         ("cache.sink_tokens=4",),
         ("cache.key.pair_rotation=false",),
-        ("fit.weights=uniform", "cache.key.error_compensation=null", "cache.key.error_compensation.refinement_passes=0",
+        ("fit.weights=uniform", "cache.key.error_compensation=null",
          "cache.key.token_weighting=false", "cache.value.token_weighting=false"),
         ("allocation.self_generated=1",),
         ("allocation.repeats=false",),
@@ -86,7 +86,6 @@ def test_part_of_what_another_recipe_asks_for_costs_nothing_more(model):
         "kvq3",
         "cache.key.token_weighting=false",
         "cache.key.error_compensation=null",
-        "cache.key.error_compensation.refinement_passes=0",
     )
     assert set(plan(model, less).keys) < set(plan(model, recipe("kvq3")).keys)
 
@@ -107,7 +106,7 @@ def test_every_stage_over_the_calibration_text_looks_at_magnitudes_first(model):
         Stage.VOCABULARY: False,
         Stage.CODEBOOKS: True,
     }
-    nothing = recipe("uniform3", "cache.key.granularity=token", "cache.key.dynamic=true")
+    nothing = recipe("uniform3", "cache.key.thresholds=token")
     assert plan(model, nothing).keys == ()
 
 
@@ -145,7 +144,7 @@ class Largest(Statistics):
 @dataclass(frozen=True)
 class LargestKey(ObservedKey[Largest, torch.Tensor]):
     def empty(self, geometry):
-        return Largest(geometry.layers[self.view.tensor.layer].channels)
+        return Largest(self.view.tensor.shape_in(geometry).channels)
 
     def add(self, statistics, seen):
         statistics.largest = torch.maximum(statistics.largest, seen.abs().amax(0))
@@ -167,9 +166,7 @@ class SymmetricFitter:
         for at, key in self.asked.items():
             scale = materials.totals.get(key).largest
             levels = torch.tensor(uniform_levels(self.recipe.tensors[at].bits)[None], dtype=torch.float32)
-            params[at] = QuantParams.uniform(
-                self.recipe.tensors[at].bits, len(scale), levels, scale, zero_point=torch.zeros_like(scale)
-            )
+            params[at] = ScalarParams(levels, scale, torch.zeros_like(scale))
         return Fitted(self.recipe.config.cache, layer_params(params), {"fitted": "symmetrically"})
 
 
@@ -179,13 +176,14 @@ class Interrupted(Exception):
 
 def test_a_fitter_from_outside_runs_from_the_text_to_the_artifact(model, tmp_path, monkeypatch):
     """Passes, checkpoints and assembly know nothing of the fitters."""
-    monkeypatch.setitem(fitters._FITTERS, "symmetric", SymmetricFitter)
-    known = fitters.codec_of
-    monkeypatch.setattr(
-        fitters, "codec_of", lambda config: "symmetric" if config.description == "toy" else known(config)
+    known = fitters._FITTERS["scalar"]
+    monkeypatch.setitem(
+        fitters._FITTERS,
+        "scalar",
+        lambda recipe: (SymmetricFitter if recipe.config.description == "toy" else known)(recipe),
     )
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    values = ("cache.value.granularity=channel", "cache.value.dynamic=false")
+    values = ("cache.value.thresholds=channel",)
     configs = {
         "toy": recipe("uniform3", "description=toy", *values),
         "beside": recipe("uniform3", *values),
