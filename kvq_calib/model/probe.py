@@ -207,7 +207,7 @@ class _Trial:
         return bool(error <= self._rounding(wanted) * wanted.where(known, 0).abs().max())
 
     def _alike(self, got: Tensor, wanted: Tensor) -> bool:
-        """Whether most tokens of ``[1, T, V]`` agree: a near tie between experts can fall either way for single ones."""
+        """Whether most tokens of ``[1, T, V]`` agree; a near tie between experts can fall either way for one."""
         error, size = (got - wanted).abs().amax(-1), wanted.abs().amax(-1)
         return not bool((error / size).median() > 2 * self._rounding(wanted))
 
