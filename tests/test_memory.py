@@ -13,11 +13,11 @@ from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
 from kvq_calib.artifact.shard import shard
+from kvq_calib.codec.scalar import ScalarQuantizer
 from kvq_calib.codec.size import packed_tokens
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.memory import (
     PAPER_GB,
-    _expected_outliers,
     artifact_report,
     layer_bits,
     longest_context,
@@ -31,7 +31,7 @@ from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import read_recipe
-from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, ScalarSpec
 
 pytestmark = pytest.mark.model
 
@@ -88,7 +88,9 @@ def test_formula_knows_sliding_windows_and_the_recent_window(tokens, recent):
     with torch.no_grad():
         model(token_ids(1, tokens), use_cache=True, **with_cache(own))
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in own.layers)
-    unseen = 2 * 2 * artifact.geometry.layers[0].channels  # its sliding layers count the next token in
+    unseen = (
+        2 * 2 * artifact.geometry.layers[0].shape("key").channels
+    )  # its sliding layers count the next token in
     assert artifact.elements(tokens) == numbers + unseen
 
 
@@ -153,7 +155,7 @@ def test_memory_shrinks_as_promised():
     model = tiny_model("llama", max_position_embeddings=8192)
     spec = recipe(
         key={"bits": 3, "outliers": {}},
-        value={"bits": 3, "granularity": "channel", "dynamic": False, "outliers": {}},
+        value={"bits": 3, "thresholds": "channel", "outliers": {}},
     )
     artifact = artifact_for(model, spec)
     tokens = 4096 + 1
@@ -171,10 +173,13 @@ def test_shape_report_is_the_formula_of_an_artifact_of_that_shape():
     for tokens in (100, 1000):
         ours = shape_report(shape, spec, tokens, batch=3)
         rates = {
-            kind: [_expected_outliers(spec.key if kind == "key" else spec.value, layer.channels)]
-            * len(shape.layers)
-            for kind in ("key", "value")
-            for layer in shape.layers[:1]
+            kind: [
+                ScalarQuantizer.nominal_outliers(
+                    LayerSpec(key=spec.key, value=spec.value).of(kind), layer.shape(kind)
+                )
+                for layer in shape.layers
+            ]
+            for kind in KINDS
         }
         theirs = artifact_report(artifact, tokens, 3, rates)
         assert dict(ours.by_kind) == pytest.approx(dict(theirs.by_kind))
@@ -265,7 +270,9 @@ def test_the_fullest_gpu_takes_its_share_and_layer_overrides_stay_where_they_are
     whole = shape_report(llama, spec, 1_000_000)
     one = per_gpu_report(llama, spec, 1_000_000, gpus=8)
     assert whole.total / 8 <= one.total < 1.05 * whole.total / 8  # what belongs to a token is on each of them
-    wide = spec.model_copy(update={"layers": {31: LayerSpec(key=QuantSpec(bits=8), value=QuantSpec(bits=8))}})
+    wide = spec.model_copy(
+        update={"layers": {31: LayerSpec(key=ScalarSpec(bits=8), value=ScalarSpec(bits=8))}}
+    )
     last = per_gpu_report(llama, wide, 4096, gpus=16)
     first = per_gpu_report(llama, spec, 4096, gpus=16)
     assert last.total > first.total

@@ -14,11 +14,11 @@ from custom_attention import (
     UsesWeights,
     custom_model,
 )
-from kvq_calib.calibrate.pipeline import calibrate
 from models_zoo import FAMILIES, tiny_model, token_ids
 from transformers import AutoModelForCausalLM, BertConfig
 from transformers.cache_utils import Cache
 
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ModelError
 from kvq_calib.model import probe
