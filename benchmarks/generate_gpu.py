@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.registry import codec_of
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
@@ -57,12 +58,18 @@ def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
     """For keys and values of unit spread: speed needs no better."""
     specs, geometry = recipe.specs(), inspect_model(model).geometry
     layers = tuple(
-        LayerParams(**{kind: recipe.params(kind, layer, geometry.rope_of(index)) for kind in KINDS})
+        LayerParams(
+            **{kind: recipe.params(kind, layer.shape(kind), geometry.rope_of(index)) for kind in KINDS}
+        )
         for index, layer in enumerate(geometry.layers)
     )
     section = {"id": "random", "config": model_fingerprint(model)}
     rates: dict[str, list[float]] = {
-        kind: [specs[kind].outliers.fraction * layer.channels for layer in geometry.layers] for kind in KINDS
+        kind: [
+            codec_of(specs[kind]).nominal_outliers(specs[kind], layer.shape(kind))
+            for layer in geometry.layers
+        ]
+        for kind in KINDS
     }
     return KVArtifact(KVCacheSpec(**specs), geometry, layers, section, {}, rates)
 

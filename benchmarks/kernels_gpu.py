@@ -23,7 +23,7 @@ from gpu_recipes import OUTLIERS, RECIPES, Recipe
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
-from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.registry import codec_of
 from kvq_calib.errors import KVQError
 from kvq_calib.runtime.cuda.append import append_blocks
 from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
@@ -82,7 +82,12 @@ class PackedLayer:
             num_query_heads=shape.query_heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, rope=0
         )
         self.quantizers = {
-            kind: Quantizer(spec, recipe.params(kind, geometry, rope).to(device), geometry, rope)
+            kind: codec_of(spec)(
+                spec,
+                recipe.params(kind, geometry.shape(kind), rope).to(device),
+                geometry.shape(kind),
+                rope if kind == "key" else None,
+            )
             for kind, spec in recipe.specs().items()
         }
         self.tables = {kind: KernelTables(q, kind) for kind, q in self.quantizers.items()}

@@ -140,7 +140,7 @@ def test_magnitudes_are_those_of_rotated_keys_and_values(model, recipe):
     [
         ("cache.key.thresholds=token",),
         ("cache.key.pre_rope=false",),
-        ("cache.key.dynamic=true",),
+        ("cache.key.thresholds=channel_online",),
         ("cache.value.thresholds=channel",),
         ("cache.value.thresholds=token_normalized",),
         ("cache.key.levels=uniform", "cache.value.levels=normal_float"),
@@ -301,7 +301,7 @@ def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, 
         now[0] += 20.0
 
     monkeypatch.setattr(checkpoints, "write_atomically", write)
-    settings = config("nuq3-1p", "fit.weights=uniform", "cache.key.dynamic=true")
+    settings = config("nuq3-1p", "fit.weights=uniform", "cache.key.thresholds=channel_online")
     run(model, settings, windows(samples=40), checkpoint=tmp_path / "run.checkpoint", progress=step)
     assert writes == [40.0, 350.0, 660.0, 830.0]
 

@@ -259,9 +259,7 @@ def test_home_is_known_where_the_shell_leaves_it(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(place / "model")
     (tmp_path / "text.txt").symlink_to(place / "text.txt")
-    (tmp_path / "mine.yaml").write_text(
-        "cache:\n  key: {bits: 2}\n  value: {bits: 2, granularity: token, dynamic: true}\n"
-    )
+    (tmp_path / "mine.yaml").write_text("cache:\n  key: {bits: 2}\n  value: {bits: 2, thresholds: token}\n")
     status, _, err = call(
         "calibrate", "~/model", "-o", "~/{recipe}.st", "--config", "~/mine.yaml", "--dataset", "~/text.txt", *ARGUMENTS
     )  # fmt: skip

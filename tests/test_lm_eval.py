@@ -55,7 +55,7 @@ def place(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     artifact_for(model, RECIPES["nuq3-exact"]).save(folder / "a.kvq.safetensors")
-    dynamic = recipe(key={"dynamic": True})
+    dynamic = recipe(key={"thresholds": "channel_online"})
     artifact_for(model, dynamic).save(folder / "dynamic.kvq.safetensors")
     other = tiny_model("llama", num_key_value_heads=1)
     artifact_for(other, RECIPES["dense2"]).save(folder / "other.kvq.safetensors")
@@ -147,7 +147,7 @@ def test_text_is_generated_through_the_packed_cache(harness, place, batch_size):
         ({"pretrained": "model", "artifact": "a", "peft": "x"}, "no argument 'peft'"),
         ({"pretrained": "model", "artifact": "missing"}, "cannot read artifact"),
         ({"pretrained": "model", "artifact": "other"}, "num_key_value_heads"),
-        ({"pretrained": "model", "artifact": "dynamic"}, "use static thresholds"),
+        ({"pretrained": "model", "artifact": "dynamic"}, "use thresholds: channel"),
         ({"pretrained": "nowhere/at/all", "artifact": "a"}, "no such folder"),
     ],
 )

@@ -19,15 +19,15 @@ from kvq_calib.evaluate.text_pass import NotFiniteError
 from kvq_calib.model.capture import intercept
 from kvq_calib.runtime import KVQCache, attached
 from kvq_calib.schema.recipe import EvalConfig
-from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, QuantSpec
+from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
 pytestmark = pytest.mark.model
 
 
 def spec(bits=3, **cache):
     return KVCacheSpec(
-        key=QuantSpec(bits=bits, outliers=OutlierSpec(fraction=0.02)),
-        value=QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=OutlierSpec(fraction=0.02)),
+        key=ScalarSpec(bits=bits, outliers=OutlierSpec(fraction=0.02)),
+        value=ScalarSpec(bits=bits, thresholds="token", outliers=OutlierSpec(fraction=0.02)),
         **cache,
     )
 

@@ -51,7 +51,7 @@ def place(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     (folder / "mine.yaml").write_text(
-        "description: dense\ncache: {key: {bits: 3}, value: {bits: 2, granularity: token, dynamic: true}}\n"
+        "description: dense\ncache: {key: {bits: 3}, value: {bits: 2, thresholds: token}}\n"
     )
     common = ["--dataset", str(folder / "text.txt"), "--seqlen", "32", "--device", "cpu"]
     for recipe, changes in (("nuq3-1p", ["--set", "cache.sink_tokens=2"]), (str(folder / "mine.yaml"), [])):
@@ -393,7 +393,7 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
             assert use.counts != use.weights
 
 
-@pytest.mark.parametrize("recipe", ["trellis-one-state", "feedback", "post-rope-token"])
+@pytest.mark.parametrize("recipe", ["trellis-one-state", "compensation", "post-rope-token"])
 def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     """Without any record of a calibration, too."""
     model = tiny_model("llama")
@@ -408,7 +408,7 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     assert_loads_nothing(text)
     assert "The artifact does not record how it was made." in text
     assert "another text than the artifact was calibrated on" in text
-    assert ("several codebooks" in text) == ("mixed" in recipe or recipe == "feedback")
+    assert ("several codebooks" in text) == (recipe in ("trellis-one-state", "compensation"))
 
 
 def test_no_point_of_the_frontier_is_beaten():
