@@ -13,8 +13,9 @@ RECIPES := nuq4-1p nuq3-1p nuq2-1p
 
 install: $(VENV)/.installed
 
-# torch goes first, by its exact version: what comes later then finds it there.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# torch goes first, by its exact version: what comes later then finds it there. The editable install compiles the native
+# kernels where there is a C++ compiler.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt kernels/compile_cpu.py $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); torch alone can be several GB, so this may take ten minutes."
@@ -53,6 +54,6 @@ demo: install $(MODEL)
 		--dataset python-docs --windows 4 --seqlen 1024 --json $(DEMO)/perplexity.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(DEMO) build dist kvq_calib/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 -include kernels/kernels.mk

@@ -25,7 +25,6 @@ import torch
 from calibration_memory import Peak
 from common import RESULTS, environment, environment_lines, markdown_table, timed, write_results
 from fit import fit_all_values
-from kvq_calib.model.geometry import model_geometry
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
@@ -36,6 +35,7 @@ from kvq_calib.codec.quantizer import Quantizer, QuantParams
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.model.capture import LayerKV
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.geometry import LayerGeometry
@@ -108,7 +108,7 @@ def keep_everything(
     model: Any, windows: TokenWindows, config: CalibrationConfig
 ) -> tuple[KVArtifact, dict[str, Any]]:
     """All keys, values and gradients of the text in memory, then layer after layer."""
-    geometry, sinks = model_geometry(model), config.cache.sink_tokens
+    geometry, sinks = inspect_model(model).geometry, config.cache.sink_tokens
     kept: Pairs = {}
 
     def keep(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:

@@ -46,18 +46,21 @@ def variants() -> list[Variant]:
     ]
     #: What steps 4 and on switch on, one after the other, and what keeps it off.
     switches = {
-        "and phases": ("cache.key.phase=false",),
-        "and error feedback for keys": ("cache.key.feedback=false",),
+        "and phases": ("cache.key.pair_rotation=false",),
+        "and error feedback for keys": ("cache.key.error_compensation=null",),
         "and weights shrunk by a quarter towards the mean of the channel": ("allocation.shrinkage=0",),
-        "and trellis codes": ("cache.key.trellis=false", "cache.value.trellis=false"),
+        "and trellis codes": ("cache.key.states=1", "cache.value.states=1"),
         "and the budget corrected by measured costs": ("allocation.corrections=0",),
         "and foreign tokens, and four times the weight for the first layer": (
-            "allocation.foreign=0",
-            "allocation.first_layer=1",
+            "allocation.vocabulary_samples=0",
+            "allocation.first_layer_weight=1",
         ),
-        "and text that the model writes": ("allocation.written=0",),
-        "and paths that weigh their tokens": ("cache.key.importance=false", "cache.value.importance=false"),
-        "and a sweep over the coordinates of keys": ("cache.key.sweeps=0",),
+        "and text that the model writes": ("allocation.self_generated=0",),
+        "and paths that weigh their tokens": (
+            "cache.key.token_weighting=false",
+            "cache.value.token_weighting=false",
+        ),
+        "and a sweep over the coordinates of keys": ("cache.key.error_compensation.refinement_passes=0",),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
         "and repeats in what the model writes": ("allocation.repeats=false",),
     }

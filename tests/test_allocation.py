@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from pydantic import ValidationError
 from statistic_helpers import normal
 
 from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.trellis import MAX_CODEBOOKS
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.allocation import Curves, allocate, fit_curves, within_budget
 from kvq_calib.fit.density import lloyd
 from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig
-from kvq_calib.schema.spec import MAX_BITS, MAX_CODEBOOKS, QuantSpec
+from kvq_calib.schema.spec import MAX_BITS, TrellisSpec
 
 
 def gaussian_curves(deviations: list[float], max_bits: int = 6) -> Curves:
@@ -90,8 +92,8 @@ def test_budget_counts_what_is_stored_beside_the_codes() -> None:
 def recipe(**changes: object) -> CalibrationConfig:
     settings: dict[str, object] = {
         "cache": {
-            "key": {"bits": 4, "variable_bits": True, "phase": True, "datatype": "learned"},
-            "value": {"bits": 4, "variable_bits": True, "datatype": "learned"},
+            "key": {"codec": "trellis", "max_bits": 4, "states": 1, "pair_rotation": True},
+            "value": {"codec": "trellis", "max_bits": 4, "states": 1},
         },
         "allocation": {"bits_per_element": 3.0, "context": 65536},
     }
@@ -120,17 +122,13 @@ def test_recipe_keeps_its_budget_on_every_kind_of_rope(family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"allocation": None}, "variable_bits, phase, feedback and importance need an allocation"),
-        ({"cache": {"key": {"bits": 4}, "value": {"bits": 4}}}, "allocation needs key.variable_bits"),
+        ({"allocation": None}, "allocation: the trellis codec needs this section"),
+        ({"cache": {"key": {"bits": 4}, "value": {"bits": 4}}}, "allocation is for the trellis codec"),
+        ({"cache": {"key": {"codec": "trellis", "max_bits": 4}, "value": {"bits": 4}}}, "one codec for the keys"),
         (
-            {"cache": {"key": {"bits": 4, "variable_bits": True, "outliers": {"fraction": 0.01}},
-                       "value": {"bits": 4, "variable_bits": True}}},
-            "without outliers",
-        ),
-        (
-            {"cache": {"key": {"bits": 4, "variable_bits": True},
-                       "value": {"bits": 4, "variable_bits": True, "rotation": True}}},
-            "rotation",
+            {"cache": {"key": {"codec": "trellis", "max_bits": 4, "outliers": {"fraction": 0.01}},
+                       "value": {"codec": "trellis", "max_bits": 4}}},
+            "outliers",
         ),
     ],
 )  # fmt: skip
@@ -139,11 +137,11 @@ def test_contradictions_are_refused(changes: dict[str, object], message: str) ->
         recipe(**changes)
 
 
-@pytest.mark.parametrize("trellis", [False, True])
-def test_as_many_codebooks_as_a_recipe_may_ask_for_can_be_numbered(trellis: bool) -> None:
+@pytest.mark.parametrize("states", [1, 4])
+def test_as_many_codebooks_as_a_recipe_may_ask_for_can_be_numbered(states: Literal[1, 4]) -> None:
     most = AllocationConfig.model_validate({"codebooks": 32}).codebooks
     with pytest.raises(ValidationError, match="codebooks"):
         AllocationConfig.model_validate({"codebooks": 33})
-    spec = QuantSpec(bits=MAX_BITS - trellis, variable_bits=True, trellis=trellis)
-    widths = range(spec.bits + 1)
+    spec = TrellisSpec(max_bits=MAX_BITS - 1, states=states)
+    widths = range(spec.max_bits + 1)
     assert sum(most if spec.level_count(width) > 2 else 1 for width in widths) <= MAX_CODEBOOKS

@@ -250,7 +250,11 @@ def test_an_artifact_stands_whatever_calibration_decided_layer_by_layer(
     file = tmp_path / "kvq3.kvq.safetensors"
     replace(artifact_for(loaded.model, spec), calibration=made).save(file)
     assert ablation._stands(file, config, windows)
-    for other in ("allocation.bits_per_element=3", "cache.key.sweeps=0", "cache.layers.0.key.bits=4"):
+    for other in (
+        "allocation.bits_per_element=3",
+        "cache.key.error_compensation.refinement_passes=0",
+        "cache.layers.0.key.bits=4",
+    ):
         assert not ablation._stands(file, calibration_config("kvq3", assignments=(other,)), windows)
 
 

@@ -53,7 +53,7 @@ def test_every_family_is_calibrated_and_quantized(family):
     assert len(artifact.layers) == len(artifact.geometry.layers)
     for layer, params in zip(artifact.quantizers(), artifact.layers, strict=True):
         assert bool((params.key.scale > 0).all())
-        assert layer["value"].spec.granularity == "token"
+        assert layer["value"].spec.thresholds == "token"
         for kind in ("key", "value"):
             levels = params.of(kind).codebook[0]
             assert bool((levels.diff() >= 0).all())
@@ -138,12 +138,12 @@ def test_magnitudes_are_those_of_rotated_keys_and_values(model, recipe):
 @pytest.mark.parametrize(
     "assignments",
     [
-        ("cache.key.granularity=token", "cache.key.dynamic=true"),
+        ("cache.key.thresholds=token",),
         ("cache.key.pre_rope=false",),
         ("cache.key.dynamic=true",),
-        ("cache.value.granularity=channel", "cache.value.dynamic=false"),
-        ("cache.value.channel_normalized=true",),
-        ("cache.key.datatype=uniform", "cache.value.datatype=normal_float"),
+        ("cache.value.thresholds=channel",),
+        ("cache.value.thresholds=token_normalized",),
+        ("cache.key.levels=uniform", "cache.value.levels=normal_float"),
         ("fit.weights=uniform",),
         ("fit.solver=lloyd",),
         ("cache.key.outliers.fraction=0.05", "cache.value.outliers.fraction=0"),
@@ -332,7 +332,7 @@ def test_activations_that_are_not_finite_name_the_layer():
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
     with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite"):
-        run(model, config("nuq3-1p", "cache.value.granularity=channel", "cache.value.dynamic=false"))
+        run(model, config("nuq3-1p", "cache.value.thresholds=channel"))
     for settings in (config(), config("nuq3-1p", "fit.weights=uniform"), config("kvq3")):
         with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite; try --dtype"):
             run(model, settings)

@@ -111,7 +111,7 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     assert [first["name"], second["name"]] == ["a", "b"]
     assert set(first) == {
         "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_windows",
-        "top1_agreement", "tokens", "seconds",
+        "top1_agreement", "tokens", "seconds", "mode",
     }  # fmt: skip
     assert len(first["kl_windows"]) == content["config"]["windows_measured"] == 2
     assert {**first, "name": "", "seconds": 0} == {**second, "name": "", "seconds": 0}
@@ -396,7 +396,7 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
 
 
 def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, monkeypatch):
-    from kvq_calib.evaluate.perplexity import ArtifactContender
+    from kvq_calib.evaluate.contenders import PrefillContender
 
     whole = tmp_path / "whole.json"
     partial = tmp_path / "partial.json"
@@ -405,7 +405,7 @@ def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, mon
         str(place / "text.txt"), "--seqlen", "32", "--windows", "3", "--json",
     )  # fmt: skip
     assert call(*command, str(whole))[0] == 0
-    logits, passes = ArtifactContender.logits, []
+    logits, passes = PrefillContender.logits, []
 
     def interrupted(contender, model, ids):
         passes.append(ids)
@@ -413,7 +413,7 @@ def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, mon
             raise KeyboardInterrupt
         return logits(contender, model, ids)
 
-    monkeypatch.setattr(ArtifactContender, "logits", interrupted)
+    monkeypatch.setattr(PrefillContender, "logits", interrupted)
     status, out, err = call(*command, str(partial))
     assert status == 1
     assert not out

@@ -9,11 +9,11 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.trellis import codebook_table
 from kvq_calib.fit.density import weighted_error
 from kvq_calib.schema.geometry import LayerGeometry
-from kvq_calib.schema.spec import QuantSpec
+from kvq_calib.schema.spec import TrellisSpec
 
 
-def widths_to(bits: int, trellis: bool = False) -> QuantSpec:
-    return QuantSpec(bits=bits, variable_bits=True, trellis=trellis)
+def widths_to(bits: int, trellis: bool = False) -> TrellisSpec:
+    return TrellisSpec(max_bits=bits, states=4 if trellis else 1)
 
 
 def test_a_channel_without_weight_or_without_movement_is_no_special_case() -> None:

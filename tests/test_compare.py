@@ -315,7 +315,9 @@ def _tensors(part, backend):
 
 
 def result(name, bits, divergence):
-    return PerplexityResult(name, bits, 1.0, 1.0, divergence, 1.0, (divergence,), 1.0, 10, 0.0)
+    return PerplexityResult(
+        name, "prefill", bits, 1.0, 1.0, divergence, 1.0, (divergence,), 1.0, tokens=10, seconds=0.0
+    )
 
 
 def test_the_frontier_holds_what_nothing_beats():

@@ -4,14 +4,13 @@ import torch
 from statistic_helpers import added, normal
 
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, pair_channels
-from kvq_calib.codec.quantizer import Quantizer, QuantParams
-from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import QuantSpec
+from kvq_calib.codec.pair_rotation import turn_pairs
+from kvq_calib.schema.geometry import RopeSpec
 
 HALVES = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(1.0, 0.1))
 
 
-def test_moments_equal_those_of_the_data_and_phases_decorrelate_pairs() -> None:
+def test_moments_equal_those_of_the_data_and_angles_decorrelate_pairs() -> None:
     y = normal(500, 8) @ normal(8, 8, seed=1) + 3
     first, second = pair_channels(HALVES, 2, 4)
     assert first.tolist() == [[0, 1], [4, 5]]
@@ -22,15 +21,11 @@ def test_moments_equal_those_of_the_data_and_phases_decorrelate_pairs() -> None:
     torch.testing.assert_close(moments.mean, y.double().mean(0))
     torch.testing.assert_close(moments.variance, y.double().var(0, correction=0))
 
-    phase = moments.principal_phase()
-    geometry = LayerGeometry(num_query_heads=2, num_kv_heads=2, head_dim=4)
-    assert phase.dtype == torch.float16  # fitted to as it is stored
-    idle = torch.zeros(8, dtype=torch.uint8)
-    spec = QuantSpec(bits=1, variable_bits=True, phase=True)
-    params = QuantParams(idle, torch.zeros(1, 1), idle, phase=phase)
+    angle = moments.principal_angle()
+    assert angle.dtype == torch.float16  # fitted to as it is stored
     heads = y.view(1, 500, 2, 4).transpose(1, 2)
-    turned = Quantizer(spec, params, geometry, HALVES).transform(heads)[0].double()
-    mean, deviation = moments.turned(phase)
+    turned = turn_pairs(heads, angle, HALVES).transpose(1, 2).reshape(500, 8).double()
+    mean, deviation = moments.turned(angle)
     torch.testing.assert_close(mean, turned.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(deviation, turned.std(0, correction=0), rtol=1e-5, atol=1e-5)
     centred = turned - turned.mean(0)

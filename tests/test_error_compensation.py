@@ -20,6 +20,7 @@ from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig, calibration_config
+from kvq_calib.schema.spec import ErrorCompensationSpec
 
 HEADS, DIM = 3, 6
 
@@ -130,7 +131,7 @@ def test_compensation_is_left_out_where_it_takes_more_than_it_saves():
     # Half of it is counted on, and of that what is left on other text.
     saved = -0.7 * float(compensation_factors(weight(0), rank=2).left.log2().mean()) / 4 * HEADS * DIM
     enough = math.ceil(stored / saved)
-    cache = calibration_config("kvq3", assignments=("cache.key.feedback_rank=2",)).cache
+    cache = calibration_config("kvq3", assignments=("cache.key.error_compensation.rank=2",)).cache
     for window, context, kept in (
         (None, enough, True),
         (None, enough - 1, False),
@@ -149,7 +150,7 @@ def test_compensation_is_left_out_where_it_takes_more_than_it_saves():
         )
         first, second = found.resolved(2)
         assert first.key == cache.key  # nothing is known of it
-        assert (second.key.feedback, second.key.sweeps) == (kept, int(kept))
+        assert second.key.error_compensation == (cache.key.error_compensation if kept else None)
         assert second.value == cache.value
         assert (found is cache) == kept
 
@@ -168,23 +169,28 @@ def test_what_compensation_stores_follows_the_tokens_it_serves():
             cache, AllocationConfig(context=context), KVGeometry(layers=[shape]), {(0, "key"): gradients}
         )
         (layer,) = spec.resolved(1)
-        return layer.key.feedback, layer.key.feedback_rank, layer.key.sweeps
+        return layer.key.error_compensation
 
-    assert stored(16) == (False, 0, 0)
-    assert stored(400) == (True, 4, 1)  # three columns tell nearly all
-    assert stored(1 << 20) == (True, 0, 1)
+    assert stored(16) is None
+    assert stored(400) == ErrorCompensationSpec(rank=4, refinement_passes=1)  # three columns tell nearly all
+    assert stored(1 << 20) == ErrorCompensationSpec(rank=0, refinement_passes=1)
 
 
 @pytest.mark.model
 def test_layers_with_a_small_window_are_calibrated_without_compensation():
     model = tiny_model("gemma3_text", max_position_embeddings=8192)
     windows = TokenWindows(token_ids(4, 48, 0), {"dataset": "random", "seqlen": 48})
-    settings = ("learn.steps=2", "learn.seqlen=24", "allocation.written=0", "allocation.bits_per_element=4.5")
+    settings = (
+        "learn.steps=2",
+        "learn.seqlen=24",
+        "allocation.self_generated=0",
+        "allocation.bits_per_element=4.5",
+    )
     config = calibration_config("kvq3", assignments=settings)
     (artifact,) = calibrate(
         model, windows, {"it": config}, model_id="", model_config=model_fingerprint(model)
     ).artifacts.values()
-    assert [layer.key.feedback is not None for layer in artifact.layers] == [False, False, True]
+    assert [layer.key.compensation is not None for layer in artifact.layers] == [False, False, True]
     assert artifact.bits_per_element(4096) <= 4.5
     again = KVArtifact.from_bytes(artifact.to_bytes())
     assert again.spec == artifact.spec
@@ -201,20 +207,11 @@ def test_layers_with_a_small_window_are_calibrated_without_compensation():
     assert {kind: pytest.approx(size) for kind, size in again.storage(300).items()} == held
 
 
-def test_compensation_needs_gradients_and_an_allocation():
-    cache = {
-        "key": {"bits": 4, "variable_bits": True, "feedback": True},
-        "value": {"bits": 4, "variable_bits": True},
-    }
-    CalibrationConfig.model_validate({"cache": cache, "allocation": {}})
-    with pytest.raises(ValueError, match="feedback needs fit"):
-        CalibrationConfig.model_validate({"cache": cache, "allocation": {}, "fit": {"weights": "uniform"}})
-    weighed = {
-        "key": {"bits": 4, "variable_bits": True, "trellis": True, "importance": True},
-        "value": {"bits": 4, "variable_bits": True},
-    }
-    with pytest.raises(ValueError, match="importance needs fit"):
-        CalibrationConfig.model_validate({"cache": weighed, "allocation": {}, "fit": {"weights": "uniform"}})
-    plain = {"key": {"bits": 4, "feedback": True}, "value": {"bits": 4}}
-    with pytest.raises(ValueError, match="need an allocation"):
-        CalibrationConfig.model_validate({"cache": plain})
+def test_compensation_and_token_weighting_need_gradients():
+    for setting in ({"error_compensation": {}}, {"token_weighting": True}):
+        cache = {kind: {"codec": "trellis", "max_bits": 4, **setting} for kind in ("key", "value")}
+        CalibrationConfig.model_validate({"cache": cache, "allocation": {}})
+        with pytest.raises(ValueError, match="they need fit"):
+            CalibrationConfig.model_validate(
+                {"cache": cache, "allocation": {}, "fit": {"weights": "uniform"}}
+            )

@@ -8,21 +8,20 @@ from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.finetune import Trainable, learn
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.params import LayerParams
-from kvq_calib.codec.quantizer import Quantizer, QuantParams
-from kvq_calib.codec.trellis import pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis import TrellisParams, TrellisQuantizer, pack_codebooks, storable_thresholds
 from kvq_calib.data import TokenWindows
-from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
+from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.recipe import CalibrationConfig, LearnConfig
-from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, ScalarSpec, TrellisSpec
 
 pytestmark = pytest.mark.model
 
-GEOMETRY = LayerGeometry(num_query_heads=2, num_kv_heads=2, head_dim=4)
+SHAPE = HeadShape(2, 4)
 ROPE = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(1.0, 0.1))
-SPEC = QuantSpec(bits=3, variable_bits=True, phase=True, datatype="learned")
+SPEC = TrellisSpec(max_bits=3, states=1, pair_rotation=True)
 
 
-def params() -> QuantParams:
+def params() -> TrellisParams:
     table = torch.tensor(
         [
             [0.0] * 8,
@@ -32,12 +31,16 @@ def params() -> QuantParams:
         ]
     )
     widths = torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.uint8)
-    return QuantParams(
+    return TrellisParams(
         widths,
         *pack_codebooks(SPEC, widths, table.half().float(), widths),
-        *storable_thresholds(SPEC, torch.linspace(0.5, 2, 8), torch.linspace(-0.3, 0.3, 8)),
-        phase=torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half(),
+        *storable_thresholds(torch.linspace(0.5, 2, 8), torch.linspace(-0.3, 0.3, 8)),
+        pair_angle=torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half(),
     )  # fmt: skip
+
+
+def quantizer(numbers: TrellisParams) -> TrellisQuantizer:
+    return TrellisQuantizer(SPEC, numbers, SHAPE, ROPE)
 
 
 def sample(seed: int = 0) -> torch.Tensor:
@@ -45,8 +48,8 @@ def sample(seed: int = 0) -> torch.Tensor:
 
 
 def test_starts_as_the_reference_quantizer_and_stores_what_it_computes() -> None:
-    trainable = Trainable(SPEC, params(), GEOMETRY, ROPE)
-    reference = Quantizer(SPEC, params(), GEOMETRY, ROPE)
+    trainable = Trainable(quantizer(params()))
+    reference = quantizer(params())
     torch.testing.assert_close(trainable(sample()).detach(), reference(sample()), rtol=0, atol=2e-6)
     for name, tensor in trainable.result().tensors().items():
         torch.testing.assert_close(tensor, params().tensors()[name], rtol=0, atol=1e-6)
@@ -55,24 +58,24 @@ def test_starts_as_the_reference_quantizer_and_stores_what_it_computes() -> None
             offset += 0.2 * torch.randn(offset.shape, generator=torch.Generator().manual_seed(seed))
     start, result = params(), trainable.result()
     for name, half in trainable.result(0.5).tensors().items():
-        if name in ("zero_point", "phase"):
+        if name in ("zero_point", "pair_angle"):
             middle = (start.tensors()[name] + result.tensors()[name]) / 2
             torch.testing.assert_close(half, middle)
-    table = Quantizer(SPEC, result, GEOMETRY, ROPE).table
+    table = quantizer(result).table
     assert bool((table.diff(dim=1) >= 0).all())
     assert bool((table[1, 1:] == table[1, 1]).all())  # unused levels repeat the last one
     assert (result.codebook.dtype, result.codebook_index.dtype) == (torch.float16, torch.uint8)
-    assert result.phase is not None
-    assert result.phase.dtype == torch.float16
+    assert result.pair_angle is not None
+    assert result.pair_angle.dtype == torch.float16
     assert result.scale is not None
     assert bool((result.scale > 0).all())
-    stored = Quantizer(SPEC, result, GEOMETRY, ROPE)(sample())
+    stored = quantizer(result)(sample())
     # Levels are rounded to float16 when stored, which may move an element at a boundary to the next level.
     assert float((trainable(sample()).detach() - stored).abs().median()) < 1e-3
 
 
 def test_gradients_are_those_of_the_error_at_fixed_codes() -> None:
-    trainable = Trainable(SPEC, params(), GEOMETRY, ROPE)
+    trainable = Trainable(quantizer(params()))
     x = sample()
     loss = (trainable(x) - x).square().sum()
     loss.backward()
@@ -88,13 +91,13 @@ def test_gradients_are_those_of_the_error_at_fixed_codes() -> None:
                 values.append(float((trainable(x) - x).square().sum()))
                 offset.view(-1)[place] -= sign * step
         numeric = (values[0] - values[1]) / (2 * step)
-        # For the phase, elements that change sides matter: both sides err alike only on average.
-        assert numeric == pytest.approx(float(flat[place]), rel=0.3 if name == "phase" else 0.05)
+        # For the angle, elements that change sides matter: both sides err alike only on average.
+        assert numeric == pytest.approx(float(flat[place]), rel=0.3 if name == "pair_angle" else 0.05)
 
 
 def test_gradients_pass_to_what_is_quantized() -> None:
     x = sample().requires_grad_()
-    Trainable(SPEC, params(), GEOMETRY, ROPE)(x).sum().backward()
+    Trainable(quantizer(params()))(x).sum().backward()
     assert x.grad is not None
     assert bool((x.grad == 1).all())
 
@@ -103,10 +106,10 @@ def recipe(**changes: object) -> CalibrationConfig:
     return CalibrationConfig.model_validate(
         {
             "cache": {
-                "key": {"bits": 3, "variable_bits": True, "phase": True, "datatype": "learned"},
-                "value": {"bits": 3, "variable_bits": True, "datatype": "learned"},
+                "key": {"codec": "trellis", "max_bits": 3, "states": 1, "pair_rotation": True},
+                "value": {"codec": "trellis", "max_bits": 3, "states": 1},
             },
-            "allocation": {"bits_per_element": 2.0, "context": 65536, "written": 0},
+            "allocation": {"bits_per_element": 2.0, "context": 65536, "self_generated": 0},
             "learn": {"steps": 32, "seqlen": 48, "learning_rate": 0.01},
             **changes,
         }
@@ -114,7 +117,7 @@ def recipe(**changes: object) -> CalibrationConfig:
 
 
 def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[str, float]]:
-    # Windows of two pieces: on a single piece left out, the gain can drown in the noise of a phase's last bit.
+    # Windows of two pieces: on a single piece left out, the gain can drown in the noise of an angle's last bit.
     windows = TokenWindows(token_ids(17, 96, 0), {"name": "random"})
     result = calibrate(tiny_model(family), windows, {"r": config}, model_id="tiny", model_config={})
     artifact = result.artifacts["r"]
@@ -124,7 +127,7 @@ def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(family: str) -> None:
     # Levels that were fitted without the gradients leave something to learn.
-    settings = {"bits_per_element": 2.0, "context": 65536, "written": 0, "shrinkage": 1.0}
+    settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0, "shrinkage": 1.0}
     artifact, brought = run(recipe(allocation=settings), family)
     assert 0 < brought["kl_after"] < brought["kl_before"]
     again, _ = run(recipe(allocation=settings, recompute=family == "gemma2"), family)
@@ -145,7 +148,7 @@ def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(fami
 
 def test_divergence_is_zero_without_quantization_and_the_one_that_is_evaluated() -> None:
     model, ids = tiny_model("llama"), token_ids(1, 40, 3)
-    cache = KVCacheSpec(key=QuantSpec(bits=3), value=QuantSpec(bits=3), storage_dtype="bfloat16")
+    cache = KVCacheSpec(key=ScalarSpec(bits=3), value=ScalarSpec(bits=3), storage_dtype="bfloat16")
     same = [dict.fromkeys(KINDS, torch.Tensor.float) for _ in range(2)]
     assert divergence(model, ids, replace_sinks(cache, 0), same) == pytest.approx(0, abs=1e-6)
     halved = [dict.fromkeys(KINDS, lambda x: 0.5 * x) for _ in range(2)]

@@ -14,7 +14,7 @@ from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.export_fp8 import amax_of, export, losses, read_amax, recorded_amax
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError, KVQError
 from kvq_calib.model.compat import cache_of
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec

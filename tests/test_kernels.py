@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from artifact_factory import RECIPES, random_artifact, recipe
+from artifact_factory import RECIPES, random_artifact, recipe, trellis
 from shim.host import HostLauncher, compiler
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.runtime.torch_ops import append_blocks as append_in_torch
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KVCacheSpec, QuantSpec, ScalarSpec, Thresholds, TrellisSpec
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -127,18 +127,6 @@ def assert_same_pages(ours: PackedTensor, theirs: PackedTensor) -> None:
 # ---- append --------------------------------------------------------------------------------------------------
 
 
-def static(bits: int, **options: object) -> dict[str, object]:
-    """Fields of a spec with a trellis."""
-    return {
-        "bits": bits,
-        "granularity": "channel",
-        "dynamic": False,
-        "trellis": True,
-        "outliers": {},
-        **options,
-    }
-
-
 APPEND = {
     **RECIPES,
     "crowded": recipe(
@@ -147,17 +135,18 @@ APPEND = {
     ),
     "token-no-outliers": recipe(value={"bits": 3, "outliers": {}}, storage_dtype="bfloat16"),
     "wide": recipe(key={"bits": 8}, value={"bits": 7}),
-    "odd": recipe(key={"bits": 5, "variable_bits": True}, value={"bits": 6}),
+    "odd": recipe(key=trellis(5, states=1), value={"bits": 6}),
     **{
         f"trellis{bits}": recipe(
-            key=static(
-                bits, feedback=bits % 3 == 0, sweeps=bits // 3 if bits % 3 == 0 else 0, importance=bits > 4
+            key=trellis(
+                bits,
+                error_compensation=None if bits % 3 else {"refinement_passes": bits // 3},
+                token_weighting=bits > 4,
             ),
-            value=static(
+            value=trellis(
                 8 - bits,
-                feedback=bits % 3 == 1,
-                feedback_rank=2 if bits % 3 == 1 else 0,
-                importance=bits % 2 == 0,
+                error_compensation={"rank": 2} if bits % 3 == 1 else None,
+                token_weighting=bits % 2 == 0,
             ),
         )
         for bits in range(1, 8)
@@ -177,7 +166,10 @@ APPEND = {
 def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
     """Codes, token scales, outlier lists and starts; also of pages filled in several calls."""
     layer = Layer(
-        machine, APPEND[name], geometry(size, 2, 1), codebooks=3 if "mixed" in name or name == "odd" else 1
+        machine,
+        APPEND[name],
+        geometry(size, 2, 1),
+        codebooks=3 if name in ("trellis-one-state", "odd") else 1,
     )
     ours, theirs = layer.storage(2), layer.storage(2)
     for blocks in (3, 1, 14, 1):
@@ -194,7 +186,9 @@ def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
 def test_error_compensation_takes_heads_in_turn_where_shared_memory_is_small() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
     machine.launcher.shared_limit = 25_000  # two heads of 64 channels
-    layer = Layer(machine, recipe(key=static(2, feedback=True), value=static(3)), geometry(64, 3, 1))
+    layer = Layer(
+        machine, recipe(key=trellis(2, error_compensation={}), value=trellis(3)), geometry(64, 3, 1)
+    )
     ours, theirs = layer.storage(1), layer.storage(1)
     tokens = [layer.tokens(kind, 1, BLOCK_TOKENS, layer.storage_dtype) for kind in ("key", "value")]
     append_blocks(machine.launcher, *layer.tables, ours, *tokens)
@@ -207,13 +201,10 @@ def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
     spec = recipe(key={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 5}})
     layer = Layer(machine, spec, geometry(64, 2, 1))
     params = layer.key.params
-    layer.key = Quantizer(
-        layer.key.spec,
+    layer.key = layer.key.with_params(
         dataclasses.replace(
             params, scale=torch.ones_like(params.scale), zero_point=torch.zeros_like(params.scale)
-        ),
-        layer.key.geometry,
-        layer.key.rope,
+        )
     )
     layer.tables = KernelTables(layer.key, "key"), layer.tables[1]
     keys = torch.full((1, 2, BLOCK_TOKENS, 64), 2.0, dtype=torch.float16, device=machine.device)
@@ -232,15 +223,15 @@ def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
 
 
 def quant(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
-    return QuantSpec(bits=bits, outliers={"fraction": outliers}, **options)
+    return ScalarSpec(bits=bits, outliers={"fraction": outliers}, **options)
 
 
-def trellis(bits: int, **options: object) -> QuantSpec:
-    return quant(bits, 0.0, trellis=True, **options)
+def paths(bits: int, **options: object) -> QuantSpec:
+    return TrellisSpec(max_bits=bits, **options)
 
 
-def token(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
-    return quant(bits, outliers, granularity="token", dynamic=True, **options)
+def token(bits: int, outliers: float = 0.01, thresholds: Thresholds = "token") -> QuantSpec:
+    return quant(bits, outliers, thresholds=thresholds)
 
 
 @dataclasses.dataclass
@@ -266,7 +257,7 @@ CASES = {
     "2bit-96-g8-dense": Case(96, 8, quant(2, 0.0), token(2, 0.0), "interleaved"),
     "3bit-128-g4": Case(128, 4, quant(3), token(3), codebooks=3),
     "3bit-128-g3-bfloat16": Case(128, 3, quant(3), token(3), dtype=torch.bfloat16, storage="bfloat16"),
-    "4bit-256-g3": Case(256, 3, quant(4), token(4, channel_normalized=True), heads=1),
+    "4bit-256-g3": Case(256, 3, quant(4), token(4, thresholds="token_normalized"), heads=1),
     "4bit-64-g8-channel-values": Case(64, 8, quant(4, 0.05), quant(4, 0.05), "partial"),
     "5bit-64-g4": Case(64, 4, quant(5), token(5, 0.0)),
     "6bit-96-mha": Case(96, 1, quant(6, 0.0), token(6), "none"),
@@ -275,33 +266,33 @@ CASES = {
     "mixed4-64-g3-pair-rotation": Case(
         64,
         3,
-        quant(4, phase=True, variable_bits=True),
-        quant(3, variable_bits=True),
+        paths(4, states=1, pair_rotation=True),
+        paths(3, states=1),
         codebooks=2,
     ),
     "mixed6-96-g4-softcap-sink": Case(
         96,
         4,
-        quant(6, variable_bits=True),
-        token(5, variable_bits=True),
+        paths(6, states=1),
+        token(5),
         softcap=3.0,
         sink_logits=True,
         tail=100,
     ),
-    "trellis1-64-mha": Case(64, 1, trellis(1), trellis(2)),
-    "trellis3-128-g4": Case(128, 4, trellis(3), trellis(4), codebooks=3),
+    "trellis1-64-mha": Case(64, 1, paths(1), paths(2)),
+    "trellis3-128-g4": Case(128, 4, paths(3), paths(4), codebooks=3),
     "trellis4-64-g3-bfloat16": Case(
-        64, 3, trellis(4), trellis(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
+        64, 3, paths(4), paths(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
     ),
-    "trellis7-64-g2": Case(64, 2, trellis(7), trellis(5), "none"),
+    "trellis7-64-g2": Case(64, 2, paths(7), paths(5), "none"),
     "trellis-mixed4-128-g4-pair-rotation": Case(
         128,
         4,
-        trellis(4, phase=True, variable_bits=True),
-        trellis(3, variable_bits=True),
+        paths(4, pair_rotation=True),
+        paths(3),
         codebooks=2,
     ),
-    "trellis-mixed6-64-g4-token-values": Case(64, 4, trellis(6, variable_bits=True), token(2)),
+    "trellis-mixed6-64-g4-token-values": Case(64, 4, paths(6), token(2)),
     "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
 }
 
@@ -341,9 +332,20 @@ def turned(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
 def decoded(packed: PackedTensor, quantizer: Quantizer) -> Tensor:
     """What is packed, in float64 and with pairs turned back: ``[B, H, 256 * pages, D]``."""
     y = PageReader(quantizer).read(packed.pages).mT.double()
-    if quantizer.params.phase is not None:
-        y = quantizer._turn(y, -1.0)
+    angles = quantizer.pair_angle
+    if angles is not None:
+        y = turned_back(y, angles, quantizer.rope)
     return y
+
+
+def turned_back(y: Tensor, angles: Tensor, rope: RopeSpec) -> Tensor:
+    """``[B, H, S, D]`` with each pair turned by minus its angle, ``[H, P]``."""
+    first, second = torch.tensor(rope.pairs, device=y.device).unbind(1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    a, b = y[..., first], y[..., second]
+    out = y.clone()
+    out[..., first], out[..., second] = cos * a + sin * b, cos * b - sin * a
+    return out
 
 
 def as_words(keep: Tensor) -> Tensor:
@@ -406,7 +408,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     first, count = 3, 7  # a part of the blocks, over the end of a page
     part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
     where = positions[:, part].int().contiguous()
-    turn = where if rope is not None or layer.key.params.phase is not None else None
+    turn = where if rope is not None or layer.key.pair_angle is not None else None
     wanted = range(first, first + count)
     got = dequantize(machine.launcher, layer.tables[0], pages[0], batch, wanted, torch.float32, turn)
     torch.testing.assert_close(got.double(), keys[:, :, part], rtol=1e-5, atol=2e-4 * float(keys.abs().max()))
@@ -507,7 +509,12 @@ def test_a_cache_in_many_steps(machine: Machine) -> None:
 
 def test_a_cache_with_error_compensation_and_a_trellis(machine: Machine) -> None:
     """Written, read by a step of one token, and as ordinary tensors for several; also what a crop left of a block."""
-    spec = recipe(key=static(3, feedback=True, phase=True), value=static(4), sink_tokens=2, recent_tokens=7)
+    spec = recipe(
+        key=trellis(3, error_compensation={}, pair_rotation=True),
+        value=trellis(4),
+        sink_tokens=2,
+        recent_tokens=7,
+    )
     cache = Cache(machine, spec, geometry(64, 2, 3), 2)
     cache.step(110)
     cache.step(1)
@@ -635,7 +642,7 @@ def test_layers_without_a_kernel_say_so_once() -> None:
 
 def test_without_a_kernel_torch_decodes() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
-    spec = recipe(key={"bits": 3, "granularity": "token", "dynamic": True}, value={"bits": 3}, sink_tokens=0)
+    spec = recipe(key={"bits": 3, "thresholds": "token"}, value={"bits": 3}, sink_tokens=0)
     cache = Cache(machine, spec, geometry(64, 2, 2), 1)
     cache.step(70)
     cache.step(1)

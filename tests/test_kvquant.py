@@ -12,7 +12,7 @@ from models_zoo import tiny_model
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model

@@ -1,12 +1,15 @@
 """The wheel: complete, and usable from anywhere."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from native_factory import compile_cpu
 
 import kvq_calib
 from kvq_calib.artifact.artifact import KVArtifact
@@ -15,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory):
+    """The files of the repository, and nothing that was built beside them."""
+    source = tmp_path_factory.mktemp("wheel") / "source"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
     )
@@ -27,26 +30,41 @@ def wheel(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def build_wheel(source, folder, **environment):
+    """The wheel, and what its build said."""
     command = [
         sys.executable,
         "-m",
         "pip",
         "wheel",
+        "-v",
         "--no-deps",
         "--no-build-isolation",
         "-w",
         str(folder),
-        str(source),
     ]
-    built = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, **environment}
+    built = subprocess.run([*command, str(source)], capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
     (file,) = folder.glob("*.whl")
-    return file
+    return file, built.stdout + built.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build_wheel(source, tmp_path_factory.mktemp("built"))[0]
 
 
 def test_the_wheel_ships_recipes_and_kernels(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, suffixes in (("configs", {".yaml"}), ("kernels/cuda", {".cu", ".cuh"})):
+    for folder, suffixes in (
+        ("configs", {".yaml"}),
+        ("kernels/cuda", {".cu", ".cuh"}),
+        ("kernels/cpu", {".cpp", ".h"}),
+    ):
         expected = {
             f"kvq_calib/_{folder}/{f.name}" for f in (ROOT / folder).iterdir() if f.suffix in suffixes
         }
@@ -58,8 +76,54 @@ def test_the_wheel_ships_recipes_and_kernels(wheel):
         for file in (ROOT / "kvq_calib").rglob("*.py")
     }
     assert sources <= names
-    assert {"kvq_calib/evaluate/report.css", "kvq_calib/evaluate/report.html.jinja"} <= names
+    assert {"kvq_calib/evaluate/report/report.css", "kvq_calib/evaluate/report/report.html.jinja"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_the_wheel_is_of_this_platform_and_its_libraries_are_found(wheel, tmp_path):
+    if compile_cpu.find_compiler() is None or platform.machine().lower() not in compile_cpu.TARGETS:
+        pytest.skip("no C++ compiler, or no native kernels for this machine")
+    _, _, python, abi, where = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert where != "any"
+    assert platform.machine().lower().replace("-", "_") in where
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    (about,) = tmp_path.glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: false" in about.read_text(encoding="utf-8")
+    built = {file.name for file in (tmp_path / "kvq_calib" / "_native").iterdir()}
+    assert built == {compile_cpu.library_name(isa) for isa in compile_cpu.TARGETS[platform.machine().lower()]}
+    code = (
+        "import sys; from kvq_calib.native.loader import FOLDER, library;"
+        "assert str(FOLDER).startswith(sys.argv[1]), FOLDER; print(library().isa)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert compile_cpu.library_name(ran.stdout.strip()) in built
+
+
+def test_without_a_compiler_the_wheel_is_for_any_platform_and_says_so_once(source, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    wheel, said = build_wheel(copy, tmp_path / "built", CXX=str(tmp_path / "no-compiler"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/_native/" in name]
+    assert said.count("torch computes instead") == 1
+
+
+def test_an_editable_install_builds_in_place(source, tmp_path):
+    if compile_cpu.find_compiler() is None or platform.machine().lower() not in compile_cpu.TARGETS:
+        pytest.skip("no C++ compiler, or no native kernels for this machine")
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    command += ["--target", str(tmp_path / "site"), "-e", str(copy)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    built = {file.name for file in (copy / "kvq_calib" / "_native").iterdir()}
+    assert built == {compile_cpu.library_name(isa) for isa in compile_cpu.TARGETS[platform.machine().lower()]}
 
 
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):

@@ -74,7 +74,9 @@ def test_pages_are_packed_and_read_by_themselves_or_with_the_other_of_their_bloc
     reference = (
         PageReader(quantizer).read(packed.pages)[..., :320].flatten(1, 2).mT
     )  # [B, T, C], with outliers
-    together = 2 if quantizer.spec.trellis else 1  # the pages of a block, where its tokens are coded as one
+    together = (
+        2 if quantizer.codes_in_blocks else 1
+    )  # the pages of a block, where its tokens are coded as one
     for number in (0, 1, 7, 19):
         first = number // together * together
         of_pages = slice(first, first + together)

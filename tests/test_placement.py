@@ -43,7 +43,7 @@ def on_disk(model):
         (
             {"device_map": "auto", "max_memory": {"cpu": "100KB"}},
             "kvq3",
-            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536", "allocation.written=0"),
+            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536", "allocation.self_generated=0"),
         ),
     ],
     ids=["disk-nuq3-1p", "auto-kvq3"],

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from kvq_calib.model.geometry import model_geometry
 from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
@@ -20,9 +19,10 @@ from kvq_calib.calibrate.plan import ChannelView, ObservedKey, Stage, Table, mag
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.calibrate.texts import Source, TextLibrary, Window, text_of, united
-from kvq_calib.codec.quantizer import QuantParams
+from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.fit.levels import uniform_levels
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.recipe import calibration_config
 
@@ -37,7 +37,7 @@ def model():
 
 
 def plan(model, *configs):
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     made = [make_fitter(Recipe(str(n), config, geometry, 4)) for n, config in enumerate(configs)]
     magnitudes = magnitude_keys(len(geometry.layers), 4)
     return make_plan(lambda stage: [key for fitter in made for key in fitter.keys(stage)], magnitudes)
@@ -52,7 +52,7 @@ def recipe(name, *assignments):
     [
         (recipe("nuq4-1p"), recipe("nuq2-1p")),
         (recipe("kvq4"), recipe("kvq3")),
-        (recipe("kvq3"), recipe("kvq3", "allocation.min_value_bits=0", "cache.key.bits=6")),
+        (recipe("kvq3"), recipe("kvq3", "allocation.min_value_bits=0", "cache.key.max_bits=6")),
     ],
 )
 def test_recipes_that_ask_for_the_same_share_it(model, one, other):
@@ -65,10 +65,10 @@ def test_recipes_that_ask_for_the_same_share_it(model, one, other):
     "changes",
     [
         ("cache.sink_tokens=4",),
-        ("cache.key.phase=false",),
-        ("fit.weights=uniform", "cache.key.feedback=false", "cache.key.sweeps=0",
-         "cache.key.importance=false", "cache.value.importance=false"),
-        ("allocation.written=1",),
+        ("cache.key.pair_rotation=false",),
+        ("fit.weights=uniform", "cache.key.error_compensation=null",
+         "cache.key.token_weighting=false", "cache.value.token_weighting=false"),
+        ("allocation.self_generated=1",),
         ("allocation.repeats=false",),
     ],
     ids=" ".join,
@@ -82,7 +82,11 @@ def test_what_differs_is_collected_apart(model, changes):
 
 
 def test_part_of_what_another_recipe_asks_for_costs_nothing_more(model):
-    less = recipe("kvq3", "cache.key.importance=false", "cache.key.feedback=false", "cache.key.sweeps=0")
+    less = recipe(
+        "kvq3",
+        "cache.key.token_weighting=false",
+        "cache.key.error_compensation=null",
+    )
     assert set(plan(model, less).keys) < set(plan(model, recipe("kvq3")).keys)
 
 
@@ -102,7 +106,7 @@ def test_every_stage_over_the_calibration_text_looks_at_magnitudes_first(model):
         Stage.VOCABULARY: False,
         Stage.CODEBOOKS: True,
     }
-    nothing = recipe("uniform3", "cache.key.granularity=token", "cache.key.dynamic=true")
+    nothing = recipe("uniform3", "cache.key.thresholds=token")
     assert plan(model, nothing).keys == ()
 
 
@@ -140,7 +144,7 @@ class Largest(Statistics):
 @dataclass(frozen=True)
 class LargestKey(ObservedKey[Largest, torch.Tensor]):
     def empty(self, geometry):
-        return Largest(geometry.layers[self.view.tensor.layer].channels)
+        return Largest(self.view.tensor.shape_in(geometry).channels)
 
     def add(self, statistics, seen):
         statistics.largest = torch.maximum(statistics.largest, seen.abs().amax(0))
@@ -162,9 +166,7 @@ class SymmetricFitter:
         for at, key in self.asked.items():
             scale = materials.totals.get(key).largest
             levels = torch.tensor(uniform_levels(self.recipe.tensors[at].bits)[None], dtype=torch.float32)
-            params[at] = QuantParams.uniform(
-                self.recipe.tensors[at].bits, len(scale), levels, scale, zero_point=torch.zeros_like(scale)
-            )
+            params[at] = ScalarParams(levels, scale, torch.zeros_like(scale))
         return Fitted(self.recipe.config.cache, layer_params(params), {"fitted": "symmetrically"})
 
 
@@ -174,13 +176,14 @@ class Interrupted(Exception):
 
 def test_a_fitter_from_outside_runs_from_the_text_to_the_artifact(model, tmp_path, monkeypatch):
     """Passes, checkpoints and assembly know nothing of the fitters."""
-    monkeypatch.setitem(fitters._FITTERS, "symmetric", SymmetricFitter)
-    known = fitters.codec_of
-    monkeypatch.setattr(
-        fitters, "codec_of", lambda config: "symmetric" if config.description == "toy" else known(config)
+    known = fitters._FITTERS["scalar"]
+    monkeypatch.setitem(
+        fitters._FITTERS,
+        "scalar",
+        lambda recipe: (SymmetricFitter if recipe.config.description == "toy" else known)(recipe),
     )
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    values = ("cache.value.granularity=channel", "cache.value.dynamic=false")
+    values = ("cache.value.thresholds=channel",)
     configs = {
         "toy": recipe("uniform3", "description=toy", *values),
         "beside": recipe("uniform3", *values),
@@ -213,7 +216,7 @@ def test_a_fitter_from_outside_runs_from_the_text_to_the_artifact(model, tmp_pat
 
 
 def test_a_table_gives_what_was_put_there_and_nothing_else(model):
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     text = text_of({Source.CALIBRATION: 2})
     view = ChannelView(CachedTensor(0, "key"), text, 1, True)
     table, sketch = Table(), SketchKey(view).empty(geometry)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvq_calib.model.geometry import model_geometry
 from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.calibrate import run as run_module
@@ -20,6 +19,7 @@ from kvq_calib.calibrate.self_generated import SelfGeneratedText, continue_texts
 from kvq_calib.calibrate.texts import TextLibrary
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
@@ -46,7 +46,7 @@ def run(model, recipes, windows=None, **options):
 
 
 def recipe(*assignments):
-    return calibration_config("kvq3", assignments=(*FIT, "allocation.written=1", *assignments))
+    return calibration_config("kvq3", assignments=(*FIT, "allocation.self_generated=1", *assignments))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,24 +132,25 @@ def test_every_window_begins_as_the_calibration_text_does(model, monkeypatch):
 
 
 def test_statistics_take_it_up(model):
-    both = run(model, {"with": recipe(), "without": recipe("allocation.written=0")})
+    both = run(model, {"with": recipe(), "without": recipe("allocation.self_generated=0")})
     assert both["with"].to_bytes() != both["without"].to_bytes()
     # Each is what it is alone: nothing of what is written reaches the other, nor KVQuant's recipes.
     assert run(model, {"with": recipe()})["with"].to_bytes() == both["with"].to_bytes()
     assert (
-        run(model, {"without": recipe("allocation.written=0")})["without"].to_bytes()
+        run(model, {"without": recipe("allocation.self_generated=0")})["without"].to_bytes()
         == both["without"].to_bytes()
     )
     plain = calibration_config("nuq3-1p")
     beside = run(model, {"plain": plain, "with": recipe()})
     assert beside["plain"].to_bytes() == run(model, {"plain": plain})["plain"].to_bytes()
-    fewer = run(model, {"with": recipe(), "half": recipe("allocation.written=0.5")})
+    fewer = run(model, {"with": recipe(), "half": recipe("allocation.self_generated=0.5")})
     assert (
-        fewer["half"].to_bytes() == run(model, {"half": recipe("allocation.written=0.5")})["half"].to_bytes()
+        fewer["half"].to_bytes()
+        == run(model, {"half": recipe("allocation.self_generated=0.5")})["half"].to_bytes()
     )
     assert fewer["with"].to_bytes() == both["with"].to_bytes()
-    once = recipe("allocation.repeats=false", "allocation.written=0.5")
-    beside = run(model, {"with": recipe(), "once": once, "half": recipe("allocation.written=0.5")})
+    once = recipe("allocation.repeats=false", "allocation.self_generated=0.5")
+    beside = run(model, {"with": recipe(), "once": once, "half": recipe("allocation.self_generated=0.5")})
     assert beside["once"].to_bytes() == run(model, {"once": once})["once"].to_bytes()
     assert len({artifact.to_bytes() for artifact in beside.values()}) == 3
     assert {name: beside[name].to_bytes() for name in fewer} == {
@@ -159,11 +160,11 @@ def test_statistics_take_it_up(model):
 
 def moments_of(model, windows, settings):
     """What the first pass finds under a recipe, and the text it looked at."""
-    geometry = model_geometry(model)
+    geometry = inspect_model(model).geometry
     recipe = Recipe("r", settings, geometry, len(windows.ids))
     keys = list(make_fitter(recipe).keys(Stage.THRESHOLDS))
     library, (text,) = TextLibrary(windows, model, 0), {key.view.text for key in keys}
-    if settings.allocation.written:
+    if settings.allocation.self_generated:
         library.generated = generated(model, windows=0, repeating=4, seqlen=24)
     passes = Passes(
         model, geometry, RunState(), Table(), Checkpoint(None, "", keys), Clock(), lambda *step: None
@@ -178,7 +179,7 @@ def test_statistics_are_those_of_both_texts(model):
     mixed, text = moments_of(model, windows, recipe())
     assert torch.equal(text[:4], windows.ids)
     assert text.shape == (8, 24)
-    plain, same = moments_of(model, TokenWindows(text, windows.source), recipe("allocation.written=0"))
+    plain, same = moments_of(model, TokenWindows(text, windows.source), recipe("allocation.self_generated=0"))
     assert torch.equal(same, text)
     assert len(mixed) == len(plain) == 4
     for one, other in zip(mixed, plain, strict=True):
@@ -189,7 +190,7 @@ def test_statistics_are_those_of_both_texts(model):
 def test_learning_takes_it_up(model):
     learned = ("learn={steps: 2, seqlen: 16}", "allocation.context=65536")
     configs = {
-        name: calibration_config("kvq3", assignments=(*learned, f"allocation.written={share}"))
+        name: calibration_config("kvq3", assignments=(*learned, f"allocation.self_generated={share}"))
         for name, share in (("with", 1), ("without", 0))
     }
     found = run(model, configs)
@@ -208,6 +209,6 @@ def test_predictions_that_are_not_numbers_are_refused():
 def test_a_model_that_waits_on_disk_does_not_write(model, monkeypatch):
     monkeypatch.setattr(run_module, "is_offloaded", lambda _: True)
     steps = []
-    with pytest.raises(ConfigError, match=r"allocation\.written=0"):
+    with pytest.raises(ConfigError, match=r"allocation\.self_generated=0"):
         run(model, {"r": recipe()}, progress=lambda *step: steps.append(step))
     assert not steps

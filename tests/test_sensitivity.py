@@ -14,12 +14,15 @@ from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config
-from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, ErrorCompensationSpec, KVCacheSpec, TrellisSpec
 
 pytestmark = pytest.mark.model
 
-FINE = QuantSpec(bits=5, variable_bits=True, trellis=True)
-SPEC = KVCacheSpec(key=FINE.model_copy(update={"phase": True, "feedback": True}), value=FINE, sink_tokens=1)
+SPEC = KVCacheSpec(
+    key=TrellisSpec(max_bits=5, pair_rotation=True, error_compensation=ErrorCompensationSpec()),
+    value=TrellisSpec(max_bits=5),
+    sink_tokens=1,
+)
 
 
 def test_sensitivity_is_the_derivative_of_the_divergence() -> None:
@@ -76,7 +79,7 @@ def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
         return costs
 
     monkeypatch.setattr(fit_trellis, "error_sensitivity", said)
-    settings = ("learn=null", "allocation.context=65536", "allocation.written=0")
+    settings = ("learn=null", "allocation.context=65536", "allocation.self_generated=0")
     recipes = {
         str(rounds): calibration_config("kvq3", assignments=(*settings, f"allocation.corrections={rounds}"))
         for rounds in (0, 1)

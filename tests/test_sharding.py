@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.shard import shard
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KINDS

@@ -72,34 +72,32 @@ def test_no_tokens_and_no_gradients_weigh_nothing_differently():
 def test_a_calibration_stores_the_weights_and_leaves_them_out_where_they_are_not_wanted():
     model = tiny_model("llama")
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
-    common = ("learn=null", "allocation.context=65536", "allocation.written=0")
+    common = ("learn=null", "allocation.context=65536", "allocation.self_generated=0")
     configs = {
         "with": calibration_config("kvq3", assignments=common),
-        "unfed": calibration_config(
-            "kvq3", assignments=(*common, "cache.key.feedback=false", "cache.key.sweeps=0")
-        ),
+        "alone": calibration_config("kvq3", assignments=(*common, "cache.key.error_compensation=null")),
         "without": calibration_config(
             "kvq3",
             assignments=(
                 *common,
-                "cache.value.importance=false",
-                "cache.key.importance=false",
-                "cache.key.sweeps=0",
+                "cache.value.token_weighting=false",
+                "cache.key.token_weighting=false",
+                "cache.key.error_compensation.refinement_passes=0",
             ),
         ),
     }
     artifacts = calibrate(model, windows, configs, model_id="", model_config={}).artifacts
     for layer in artifacts["with"].layers:
         for params in (layer.key, layer.value):
-            assert float(params.importance.float().std()) > 0
-            assert bool((params.importance_unit > 0).all())
-        assert layer.key.feedback_weight is not None
-        assert layer.value.feedback_weight is None
-    for layer in artifacts["unfed"].layers:
-        assert layer.key.feedback is None
-        assert float(layer.key.importance.float().std()) > 0
+            assert float(params.token_weight.float().std()) > 0
+            assert bool((params.token_size_unit > 0).all())
+        assert layer.key.error_weight is not None
+        assert layer.value.error_weight is None
+    for layer in artifacts["alone"].layers:
+        assert layer.key.compensation is None
+        assert float(layer.key.token_weight.float().std()) > 0
     for layer in artifacts["without"].layers:
-        assert layer.key.importance is layer.value.importance is layer.key.feedback_weight is None
+        assert layer.key.token_weight is layer.value.token_weight is layer.key.error_weight is None
     for name, config in configs.items():
         alone = calibrate(model, windows, {name: config}, model_id="", model_config={}).artifacts
         assert alone[name].to_bytes() == artifacts[name].to_bytes()

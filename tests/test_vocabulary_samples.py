@@ -81,7 +81,8 @@ def windows_without_it() -> TokenWindows:
 def error_of_the_token(model, *assignments: str) -> float:
     """Squared error of the first layer's keys and values of a token that the text does not have."""
     settings = calibration_config(
-        "kvq3", assignments=("learn=null", "allocation.context=65536", "allocation.written=0", *assignments)
+        "kvq3",
+        assignments=("learn=null", "allocation.context=65536", "allocation.self_generated=0", *assignments),
     )
     done = calibrate(model, windows_without_it(), {"r": settings}, model_id="", model_config={})
     quantizers = done.artifacts["r"].quantizers("cpu")[0]
@@ -97,8 +98,8 @@ def error_of_the_token(model, *assignments: str) -> float:
 
 def test_levels_of_the_first_layer_reach_tokens_that_the_text_does_not_have():
     model = model_with_an_outlying_token()
-    without = error_of_the_token(model, "allocation.foreign=0", "allocation.first_layer=1")
-    with_them = error_of_the_token(model, "allocation.first_layer=1")
+    without = error_of_the_token(model, "allocation.vocabulary_samples=0", "allocation.first_layer_weight=1")
+    with_them = error_of_the_token(model, "allocation.first_layer_weight=1")
     assert with_them < 0.6 * without
 
 
@@ -108,7 +109,7 @@ def test_the_first_layer_gets_more_of_the_budget():
     def bits(factor: float) -> float:
         settings = calibration_config(
             "kvq3",
-            assignments=("learn=null", "allocation.context=65536", f"allocation.first_layer={factor}"),
+            assignments=("learn=null", "allocation.context=65536", f"allocation.first_layer_weight={factor}"),
         )
         done = calibrate(model, windows_without_it(), {"r": settings}, model_id="", model_config={})
         params = done.artifacts["r"].layers[0]

@@ -109,7 +109,7 @@ class Passes:
 
 
 def forward_pass(model: Any, ids: Tensor) -> None:
-    """A forward pass for the hooks alone: without the head, since nobody reads logits."""
+    """A forward pass for the hooks alone: without the head, whose logits are not needed."""
     model.base_model(input_ids=ids, use_cache=False)
 
 

@@ -96,7 +96,7 @@ def calibrate(
     Raises:
         CalibrationError: activations that are not finite, or a checkpoint of another run.
         ConfigError: settings that contradict each other or the model.
-        ModelError: the model cannot be captured.
+        ModelError: the model cannot be captured, or a packed cache cannot serve it.
     """
     job = _prepared(model, windows, configs)
     keeper = _checkpoint(job, checkpoint, model, model_config)
@@ -156,7 +156,7 @@ def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, Calibrati
 
     Raises:
         ConfigError: settings that contradict each other or the model.
-        ModelError: the model cannot be captured.
+        ModelError: the model cannot be captured, or a packed cache cannot serve it.
     """
     if not configs:
         raise ConfigError("nothing to calibrate: name at least one recipe")
@@ -219,7 +219,7 @@ def _generate(key: SelfGeneratedKey, job: _Job, passes: Passes) -> SelfGenerated
     if is_offloaded(passes.model):
         raise ConfigError(
             "to write text, a model whose weights wait on disk or in CPU memory reads all of them for every token; "
-            "leave that out with --set allocation.written=0"
+            "leave that out with --set allocation.self_generated=0"
         )
     passes.prepare([key])
     text = passes.state.statistics.get(key)

@@ -263,6 +263,11 @@ class Quantizer(ABC):
         """Whether the tokens of a block are coded together, so that codes depend on where blocks begin."""
         return False
 
+    @property
+    def compensates(self) -> bool:
+        """Whether what is coded makes good for the errors of other coordinates."""
+        return False
+
     def level_index(self, codes: Tensor) -> Tensor:
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
         return codes

@@ -8,6 +8,7 @@ code means its level, and every token is coded by itself.)
 With error compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other
 coordinates of its head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a
 token by its size (:mod:`kvq_calib.codec.token_weighting`). Decoding knows nothing of either.
+On the CPU the native encoder (:mod:`kvq_calib.native.encode`) finds the same codes where it is there.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.error_compensation import Compensation
+from kvq_calib.codec.native_encoding import trellis_tables
 from kvq_calib.codec.pair_rotation import turn_pairs
 from kvq_calib.codec.params import Params, StoredTensor, TensorProblem
 from kvq_calib.codec.paths import Subsets, best_path, level_index, lowest_bits_before, pair_index
 from kvq_calib.codec.quantizer import Normalised, Quantized, Quantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import SIZE_CLASSES, token_weights
+from kvq_calib.native.encode import Encoded, TrellisTables, encode_trellis
+from kvq_calib.native.loader import library
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import MAX_BITS, QuantSpec, TrellisSpec
 
@@ -239,8 +243,11 @@ class TrellisQuantizer(Quantizer):
         return tuple(self.params.bits.tolist())
 
     def derived(self) -> list[Tensor]:
-        """The matrices of error compensation."""
-        return [] if self.compensation is None else self.compensation.tensors()
+        """The matrices of error compensation, and the native encoder's tables where it codes."""
+        found = [] if self.compensation is None else self.compensation.tensors()
+        if self.device.type == "cpu" and library() is not None:
+            found += self.native_tables.tensors()
+        return found
 
     # ------------------------------------------------------------ what a reader of the codes asks
 
@@ -279,6 +286,11 @@ class TrellisQuantizer(Quantizer):
     def codes_in_blocks(self) -> bool:
         """True where there are paths."""
         return self.spec.states > 1
+
+    @property
+    def compensates(self) -> bool:
+        """Where the spec says so."""
+        return self.spec.error_compensation is not None
 
     def level_index(self, codes: Tensor) -> Tensor:
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
@@ -365,6 +377,21 @@ class TrellisQuantizer(Quantizer):
         index = torch.searchsorted(deciders, u.flatten(1).contiguous()).view(u.shape)
         return index.to(torch.uint8), index
 
+    @cached_property
+    def native_tables(self) -> TrellisTables:
+        """What the native encoder reads; the numbers must be on the CPU."""
+        return trellis_tables(self)
+
+    def _encode_natively(
+        self, x: Tensor, weight: Tensor | None = None, *, normalised: bool = False, by_size: bool = False
+    ) -> Encoded | None:
+        """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` where torch is to compute."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or (native := library()) is None:
+            return None
+        if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
+            return None
+        return encode_trellis(native, self.native_tables, x, weight, normalised=normalised, by_size=by_size)
+
     def encode(self, normalised: Tensor, weight: Tensor | None = None) -> Tensor:
         """Codes of normalised elements without error compensation.
 
@@ -375,6 +402,8 @@ class TrellisQuantizer(Quantizer):
         Returns:
             uint8 ``[B, T, C]``.
         """
+        if (found := self._encode_natively(normalised, weight, normalised=True)) is not None:
+            return found.codes
         if weight is not None:
             weight = weight.permute(2, 0, 1).repeat_interleave(self.shape.head_dim, 0)
         deciders = self._deciders(self.levels, self.params.bits)
@@ -391,6 +420,8 @@ class TrellisQuantizer(Quantizer):
             What was coded in the last pass, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
         """
         assert self.compensation is not None
+        if (found := self._encode_natively(y, weight)) is not None and found.coded is not None:
+            return found.coded, found.codes
         heads, size = self.shape
 
         def by_coordinate(parameter: Tensor) -> Tensor:  # [C, ...] to [D, H, ...], contiguous
@@ -419,13 +450,21 @@ class TrellisQuantizer(Quantizer):
 
     def normalise(self, x: Tensor) -> Normalised:
         """Bring ``[B, H, T, D]`` keys or values into the range of the levels, errors of others made good for."""
-        y = self.transform(x)
-        if self.compensation is not None:
+        if self.compensation is None:
+            y = self.transform(x)
+        elif (
+            found := self._encode_natively(x.float(), by_size=self.spec.token_weighting)
+        ) and found.coded is not None:
+            y = found.coded
+        else:
+            y = self.transform(x)
             y, _ = self.compensate(y, self.token_weights(y))
         return Normalised.of(y, self.scale, self.zero_point)
 
     def quantize(self, x: Tensor) -> Quantized:
         """Quantize ``[B, H, T, D]`` keys or values."""
+        if found := self._encode_natively(x.float(), by_size=self.spec.token_weighting):
+            return Quantized(found.codes)
         y = self.transform(x)
         weight = self.token_weights(y)
         if self.compensation is not None:

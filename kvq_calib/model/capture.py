@@ -106,7 +106,7 @@ OnForward = Callable[[LayerKV], None]
 """Sees one layer, detached, during the forward pass."""
 
 OnBackward = Callable[[LayerKV, Tensor, Tensor], None]
-"""Sees one layer, detached, with the gradients of its pre-RoPE keys [B, Hkv, T, D] and of its values [B, Hkv, T, Dv]."""
+"""Sees one layer, detached, with the gradients of its pre-RoPE keys [B, Hkv, T, D] and its values [B, Hkv, T, Dv]."""
 
 
 @contextmanager

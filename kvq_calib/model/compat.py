@@ -36,7 +36,10 @@ _CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parame
 
 
 def with_cache(cache: Any) -> dict[str, Any]:
-    """The argument that gives a model, or its `generate`, a cache: `past_key_values` to transformers 5.23, then `cache`."""
+    """The argument that gives a model, or its `generate`, a cache.
+
+    It is named `past_key_values` to transformers 5.23 and `cache` from 5.24 on.
+    """
     return {_CACHE: cache}
 
 
@@ -72,7 +75,7 @@ def attention_implementation(config: Any) -> str | None:
 
 
 def layer_attribute(config: Any, name: str) -> Any:
-    """An attribute of a configuration, `None` where there is none, and a list with one entry per layer where layers differ.
+    """An attribute of a configuration: `None` where there is none, a list with one entry per layer where layers differ.
 
     From transformers 5.15 on a configuration can differ by layer (`per_layer_config`), and then has no such attribute
     of its own: asking for it is an error.

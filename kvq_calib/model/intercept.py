@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvq_calib.errors import ModelError, RuntimeMismatchError
 from kvq_calib.model.compat import attention_entries
@@ -217,8 +218,9 @@ def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-forward hook of every held module."""
-    _THREAD.embeddings[id(module)] = call_argument(module, "position_embeddings", args, kwargs)
+    """Pre-forward hook of every held module. A copy of a held module has it too, and is not held."""
+    if id(module) in _HELD:
+        _THREAD.embeddings[id(module)] = call_argument(module, "position_embeddings", args, kwargs)
 
 
 # ------------------------------------------------------------------ what belongs to the process
@@ -228,15 +230,14 @@ class Hold:
     """Keeps an attention module's calls under watch until `close`, or until nothing refers to the object."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._hook = module.register_forward_pre_hook(_remember, with_kwargs=True)
+        hook = module.register_forward_pre_hook(_remember, with_kwargs=True)
         token = object()
         _begin(token, module)
-        self._end = weakref.finalize(self, _finish, token)
+        self._end = weakref.finalize(self, _finish, token, hook)
         self._end.atexit = False
 
     def close(self) -> None:
         """Let go; a second call does nothing."""
-        self._hook.remove()
         self._end()
 
 
@@ -290,7 +291,8 @@ def _begin(token: object, module: nn.Module) -> None:
             entry.wrap()
 
 
-def _finish(token: object) -> None:
+def _finish(token: object, hook: RemovableHandle) -> None:
+    hook.remove()
     with _LOCK:
         for number, tokens in list(_HELD.items()):
             tokens.discard(token)

@@ -8,23 +8,25 @@ wrapper around a model and a model inside another are attached together with it,
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
-from kvq_calib.model.intercept import Hold, attention_modules
+from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
 from kvq_calib.model.probe import check_generation
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["attach", "attached", "detach", "is_attached"]
+__all__ = ["attach", "attached", "detach", "is_attached", "readable_mask"]
 
 #: Masks of these implementations are understood; others have block masks or none.
 _SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
+_LOCK = threading.Lock()
 _HOLDS: weakref.WeakKeyDictionary[nn.Module, Hold] = weakref.WeakKeyDictionary()
 
 
@@ -55,17 +57,34 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> None:
             )
     if geometry is not None:
         check_generation(model, geometry)
-    for module in modules:
-        if module not in _HOLDS:
-            _HOLDS[module] = Hold(module)
+    with _LOCK:
+        for module in modules:
+            if module not in _HOLDS:
+                _HOLDS[module] = Hold(module)
+
+
+def readable_mask(call: AttentionCall) -> Tensor | None:
+    """The mask of a call; the implementation can have been changed since the model was attached.
+
+    Raises:
+        RuntimeMismatchError: it is no tensor.
+    """
+    mask = call.mask
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    raise RuntimeMismatchError(
+        f"attention masks of the type {type(mask).__name__} cannot be read; choose another implementation with "
+        'model.set_attn_implementation("sdpa")'
+    )
 
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`; packed caches of this model cannot be used until it is attached again."""
-    for module in attention_modules(model):
-        hold = _HOLDS.pop(module, None)
-        if hold is not None:
-            hold.close()
+    with _LOCK:
+        for module in attention_modules(model):
+            hold = _HOLDS.pop(module, None)
+            if hold is not None:
+                hold.close()
 
 
 @contextmanager

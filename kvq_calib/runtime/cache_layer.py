@@ -11,6 +11,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.cache_layer import AttendingLayer
 from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import RopeTable, Rotation, find_apply_rotary
+from kvq_calib.runtime.attention import readable_mask
 from kvq_calib.runtime.forward_pass import ForwardPass
 from kvq_calib.runtime.ops import Ops
 from kvq_calib.runtime.slots import SlotTable
@@ -72,7 +73,8 @@ class KVQCacheLayer(AttendingLayer):
         with self.forward_pass.attention(self.index, call.module):
             batch, _, tokens, size = call.query.shape
             options = call.kwargs
-            visibility = Visibility(call.mask, self.length + tokens, tokens, options.get("sliding_window"))
+            window = options.get("sliding_window")
+            visibility = Visibility(readable_mask(call), self.length + tokens, tokens, window)
             rope, keys = self.ops.rope, call.key
             if rope is not None:
                 keys = self._rotation(call).unrotate(call.key)

@@ -1,0 +1,181 @@
+// Between rows of channels, as tensors have them, and vectors of blocks: 32 tokens of one channel, a block a lane.
+#pragma once
+
+#include "path.h"
+
+namespace kvq {
+
+// Most coordinates of a head.
+constexpr int kMostSize = 2048;
+
+// Blocks of one head, a lane each; lanes beyond the last repeat it and are not written back.
+struct Blocks {
+    int64_t first;  // number of the first one, counted over the sequences of the batch
+    int count;      // that are there
+    int64_t per_sequence;
+    int64_t tokens;  // of a sequence
+    int head, size, channels;
+
+    KVQ_INLINE int64_t block(int lane) const { return first + (lane < count ? lane : count - 1); }
+    KVQ_INLINE int64_t sequence(int lane) const { return block(lane) / per_sequence; }
+    KVQ_INLINE int64_t first_token(int lane) const { return block(lane) % per_sequence * kBlock; }
+    // Tokens of a lane's block that are there.
+    KVQ_INLINE int length(int lane) const {
+        const int64_t left = tokens - first_token(lane);
+        return left < kBlock ? static_cast<int>(left) : kBlock;
+    }
+    // The head's first channel of a lane's first token in [batch, tokens, channels].
+    KVQ_INLINE int64_t start(int lane) const {
+        return (sequence(lane) * tokens + first_token(lane)) * channels + head * size;
+    }
+    // Of the same in [batch, tokens, heads].
+    KVQ_INLINE int64_t start_of_heads(int lane) const {
+        return (sequence(lane) * tokens + first_token(lane)) * (channels / size) + head;
+    }
+};
+
+// Four floats, and sixteen bytes.
+typedef float Quad __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+#define KVQ_QUADS(a, b, ...) KVQ_SHUFFLE(Ints<4>, a, b, __VA_ARGS__)
+
+template <class Vector>
+KVQ_INLINE Vector load(const void* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+template <class Vector>
+KVQ_INLINE void store(void* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+KVQ_INLINE void transpose(Quad (&q)[4]) {
+    const Quad a = KVQ_QUADS(q[0], q[1], 0, 4, 1, 5), b = KVQ_QUADS(q[0], q[1], 2, 6, 3, 7);
+    const Quad c = KVQ_QUADS(q[2], q[3], 0, 4, 1, 5), d = KVQ_QUADS(q[2], q[3], 2, 6, 3, 7);
+    q[0] = KVQ_QUADS(a, c, 0, 1, 4, 5);
+    q[1] = KVQ_QUADS(a, c, 2, 3, 6, 7);
+    q[2] = KVQ_QUADS(b, d, 0, 1, 4, 5);
+    q[3] = KVQ_QUADS(b, d, 2, 3, 6, 7);
+}
+
+// Sixteen rows of bytes: four times row n is interleaved with row n + 8.
+KVQ_INLINE void transpose(Bytes (&rows)[16]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {
+        Bytes next[16];
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) {
+            next[2 * n] = KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2 * n + 1] =
+                KVQ_SHUFFLE(Bytes, rows[n], rows[n + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+#pragma GCC unroll 16
+        for (int n = 0; n < 16; n++) rows[n] = next[n];
+    }
+}
+
+// Numbers from a sequence, a token and a head to the next.
+struct Strides {
+    int64_t sequence, token, head;
+};
+
+// The head's numbers of every token to `to` [size][kPlane][L]; 0 where a block has no token.
+template <int L>
+void gather(const Blocks& blocks, const float* x, Strides stride, float* to) {
+    static const float nothing[kMostSize] = {};
+    const float* start[L];
+    int length[L];
+    for (int lane = 0; lane < L; lane++) {
+        start[lane] = x + blocks.sequence(lane) * stride.sequence + blocks.first_token(lane) * stride.token +
+                      blocks.head * stride.head;
+        length[lane] = blocks.length(lane);
+    }
+    for (int t = 0; t < kBlock; t++) {
+        const float* from[L];
+        for (int lane = 0; lane < L; lane++) from[lane] = t < length[lane] ? start[lane] + t * stride.token : nothing;
+        int i = 0;
+        for (; i + 4 <= blocks.size; i += 4)
+            for (int lane = 0; lane < L; lane += 4) {
+                Quad quads[4];
+                for (int n = 0; n < 4; n++) quads[n] = load<Quad>(from[lane + n] + i);
+                transpose(quads);
+                for (int n = 0; n < 4; n++) store(to + ((i + n) * kPlane + t) * L + lane, quads[n]);
+            }
+        for (; i < blocks.size; i++)
+            for (int lane = 0; lane < L; lane++) to[(i * kPlane + t) * L + lane] = from[lane][i];
+    }
+}
+
+// Where the rows of each lane begin in [batch, tokens, channels], and how many tokens are to be written.
+template <int L>
+struct Rows {
+    int64_t start[L];
+    int length[L];
+
+    KVQ_INLINE explicit Rows(const Blocks& blocks) {
+        for (int lane = 0; lane < L; lane++) {
+            start[lane] = blocks.start(lane);
+            length[lane] = lane < blocks.count ? blocks.length(lane) : 0;
+        }
+    }
+};
+
+// The inverse, for tokens and lanes that are there.
+template <int L>
+void scatter(const Blocks& blocks, const float* from, float* y) {
+    const Rows<L> rows(blocks);
+    for (int t = 0; t < kBlock; t++)
+        for (int lane = 0; lane < L; lane += 4) {
+            float* to[4];
+            bool there[4];
+            for (int n = 0; n < 4; n++) {
+                there[n] = t < rows.length[lane + n];
+                to[n] = y + rows.start[lane + n] + static_cast<int64_t>(t) * blocks.channels;
+            }
+            int i = 0;
+            for (; i + 4 <= blocks.size; i += 4) {
+                Quad quads[4];
+                for (int n = 0; n < 4; n++) quads[n] = load<Quad>(from + ((i + n) * kPlane + t) * L + lane);
+                transpose(quads);
+                for (int n = 0; n < 4; n++)
+                    if (there[n]) store(to[n] + i, quads[n]);
+            }
+            for (; i < blocks.size; i++)
+                for (int n = 0; n < 4; n++)
+                    if (there[n]) to[n][i] = from[(i * kPlane + t) * L + lane + n];
+        }
+}
+
+// Codes, [size][kPlane][L] bytes, to rows of channels.
+template <int L>
+void scatter(const Blocks& blocks, const uint8_t* from, uint8_t* codes) {
+    const Rows<L> rows(blocks);
+    for (int t = 0; t < kBlock; t += 16 / L) {  // tokens of all lanes that sixteen bytes hold
+        uint8_t* to[16];
+        bool there[16];
+        for (int n = 0; n < 16; n++) {
+            there[n] = t + n / L < rows.length[n % L];
+            to[n] = codes + rows.start[n % L] + static_cast<int64_t>(t + n / L) * blocks.channels;
+        }
+        int i = 0;
+        for (; i + 16 <= blocks.size; i += 16) {
+            Bytes bytes[16];
+            for (int n = 0; n < 16; n++) bytes[n] = load<Bytes>(from + ((i + n) * kPlane + t) * L);
+            transpose(bytes);
+            for (int n = 0; n < 16; n++)
+                if (there[n]) store(to[n] + i, bytes[n]);
+        }
+        for (; i < blocks.size; i++)
+            for (int n = 0; n < 16; n++)
+                if (there[n]) to[n][i] = from[(i * kPlane + t) * L + n];
+    }
+}
+
+}  // namespace kvq

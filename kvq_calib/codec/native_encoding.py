@@ -1,0 +1,52 @@
+"""A trellis quantizer's numbers as the native encoder reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvq_calib.codec.thresholds import reciprocal
+from kvq_calib.codec.token_weighting import size_edges
+from kvq_calib.native.encode import TrellisTables
+
+if TYPE_CHECKING:
+    from kvq_calib.codec.trellis import TrellisQuantizer
+
+__all__ = ["trellis_tables"]
+
+
+@torch.no_grad()
+def trellis_tables(quantizer: TrellisQuantizer) -> TrellisTables:
+    """The tables; the quantizer's numbers must be on the CPU, and must not be changed in place from now on."""
+    params, compensation = quantizer.params, quantizer.compensation
+    shares = None if compensation is None else compensation.shares.contiguous()
+    refinement = None if compensation is None else compensation.refinement_shares
+    weight, unit = params.token_weight, params.token_size_unit
+    turned = {}
+    if params.pair_angle is not None:
+        assert quantizer.rope is not None
+        # In the shape that the reference takes them in, so that rounding is the same.
+        angle = params.pair_angle.float()[:, None, :]
+        turned = {
+            "pair": torch.tensor(quantizer.rope.pairs, dtype=torch.int32).reshape(-1, 2),
+            "cosine": angle.cos()[:, 0].contiguous(),
+            "sine": angle.sin()[:, 0].contiguous(),
+        }
+    counts = [quantizer.level_count(width) for width in quantizer.widths]
+    return TrellisTables(
+        heads=quantizer.shape.heads,
+        size=quantizer.shape.head_dim,
+        states=quantizer.spec.states,
+        level_count=torch.tensor(counts, dtype=torch.int32),
+        levels=quantizer.levels.contiguous(),
+        scale=quantizer.scale.contiguous(),
+        zero_point=quantizer.zero_point.contiguous(),
+        inverse=reciprocal(quantizer.scale).contiguous(),
+        shares=shares,
+        refinement_shares=None if refinement is None else refinement.contiguous(),
+        refinement_passes=0 if compensation is None else compensation.refinement_passes,
+        size_edges=None if unit is None or weight is None else size_edges(unit).contiguous(),
+        class_weight=None if weight is None else weight.float().contiguous(),
+        **turned,
+    )
