@@ -48,6 +48,9 @@ def test_a_window_holds_the_pages_that_it_reaches_into():
     assert sizes["codes"] == 256 * 8 / 2
     assert sizes["exact_recent"] == 8 * 8 * 2
     assert not {"outlier_starts", "outlier_entries", "token_scales"} & sizes.keys()
+    sparse = PageLayout((4,) * 8, heads=2, head_dim=4, token_params=False, outlier_cap=2)
+    held = TensorShape(sparse, 100, 0.5, 0).bytes(CacheShape(1000, batch=3))
+    assert held["outlier_entries"] == 4 * 0.5 * (992 - 768) * 3
 
 
 def test_layers_share_positions_places_of_blocks_and_slots_of_sinks():
