@@ -29,6 +29,7 @@ from kvq_calib.evaluate.shapes import ModelShape, model_shape, stages
 from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import read_recipe
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, ScalarSpec
@@ -242,7 +243,9 @@ def test_a_gpus_part_is_what_a_rank_really_holds(ranks):
             storage = LayerStorage(pair["key"], pair["value"], 1, spec.sink_tokens, cpu)
             heads = 2 // ranks
             table.append(torch.arange(tokens)[None], None)
-            storage.append(*torch.randn(2, 1, heads, tokens, 16), table)
+            storage.append(
+                *torch.randn(2, 1, heads, tokens, 16), table, TorchOps(pair["key"], pair["value"]).pack
+            )
             held += sum(size for _, size in storage.memory())
             held += sum(quantizer.params.held_bytes for quantizer in pair.values())
         held += sum(table.memory().values())
