@@ -38,7 +38,7 @@ LEAN = "kvq3-lean"
 
 def variants() -> list[Variant]:
     """Every artifact: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
-    uniform = ("cache.key.bits=3", "cache.value.bits=3", "allocation.scope=uniform")
+    uniform = ("cache.key.max_bits=3", "cache.value.max_bits=3", "allocation.scope=uniform")
     rows = [
         Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
         for name, bits in (("kvq2", 2.4), ("kvq3", 3.4), ("kvq4", 4.4))
