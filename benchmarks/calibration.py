@@ -102,7 +102,7 @@ def keep_everything(
     model: Any, windows: TokenWindows, config: CalibrationConfig
 ) -> tuple[KVArtifact, dict[str, Any]]:
     """All keys, values and gradients of the text in memory, then layer after layer."""
-    geometry, sinks = inspect_model(model).geometry, config.cache.sink_tokens
+    geometry, sinks = inspect_model(model), config.cache.sink_tokens
     kept: Pairs = {}
 
     def keep(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:

@@ -56,7 +56,7 @@ def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
 
 def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
     """For keys and values of unit spread: speed needs no better."""
-    specs, geometry = recipe.specs(), inspect_model(model).geometry
+    specs, geometry = recipe.specs(), inspect_model(model)
     layers = tuple(
         LayerParams(
             **{kind: recipe.params(kind, layer.shape(kind), geometry.rope_of(index)) for kind in KINDS}

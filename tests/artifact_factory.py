@@ -62,7 +62,7 @@ def random_artifact(
 
 def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codebooks: int = 1) -> KVArtifact:
     """A random artifact whose thresholds fit what ``model`` caches for random tokens."""
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     resolved = spec.resolved(len(geometry.layers))
     samples: list[dict[Kind, Tensor]] = [{} for _ in geometry.layers]
 

@@ -328,7 +328,7 @@ def test_geometry_of_a_grouped_query_model_and_its_reuse():
 
 def test_absolute_positions_need_no_rope():
     model, ids = tiny_model("gpt2", n_embd=64, n_layer=2, n_head=4), token_ids(1, 8)
-    assert [layer.rope for layer in inspect_model(model).geometry.layers] == [None, None]
+    assert [layer.rope for layer in inspect_model(model).layers] == [None, None]
     seen = {}
     with torch.no_grad(), capture(model, lambda kv: seen.update({kv.layer: kv.keys is kv.rotated_keys})):
         model(ids, use_cache=False)

@@ -174,7 +174,7 @@ def test_oscar_clips_to_quantiles_of_the_rotated_token():
     model = tiny_model("llama")
     rival = OscarStyle()
     rival.prepare(model, text())
-    width = inspect_model(model).geometry.layers[0].head_dim
+    width = inspect_model(model).layers[0].head_dim
     x = sample(1, 2, 3, width)
     done = rival.roundtrip(x, "value", 1)
     rotation = rival._rotations[1]["value"]
@@ -290,7 +290,7 @@ def test_library_backends_run_and_hold_what_is_counted(backend, bits, monkeypatc
     assert difference[:32].max() < 1e-4  # the first call is exact
     assert difference[200:].min() > 1e-3
     held = sum(tensor.numel() * tensor.element_size() for part in layer for tensor in _tensors(part, backend))
-    shape = inspect_model(model).geometry.layers[0]
+    shape = inspect_model(model).layers[0]
     assert 8 * held == 128 * sum(rival.token_bits(shape, kind) for kind in ("key", "value"))
 
 

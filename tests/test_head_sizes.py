@@ -19,13 +19,13 @@ IDS = token_ids(2, 24)
 
 
 def sizes(model):
-    return [(layer.head_dim, layer.value_head_dim) for layer in inspect_model(model).geometry.layers]
+    return [(layer.head_dim, layer.value_head_dim) for layer in inspect_model(model).layers]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_geometry_and_generation(implementation):
     model = custom_model(value_head_dims=[8, 8], implementation=implementation)
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     assert geometry.layers == (
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=16, value_head_dim=8, rope=0),
     ) * len(geometry.layers)
@@ -35,7 +35,7 @@ def test_geometry_and_generation(implementation):
 def test_layers_that_differ():
     model = custom_model(head_dims=[16, 32], value_head_dims=[24, 16])
     assert sizes(model) == [(16, 24), (32, 16)]
-    found = inspect_model(model).geometry
+    found = inspect_model(model)
     assert [layer.rope for layer in found.layers] == [0, 0]  # the wider one is rotated in part, alike
     check_generation(model, found)
     assert sizes(custom_model()) == [(16, None), (16, None)]
@@ -104,7 +104,7 @@ def test_a_family_that_has_both():
         layer_types=["full_attention", "sliding_attention"],
         sliding_window=16,
     )
-    found = inspect_model(model).geometry
+    found = inspect_model(model)
     assert all(layer.value_head_dim == 8 and layer.head_dim == 16 for layer in found.layers)
     assert {layer.num_kv_heads for layer in found.layers} == {2, 4}
     check_generation(model, found)

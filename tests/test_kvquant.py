@@ -188,7 +188,7 @@ def test_command_reads_the_configuration_alone(tmp_path):
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path / "model")
     geometry, fingerprint = geometry_of(str(tmp_path / "model"))
-    assert geometry == inspect_model(model).geometry
+    assert geometry == inspect_model(model)
     assert fingerprint == model_fingerprint(model)
     shape = geometry.layers[0]
     content = {}

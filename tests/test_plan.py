@@ -37,7 +37,7 @@ def model():
 
 
 def plan(model, *configs):
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     made = [make_fitter(Recipe(str(n), config, geometry, 4)) for n, config in enumerate(configs)]
     magnitudes = magnitude_keys(len(geometry.layers), 4)
     return make_plan(lambda stage: [key for fitter in made for key in fitter.keys(stage)], magnitudes)
@@ -216,7 +216,7 @@ def test_a_fitter_from_outside_runs_from_the_text_to_the_artifact(model, tmp_pat
 
 
 def test_a_table_gives_what_was_put_there_and_nothing_else(model):
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     text = text_of({Source.CALIBRATION: 2})
     view = ChannelView(CachedTensor(0, "key"), text, 1, True)
     table, sketch = Table(), SketchKey(view).empty(geometry)

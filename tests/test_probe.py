@@ -34,7 +34,7 @@ pytestmark = pytest.mark.model
 
 
 def check(model):
-    check_generation(model, inspect_model(model).geometry)
+    check_generation(model, inspect_model(model))
 
 
 def count_passes(model):
@@ -48,7 +48,7 @@ def count_passes(model):
 def test_families_that_work_are_accepted_and_the_exact_cache_is_exact(family):
     model, ids = tiny_model(family), token_ids(2, 40)
     check(model)
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     exact, own = Cache(layers=[ExactLayer(layer.sliding_window) for layer in geometry.layers]), None
     with torch.no_grad(), attached(model):
         for part in torch.split(ids, [20, 15, 1, 4], dim=1):  # beyond windows of 16
@@ -148,7 +148,7 @@ def test_half_precision_and_numbers_that_are_not_finite_say_nothing():
     check(tiny_model("llama").bfloat16())
     check(tiny_model("gpt_oss").bfloat16())  # experts are chosen by numbers that are rounded
     broken = tiny_model("llama")
-    geometry = inspect_model(broken).geometry
+    geometry = inspect_model(broken)
     broken.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
     check_generation(broken, geometry)
 

@@ -160,7 +160,7 @@ def test_statistics_take_it_up(model):
 
 def moments_of(model, windows, settings):
     """What the first pass finds under a recipe, and the text it looked at."""
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     recipe = Recipe("r", settings, geometry, len(windows.ids))
     keys = list(make_fitter(recipe).keys(Stage.THRESHOLDS))
     library, (text,) = TextLibrary(windows, model, 0), {key.view.text for key in keys}

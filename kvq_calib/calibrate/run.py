@@ -160,7 +160,7 @@ def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, Calibrati
     """
     if not configs:
         raise ConfigError("nothing to calibrate: name at least one recipe")
-    geometry, count = inspect_model(model).geometry, len(windows.ids)
+    geometry, count = inspect_model(model), len(windows.ids)
     check_generation(model, geometry)
     recompute, seed = shared_setting(configs, "recompute"), shared_setting(configs, "seed")
     library = TextLibrary(windows, model, seed)

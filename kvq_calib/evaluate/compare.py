@@ -116,7 +116,7 @@ def runnable(
     Returns:
         The first, and names and reasons of the others.
     """
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
     return (
         [rival for rival, reason in reasons if reason is None],
@@ -185,7 +185,7 @@ def compare(
         NotFiniteError: predictions of the model, of an artifact or of a rival are not finite.
         RuntimeMismatchError: an artifact to be measured in decode mode cannot be streamed.
     """
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
     calibrated = [rival for rival in rivals if rival.calibrated]
     for done, rival in enumerate(calibrated, 1):
         rival.prepare(model, calibration)

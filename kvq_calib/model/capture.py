@@ -88,7 +88,7 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
     Raises:
         ModelError: the model cannot be captured (see `inspect_model`), or was called with a filled cache.
     """
-    geometry = inspect_model(model).geometry
+    geometry = inspect_model(model)
 
     def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         kv = _layer_kv(call, geometry.layers[call.layer].rope is not None)

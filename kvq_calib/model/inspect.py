@@ -26,28 +26,15 @@ from kvq_calib.model.placement import input_device
 from kvq_calib.model.rope import RopeLayoutError, discover_rope, find_apply_rotary
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
-__all__ = ["Inspection", "inspect_model"]
+__all__ = ["inspect_model"]
 
 _PROBE_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What was found about a model.
-
-    Attributes:
-        geometry: what an artifact for the model states.
-        rope_problems: for each layer, why its RoPE has no table, or None; capture works nevertheless.
-    """
-
-    geometry: KVGeometry
-    rope_problems: tuple[str | None, ...]
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, KVGeometry] = weakref.WeakKeyDictionary()
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Inspection] = weakref.WeakKeyDictionary()
-
-
-def inspect_model(model: nn.Module) -> Inspection:
+def inspect_model(model: nn.Module) -> KVGeometry:
     """Verify by two tiny forward passes that a model can be captured, and return its geometry.
 
     Every attention layer must come by exactly once per pass, with as many keys as values, and its un-rotated keys must
@@ -68,7 +55,7 @@ def inspect_model(model: nn.Module) -> Inspection:
     return found
 
 
-def _inspect(model: nn.Module) -> Inspection:
+def _inspect(model: nn.Module) -> KVGeometry:
     name = type(model).__name__
     text: Any = _text_config(model)
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
@@ -99,8 +86,7 @@ def _inspect(model: nn.Module) -> Inspection:
         _geometry(call, _index(ropes, spec))
         for (_, call), spec in zip(sorted(short_calls.items()), specs, strict=True)
     ]
-    problems = tuple(spec if isinstance(spec, str) else None for spec in specs)
-    return Inspection(KVGeometry(layers=tuple(layers), ropes=tuple(ropes)), problems)
+    return KVGeometry(layers=tuple(layers), ropes=tuple(ropes))
 
 
 def _text_config(model: nn.Module) -> Any:
