@@ -5,10 +5,9 @@ import torch
 from statistic_helpers import normal
 
 from kvq_calib.calibrate.codebooks import codebook_levels, level_curves, share_codebooks
-from kvq_calib.codec.quantizer import Quantizer
-from kvq_calib.codec.trellis import codebook_table
+from kvq_calib.codec.trellis import TrellisQuantizer, codebook_table
 from kvq_calib.fit.density import weighted_error
-from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec
 
 
@@ -60,7 +59,6 @@ def test_levels_for_a_trellis_have_less_error_on_paths_than_their_start() -> Non
     # What is claimed of paths, and what they do: samples of the same distribution.
     params = share_codebooks(curves, torch.full((4,), 3, dtype=torch.uint8), 1, spec)
     x = normal(1, 1, 4096, 4, seed=5)
-    geometry = LayerGeometry(num_query_heads=1, num_kv_heads=1, head_dim=4)
-    error = (Quantizer(spec, params, geometry)(x) - x).square().mean()
+    error = (TrellisQuantizer(spec, params, HeadShape(1, 4))(x) - x).square().mean()
     assert error < 0.028  # 14.62 dB, 0.0345, is the least for nearest levels
     assert float(curves.distortion[0, 3]) == pytest.approx(float(error), rel=0.15)

@@ -18,6 +18,7 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.runtime import KVQCache
+from kvq_calib.schema.cached import CachedTensor
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig, calibration_config
 from kvq_calib.schema.spec import ErrorCompensationSpec
@@ -146,7 +147,7 @@ def test_compensation_is_left_out_where_it_takes_more_than_it_saves():
             cache,
             AllocationConfig(context=context),
             KVGeometry(layers=layers),
-            {(1, "key"): agreeing},
+            {CachedTensor(1, "key"): agreeing},
         )
         first, second = found.resolved(2)
         assert first.key == cache.key  # nothing is known of it
@@ -166,7 +167,10 @@ def test_what_compensation_stores_follows_the_tokens_it_serves():
 
     def stored(context):
         spec = spec_by_layer(
-            cache, AllocationConfig(context=context), KVGeometry(layers=[shape]), {(0, "key"): gradients}
+            cache,
+            AllocationConfig(context=context),
+            KVGeometry(layers=[shape]),
+            {CachedTensor(0, "key"): gradients},
         )
         (layer,) = spec.resolved(1)
         return layer.key.error_compensation
