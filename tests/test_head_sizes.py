@@ -8,11 +8,17 @@ from custom_attention import custom_model
 from models_zoo import tiny_model, token_ids
 from transformers import CONFIG_MAPPING
 
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.data import TokenWindows
+from kvq_calib.evaluate.prefill import PrefillQuantizer
 from kvq_calib.model.capture import capture, intercept
+from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.probe import check_generation
+from kvq_calib.runtime import KVQCache, attached
 from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
 IDS = token_ids(2, 24)
@@ -90,6 +96,35 @@ def test_replaced_keys_and_values_reach_attention():
     assert torch.allclose(same, want, atol=1e-4 * float(want.abs().max()))
     assert not torch.allclose(without, want, rtol=0.1)
     assert not torch.allclose(sharper, want, rtol=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["uniform4", "nuq4-1p"])
+def test_calibration_prefill_evaluation_and_the_packed_cache_agree(recipe):
+    model = custom_model(value_head_dims=[8, 24], head_dims=[16, 32])
+    text = token_ids(3, 96)
+    artifact = calibrate(
+        model,
+        TokenWindows(text, {"sha256": "x"}),
+        {"r": calibration_config(recipe)},
+        model_id="x",
+        model_config=model_fingerprint(model),
+    ).artifacts["r"]
+    ids = text[:1, :64]  # whole blocks, so that nothing is exact but the first tokens
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits.log_softmax(-1)
+
+        def divergence(logits):
+            return float((want.exp() * (want - logits.log_softmax(-1))).sum(-1).mean())
+
+        with intercept(model, PrefillQuantizer.of(artifact, model)):
+            prefill = divergence(model(ids, use_cache=False).logits)
+        with attached(model):
+            packed = divergence(model(ids, **with_cache(KVQCache(artifact, model))).logits)
+        with intercept(model, lambda kv: (kv.keys, torch.zeros_like(kv.values))):
+            nothing = divergence(model(ids, use_cache=False).logits)
+    assert 0 < prefill < 0.2 * nothing
+    # Numbers half way between two levels fall either way with the rounding of un-rotation.
+    assert packed == pytest.approx(prefill, rel=0.1)
 
 
 @pytest.mark.skipif("mimo_v2_flash" not in CONFIG_MAPPING, reason="needs a newer transformers")
