@@ -20,10 +20,11 @@ from typing import Any
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure_perplexity
-from kvq_calib.model.load import LoadedModel, load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.recipe import CalibrationConfig, EvalConfig, calibration_config
 
@@ -71,31 +72,30 @@ def _edges_at_four_bits() -> str:
 
 def variants() -> list[Variant]:
     """The rows, the base recipe first: everything else differs from it as its text says."""
-    token = ("granularity=token", "dynamic=true")
     rows = [
         Variant("base", "base", "3 bits, k-means, Fisher weights, 1% outliers, 1 sink token (nuq3-1p)"),
-        Variant("key-token", "key granularity", "keys per token", tuple(f"cache.key.{x}" for x in token)),
+        Variant("key-token", "key granularity", "keys per token", ("cache.key.thresholds=token",)),
         Variant("key-post-rope", "key RoPE", "keys after RoPE", ("cache.key.pre_rope=false",)),
         Variant(
             "key-online",
             "key thresholds",
             "keys' thresholds online (each text its own)",
-            ("cache.key.dynamic=true",),
+            ("cache.key.thresholds=channel_online",),
         ),
         Variant(
             "value-channel",
             "value granularity",
             "values per channel, static thresholds",
-            ("cache.value.granularity=channel", "cache.value.dynamic=false"),
+            ("cache.value.thresholds=channel",),
         ),
         Variant(
             "value-normalized",
             "value granularity",
             "values per token after static normalisation per channel",
-            ("cache.value.channel_normalized=true",),
+            ("cache.value.thresholds=token_normalized",),
         ),
-        Variant("uniform", "datatype", "uniform levels", _both("datatype", "uniform")),
-        Variant("normal-float", "datatype", "NormalFloat levels", _both("datatype", "normal_float")),
+        Variant("uniform", "datatype", "uniform levels", _both("levels", "uniform")),
+        Variant("normal-float", "datatype", "NormalFloat levels", _both("levels", "normal_float")),
         Variant("unweighted", "weights", "k-means without Fisher weights", ("fit.weights=uniform",)),
         Variant("lloyd", "solver", "k-means by scikit-learn (Lloyd's iteration)", ("fit.solver=lloyd",)),
         Variant("q-norm", "Q-Norm", "Q-Norm", _both("q_norm", "true")),
@@ -130,7 +130,7 @@ def variants() -> list[Variant]:
             "plain",
             "combination",
             "uniform levels, no outliers, keys per token after RoPE, no sink",
-            (*(f"cache.key.{x}" for x in token), "cache.key.pre_rope=false", "cache.sink_tokens=0"),
+            ("cache.key.thresholds=token", "cache.key.pre_rope=false", "cache.sink_tokens=0"),
             recipe="uniform3",
         ),
     ]
@@ -184,8 +184,8 @@ def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> boo
     settings = json.loads(json.dumps(config.record()))
     made, spec = artifact.calibration, artifact.spec
     if config.allocation is not None:
-        # Calibration decides by layer how error feedback of keys pays, and nothing else.
-        count, decided = len(artifact.geometry.layers), {"feedback", "feedback_rank", "sweeps"}
+        # Calibration decides by layer how error compensation of keys pays, and nothing else.
+        count, decided = len(artifact.geometry.layers), {"error_compensation"}
         for found, asked in zip(spec.resolved(count), config.cache.resolved(count), strict=True):
             keys = [each.key.model_dump(exclude=decided) for each in (found, asked)]
             if keys[0] != keys[1] or found.value != asked.value:

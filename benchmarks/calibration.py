@@ -27,18 +27,20 @@ from common import RESULTS, environment, environment_lines, markdown_table, time
 from fit import fit_all_values
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
+from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.gradients import fisher_pass
-from kvq_calib.calibrate.pipeline import calibrate
-from kvq_calib.codec.quantizer import Quantizer, QuantParams
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.intercept import LayerKV
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.capture import LayerKV
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
-from kvq_calib.schema.geometry import LayerGeometry
+from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
-from kvq_calib.schema.spec import KINDS, Kind, QuantSpec
+from kvq_calib.schema.spec import KINDS, Kind, ScalarSpec
 
 _MIB = 2**20
 Pairs = dict[tuple[int, Kind], list[tuple[Tensor, Tensor]]]
@@ -67,9 +69,9 @@ def ours(model: Any, windows: TokenWindows, config: CalibrationConfig) -> tuple[
     }
 
 
-def thresholds(values: Tensor, spec: QuantSpec) -> tuple[Tensor | None, Tensor | None]:
+def thresholds(values: Tensor, spec: ScalarSpec) -> tuple[Tensor | None, Tensor | None]:
     """Scale and zero point of each channel from all values ``[N, C]``, or ``None`` where every token has its own."""
-    if not spec.static_channels:
+    if not spec.calibrated_thresholds:
         return None, None
     tail = spec.outliers.fraction / 2
     # A channel at a time: the function refuses large tensors.
@@ -80,33 +82,27 @@ def thresholds(values: Tensor, spec: QuantSpec) -> tuple[Tensor | None, Tensor |
 
 def fit_layer(
     pairs: list[tuple[Tensor, Tensor]],
-    spec: QuantSpec,
-    geometry: LayerGeometry,
-    rope: Any,
+    spec: ScalarSpec,
+    shape: HeadShape,
     config: CalibrationConfig,
-) -> QuantParams:
+) -> ScalarParams:
     """Thresholds and a codebook from all values of a layer's keys or values."""
     x, gradient = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # [N, H, T, D]
-    scale, zero_point = thresholds(x.transpose(1, 2).flatten(2).flatten(0, 1), spec)
-
-    def params(levels: Tensor) -> QuantParams:
-        return QuantParams.uniform(spec.bits, geometry.channels, levels, scale=scale, zero_point=zero_point)
-
-    quantizer = Quantizer(
-        spec, params(torch.zeros(1, 1 << spec.bits)), geometry, rope, config.cache.storage_dtype
-    )
+    own = thresholds(x.transpose(1, 2).flatten(2).flatten(0, 1), spec)
+    start = ScalarParams(torch.zeros(1, 1 << spec.bits), *own)
+    quantizer = ScalarQuantizer(spec, start, shape, storage_dtype=config.cache.storage_dtype)
     found = quantizer.normalise(x)
     inside = slice(None) if found.outliers is None else ~found.outliers
     weights = (quantizer.transform(gradient) * found.scale).square()
     levels, _ = fit_all_values(found.normalised[inside].clamp(-1, 1).flatten(), weights[inside].flatten(), 1 << spec.bits)  # fmt: skip
-    return params(torch.tensor(levels, dtype=torch.float32).half().float()[None])
+    return ScalarParams(torch.tensor(levels, dtype=torch.float32).half().float()[None], *own)
 
 
 def keep_everything(
     model: Any, windows: TokenWindows, config: CalibrationConfig
 ) -> tuple[KVArtifact, dict[str, Any]]:
     """All keys, values and gradients of the text in memory, then layer after layer."""
-    geometry, sinks = model_geometry(model), config.cache.sink_tokens
+    geometry, sinks = inspect_model(model), config.cache.sink_tokens
     kept: Pairs = {}
 
     def keep(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
@@ -124,9 +120,10 @@ def keep_everything(
         def fit() -> tuple[LayerParams, ...]:
             layers = []
             for number, spec in enumerate(config.cache.resolved(len(geometry.layers))):
-                rope = geometry.rope_of(number)
                 fitted = {
-                    kind: fit_layer(kept[number, kind], spec.of(kind), geometry.layers[number], rope, config)
+                    kind: fit_layer(
+                        kept[number, kind], spec.of(kind), geometry.layers[number].shape(kind), config
+                    )
                     for kind in KINDS
                 }
                 layers.append(LayerParams(fitted["key"], fitted["value"]))

@@ -25,9 +25,10 @@ import torch
 from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
 from torch import Tensor, nn
 
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
 
 #: Tokens whose logits exist at one time, as in calibration.

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.intercept import LayerKV, intercept
-from kvq_calib.model.load import load_model, with_cache
+from kvq_calib.model.capture import LayerKV, intercept
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
 
 SAMPLE_TOKENS = 1024
@@ -54,10 +55,10 @@ def repeated(x: Tensor, tokens: int) -> Tensor:
 def fill(cache: Cache, layers: list[tuple[Tensor, Tensor, Tensor]], tokens: int) -> None:
     """Store ``tokens`` tokens in an empty cache."""
     if isinstance(cache, KVQCache):
-        cache._begin(1, torch.arange(tokens)[None], None)
-        for layer, (keys, rotated, values) in zip(cache.layers, layers, strict=True):
-            chosen = keys if layer.ops.key.spec.pre_rope else rotated
-            layer.ops.append(layer.storage, repeated(chosen, tokens), repeated(values, tokens), cache.table)
+        cache.append(
+            (repeated(rotated if layer.ops.rope is None else keys, tokens), repeated(values, tokens))
+            for layer, (keys, rotated, values) in zip(cache.layers, layers, strict=True)
+        )
         return
     for index, (_, rotated, values) in enumerate(layers):
         cache.update(repeated(rotated, tokens), repeated(values, tokens), index)

@@ -29,8 +29,9 @@ from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.calibrate.statistics import LevelHistogram
 from kvq_calib.data import load_windows
 from kvq_calib.fit.kmeans import Floats, distortion, exact_kmeans
-from kvq_calib.model.intercept import LayerKV
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.capture import LayerKV
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.spec import KINDS, Kind
 
@@ -125,7 +126,8 @@ def build_histogram(values: Tensor, weights: Tensor, threads: int) -> LevelHisto
         return histogram
 
     def add(total: LevelHistogram, other: LevelHistogram) -> LevelHistogram:
-        total.merge(other)
+        parts = other.state()
+        total.load({name: tensor + parts[name] for name, tensor in total.state().items()})
         return total
 
     starts = range(0, len(values), CHUNK)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,16 @@ from ablation import CONTEXT, Variant, calibrated, chosen, evaluated
 from common import RESULTS, environment, environment_lines, markdown_table, write_results
 from torch import Tensor
 
-from kvq_calib.calibrate.allocation import lloyd
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.evaluate.perplexity import Comparison
-from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.evaluate.perplexity import measure
+from kvq_calib.evaluate.text_pass import Mode
+from kvq_calib.fit.density import lloyd
+from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
+
+Transform = Callable[[LayerKV], tuple[Tensor, Tensor]]
+"""What a layer's keys and values read as after a rival's quantization, keys before RoPE."""
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
 #: The recipe that the steps lead to.
@@ -35,7 +38,7 @@ LEAN = "kvq3-lean"
 
 def variants() -> list[Variant]:
     """Every artifact: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
-    uniform = ("cache.key.bits=3", "cache.value.bits=3", "allocation.scope=uniform")
+    uniform = ("cache.key.max_bits=3", "cache.value.max_bits=3", "allocation.scope=uniform")
     rows = [
         Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
         for name, bits in (("kvq2", 2.4), ("kvq3", 3.4), ("kvq4", 4.4))
@@ -46,25 +49,33 @@ def variants() -> list[Variant]:
     ]
     #: What steps 4 and on switch on, one after the other, and what keeps it off.
     switches = {
-        "and phases": ("cache.key.phase=false",),
-        "and error feedback for keys": ("cache.key.feedback=false",),
+        "and rotation of pairs": ("cache.key.pair_rotation=false",),
+        "and error compensation for keys": ("cache.key.error_compensation=null",),
         "and weights shrunk by a quarter towards the mean of the channel": ("allocation.shrinkage=0",),
-        "and trellis codes": ("cache.key.trellis=false", "cache.value.trellis=false"),
+        "and trellis codes": ("cache.key.states=1", "cache.value.states=1"),
         "and the budget corrected by measured costs": ("allocation.corrections=0",),
-        "and foreign tokens, and four times the weight for the first layer": (
-            "allocation.foreign=0",
-            "allocation.first_layer=1",
+        "and random vocabulary, and four times the weight for the first layer": (
+            "allocation.vocabulary_samples=0",
+            "allocation.first_layer_weight=1",
         ),
-        "and text that the model writes": ("allocation.written=0",),
-        "and paths that weigh their tokens": ("cache.key.importance=false", "cache.value.importance=false"),
-        "and a sweep over the coordinates of keys": ("cache.key.sweeps=0",),
+        "and text that the model writes": ("allocation.self_generated=0",),
+        "and paths that weigh their tokens": (
+            "cache.key.token_weighting=false",
+            "cache.value.token_weighting=false",
+        ),
+        "and a refinement pass over the coordinates of keys": (
+            "cache.key.error_compensation.refinement_passes=0",
+        ),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
         "and repeats in what the model writes": ("allocation.repeats=false",),
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
         """kvq3-lean without what later steps switch on; after the last step, the recipe itself."""
-        still_off = [setting for off in list(switches.values())[max(number - 3, 0) :] for setting in off]
+        later = list(switches.values())[max(number - 3, 0) :]
+        still_off = [
+            setting for off in reversed(later) for setting in off
+        ]  # the parts of a section before it
         name, end = (f"step-{number}", "") if still_off else (LEAN, f" ({LEAN})")
         return Variant(name, STEPS, text + end, (*more, *still_off), LEAN)
 
@@ -95,7 +106,7 @@ def uniform_groups(x: Tensor, bits: int, dim: int, size: int = 32) -> Tensor:
     return seen.view(moved.shape).transpose(dim, -1)
 
 
-def kivi(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
+def kivi(bits: int) -> Transform:
     """KIVI (arXiv 2402.02750): keys per channel in groups of 32 tokens, values per token in groups of 32 channels."""
 
     def transform(kv: LayerKV) -> tuple[Tensor, Tensor]:
@@ -105,7 +116,7 @@ def kivi(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
     return transform
 
 
-def rotated_normal(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
+def rotated_normal(bits: int) -> Transform:
     """TurboQuant's first stage (arXiv 2504.19874): random rotation, norm per token and head, Lloyd-Max levels."""
     grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)[None]
     levels = lloyd(grid, torch.exp(-grid.square() / 2), 1 << bits)[0].float()
@@ -124,7 +135,7 @@ def rotated_normal(bits: int) -> Callable[[LayerKV], tuple[Tensor, Tensor]]:
     return lambda kv: (kv.rotation.unrotate(seen(kv.rotated_keys)), seen(kv.values))
 
 
-def rivals(head_dim: int) -> dict[str, tuple[str, float, Callable[[LayerKV], tuple[Tensor, Tensor]]]]:
+def rivals(head_dim: int) -> dict[str, tuple[str, float, Transform]]:
     """Text, bits per element and transform of each rival, by name."""
     rows = {}
     for bits in (2, 3, 4):
@@ -139,35 +150,51 @@ def rivals(head_dim: int) -> dict[str, tuple[str, float, Callable[[LayerKV], tup
     return rows
 
 
-@torch.no_grad()
+class RivalContender:
+    """A rival's quantization inside one forward pass, the first token of every window exact, as for ours.
+
+    Args:
+        bits: per element, codes and scales.
+        transform: quantizes and dequantizes the keys and values of a layer.
+    """
+
+    mode: Mode = "prefill"
+    hooks = None
+    remedy = "try --dtype float32"
+
+    def __init__(self, bits: float, transform: Transform) -> None:
+        self._bits, self._transform = bits, transform
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """Logits of int64 ``[B, T]``."""
+        with intercept(model, self._first_exact):
+            return model(input_ids=ids, use_cache=False).logits
+
+    def bits_per_element(self, context: int) -> float:
+        """The same at every context."""
+        return self._bits
+
+    def _first_exact(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
+        keys, values = self._transform(kv)
+        return (
+            torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
+            torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
+        )
+
+
 def measure_rivals(
     loaded: LoadedModel, windows: TokenWindows, names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Results of the rivals, the first token of every window exact, as for everything else here."""
+    """Results of the rivals ``names``, by name."""
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     table = {name: row for name, row in rivals(head_dim).items() if name in names}
-    comparisons = {name: Comparison() for name in table}
-    for index in range(len(windows.ids)) if table else ():
-        ids = windows.ids[index : index + 1]
-        baseline = loaded.model(input_ids=ids, use_cache=False).logits[0]
-        for name, (_, _, transform) in table.items():
-            started = time.monotonic()
-
-            def first_exact(kv: LayerKV, transform: Any = transform) -> tuple[Tensor, Tensor]:
-                keys, values = transform(kv)
-                return (
-                    torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
-                    torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
-                )
-
-            with intercept(loaded.model, first_exact):
-                logits = loaded.model(input_ids=ids, use_cache=False).logits[0]
-            comparisons[name].add(baseline, logits, ids[0])
-            comparisons[name].seconds += time.monotonic() - started
+    if not table:
+        return {}
+    contenders = {name: RivalContender(bits, transform) for name, (_, bits, transform) in table.items()}
     return {
-        name: {**comparison.result(name, table[name][1]).to_json(), "switch": RIVALS, "text": table[name][0]}
-        for name, comparison in comparisons.items()
+        result.name: {**result.to_json(), "switch": RIVALS, "text": table[result.name][0]}
+        for result in measure(loaded.model, contenders, windows, CONTEXT)
     }
 
 

@@ -19,9 +19,12 @@ from common import environment
 from gpu_recipes import RECIPES, Recipe
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint, with_cache
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.registry import codec_of
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
@@ -53,14 +56,20 @@ def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
 
 def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
     """For keys and values of unit spread: speed needs no better."""
-    specs, geometry = recipe.specs(), model_geometry(model)
+    specs, geometry = recipe.specs(), inspect_model(model)
     layers = tuple(
-        LayerParams(**{kind: recipe.params(kind, layer, geometry.rope_of(index)) for kind in KINDS})
+        LayerParams(
+            **{kind: recipe.params(kind, layer.shape(kind), geometry.rope_of(index)) for kind in KINDS}
+        )
         for index, layer in enumerate(geometry.layers)
     )
     section = {"id": "random", "config": model_fingerprint(model)}
     rates: dict[str, list[float]] = {
-        kind: [specs[kind].outliers.fraction * layer.channels for layer in geometry.layers] for kind in KINDS
+        kind: [
+            codec_of(specs[kind]).nominal_outliers(specs[kind], layer.shape(kind))
+            for layer in geometry.layers
+        ]
+        for kind in KINDS
     }
     return KVArtifact(KVCacheSpec(**specs), geometry, layers, section, {}, rates)
 
@@ -70,15 +79,15 @@ def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device)
     config = model.config
     for start in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - start)
-        shape = (1, config.num_key_value_heads, count, config.head_dim)
+        shape = (2, 1, config.num_key_value_heads, count, config.head_dim)
+        layers = (
+            tuple(torch.randn(shape, device=device, dtype=torch.float16))
+            for _ in range(config.num_hidden_layers)
+        )
         if isinstance(cache, KVQCache):
-            cache._begin(1, torch.arange(start, start + count, device=device)[None], None)
-        for index in range(config.num_hidden_layers):
-            keys, values = (torch.randn(shape, device=device, dtype=torch.float16) for _ in range(2))
-            if isinstance(cache, KVQCache):
-                layer = cache.layers[index]
-                layer.ops.append(layer.storage, keys, values, cache.table)
-            else:
+            cache.append(layers)
+        else:
+            for index, (keys, values) in enumerate(layers):
                 cache.update(keys, values, index)
 
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.quantizer import QuantParams, pack_codebooks
-from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES, Kind, QuantSpec
+from kvq_calib.codec.params import Params
+from kvq_calib.codec.scalar import ScalarParams
+from kvq_calib.codec.token_weighting import SIZE_CLASSES
+from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.schema.geometry import HeadShape, RopeSpec
+from kvq_calib.schema.spec import ErrorCompensationSpec, Kind, OutlierSpec, QuantSpec, ScalarSpec, TrellisSpec
 
 OUTLIERS = 0.01
 #: Codebooks of one width in the recipes with widths per channel.
@@ -25,8 +28,8 @@ class Recipe:
 
     Attributes:
         shares: by kind, the share of channels that each width from 0 on has.
-        trellis: widths per channel, weighted trellis codes, phases, error feedback and static thresholds, as ``kvq*`` have; else
-            one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
+        trellis: widths per channel, trellis codes with token weighting, turned pairs and error compensation, as ``kvq*``
+            have; else one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
     """
 
     shares: Mapping[Kind, tuple[float, ...]]
@@ -40,57 +43,64 @@ class Recipe:
 
     def specs(self) -> dict[Kind, QuantSpec]:
         """Of keys and values."""
-        if not self.trellis:
-            bits = len(self.shares["key"]) - 1
-            outliers = {"fraction": OUTLIERS}
-            return {
-                "key": QuantSpec(bits=bits, outliers=outliers),
-                "value": QuantSpec(bits=bits, granularity="token", dynamic=True, outliers=outliers),
-            }
-        static = {
-            **{"variable_bits": True, "trellis": True, "importance": True},
-            **{"datatype": "learned", "outliers": {}},
-        }
         bits = {kind: len(row) - 1 for kind, row in self.shares.items()}
+        if not self.trellis:
+            outliers = OutlierSpec(fraction=OUTLIERS)
+            return {
+                "key": ScalarSpec(bits=bits["key"], outliers=outliers),
+                "value": ScalarSpec(bits=bits["key"], thresholds="token", outliers=outliers),
+            }
         return {
-            "key": QuantSpec(bits=bits["key"], phase=True, feedback=True, sweeps=1, **static),
-            "value": QuantSpec(bits=bits["value"], granularity="channel", dynamic=False, **static),
+            "key": TrellisSpec(
+                max_bits=bits["key"],
+                pair_rotation=True,
+                error_compensation=ErrorCompensationSpec(refinement_passes=1),
+                token_weighting=True,
+            ),
+            "value": TrellisSpec(max_bits=bits["value"], token_weighting=True),
         }
 
-    def params(self, kind: Kind, geometry: LayerGeometry, rope: RopeSpec | None) -> QuantParams:
+    def params(self, kind: Kind, shape: HeadShape, rope: RopeSpec | None) -> Params:
         """For unit normal keys or values of one layer; the same at every call."""
-        spec, channels = self.specs()[kind], geometry.channels
+        spec = self.specs()[kind]
+        thresholds = torch.full((shape.channels,), _REACH), torch.zeros(shape.channels)
+        if isinstance(spec, ScalarSpec):
+            levels = _levels(1 << spec.bits, 1 << spec.bits)[None]
+            return ScalarParams(levels, *(thresholds if spec.calibrated_thresholds else (None, None)))
+        assert isinstance(spec, TrellisSpec)
+        return self._trellis_params(spec, shape, rope, self.shares[kind])
+
+    @staticmethod
+    def _trellis_params(
+        spec: TrellisSpec, shape: HeadShape, rope: RopeSpec | None, shares: tuple[float, ...]
+    ) -> TrellisParams:
+        (heads, size), channels = shape, shape.channels
         generator = torch.Generator().manual_seed(0)
-        widths = _widths(self.shares[kind], channels, generator)
+        widths = _widths(shares, channels, generator)
         used = sorted(set(widths.tolist()))
         most = spec.level_count(max(used))
-        books = _CODEBOOKS if spec.variable_bits else 1
         rows = [
-            _levels(spec.level_count(width), most) * (1 - 0.1 * n) for width in used for n in range(books)
+            _levels(spec.level_count(width), most) * (1 - 0.1 * n)
+            for width in used
+            for n in range(_CODEBOOKS)
         ]
-        first = {width: books * number for number, width in enumerate(used)}
+        first = {width: _CODEBOOKS * number for number, width in enumerate(used)}
         index = torch.tensor([first[width] for width in widths.tolist()])
-        index += torch.randint(books, (channels,), generator=generator)
+        index += torch.randint(_CODEBOOKS, (channels,), generator=generator)
+        codebook, packed = pack_codebooks(spec, widths, torch.stack(rows).half().float(), index)
         extra: dict[str, Tensor] = {}
-        if spec.static_channels:
-            extra |= {"scale": torch.full((channels,), _REACH), "zero_point": torch.zeros(channels)}
-        heads, size = geometry.num_kv_heads, geometry.head_dim
-        if spec.phase and rope is not None:
-            extra["phase"] = (torch.rand(heads, len(rope.pairs), generator=generator) - 0.5).half()
-        if spec.feedback:
-            count = (heads, size * (size - 1) // 2)
-            extra["feedback"] = torch.randint(-20, 21, count, generator=generator).to(torch.int8)
-            extra["feedback_scale"] = torch.full((heads,), 1e-3)
-        if spec.sweeps:
-            extra["feedback_weight"] = (0.5 + 0.5 * torch.rand(heads, size, generator=generator)).half()
-        if spec.importance:
-            classes = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator)
-            extra["importance"] = (0.25 + classes).half()
-            extra["importance_unit"] = torch.full((heads,), float(size))
-        codebook = torch.stack(rows)
-        if spec.variable_bits:
-            codebook, index = pack_codebooks(spec, widths, codebook.half().float(), index)
-        return QuantParams(widths.to(torch.uint8), codebook, index.to(torch.uint8), **extra)
+        if spec.pair_rotation and rope is not None:
+            extra["pair_angle"] = (torch.rand(heads, len(rope.pairs), generator=generator) - 0.5).half()
+        if spec.error_compensation is not None:
+            count = (heads, spec.error_compensation.entries(size))
+            extra["compensation"] = torch.randint(-20, 21, count, generator=generator).to(torch.int8)
+            extra["compensation_scale"] = torch.full((heads,), 1e-3)
+            extra["error_weight"] = (0.5 + 0.5 * torch.rand(heads, size, generator=generator)).half()
+        classes = torch.rand(heads, SIZE_CLASSES, generator=generator)
+        extra["token_weight"] = (0.25 + classes).half()
+        extra["token_size_unit"] = torch.full((heads,), float(size))
+        scale, zero_point = storable_thresholds(torch.full((channels,), _REACH), torch.zeros(channels))
+        return TrellisParams(widths.to(torch.uint8), codebook, packed, scale, zero_point, **extra)
 
 
 def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:

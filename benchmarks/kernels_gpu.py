@@ -23,9 +23,14 @@ from gpu_recipes import OUTLIERS, RECIPES, Recipe
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
-from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.registry import codec_of
 from kvq_calib.errors import KVQError
-from kvq_calib.runtime.cuda import ops as cuda
+from kvq_calib.runtime.cuda.append import append_blocks
+from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
+from kvq_calib.runtime.cuda.dequantize import dequantize
+from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
+from kvq_calib.runtime.cuda.slot_view import DecodeContext
+from kvq_calib.runtime.cuda.tables import KernelTables
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KINDS, Kind
@@ -64,7 +69,7 @@ class PackedLayer:
         shape: Shape,
         tokens: int,
         batch: int,
-        launcher: cuda.Launcher,
+        launcher: Launcher,
         device: torch.device,
     ) -> None:
         self.launcher, self.shape, self.tokens, self.batch = launcher, shape, tokens, batch
@@ -77,15 +82,20 @@ class PackedLayer:
             num_query_heads=shape.query_heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, rope=0
         )
         self.quantizers = {
-            kind: Quantizer(spec, recipe.params(kind, geometry, rope).to(device), geometry, rope)
+            kind: codec_of(spec)(
+                spec,
+                recipe.params(kind, geometry.shape(kind), rope).to(device),
+                geometry.shape(kind),
+                rope if kind == "key" else None,
+            )
             for kind, spec in recipe.specs().items()
         }
-        self.tables = {kind: cuda.KernelTables(q, kind) for kind, q in self.quantizers.items()}
+        self.tables = {kind: KernelTables(q, kind) for kind, q in self.quantizers.items()}
         self.held: list[Tensor] = []
         self.pages = {kind: self._pages(kind, device) for kind in KINDS}
         start = torch.arange(0, tokens, BLOCK_TOKENS, dtype=torch.int32, device=device)
         blocks = torch.stack((start, torch.full_like(start, -1)), dim=-1).expand(batch, -1, -1).contiguous()
-        self.context = cuda.DecodeContext(blocks, torch.empty(batch, 0, dtype=torch.int32, device=device))
+        self.context = DecodeContext(blocks, torch.empty(batch, 0, dtype=torch.int32, device=device))
         none = torch.empty(batch, shape.kv_heads, 0, shape.head_dim, dtype=torch.float16, device=device)
         self.exact = [(none, none), (none, none)]
 
@@ -133,17 +143,10 @@ class PackedLayer:
 
     def attend(self, query: Tensor) -> Tensor:
         """``[B, Hq, D]`` to the same."""
-        return cuda.decode_attention(
-            self.launcher,
-            query,
-            self.tables["key"],
-            self.tables["value"],
-            self.pages["key"],
-            self.pages["value"],
-            self.exact,
-            self.context,
-            scaling=self.shape.head_dim**-0.5,
-        )
+        pages = self.pages
+        scaling = self.shape.head_dim**-0.5
+        step = DecodeStep(query, pages["key"], pages["value"], self.exact, self.context, scaling)
+        return decode_attention(self.launcher, self.tables["key"], self.tables["value"], step)
 
 
 def median_seconds(calls: list[Callable[[], Any]]) -> float:
@@ -182,7 +185,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def time_ours(
-    recipe: Recipe, shape: Shape, tokens: int, batch: int, launcher: cuda.Launcher, device: torch.device
+    recipe: Recipe, shape: Shape, tokens: int, batch: int, launcher: Launcher, device: torch.device
 ):
     """Seconds and bytes of our decode attention, or why not."""
     expected = 2.4 * batch * tokens * shape.kv_heads * shape.head_dim * (recipe.bits + 0.6) / 8
@@ -247,9 +250,7 @@ def time_fp8(sets: list[tuple[Tensor, ...]], query: Tensor) -> float:
     return median_seconds([lambda kv=kv: pair(*kv) for kv in eights])
 
 
-def time_append(
-    recipe: Recipe, shape: Shape, batch: int, launcher: cuda.Launcher, device: torch.device
-) -> float:
+def time_append(recipe: Recipe, shape: Shape, batch: int, launcher: Launcher, device: torch.device) -> float:
     """Seconds of packing 32 tokens, divided by 32."""
     layer = PackedLayer(recipe, shape, PAGE_TOKENS, batch, launcher, device)
     quantizers, tables = layer.quantizers, layer.tables
@@ -257,12 +258,12 @@ def time_append(
 
     def append() -> None:
         storage = LayerStorage(quantizers["key"], quantizers["value"], batch, 0, device)
-        cuda.append_blocks(launcher, tables["key"], tables["value"], storage, tokens[0], tokens[1])
+        append_blocks(launcher, tables["key"], tables["value"], storage, tokens[0], tokens[1])
 
     return median_seconds([append]) / BLOCK_TOKENS
 
 
-def check(launcher: cuda.Launcher, device: torch.device) -> None:
+def check(launcher: Launcher, device: torch.device) -> None:
     """Compare every recipe with a float64 attention over dequantized pages, on fresh random numbers.
 
     Raises:
@@ -277,13 +278,12 @@ def check(launcher: cuda.Launcher, device: torch.device) -> None:
                 torch.arange(2 * PAGE_TOKENS, dtype=torch.int32, device=device).expand(2, -1).contiguous()
             )
             keys, values = (
-                cuda.dequantize(
+                dequantize(
                     launcher,
                     layer.tables[kind],
                     layer.pages[kind],
                     2,
-                    0,
-                    2 * PAGE_BLOCKS,
+                    range(2 * PAGE_BLOCKS),
                     torch.float32,
                     positions if kind == "key" else None,
                 ).double()
@@ -311,7 +311,7 @@ def main() -> int:
         print("there is no CUDA device; nothing was measured", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    launcher = cuda.PyCudaLauncher(device)
+    launcher = launcher_for(device)
     check(launcher, device)
     torch.cuda.synchronize()
     if arguments.check_only:

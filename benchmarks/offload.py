@@ -26,9 +26,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.recipe import calibration_config
 

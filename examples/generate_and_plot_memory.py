@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.load import load_model, with_cache
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache
 
 PROMPT = "Here is a long story about a lighthouse keeper and the sea.\n\n"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done: the name of the phase, steps finished, steps in all."""
 
 #: Seconds between lines where stderr is not a terminal.
 _LOG_SECONDS = 15.0
@@ -26,9 +31,9 @@ class ProgressReporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
-        self._bar: Progress | None = None
+        self._bar: Bars | None = None
         if self._console.is_terminal and not quiet:
-            self._bar = Progress(
+            self._bar = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),

@@ -1,19 +1,29 @@
-"""Plausible artifacts without a calibration run: random codebooks, thresholds around given samples."""
+"""Plausible artifacts without a calibration run: random levels, thresholds around given samples.
+
+Tests that work with any codec need no more than this: :func:`recipe` and :data:`RECIPES` say what is quantized how,
+:func:`random_artifact` and :func:`random_quantizer` make it, :func:`with_tensors` changes single tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.codec.quantizer import QuantParams, pack_codebooks, storable_thresholds
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.intercept import LayerKV, intercept
-from kvq_calib.model.load import model_fingerprint
-from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.params import LayerParams, Params
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.registry import codec_of
+from kvq_calib.codec.scalar import ScalarParams
+from kvq_calib.codec.token_weighting import SIZE_CLASSES
+from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.model.capture import LayerKV, intercept
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.schema.geometry import KINDS, HeadShape, Kind, KVGeometry, RopeSpec
+from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, QuantSpec, ScalarSpec, TrellisSpec
 
 #: One layer's keys (before RoPE where the spec says so) or values, ``[B, H, T, D]``.
 Samples = Mapping[Kind, Tensor]
@@ -30,20 +40,21 @@ def random_artifact(
     """An artifact that quantizes sensibly but was never calibrated.
 
     Args:
-        geometry, spec: what to make it for. With ``variable_bits`` the widths are random from 0 to ``bits``.
+        geometry, spec: what to make it for. Widths of the trellis codec are random from 0 to ``max_bits``.
         seed: of everything random.
         samples: per layer, keys and values that thresholds should fit; normally distributed ones by default.
-        codebooks: rows of each codebook; channels take them in turn.
+        codebooks: tables of levels for each width, where a codec has several; channels take them in turn.
         model: the artifact's ``model`` section.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for index, layer_spec in enumerate(spec.resolved(len(geometry.layers))):
-        shape, rope = geometry.layers[index], geometry.rope_of(index)
         params = {}
         for kind in KINDS:
+            shape, rope = geometry.layers[index].shape(kind), geometry.rope_of(index)
             sample = None if samples is None else samples[index][kind]
-            params[kind] = _params(layer_spec.of(kind), shape, rope, sample, codebooks, generator)
+            draw = Draw(shape, rope, sample, codebooks, generator)
+            params[kind] = _random_params(layer_spec.of(kind), draw)
         layers.append(LayerParams(**params))
     rates = {kind: [0.0] * len(layers) for kind in KINDS}
     return KVArtifact(spec, geometry, tuple(layers), dict(model or {}), {}, rates)
@@ -51,7 +62,7 @@ def random_artifact(
 
 def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codebooks: int = 1) -> KVArtifact:
     """A random artifact whose thresholds fit what ``model`` caches for random tokens."""
-    geometry = model_geometry(model)
+    geometry = inspect_model(model)
     resolved = spec.resolved(len(geometry.layers))
     samples: list[dict[Kind, Tensor]] = [{} for _ in geometry.layers]
 
@@ -67,156 +78,182 @@ def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codeb
     return random_artifact(geometry, spec, seed, samples, codebooks, section)
 
 
+def random_quantizer(
+    spec: QuantSpec,
+    shape: HeadShape,
+    rope: RopeSpec | None = None,
+    *,
+    seed: int = 0,
+    sample: Tensor | None = None,
+    codebooks: int = 1,
+) -> Quantizer:
+    """A quantizer of any codec with random numbers, see :func:`random_artifact`."""
+    draw = Draw(shape, rope, sample, codebooks, torch.Generator().manual_seed(seed))
+    return codec_of(spec)(spec, _random_params(spec, draw), shape, rope)
+
+
+def with_tensors(artifact: KVArtifact, layer: int, kind: Kind, **tensors: Tensor | None) -> KVArtifact:
+    """The artifact with some tensors of one layer's keys or values replaced, or taken out by ``None``."""
+    layers = list(artifact.layers)
+    changed = replace(layers[layer].of(kind), **tensors)
+    layers[layer] = replace(layers[layer], **{kind: changed})
+    return replace(artifact, layers=tuple(layers))
+
+
 def recipe(**options: object) -> KVCacheSpec:
     """A cache spec from a few words.
 
     Args:
-        options: ``key`` and ``value`` as mappings of :class:`QuantSpec` fields (static 4-bit channels and
-            dynamic 4-bit tokens by default, 1% outliers), the rest as :class:`KVCacheSpec` fields.
+        options: ``key`` and ``value`` as mappings of a spec's fields, of the scalar codec where they name none (then by
+            default 4 bits and 1% outliers, thresholds per channel for keys and per token for values); the rest as
+            fields of :class:`KVCacheSpec`.
     """
-    key = {"bits": 4, "outliers": {"fraction": 0.01}, **options.pop("key", {})}
-    value = {"bits": 4, "granularity": "token", "dynamic": True, "outliers": {"fraction": 0.01}}
-    value.update(options.pop("value", {}))
-    return KVCacheSpec(key=QuantSpec(**key), value=QuantSpec(**value), **options)
+    scalar = {"bits": 4, "outliers": {"fraction": 0.01}}
+    key, value = dict(options.pop("key", {})), dict(options.pop("value", {}))
+    if key.get("codec", "scalar") == "scalar":
+        key = {**scalar, **key}
+    if value.get("codec", "scalar") == "scalar":
+        value = {**scalar, "thresholds": "token", **value}
+    return KVCacheSpec(key=key, value=value, **options)
+
+
+def trellis(max_bits: int, **options: object) -> dict[str, object]:
+    """A spec of the trellis codec as :func:`recipe` takes it."""
+    return {"codec": "trellis", "max_bits": max_bits, **options}
 
 
 RECIPES: dict[str, KVCacheSpec] = {
     "nuq4-1p": recipe(),
     "nuq3-exact": recipe(key={"bits": 3}, value={"bits": 3}, sink_tokens=4, recent_tokens=20),
     "dense2": recipe(key={"bits": 2, "outliers": {}}, value={"bits": 2, "outliers": {}}, sink_tokens=0),
-    "mixed-phase-rotation": recipe(
-        key={"bits": 6, "variable_bits": True, "phase": True},
-        value={
-            "bits": 5,
-            "variable_bits": True,
-            "granularity": "channel",
-            "dynamic": False,
-            "rotation": True,
-        },
-        sink_tokens=2,
-    ),
-    "feedback": recipe(
-        key={"bits": 4, "variable_bits": True, "phase": True, "feedback": True, "outliers": {}},
-        value={
-            "bits": 3,
-            "granularity": "channel",
-            "dynamic": False,
-            "feedback": True,
-            "feedback_rank": 3,
-            "sweeps": 2,
-            "outliers": {},
-        },
-    ),
     "trellis": recipe(
-        key={
-            "bits": 5,
-            "variable_bits": True,
-            "phase": True,
-            "feedback": True,
-            "sweeps": 1,
-            "trellis": True,
-            "importance": True,
-            "outliers": {},
-        },
-        value={
-            "bits": 2,
-            "granularity": "channel",
-            "dynamic": False,
-            "trellis": True,
-            "importance": True,
-            "rotation": True,
-            "outliers": {},
-        },
+        key=trellis(5, pair_rotation=True, error_compensation={"refinement_passes": 1}, token_weighting=True),
+        value=trellis(2, token_weighting=True),
         sink_tokens=2,
         recent_tokens=3,
     ),
+    "trellis-one-state": recipe(
+        key=trellis(6, states=1, pair_rotation=True), value=trellis(5, states=1), sink_tokens=2
+    ),
+    "compensation": recipe(
+        key=trellis(4, states=1, pair_rotation=True, error_compensation={}),
+        value=trellis(3, states=1, error_compensation={"rank": 3, "refinement_passes": 2}),
+    ),
     "post-rope-token": recipe(
-        key={
-            "bits": 4,
-            "granularity": "token",
-            "dynamic": True,
-            "channel_normalized": True,
-            "pre_rope": False,
-        },
-        value={"bits": 1, "channel_normalized": True},
+        key={"bits": 4, "thresholds": "token_normalized", "pre_rope": False},
+        value={"bits": 1, "thresholds": "token_normalized"},
         storage_dtype="bfloat16",
     ),
 }
-"""Recipes that between them use every feature of the spec that a stream of tokens allows."""
+"""Recipes that between them use every feature of the codecs that a stream of tokens allows."""
 
 
-def _params(
-    spec: QuantSpec,
-    geometry: LayerGeometry,
-    rope: RopeSpec | None,
-    sample: Tensor | None,
-    codebooks: int,
-    generator: torch.Generator,
-) -> QuantParams:
-    heads, size, channels = geometry.num_kv_heads, geometry.head_dim, geometry.channels
+@dataclass(frozen=True)
+class Draw:
+    """What random numbers are drawn for.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    Attributes:
+        shape, rope: of the layer's keys or values.
+        sample: ``[B, H, T, D]`` that thresholds should fit, or ``None``.
+        codebooks: tables of levels for each width.
+        generator: of the numbers.
+    """
 
-    bits = torch.full((channels,), spec.bits, dtype=torch.uint8)
-    if spec.variable_bits:
-        bits = torch.randint(0, spec.bits + 1, (channels,), generator=generator).to(torch.uint8)
-    columns = spec.level_count(int(bits.max()))
-    rows, row_of = [], {}
-    codebook_index = torch.empty(channels, dtype=torch.uint8)
-    for channel, width in enumerate(bits.tolist()):
-        variant = (width, channel % codebooks)
-        if variant not in row_of:
-            row_of[variant] = len(rows)
-            rows.append(_levels(spec.level_count(width), columns, generator))
-        codebook_index[channel] = row_of[variant]
-    phase = rotation = scale = zero_point = None
-    if spec.phase and rope is not None:
-        phase = (3.0 * normal(heads, len(rope.pairs))).half()
-    if spec.rotation:
-        rotation = torch.linalg.qr(normal(heads, size, size)).Q.contiguous()
-    if sample is None:
-        sample = normal(1, heads, 64, size) * (0.2 + normal(heads, 1, size).abs()) + normal(heads, 1, size)
-    if spec.static_channels:
-        y = sample
-        if rotation is not None:
-            y = y @ rotation
-        if phase is not None:  # a turned pair may reach its radius on either axis
+    shape: HeadShape
+    rope: RopeSpec | None
+    sample: Tensor | None
+    codebooks: int
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        """Normally distributed numbers."""
+        return torch.randn(*shape, generator=self.generator)
+
+    def between(self, low: float, high: float, *shape: int) -> Tensor:
+        """Evenly distributed numbers."""
+        return low + (high - low) * torch.rand(*shape, generator=self.generator)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers from ``low`` to ``high``."""
+        return torch.randint(low, high + 1, shape, generator=self.generator)
+
+    def levels(self, count: int) -> Tensor:
+        """``count`` sorted levels over [-1, 1], unevenly spaced."""
+        return (2 * torch.arange(count) + 1 + self.between(-0.5, 0.5, count)) / count - 1
+
+    def thresholds(self, turned: bool = False) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each channel that leave out a hundredth of the sample at either end.
+
+        Args:
+            turned: a pair of channels may be turned, and so reach its radius on either axis.
+        """
+        heads, size = self.shape
+        y = self.sample
+        if y is None:
+            spread, middle = 0.2 + self.normal(heads, 1, size).abs(), self.normal(heads, 1, size)
+            y = self.normal(1, heads, 64, size) * spread + middle
+        if turned:
             y = torch.cat((y, y.abs().amax(-1, keepdim=True).expand_as(y)), dim=2)
         y = y.transpose(1, 2).flatten(2).flatten(0, 1)
         low, high = y.quantile(0.01, dim=0), y.quantile(0.99, dim=0)
-        scale, zero_point = storable_thresholds(spec, (high - low) / 2 + 1e-3, (low + high) / 2)
-    codebook = torch.stack(rows)
+        return (high - low) / 2 + 1e-3, (low + high) / 2
+
+
+def _random_params(spec: QuantSpec, draw: Draw) -> Params:
+    return RANDOM_PARAMS[spec.codec](spec, draw)
+
+
+def _scalar_params(spec: ScalarSpec, draw: Draw) -> ScalarParams:
+    codebook = draw.levels(1 << spec.bits)[None]
+    return ScalarParams(codebook, *(draw.thresholds() if spec.calibrated_thresholds else ()))
+
+
+def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
+    heads, _ = draw.shape
+    bits = draw.integers(0, spec.max_bits, draw.shape.channels).to(torch.uint8)
+    codebook, codebook_index = _codebooks(spec, bits, draw)
+    pair_angle = None
+    if spec.pair_rotation and draw.rope is not None:
+        pair_angle = (3.0 * draw.normal(heads, len(draw.rope.pairs))).half()
+    scale, zero_point = storable_thresholds(*draw.thresholds(turned=pair_angle is not None))
     beside: dict[str, Tensor] = {}
-    if spec.feedback:
-        entries = spec.feedback_entries(size)
-        beside["feedback"] = torch.randint(-127, 128, (heads, entries), generator=generator).to(torch.int8)
-        # Entries of a matrix small enough that errors stay small; rows of a factor shorter than one.
-        largest = 0.45 / spec.feedback_rank**0.5 if spec.feedback_rank else 0.3 / size
-        beside["feedback_scale"] = largest * (1 + torch.rand(heads, generator=generator)) / 127
-    if spec.sweeps or spec.feedback_rank:
-        beside["feedback_weight"] = (0.01 + torch.rand(heads, size, generator=generator)).half()
-    if spec.importance:
-        beside["importance"] = torch.rand(heads, IMPORTANCE_CLASSES, generator=generator).half()
-        beside["importance_unit"] = size * (0.5 + torch.rand(heads, generator=generator))
-    if spec.variable_bits:
-        codebook, codebook_index = pack_codebooks(spec, bits, codebook.half().float(), codebook_index)
-    elif codebooks == 1:
-        return QuantParams.uniform(
-            spec.bits,
-            channels,
-            codebook,
-            scale,
-            zero_point=zero_point,
-            phase=phase,
-            rotation=rotation,
-            **beside,
-        )
-    return QuantParams(bits, codebook, codebook_index, scale, zero_point, phase, rotation, **beside)
+    if spec.error_compensation is not None:
+        beside |= _compensation(spec.error_compensation, draw)
+    if spec.token_weighting:
+        beside["token_weight"] = draw.between(0.0, 1.0, heads, SIZE_CLASSES).half()
+        beside["token_size_unit"] = draw.shape.head_dim * draw.between(0.5, 1.5, heads)
+    return TrellisParams(bits, codebook, codebook_index, scale, zero_point, pair_angle, **beside)
 
 
-def _levels(count: int, columns: int, generator: torch.Generator) -> Tensor:
-    """``count`` sorted levels over [-1, 1], unevenly spaced; the last one repeated up to ``columns``."""
-    jitter = torch.rand(count, generator=generator) - 0.5
-    levels = (2 * torch.arange(count) + 1 + jitter) / count - 1
-    return torch.cat((levels, levels[-1:].expand(columns - count)))
+def _codebooks(spec: TrellisSpec, bits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    columns = spec.level_count(int(bits.max()))
+    rows, row_of = [], {}
+    index = torch.empty(len(bits), dtype=torch.int64)
+    for channel, width in enumerate(bits.tolist()):
+        variant = (width, channel % draw.codebooks)
+        if variant not in row_of:
+            row_of[variant] = len(rows)
+            levels = draw.levels(spec.level_count(width)).half().float()
+            rows.append(torch.cat((levels, levels[-1:].expand(columns - len(levels)))))
+        index[channel] = row_of[variant]
+    return pack_codebooks(spec, bits, torch.stack(rows), index)
+
+
+def _compensation(spec: ErrorCompensationSpec, draw: Draw) -> dict[str, Tensor]:
+    heads, size = draw.shape
+    # Entries of a matrix small enough that errors stay small; rows of a factor shorter than one.
+    largest = 0.45 / spec.rank**0.5 if spec.rank else 0.3 / size
+    found = {
+        "compensation": draw.integers(-127, 127, heads, spec.entries(size)).to(torch.int8),
+        "compensation_scale": largest * draw.between(1.0, 2.0, heads) / 127,
+    }
+    if spec.needs_error_weight:
+        found["error_weight"] = draw.between(0.01, 1.01, heads, size).half()
+    return found
+
+
+#: What makes the numbers of a codec; a test adds here those of a codec of its own.
+RANDOM_PARAMS: dict[str, Callable[[QuantSpec, Draw], Params]] = {
+    "scalar": _scalar_params,
+    "trellis": _trellis_params,
+}

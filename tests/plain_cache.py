@@ -1,4 +1,4 @@
-"""The oracle of the runtime: an unpacked cache whose keys and values went through the reference quantizer.
+"""The oracle of the runtime: an unpacked cache whose keys and values went through the quantizer.
 
 It keeps every token, un-rotated, and computes with the model's own attention, masks and rotary function.
 What is quantized when follows the rule of the packed cache, stated once more in the fewest words.
@@ -27,11 +27,11 @@ def record(cache: KVQCache) -> Recording:
     recording: Recording = [[] for _ in cache.layers]
     for layer in cache.layers:
 
-        def append(storage, keys, values, table, calls=recording[layer.index], inner=layer.ops.append):
+        def store(storage, keys, values, table, calls=recording[layer.index], inner=layer.store):
             calls.append((keys.clone(), values.clone()))
             inner(storage, keys, values, table)
 
-        layer.ops.append = append
+        layer.store = store
     return recording
 
 

@@ -7,10 +7,12 @@ from models_zoo import FAMILIES, tiny_model, token_ids
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, T5Config, T5ForConditionalGeneration
 
-from kvq_calib.calibrate.capture import capture, check_capturable
 from kvq_calib.errors import ModelError
-from kvq_calib.model.intercept import inspect_model, intercept, intercept_calls
-from kvq_calib.model.load import cache_of, with_cache
+from kvq_calib.model.capture import capture, intercept
+from kvq_calib.model.compat import cache_of, with_cache
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.intercept import intercept_calls
+from kvq_calib.schema.geometry import LayerGeometry
 
 pytestmark = pytest.mark.model
 TOKENS = 24
@@ -125,7 +127,8 @@ def test_keys_values_and_gradients_match_the_projections(family):
 
     layers = model.config.num_hidden_layers
     assert torch.equal(logits.detach(), plain)
-    assert list(forward) == [layer.layer for layer in geometry.layers] == list(range(layers))
+    assert len(geometry.layers) == layers
+    assert list(forward) == list(range(layers))
     assert list(backward) == list(reversed(range(layers)))
     for layer in range(layers):
         assert close(forward[layer][0], oracle.keys[layer])
@@ -279,7 +282,7 @@ def test_models_that_cannot_be_captured_are_refused(family, overrides, reason):
     model = tiny_model(family, **overrides)
     before = snapshot(model)
     with pytest.raises(ModelError, match=reason) as caught:
-        check_capturable(model)
+        inspect_model(model)
     assert "\n" not in str(caught.value)
     assert snapshot(model) == before
 
@@ -301,31 +304,31 @@ def test_latent_attention_is_refused_without_its_config_field_too():
     model.config = copy.copy(model.config)
     model.config.kv_lora_rank = 0
     with pytest.raises(ModelError, match="cannot be captured"):
-        check_capturable(model)
+        inspect_model(model)
 
 
 def test_encoder_decoder_is_refused():
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ModelError, match="encoder-decoder"):
-        check_capturable(T5ForConditionalGeneration(config).eval())
+        inspect_model(T5ForConditionalGeneration(config).eval())
 
 
 def test_geometry_of_a_grouped_query_model_and_its_reuse():
     model = tiny_model("mistral")
-    geometry = check_capturable(model)
-    layer = geometry.layers[1]
-    assert (layer.num_kv_heads, layer.num_query_heads, layer.head_dim) == (2, 4, 16)
-    assert (layer.sliding_window, layer.has_rope, layer.rope) == (16, True, 0)
-    assert layer.scaling == pytest.approx(0.25)
+    found = inspect_model(model)
+    assert found.geometry.layers[1] == LayerGeometry(
+        num_kv_heads=2, num_query_heads=4, head_dim=16, sliding_window=16, rope=0
+    )
+    assert found.rope_problems == (None, None)
     calls = []
     with intercept_calls(model, lambda call: calls.append(call)):
-        assert inspect_model(model) is geometry  # kept: no further pass
+        assert inspect_model(model) is found  # kept: no further pass
     assert calls == []
 
 
 def test_absolute_positions_need_no_rope():
     model, ids = tiny_model("gpt2", n_embd=64, n_layer=2, n_head=4), token_ids(1, 8)
-    assert not any(layer.has_rope for layer in check_capturable(model).layers)
+    assert [layer.rope for layer in inspect_model(model).layers] == [None, None]
     seen = {}
     with torch.no_grad(), capture(model, lambda kv: seen.update({kv.layer: kv.keys is kv.rotated_keys})):
         model(ids, use_cache=False)

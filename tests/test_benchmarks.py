@@ -83,8 +83,8 @@ def test_the_ablation_covers_every_switch() -> None:
         return {get(config) for config in configs}
 
     for kind in ("key", "value"):
-        assert values(lambda c, k=kind: getattr(c.cache, k).granularity) == {"channel", "token"}
-        assert values(lambda c, k=kind: getattr(c.cache, k).datatype) == {"uniform", "normal_float", "kmeans"}
+        assert {"channel", "token"} <= values(lambda c, k=kind: getattr(c.cache, k).thresholds)
+        assert values(lambda c, k=kind: getattr(c.cache, k).levels) == {"uniform", "normal_float", "kmeans"}
         assert {0.0, 0.005, 0.01, 0.02, 0.05} <= values(
             lambda c, k=kind: getattr(c.cache, k).outliers.fraction
         )
@@ -92,8 +92,8 @@ def test_the_ablation_covers_every_switch() -> None:
         assert values(lambda c, k=kind: getattr(c.cache, k).q_norm) == {False, True}
         assert values(lambda c, k=kind: getattr(c.cache, k).bits) == {2, 3, 4}
     assert values(lambda c: c.cache.key.pre_rope) == {False, True}
-    assert values(lambda c: c.cache.key.granularity == "channel" and c.cache.key.dynamic) == {False, True}
-    assert values(lambda c: c.cache.value.channel_normalized) == {False, True}
+    assert "channel_online" in values(lambda c: c.cache.key.thresholds)
+    assert "token_normalized" in values(lambda c: c.cache.value.thresholds)
     assert values(lambda c: c.fit.weights) == {"fisher", "uniform"}
     assert values(lambda c: c.fit.solver) == {"exact", "lloyd"}
     assert values(lambda c: c.cache.sink_tokens) == {0, 1, 4}
@@ -206,8 +206,8 @@ def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: LoadedModel, text: Path) -> KVArtifact:
-    from kvq_calib.calibrate.pipeline import calibrate
-    from kvq_calib.model.load import model_fingerprint
+    from kvq_calib.calibrate.run import calibrate
+    from kvq_calib.model.fingerprint import model_fingerprint
 
     windows = load_windows(str(text), loaded.tokenizer, samples=3, seqlen=64)
     config = calibration_config("nuq3-1p", command_line={"samples": 3, "seqlen": 64})
@@ -243,14 +243,18 @@ def test_an_artifact_stands_whatever_calibration_decided_layer_by_layer(
 
     config = calibration_config("kvq3")
     windows = load_windows(str(text), loaded.tokenizer, samples=2, seqlen=48, split="calibration")
-    without = {"key": config.cache.key.model_copy(update={"feedback": False, "sweeps": 0})}
+    without = {"key": config.cache.key.model_copy(update={"error_compensation": None})}
     usual = LayerSpec(key=config.cache.key, value=config.cache.value)
     spec = config.cache.model_copy(update={"layers": {0: usual.model_copy(update=without)}})
     made = {"settings": config.record(), "data": windows.source}
     file = tmp_path / "kvq3.kvq.safetensors"
     replace(artifact_for(loaded.model, spec), calibration=made).save(file)
     assert ablation._stands(file, config, windows)
-    for other in ("allocation.bits_per_element=3", "cache.key.sweeps=0", "cache.layers.0.key.bits=4"):
+    for other in (
+        "allocation.bits_per_element=3",
+        "cache.key.error_compensation.refinement_passes=0",
+        "cache.layers.0.key.max_bits=4",
+    ):
         assert not ablation._stands(file, calibration_config("kvq3", assignments=(other,)), windows)
 
 
@@ -309,7 +313,7 @@ def test_bare_backward_computes_the_gradients_that_calibration_needs(loaded: Loa
     import calibration_memory
 
     from kvq_calib.calibrate.gradients import fisher_pass
-    from kvq_calib.model.intercept import LayerKV, intercept
+    from kvq_calib.model.capture import LayerKV, intercept
 
     ids = load_windows(str(text), loaded.tokenizer, samples=1, seqlen=300).ids
     want: dict[int, torch.Tensor] = {}

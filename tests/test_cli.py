@@ -111,7 +111,7 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     assert [first["name"], second["name"]] == ["a", "b"]
     assert set(first) == {
         "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_windows",
-        "top1_agreement", "tokens", "seconds",
+        "top1_agreement", "tokens", "seconds", "mode",
     }  # fmt: skip
     assert len(first["kl_windows"]) == content["config"]["windows_measured"] == 2
     assert {**first, "name": "", "seconds": 0} == {**second, "name": "", "seconds": 0}
@@ -259,9 +259,7 @@ def test_home_is_known_where_the_shell_leaves_it(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(place / "model")
     (tmp_path / "text.txt").symlink_to(place / "text.txt")
-    (tmp_path / "mine.yaml").write_text(
-        "cache:\n  key: {bits: 2}\n  value: {bits: 2, granularity: token, dynamic: true}\n"
-    )
+    (tmp_path / "mine.yaml").write_text("cache:\n  key: {bits: 2}\n  value: {bits: 2, thresholds: token}\n")
     status, _, err = call(
         "calibrate", "~/model", "-o", "~/{recipe}.st", "--config", "~/mine.yaml", "--dataset", "~/text.txt", *ARGUMENTS
     )  # fmt: skip
@@ -346,7 +344,7 @@ def test_unforeseen_errors_are_one_line_unless_debugging(place, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("kvq_calib.calibrate.pipeline.calibrate", broken)
+    monkeypatch.setattr("kvq_calib.calibrate.run.calibrate", broken)
     status, _, err = calibrate(place)
     assert status == 1
     assert_one_line(err, "RuntimeError: first line second line", "--debug")
@@ -362,9 +360,10 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
         sys.executable, "-c",
         # Whoever starts the tests in the background leaves this signal ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import os, sys, time, kvq_calib.calibrate.pipeline as p; p.CHECKPOINT_SECONDS = 0.0\n"
-        "save = p._Run._save\n"
-        "p._Run._save = lambda run, **options: (save(run, **options), time.sleep(float(os.environ.get('PAUSE', '0'))))\n"
+        "import os, sys, time, kvq_calib.calibrate.checkpoint as p; p.CHECKPOINT_SECONDS = 0.0\n"
+        "save = p.Checkpoint.save\n"
+        "pause = float(os.environ.get('PAUSE', '0'))\n"
+        "p.Checkpoint.save = lambda *args, **options: (save(*args, **options), time.sleep(pause))\n"
         "from kvq_calib.cli.main import calibrate; calibrate()",
         str(place / "model"), "-o", str(output), "--dataset", str(place / "text.txt"), *ARGUMENTS, "--samples", "100",
     ]  # fmt: skip
@@ -395,7 +394,7 @@ def test_interrupting_leaves_no_half_artifact_and_resume_finishes(place, tmp_pat
 
 
 def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, monkeypatch):
-    from kvq_calib.evaluate.perplexity import ArtifactContender
+    from kvq_calib.evaluate.contenders import PrefillContender
 
     whole = tmp_path / "whole.json"
     partial = tmp_path / "partial.json"
@@ -404,7 +403,7 @@ def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, mon
         str(place / "text.txt"), "--seqlen", "32", "--windows", "3", "--json",
     )  # fmt: skip
     assert call(*command, str(whole))[0] == 0
-    logits, passes = ArtifactContender.logits, []
+    logits, passes = PrefillContender.logits, []
 
     def interrupted(contender, model, ids):
         passes.append(ids)
@@ -412,7 +411,7 @@ def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, mon
             raise KeyboardInterrupt
         return logits(contender, model, ids)
 
-    monkeypatch.setattr(ArtifactContender, "logits", interrupted)
+    monkeypatch.setattr(PrefillContender, "logits", interrupted)
     status, out, err = call(*command, str(partial))
     assert status == 1
     assert not out
@@ -495,7 +494,7 @@ def test_windows_longer_than_the_model_are_refused_with_the_reason(place):
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_resume_finishes(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvq_calib.calibrate.pipeline.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kvq_calib.calibrate.checkpoint.CHECKPOINT_SECONDS", 0.0)
     sync, calls = os.fsync, iter(range(3))
 
     def full(handle):

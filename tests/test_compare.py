@@ -25,9 +25,9 @@ from kvq_calib.evaluate.rivals.kivi import KIVI
 from kvq_calib.evaluate.rivals.oscar import OscarStyle, attention_moments, calibrated_rotation
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
 from kvq_calib.evaluate.rivals.turboquant import TurboQuant, lloyd_max
-from kvq_calib.model.geometry import model_geometry
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.model.intercept import intercept_calls
-from kvq_calib.model.load import with_cache
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import EvalConfig
 
@@ -174,7 +174,7 @@ def test_oscar_clips_to_quantiles_of_the_rotated_token():
     model = tiny_model("llama")
     rival = OscarStyle()
     rival.prepare(model, text())
-    width = model_geometry(model).layers[0].head_dim
+    width = inspect_model(model).layers[0].head_dim
     x = sample(1, 2, 3, width)
     done = rival.roundtrip(x, "value", 1)
     rotation = rival._rotations[1]["value"]
@@ -290,7 +290,7 @@ def test_library_backends_run_and_hold_what_is_counted(backend, bits, monkeypatc
     assert difference[:32].max() < 1e-4  # the first call is exact
     assert difference[200:].min() > 1e-3
     held = sum(tensor.numel() * tensor.element_size() for part in layer for tensor in _tensors(part, backend))
-    shape = model_geometry(model).layers[0]
+    shape = inspect_model(model).layers[0]
     assert 8 * held == 128 * sum(rival.token_bits(shape, kind) for kind in ("key", "value"))
 
 
@@ -315,7 +315,9 @@ def _tensors(part, backend):
 
 
 def result(name, bits, divergence):
-    return PerplexityResult(name, bits, 1.0, 1.0, divergence, 1.0, (divergence,), 1.0, 10, 0.0)
+    return PerplexityResult(
+        name, "prefill", bits, 1.0, 1.0, divergence, 1.0, (divergence,), 1.0, tokens=10, seconds=0.0
+    )
 
 
 def test_the_frontier_holds_what_nothing_beats():

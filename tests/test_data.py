@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from kvq_calib.data import load_windows
 from kvq_calib.data import python_docs as docs
-from kvq_calib.data.local import read_documents
 from kvq_calib.data.windows import _starts
 from kvq_calib.errors import DataError
 
@@ -109,43 +108,6 @@ def test_windows_lie_within_the_text(total, body, samples, seed, cut):
         assert len(starts) == min(total // body, samples or total)
     if cut == "consecutive":
         assert starts == list(range(0, body * len(starts), body))
-
-
-def test_jsonl_and_folders_are_joined_in_order(tmp_path, tokenizer):
-    (tmp_path / "b.jsonl").write_text('{"text": "three", "id": 1}\n\n{"text": "four"}\n')
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "ignored.md").write_text("nothing")
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "c.raw").write_text("five")
-    assert read_documents(tmp_path) == ["one", "three", "four", "five"]
-    windows = load_windows(str(tmp_path), tokenizer, samples=1, seqlen=21, split="evaluation")
-    assert decode(tokenizer, windows.ids[0]) == "one\n\nthree\n\nfour\n\nfive"[:21]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ("bad.jsonl", b'{"text": 5}', 'line 1: no string under "text"'),
-        ("bad.jsonl", b"[1]", 'line 1: no string under "text"'),
-        ("bad.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("bad.jsonl", b'{"text": "half \\ud800"}', 'line 1: "text" is not Unicode text'),
-        ("bad.txt", b"abc\xff", "not UTF-8 text"),
-        ("bad.md", b"abc", "unknown kind"),
-        ("empty.txt", b"", "has 0 tokens"),
-    ],
-)
-def test_bad_files_are_one_line_errors(tmp_path, tokenizer, name, content, reason):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason) as caught:
-        load_windows(str(tmp_path / name), tokenizer, samples=1, seqlen=4)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    for name, content in (("a.txt", "one"), ("b.jsonl", '{"text": "two"}')):
-        (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert read_documents(tmp_path) == ["one", "two"]
 
 
 def test_unknown_names_and_empty_folders_are_refused(tmp_path, tokenizer):

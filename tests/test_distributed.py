@@ -18,15 +18,15 @@ TEXT = "".join(chr(97 + (i * i + i // 7) % 26) if i % 6 else " " for i in range(
 #: Calibrates with checkpoints after every window; a rank named by DIE_AT_RANK kills itself after DIE_AFTER windows.
 CODE = """
 import os, signal
-import kvq_calib.calibrate.pipeline as pipeline
-pipeline.CHECKPOINT_SECONDS = 0.0
+import kvq_calib.calibrate.checkpoint as checkpoint
+checkpoint.CHECKPOINT_SECONDS = 0.0
 if os.environ.get("DIE_AT_RANK", "none") == os.environ.get("RANK"):
-    save, windows = pipeline._Run._save, iter(range(int(os.environ["DIE_AFTER"])))
-    def dying(run, **options):
-        save(run, **options)
+    save, windows = checkpoint.Checkpoint.save, iter(range(int(os.environ["DIE_AFTER"])))
+    def dying(keeper, state, **options):
+        save(keeper, state, **options)
         if next(windows, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
-    pipeline._Run._save = dying
+    checkpoint.Checkpoint.save = dying
 from kvq_calib.cli.main import calibrate
 calibrate()
 """

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from artifact_factory import RECIPES, artifact_for, random_artifact, recipe
+from artifact_factory import RECIPES, artifact_for, random_artifact, recipe, trellis
 from click.testing import CliRunner
 from models_zoo import tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.export_fp8 import amax_of, export, losses, read_amax, recorded_amax
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError, KVQError
-from kvq_calib.model.load import cache_of
+from kvq_calib.model.compat import cache_of
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
@@ -31,8 +31,8 @@ GEOMETRY = KVGeometry(
     ),
     ropes=(ROPE,),
 )
-STATIC_VALUES = {"granularity": "channel", "dynamic": False}
-STATIC = recipe(key={"phase": True}, value={**STATIC_VALUES, "rotation": True})
+#: Thresholds of every channel, so that the artifact holds the ranges.
+STATIC = recipe(value={"thresholds": "channel"})
 MODEL = {"config": {"model_type": "llama"}}
 
 
@@ -48,32 +48,37 @@ def rotate(x, positions):
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_no_element_within_the_thresholds_exceeds_the_range_and_one_comes_close(kind):
-    artifact = random_artifact(GEOMETRY, STATIC)
+@pytest.mark.parametrize("name", ["scalar", "trellis"])
+def test_no_element_within_the_range_of_channels_exceeds_it_and_one_comes_close(name, kind):
+    spec = STATIC if name == "scalar" else recipe(key=trellis(4, pair_rotation=True), value=trellis(4))
+    artifact = random_artifact(GEOMETRY, spec)
     generator = torch.Generator().manual_seed(1)
     for layer, quantizers in enumerate(artifact.quantizers()):
         quantizer, limit = quantizers[kind], amax_of(artifact)[kind][layer]
-        scale, zero_point = quantizer.params.scale, quantizer.params.zero_point
-        u = torch.randint(0, 2, (1, 20000, 32), generator=generator) * 2.0 - 1  # corners of the box
-        x = quantizer.inverse_transform(zero_point + scale * u)
+        centre, half = quantizer.channel_range()
+        channels = GEOMETRY.layers[layer].shape(kind).channels
+        u = torch.randint(0, 2, (1, 20000, channels), generator=generator) * 2.0 - 1  # corners of the box
+        x = quantizer.inverse_transform(centre + half * u)
         if kind == "key" and GEOMETRY.layers[layer].rope is not None:
             x = rotate(x, torch.randint(0, 10**5, (20000,), generator=generator).float())
         assert float(x.abs().max()) <= limit * (1 + 1e-5)
         assert float(x.abs().max()) >= 0.9 * limit
 
 
-def test_with_widths_per_channel_the_range_follows_the_levels():
-    spec = recipe(key={"bits": 3, "variable_bits": True, "pre_rope": False, "outliers": {}})
-    artifact = random_artifact(GEOMETRY, spec)
+@pytest.mark.parametrize("states", [1, 4])
+def test_with_widths_per_channel_the_range_follows_the_levels(states):
+    artifact = random_artifact(
+        GEOMETRY, recipe(key=trellis(3, states=states), value=trellis(3, states=states))
+    )
     for layer, quantizers in enumerate(artifact.quantizers()):
-        quantizer, expected = quantizers["key"], 0.0
-        for channel, width in enumerate(quantizer.params.bits.tolist()):
-            levels = quantizer.levels[channel, : 1 << width]
+        quantizer, expected = quantizers["value"], 0.0
+        for channel, width in enumerate(quantizer.widths):
+            levels = quantizer.levels[channel, : quantizer.level_count(width)]
             gaps = levels.diff().tolist() or [0.0]
             for end in (float(levels[0]) - gaps[0] / 2, float(levels[-1]) + gaps[-1] / 2):
                 at = quantizer.zero_point[channel] + quantizer.scale[channel] * end
                 expected = max(expected, abs(float(at)))
-        assert amax_of(artifact)["key"][layer] == pytest.approx(expected, rel=1e-5)
+        assert amax_of(artifact)["value"][layer] == pytest.approx(expected, rel=1e-5)
 
 
 def test_thresholds_per_token_leave_no_range_unless_channels_are_normalised_first():
@@ -155,12 +160,20 @@ def test_what_is_lost_is_named():
         "20 exact newest tokens",
     ):
         assert words in lost
-    mixed = random_artifact(GEOMETRY, RECIPES["mixed-phase-rotation"])
-    lost = "; ".join(losses(mixed))
-    for words in ("a width for each channel", "phases of keys", "rotations of values", "a true range"):
+    turned = random_artifact(GEOMETRY, RECIPES["trellis"])
+    lost = "; ".join(losses(turned))
+    for words in (
+        "a width for each channel of keys and values",
+        "trellis codes of keys and values",
+        "turned RoPE pairs of keys",
+        "token weighting of keys and values",
+        "a true range (it is estimated from the levels; --amax takes a measured one) of keys and values",
+    ):
         assert words in lost
-    assert "a true range" not in "; ".join(losses(mixed, {"key": [1.0] * 3, "value": [1.0] * 3}))
-    assert "error feedback of keys and values" in losses(random_artifact(GEOMETRY, RECIPES["feedback"]))
+    assert "a true range" not in "; ".join(losses(turned, {"key": [1.0] * 3, "value": [1.0] * 3}))
+    compensated = losses(random_artifact(GEOMETRY, RECIPES["compensation"]))
+    assert "error compensation of keys and values" in compensated
+    assert not [words for words in compensated if "trellis codes" in words]
 
 
 def command(*arguments):
@@ -188,7 +201,7 @@ def test_command_asks_for_force_and_writes_nothing_before(tmp_path):
 
 
 def test_measured_magnitudes_take_the_place_of_what_the_artifact_holds(tmp_path):
-    plain = {"bits": 8, "granularity": "token", "dynamic": True, "datatype": "uniform", "outliers": {}}
+    plain = {"bits": 8, "thresholds": "token", "levels": "uniform", "outliers": {}}
     spec = recipe(key=plain, value=plain, sink_tokens=0)
     file, amax = tmp_path / "a.kvq.safetensors", tmp_path / "amax.json"
     random_artifact(GEOMETRY, spec).save(file)

@@ -10,18 +10,30 @@ import dataclasses
 
 import pytest
 import torch
-from artifact_factory import RECIPES, random_artifact, recipe
+from artifact_factory import RECIPES, random_artifact, recipe, trellis
 from shim.host import HostLauncher, compiler
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.runtime.cuda import ops as cuda
-from kvq_calib.runtime.storage import LayerStorage, PackedTensor, SlotTable
-from kvq_calib.runtime.torch_ops import AttentionRequest, PageReader, ReferenceOps, Visibility
+from kvq_calib.runtime.cuda import structs
+from kvq_calib.runtime.cuda.append import append_blocks
+from kvq_calib.runtime.cuda.decode import DecodeStep, DecodeVariant, decode_attention
+from kvq_calib.runtime.cuda.dequantize import dequantize
+from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
+from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
+from kvq_calib.runtime.cuda.pages import PageTable
+from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
+from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.page_reader import PageReader
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor
+from kvq_calib.runtime.torch_ops import TorchOps
+from kvq_calib.runtime.torch_ops import append_blocks as append_in_torch
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KVCacheSpec, QuantSpec, ScalarSpec, Thresholds, TrellisSpec
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -32,7 +44,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2.5e-3}  # bfloat16 results al
 
 @dataclasses.dataclass
 class Machine:
-    launcher: cuda.Launcher
+    launcher: Launcher
     device: torch.device
 
 
@@ -45,7 +57,7 @@ def machines():
 @pytest.fixture(params=list(machines()), scope="module")
 def machine(request) -> Machine:
     device = torch.device(request.param if request.param == "cuda" else "cpu")
-    return Machine(HostLauncher() if device.type == "cpu" else cuda.PyCudaLauncher(device), device)
+    return Machine(HostLauncher() if device.type == "cpu" else launcher_for(device), device)
 
 
 def geometry(size: int, heads: int, group: int, rope: str = "half", window: int | None = None) -> KVGeometry:
@@ -80,11 +92,13 @@ class Layer:
         spread = 0.3 + torch.rand(2, 1, heads, 1, size, generator=generator)
         center = 0.3 * torch.randn(2, 1, heads, 1, size, generator=generator)
         self._spread, self._center = spread, center
-        samples = [{"key": self.tokens("key", 1, 256).float(), "value": self.tokens("value", 1, 256).float()}]
+        # Artifacts are made on the CPU, whatever device their quantizers go to.
+        samples = [{kind: self.tokens(kind, 1, 256).float().cpu() for kind in ("key", "value")}]
         artifact = random_artifact(shape, spec, seed, samples, codebooks)
         quantizers = artifact.quantizers(machine.device)[0]
         self.key, self.value = quantizers["key"], quantizers["value"]
-        self.tables = cuda.KernelTables(self.key, "key"), cuda.KernelTables(self.value, "value")
+        self.torch = TorchOps(self.key, self.value)
+        self.tables = KernelTables(self.key, "key"), KernelTables(self.value, "value")
         self.storage_dtype = self.key.storage
 
     def tokens(self, kind: str, batch: int, count: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -113,18 +127,6 @@ def assert_same_pages(ours: PackedTensor, theirs: PackedTensor) -> None:
 # ---- append --------------------------------------------------------------------------------------------------
 
 
-def static(bits: int, **options: object) -> dict[str, object]:
-    """Fields of a spec with a trellis."""
-    return {
-        "bits": bits,
-        "granularity": "channel",
-        "dynamic": False,
-        "trellis": True,
-        "outliers": {},
-        **options,
-    }
-
-
 APPEND = {
     **RECIPES,
     "crowded": recipe(
@@ -133,17 +135,18 @@ APPEND = {
     ),
     "token-no-outliers": recipe(value={"bits": 3, "outliers": {}}, storage_dtype="bfloat16"),
     "wide": recipe(key={"bits": 8}, value={"bits": 7}),
-    "odd": recipe(key={"bits": 5, "variable_bits": True}, value={"bits": 6}),
+    "odd": recipe(key=trellis(5, states=1), value={"bits": 6}),
     **{
         f"trellis{bits}": recipe(
-            key=static(
-                bits, feedback=bits % 3 == 0, sweeps=bits // 3 if bits % 3 == 0 else 0, importance=bits > 4
+            key=trellis(
+                bits,
+                error_compensation=None if bits % 3 else {"refinement_passes": bits // 3},
+                token_weighting=bits > 4,
             ),
-            value=static(
+            value=trellis(
                 8 - bits,
-                feedback=bits % 3 == 1,
-                feedback_rank=2 if bits % 3 == 1 else 0,
-                importance=bits % 2 == 0,
+                error_compensation={"rank": 2} if bits % 3 == 1 else None,
+                token_weighting=bits % 2 == 0,
             ),
         )
         for bits in range(1, 8)
@@ -163,59 +166,33 @@ APPEND = {
 def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
     """Codes, token scales, outlier lists and starts; also of pages filled in several calls."""
     layer = Layer(
-        machine, APPEND[name], geometry(size, 2, 1), codebooks=3 if "mixed" in name or name == "odd" else 1
+        machine,
+        APPEND[name],
+        geometry(size, 2, 1),
+        codebooks=3 if name in ("trellis-one-state", "odd") else 1,
     )
     ours, theirs = layer.storage(2), layer.storage(2)
     for blocks in (3, 1, 14, 1):
         keys = layer.tokens("key", 2, blocks * BLOCK_TOKENS, layer.storage_dtype)
         values = layer.tokens("value", 2, blocks * BLOCK_TOKENS, layer.storage_dtype)
-        cuda.append_blocks(machine.launcher, *layer.tables, ours, keys, values)
-        # The reference in the same calls, so that a rotation of values is the same matrix product.
-        for packed, tokens in ((theirs.key, keys), (theirs.value, values)):
-            y = (
-                tokens
-                if packed.quantizer.params.rotation is None
-                else rotated_alike(packed.quantizer, tokens)
-            )
-            append_reference(packed, y)
+        append_blocks(machine.launcher, *layer.tables, ours, keys, values)
+        layer.torch.pack(theirs, keys, values)
     assert_same_pages(ours.key, theirs.key)
     assert_same_pages(ours.value, theirs.value)
     if theirs.key.layout.outlier_cap:
         assert theirs.key.outlier_entries > 0
 
 
-def rotated_alike(quantizer: Quantizer, x: Tensor) -> Tensor:
-    assert quantizer.params.rotation is not None
-    return x.float() @ quantizer.params.rotation
-
-
-def append_reference(packed: PackedTensor, x: Tensor) -> None:
-    """Like PackedTensor.append, with a rotation of values already applied."""
-    params = packed.quantizer.params
-    if params.rotation is None:
-        packed.append(x)
-        return
-    plain = packed.quantizer
-    packed.quantizer = Quantizer(
-        plain.spec,
-        dataclasses.replace(params, rotation=None),
-        plain.geometry,
-        plain.rope,
-        "float16" if plain.storage == torch.float16 else "bfloat16",
-    )
-    packed.append(x)
-    packed.quantizer = plain
-
-
-def test_feedback_takes_heads_in_turn_where_shared_memory_is_small() -> None:
+def test_error_compensation_takes_heads_in_turn_where_shared_memory_is_small() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
     machine.launcher.shared_limit = 25_000  # two heads of 64 channels
-    layer = Layer(machine, recipe(key=static(2, feedback=True), value=static(3)), geometry(64, 3, 1))
+    layer = Layer(
+        machine, recipe(key=trellis(2, error_compensation={}), value=trellis(3)), geometry(64, 3, 1)
+    )
     ours, theirs = layer.storage(1), layer.storage(1)
     tokens = [layer.tokens(kind, 1, BLOCK_TOKENS, layer.storage_dtype) for kind in ("key", "value")]
-    cuda.append_blocks(machine.launcher, *layer.tables, ours, *tokens)
-    theirs.key.append(tokens[0])
-    theirs.value.append(tokens[1])
+    append_blocks(machine.launcher, *layer.tables, ours, *tokens)
+    layer.torch.pack(theirs, *tokens)
     assert_same_pages(ours.key, theirs.key)
     assert_same_pages(ours.value, theirs.value)
 
@@ -224,23 +201,19 @@ def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
     spec = recipe(key={"bits": 2, "outliers": {"fraction": 0.05, "max_per_token": 5}})
     layer = Layer(machine, spec, geometry(64, 2, 1))
     params = layer.key.params
-    layer.key = Quantizer(
-        layer.key.spec,
+    layer.key = layer.key.with_params(
         dataclasses.replace(
             params, scale=torch.ones_like(params.scale), zero_point=torch.zeros_like(params.scale)
-        ),
-        layer.key.geometry,
-        layer.key.rope,
+        )
     )
-    layer.tables = cuda.KernelTables(layer.key, "key"), layer.tables[1]
+    layer.tables = KernelTables(layer.key, "key"), layer.tables[1]
     keys = torch.full((1, 2, BLOCK_TOKENS, 64), 2.0, dtype=torch.float16, device=machine.device)
     keys[:, :, ::2, 7] = 3.0
     keys[:, 1, 5:9, 40:] = 0.25
     ours, theirs = layer.storage(1), layer.storage(1)
     values = torch.zeros_like(keys)  # constant tokens: a scale of zero
-    cuda.append_blocks(machine.launcher, *layer.tables, ours, keys, values)
-    theirs.key.append(keys)
-    theirs.value.append(values)
+    append_blocks(machine.launcher, *layer.tables, ours, keys, values)
+    TorchOps(layer.key, layer.value).pack(theirs, keys, values)
     assert_same_pages(ours.key, theirs.key)
     assert_same_pages(ours.value, theirs.value)
     assert theirs.key.outlier_entries == 5 * BLOCK_TOKENS
@@ -250,15 +223,15 @@ def test_ties_at_the_cap_go_to_the_lower_channel(machine: Machine) -> None:
 
 
 def quant(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
-    return QuantSpec(bits=bits, outliers={"fraction": outliers}, **options)
+    return ScalarSpec(bits=bits, outliers={"fraction": outliers}, **options)
 
 
-def trellis(bits: int, **options: object) -> QuantSpec:
-    return quant(bits, 0.0, trellis=True, **options)
+def paths(bits: int, **options: object) -> QuantSpec:
+    return TrellisSpec(max_bits=bits, **options)
 
 
-def token(bits: int, outliers: float = 0.01, **options: object) -> QuantSpec:
-    return quant(bits, outliers, granularity="token", dynamic=True, **options)
+def token(bits: int, outliers: float = 0.01, thresholds: Thresholds = "token") -> QuantSpec:
+    return quant(bits, outliers, thresholds=thresholds)
 
 
 @dataclasses.dataclass
@@ -284,42 +257,42 @@ CASES = {
     "2bit-96-g8-dense": Case(96, 8, quant(2, 0.0), token(2, 0.0), "interleaved"),
     "3bit-128-g4": Case(128, 4, quant(3), token(3), codebooks=3),
     "3bit-128-g3-bfloat16": Case(128, 3, quant(3), token(3), dtype=torch.bfloat16, storage="bfloat16"),
-    "4bit-256-g3": Case(256, 3, quant(4), token(4, channel_normalized=True), heads=1),
+    "4bit-256-g3": Case(256, 3, quant(4), token(4, thresholds="token_normalized"), heads=1),
     "4bit-64-g8-channel-values": Case(64, 8, quant(4, 0.05), quant(4, 0.05), "partial"),
     "5bit-64-g4": Case(64, 4, quant(5), token(5, 0.0)),
     "6bit-96-mha": Case(96, 1, quant(6, 0.0), token(6), "none"),
     "7bit-128-g8": Case(128, 8, quant(7), quant(7, 0.0)),
     "8bit-256-g4": Case(256, 4, quant(8), token(8), heads=1),
-    "mixed4-64-g3-phase-rotation": Case(
+    "mixed4-64-g3-pair-rotation": Case(
         64,
         3,
-        quant(4, phase=True, variable_bits=True),
-        quant(3, variable_bits=True, rotation=True),
+        paths(4, states=1, pair_rotation=True),
+        paths(3, states=1),
         codebooks=2,
     ),
     "mixed6-96-g4-softcap-sink": Case(
         96,
         4,
-        quant(6, variable_bits=True),
-        token(5, variable_bits=True),
+        paths(6, states=1),
+        token(5),
         softcap=3.0,
         sink_logits=True,
         tail=100,
     ),
-    "trellis1-64-mha": Case(64, 1, trellis(1), trellis(2)),
-    "trellis3-128-g4": Case(128, 4, trellis(3), trellis(4), codebooks=3),
+    "trellis1-64-mha": Case(64, 1, paths(1), paths(2)),
+    "trellis3-128-g4": Case(128, 4, paths(3), paths(4), codebooks=3),
     "trellis4-64-g3-bfloat16": Case(
-        64, 3, trellis(4), trellis(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
+        64, 3, paths(4), paths(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
     ),
-    "trellis7-64-g2": Case(64, 2, trellis(7), trellis(5), "none"),
-    "trellis-mixed4-128-g4-phase-rotation": Case(
+    "trellis7-64-g2": Case(64, 2, paths(7), paths(5), "none"),
+    "trellis-mixed4-128-g4-pair-rotation": Case(
         128,
         4,
-        trellis(4, phase=True, variable_bits=True),
-        trellis(3, variable_bits=True, rotation=True),
+        paths(4, pair_rotation=True),
+        paths(3),
         codebooks=2,
     ),
-    "trellis-mixed6-64-g4-token-values": Case(64, 4, trellis(6, variable_bits=True), token(2)),
+    "trellis-mixed6-64-g4-token-values": Case(64, 4, paths(6), token(2)),
     "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
 }
 
@@ -356,15 +329,23 @@ def turned(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
     return x
 
 
-def decoded(packed: PackedTensor) -> Tensor:
-    """What is packed, in float64 and without rotation or phase: ``[B, H, 256 * pages, D]``."""
-    quantizer = packed.quantizer
+def decoded(packed: PackedTensor, quantizer: Quantizer) -> Tensor:
+    """What is packed, in float64 and with pairs turned back: ``[B, H, 256 * pages, D]``."""
     y = PageReader(quantizer).read(packed.pages).mT.double()
-    if quantizer.params.rotation is not None:
-        y = y @ quantizer.params.rotation.double().mT
-    if quantizer.params.phase is not None:
-        y = quantizer._turn(y, -1.0)
+    angles = quantizer.pair_angle
+    if angles is not None:
+        y = turned_back(y, angles, quantizer.rope)
     return y
+
+
+def turned_back(y: Tensor, angles: Tensor, rope: RopeSpec) -> Tensor:
+    """``[B, H, S, D]`` with each pair turned by minus its angle, ``[H, P]``."""
+    first, second = torch.tensor(rope.pairs, device=y.device).unbind(1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    a, b = y[..., first], y[..., second]
+    out = y.clone()
+    out[..., first], out[..., second] = cos * a + sin * b, cos * b - sin * a
+    return out
 
 
 def as_words(keep: Tensor) -> Tensor:
@@ -381,8 +362,8 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     layer = Layer(machine, spec, shape, case.codebooks)
     storage = layer.storage(batch)
     packed = blocks * BLOCK_TOKENS
-    for packed_tensor, kind in ((storage.key, "key"), (storage.value, "value")):
-        packed_tensor.append(layer.tokens(kind, batch, packed, layer.storage_dtype))
+    for side, quantizer, kind in ((storage.key, layer.key, "key"), (storage.value, layer.value, "value")):
+        append_in_torch(side, quantizer, layer.tokens(kind, batch, packed, layer.storage_dtype))
     places = len(storage.key.pages) * PAGE_TOKENS
     tail = [layer.tokens(kind, batch, case.tail, layer.storage_dtype) for kind in ("key", "value")]
     generator = torch.Generator().manual_seed(1)
@@ -399,27 +380,26 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     query = torch.randn(batch, query_heads, case.size, generator=generator).to(device, case.dtype)
     sinks = torch.randn(query_heads, generator=generator).to(device) if case.sink_logits else None
     rope = layer.key.rope if case.key.pre_rope else None
-    stored = decoded(storage.key), decoded(storage.value)
+    stored = decoded(storage.key, layer.key), decoded(storage.value, layer.value)
     keys = turned(torch.cat((stored[0], tail[0].double()), dim=2), positions, rope)
     values = torch.cat((stored[1], tail[1].double()), dim=2)
     want = attention_float64(case, query, keys, values, keep, sinks)
 
     blocks_table = torch.stack((positions[:, :places:BLOCK_TOKENS], as_words(keep[:, :places])), dim=-1)
     exact_positions = torch.where(keep[:, places:], positions[:, places:], -(2**31))
-    context = cuda.DecodeContext(blocks_table.int().contiguous(), exact_positions.int().contiguous())
-    pages = cuda.PageTable(storage.key).refresh(), cuda.PageTable(storage.value).refresh()
+    context = DecodeContext(blocks_table.int().contiguous(), exact_positions.int().contiguous())
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
     none = tail[0][:, :, :0]
-    out = cuda.decode_attention(
-        machine.launcher,
+    step = DecodeStep(
         query,
-        *layer.tables,
         *pages,
-        [(none, none), (tail[0], tail[1])],
-        context,
+        exact=[(none, none), (tail[0], tail[1])],
+        context=context,
         scaling=case.size**-0.5,
         softcap=case.softcap,
         sink_logits=sinks,
     )
+    out = decode_attention(machine.launcher, *layer.tables, step)
     assert out.dtype == case.dtype
     assert (out.double() - want).norm() <= TOLERANCE[case.dtype] * want.norm()
     worst = (out.double() - want).norm(dim=-1) / want.norm(dim=-1)
@@ -428,31 +408,28 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     first, count = 3, 7  # a part of the blocks, over the end of a page
     part = slice(first * BLOCK_TOKENS, (first + count) * BLOCK_TOKENS)
     where = positions[:, part].int().contiguous()
-    turn = where if rope is not None or layer.key.params.phase is not None else None
-    got = cuda.dequantize(
-        machine.launcher, layer.tables[0], pages[0], batch, first, count, torch.float32, turn
-    )
+    turn = where if rope is not None or layer.key.pair_angle is not None else None
+    wanted = range(first, first + count)
+    got = dequantize(machine.launcher, layer.tables[0], pages[0], batch, wanted, torch.float32, turn)
     torch.testing.assert_close(got.double(), keys[:, :, part], rtol=1e-5, atol=2e-4 * float(keys.abs().max()))
-    got = cuda.dequantize(machine.launcher, layer.tables[1], pages[1], batch, first, count, torch.float32)
-    if layer.value.params.rotation is not None:
-        got = got.double() @ layer.value.params.rotation.double().mT
+    got = dequantize(machine.launcher, layer.tables[1], pages[1], batch, wanted, torch.float32)
     torch.testing.assert_close(got.double(), values[:, :, part], rtol=1e-5, atol=1e-5)
-    half = cuda.dequantize(machine.launcher, layer.tables[1], pages[1], batch, first, count, case.dtype)
+    half = dequantize(machine.launcher, layer.tables[1], pages[1], batch, wanted, case.dtype)
     assert half.dtype == case.dtype
 
 
 def test_nothing_visible_is_zero(machine: Machine) -> None:
     layer = Layer(machine, RECIPES["nuq4-1p"], geometry(64, 1, 1))
     storage = layer.storage(1)
-    storage.key.append(layer.tokens("key", 1, 64))
-    storage.value.append(layer.tokens("value", 1, 64))
-    pages = cuda.PageTable(storage.key).refresh(), cuda.PageTable(storage.value).refresh()
+    layer.torch.pack(storage, layer.tokens("key", 1, 64), layer.tokens("value", 1, 64))
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
     blocks = torch.zeros(1, PAGE_BLOCKS, 2, dtype=torch.int32, device=machine.device)
-    context = cuda.DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32, device=machine.device))
+    context = DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32, device=machine.device))
     query = torch.randn(1, 1, 64, device=machine.device).half()
     none = layer.tokens("key", 1, 0)
     exact = [(none, none), (none, none)]
-    out = cuda.decode_attention(machine.launcher, query, *layer.tables, *pages, exact, context, scaling=1.0)
+    step = DecodeStep(query, *pages, exact, context, scaling=1.0)
+    out = decode_attention(machine.launcher, *layer.tables, step)
     assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -460,16 +437,16 @@ def test_nothing_visible_is_zero(machine: Machine) -> None:
 
 
 class Cache:
-    """One layer of a cache, twice: the kernels and the reference over one storage each."""
+    """One layer of a cache, twice: the kernels and torch over one storage each."""
 
     def __init__(self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, batch: int):
         self.layer = Layer(machine, spec, shape)
         self.machine, self.spec, self.batch = machine, spec, batch
         self.table = SlotTable(batch, spec.sink_tokens, spec.recent_tokens, machine.device)
         self.storages = [self.layer.storage(batch, spec.sink_tokens) for _ in range(2)]
-        view = cuda.SlotView()
-        self.ours = cuda.CudaOps(self.layer.key, self.layer.value, machine.launcher, view)
-        self.theirs = ReferenceOps(self.layer.key, self.layer.value)
+        view = SlotView()
+        self.ours = CudaOps(self.layer.key, self.layer.value, machine.launcher, view)
+        self.theirs = TorchOps(self.layer.key, self.layer.value)
 
     def step(
         self, tokens: int, mask: Tensor | None = None, window: int | None = None, positions=None
@@ -487,7 +464,7 @@ class Cache:
         )
         found = []
         for ops, storage in zip((self.ours, self.theirs), self.storages, strict=True):
-            ops.append(storage, keys, values, self.table)
+            storage.append(keys, values, self.table, ops.pack)
             request = AttentionRequest(query.float() if ops is self.theirs else query, visibility, size**-0.5)
             found.append(ops.attend(request, storage, self.table).double())
         for side in ("key", "value"):
@@ -530,9 +507,14 @@ def test_a_cache_in_many_steps(machine: Machine) -> None:
     assert "decode_attention" in launches
 
 
-def test_a_cache_with_feedback_and_a_trellis(machine: Machine) -> None:
+def test_a_cache_with_error_compensation_and_a_trellis(machine: Machine) -> None:
     """Written, read by a step of one token, and as ordinary tensors for several; also what a crop left of a block."""
-    spec = recipe(key=static(3, feedback=True, phase=True), value=static(4), sink_tokens=2, recent_tokens=7)
+    spec = recipe(
+        key=trellis(3, error_compensation={}, pair_rotation=True),
+        value=trellis(4),
+        sink_tokens=2,
+        recent_tokens=7,
+    )
     cache = Cache(machine, spec, geometry(64, 2, 3), 2)
     cache.step(110)
     cache.step(1)
@@ -544,7 +526,7 @@ def test_a_cache_with_feedback_and_a_trellis(machine: Machine) -> None:
 
 
 def test_masks(machine: Machine) -> None:
-    """Left padding as a two-dimensional and as an additive mask; a mask per head goes to the reference."""
+    """Left padding as a two-dimensional and as an additive mask; a mask per head goes to torch."""
     cache = Cache(machine, SMALL, geometry(64, 2, 4), 2)
     device, padding = machine.device, torch.tensor([0, 75], device=machine.device)
     slots = torch.arange(400, device=device)
@@ -582,56 +564,63 @@ def test_sliding_window(machine: Machine) -> None:
 
 @pytest.fixture
 def call():
-    """Arguments of a decode that would work."""
+    """A launcher, tables, and a step that would work."""
     machine = Machine(HostLauncher(), torch.device("cpu"))
     layer = Layer(machine, SMALL, geometry(64, 2, 2))
     storage = layer.storage(1)
-    storage.key.append(layer.tokens("key", 1, 64))
-    storage.value.append(layer.tokens("value", 1, 64))
+    layer.torch.pack(storage, layer.tokens("key", 1, 64), layer.tokens("value", 1, 64))
     blocks = torch.zeros(1, PAGE_BLOCKS, 2, dtype=torch.int32)
     none = layer.tokens("key", 1, 0)
-    return {
-        "launcher": machine.launcher,
-        "query": torch.randn(1, 4, 64).half(),
-        "key": layer.tables[0],
-        "value": layer.tables[1],
-        "key_pages": cuda.PageTable(storage.key).refresh(),
-        "value_pages": cuda.PageTable(storage.value).refresh(),
-        "exact": [(none, none), (none, none)],
-        "context": cuda.DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32)),
-        "scaling": 1.0,
-    }
+    step = DecodeStep(
+        query=torch.randn(1, 4, 64).half(),
+        key_pages=PageTable(storage.key).refresh(),
+        value_pages=PageTable(storage.value).refresh(),
+        exact=[(none, none), (none, none)],
+        context=DecodeContext(blocks, torch.empty(1, 0, dtype=torch.int32)),
+        scaling=1.0,
+    )
+    return machine.launcher, layer.tables, step
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {"query": a["query"].float()}, "float32"),
-        (lambda a: {"query": a["query"].transpose(0, 1).expand(4, 4, 64).transpose(0, 1)}, "strides|shape"),
-        (lambda a: {"query": a["query"].to("meta")}, "meta"),
-        (lambda a: {"query": torch.zeros(1, 3, 64).half()}, "no multiple"),
-        (lambda a: {"query": torch.zeros(1, 4, 32).half()}, "shape"),
-        (lambda a: {"key_pages": a["key_pages"].int()}, "int32"),
-        (lambda a: {"first_page": 1}, "block table"),
+        (lambda s: {"query": s.query.float()}, "float32"),
+        (lambda s: {"query": s.query.transpose(0, 1).expand(4, 4, 64).transpose(0, 1)}, "strides|shape"),
+        (lambda s: {"query": s.query.to("meta")}, "meta"),
+        (lambda s: {"query": torch.zeros(1, 3, 64).half()}, "no multiple"),
+        (lambda s: {"query": torch.zeros(1, 4, 32).half()}, "shape"),
+        (lambda s: {"key_pages": s.key_pages.int()}, "int32"),
+        (lambda s: {"first_page": 1}, "block table"),
         (
-            lambda a: {"exact": [a["exact"][0], (torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 64))]},
+            lambda s: {"exact": [s.exact[0], (torch.zeros(1, 2, 0, 64), torch.zeros(1, 2, 0, 64))]},
             "exact keys",
         ),
-        (lambda a: {"exact": [a["exact"][0], (torch.zeros(1, 2, 64, 3).half().mT,) * 2]}, "strides"),
         (
-            lambda a: {
-                "context": cuda.DecodeContext(a["context"].blocks, torch.zeros(1, 4, dtype=torch.int32))
+            lambda s: {
+                "exact": [s.exact[0], (torch.zeros(1, 2, 64, 3).half().mT,) * 2],
+                "context": DecodeContext(s.context.blocks, torch.zeros(1, 3, dtype=torch.int32)),
             },
+            "strides",
+        ),
+        (
+            lambda s: {"context": DecodeContext(s.context.blocks, torch.zeros(1, 4, dtype=torch.int32))},
             "exact_positions",
         ),
     ],
 )
 def test_wrong_tensors_are_refused_before_a_launch(call, change, message) -> None:
-    arguments = {**call, **change(call)}
+    launcher, tables, step = call
     with pytest.raises(RuntimeMismatchError, match=message) as caught:
-        cuda.decode_attention(**arguments)
+        decode_attention(launcher, *tables, dataclasses.replace(step, **change(step)))
     assert "\n" not in str(caught.value)
-    assert call["launcher"].launches == []
+    assert launcher.launches == []
+
+
+def test_what_would_work_does(call) -> None:
+    launcher, tables, step = call
+    assert decode_attention(launcher, *tables, step).shape == step.query.shape
+    assert launcher.launches == ["decode_attention", "reduce_splits"]
 
 
 def test_layers_without_a_kernel_say_so_once() -> None:
@@ -643,17 +632,17 @@ def test_layers_without_a_kernel_say_so_once() -> None:
     ]
     pairs = [{"key": layer.key, "value": layer.value} for layer in layers]
     with pytest.warns(RuntimeWarning) as caught:
-        ops = cuda.ops_with(pairs, machine.launcher)
+        ops = ops_with(pairs, machine.launcher)
     assert [str(w.message) for w in caught] == [
-        "layer 2: heads of 72 channels have no kernel; multiples of 16 up to 256 do; the reference decodes it",
-        "layer 0: keys with a scale per token have no kernel; the reference decodes it",
+        "layer 2: heads of 72 channels have no kernel; multiples of 16 up to 256 do; torch decodes it",
+        "layer 0: keys with a scale per token have no kernel; torch decodes it",
     ] or len(caught) == 2
-    assert all(isinstance(op, cuda.CudaOps) and op.reason for op in ops)
+    assert all(isinstance(op, CudaOps) and op.reason for op in ops)
 
 
-def test_without_a_kernel_the_reference_decodes() -> None:
+def test_without_a_kernel_torch_decodes() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
-    spec = recipe(key={"bits": 3, "granularity": "token", "dynamic": True}, value={"bits": 3}, sink_tokens=0)
+    spec = recipe(key={"bits": 3, "thresholds": "token"}, value={"bits": 3}, sink_tokens=0)
     cache = Cache(machine, spec, geometry(64, 2, 2), 1)
     cache.step(70)
     cache.step(1)
@@ -661,7 +650,7 @@ def test_without_a_kernel_the_reference_decodes() -> None:
     assert "append_blocks" in machine.launcher.launches
 
 
-def test_positions_that_jump_within_a_block_go_to_the_reference() -> None:
+def test_positions_that_jump_within_a_block_go_to_torch() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
     cache = Cache(machine, SMALL, geometry(64, 2, 2), 1)
     cache.step(100, positions=torch.arange(100)[None] * 2)
@@ -682,9 +671,7 @@ def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) ->
         monkeypatch.setattr(machine.launcher, "constant", constant)
     else:
         machine.launcher.shared_limit = 1000
-    with pytest.warns(
-        RuntimeWarning, match=f"{fault if fault != 'compiler' else 'nvcc'}.*; the reference decodes"
-    ):
+    with pytest.warns(RuntimeWarning, match=f"{fault if fault != 'compiler' else 'nvcc'}.*; torch decodes"):
         cache.step(1)
     cache.step(1)  # a second warning would be an error
     assert "decode_attention" not in machine.launcher.launches
@@ -693,8 +680,8 @@ def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) ->
 def test_parameter_structures_match_the_sources() -> None:
     from shim.host import KERNELS, build
 
-    variant = cuda.DecodeVariant(64, 1, 3, 3, 8, 8, False, False, True, True, False, False, False)
+    variant = DecodeVariant(64, 1, 3, 3, 8, 8, False, False, True, True, False, False, False)
     for source, kernels in KERNELS.items():
         library = build(source, variant.defines if source == "decode.cu" else ())
         for kernel, name in kernels.items():
-            assert getattr(library, f"size_{kernel}")() == ctypes.sizeof(getattr(cuda, f"_{name}"))
+            assert getattr(library, f"size_{kernel}")() == ctypes.sizeof(getattr(structs, name))

@@ -12,7 +12,7 @@ from models_zoo import tiny_model
 from shim.host import HostLauncher, compiler
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

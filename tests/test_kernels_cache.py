@@ -1,4 +1,4 @@
-"""A whole model over the kernels: KVQCache with the kernels' host build beside KVQCache with the reference."""
+"""A whole model over the kernels: KVQCache with their host build beside KVQCache with torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from models_zoo import tiny_model, token_ids
 from shim.host import HostLauncher, compiler
 
 from kvq_calib.codec.packing import PageLayout
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, detach
-from kvq_calib.runtime import cache as cache_module
+from kvq_calib.runtime import ops as backends
 from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
 
 pytestmark = [
@@ -27,27 +27,24 @@ SPEC = recipe(key={"bits": 8}, value={"bits": 8}, sink_tokens=2)
 def host_kernels(monkeypatch):
     """Let "cuda" mean the host build."""
     launcher = HostLauncher()
-    real = cache_module.select_ops
-
-    def select(artifact, device, backend):
-        if backend != "cuda":
-            return real(artifact, device, backend)
-        return ops_with(artifact.quantizers(device), launcher), ""
-
-    monkeypatch.setattr(cache_module, "select_ops", select)
+    host = backends.Backend(
+        "cuda", lambda quantizers, device: ops_with(quantizers, launcher), lambda device: True
+    )
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    backends.register(host)
     return launcher
 
 
 @pytest.mark.parametrize("starts", [torch.int16, torch.int32])
 @pytest.mark.parametrize("padding", [(0,), (0, 19)])
-def test_logits_agree_with_the_reference(host_kernels, monkeypatch, padding, starts) -> None:
+def test_logits_agree_with_torch(host_kernels, monkeypatch, padding, starts) -> None:
     monkeypatch.setattr(PageLayout, "start_dtype", lambda layout, batch: starts)
     model = tiny_model("llama", head_dim=16).half()
     artifact = artifact_for(model, SPEC)
     ids = token_ids(len(padding), 110, seed=2)
     mask = (torch.arange(110) >= torch.tensor(padding)[:, None]).long()
     found = []
-    for backend in ("cuda", "reference"):
+    for backend in ("cuda", "torch"):
         cache = KVQCache(artifact, model, backend=backend)
         logits = []
         with torch.no_grad():

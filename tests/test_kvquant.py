@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner
 from models_zoo import tiny_model
 
-from kvq_calib.artifact.artifact import ArtifactFileError, KVArtifact
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 pytestmark = pytest.mark.model
@@ -187,13 +188,13 @@ def test_command_reads_the_configuration_alone(tmp_path):
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path / "model")
     geometry, fingerprint = geometry_of(str(tmp_path / "model"))
-    assert geometry == model_geometry(model)
+    assert geometry == inspect_model(model)
     assert fingerprint == model_fingerprint(model)
     shape = geometry.layers[0]
     content = {}
     for layer in range(len(geometry.layers)):
         for projection in ("k_proj", "v_proj"):
-            ones = torch.ones(1, shape.channels, dtype=torch.float64)
+            ones = torch.ones(1, shape.shape("key").channels, dtype=torch.float64)
             content[f"model.layers.{layer}.self_attn.{projection}"] = (
                 ones,
                 -ones,

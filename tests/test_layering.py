@@ -1,6 +1,7 @@
 """The parts import each other one way only; a walk over the imports holds it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,25 @@ def test_nothing_unpickles():
             if not (name.endswith(".import_kvquant") and "weights_only=True" in ast.unparse(node))
         }
         assert not called & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, name
+
+
+#: Private names of transformers and torch; all that is used of them stands in one module.
+FOREIGN = {
+    "_global_mapping",
+    "_local_mapping",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_orig_mod",
+}
+
+
+def test_private_names_of_other_libraries_stand_in_one_module():
+    for name, file in modules().items():
+        if name.endswith(".model.compat"):
+            continue
+        code = ast.parse(file.read_text(encoding="utf-8"))
+        attributes = [ast.unparse(node) for node in ast.walk(code) if isinstance(node, ast.Attribute)]
+        assert not [found for found in attributes if re.match(r"torch\._[^_]", found)], name
+        assert not [found for found in attributes if found.rsplit(".", 1)[-1] in FOREIGN], name
+        strings = {node.value for node in ast.walk(code) if isinstance(node, ast.Constant)}
+        assert not strings & (FOREIGN | {"past_key_values", "tokens_to_remove"}), name

@@ -1,6 +1,7 @@
 """The harness scores and generates on the quantized cache: local tasks, a tiny model, no network."""
 
 import functools
+import importlib.util
 import json
 import signal
 import sys
@@ -15,8 +16,10 @@ from kvq_calib import KVQCache
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.cli import lm_eval as lm_eval_command
 from kvq_calib.errors import KVQError
-from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.model.load import load_model, with_cache
+from kvq_calib.evaluate.prefill import PrefillQuantizer
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import attached
 
 pytestmark = pytest.mark.model
@@ -52,7 +55,7 @@ def place(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     artifact_for(model, RECIPES["nuq3-exact"]).save(folder / "a.kvq.safetensors")
-    dynamic = recipe(key={"dynamic": True})
+    dynamic = recipe(key={"thresholds": "channel_online"})
     artifact_for(model, dynamic).save(folder / "dynamic.kvq.safetensors")
     other = tiny_model("llama", num_key_value_heads=1)
     artifact_for(other, RECIPES["dense2"]).save(folder / "other.kvq.safetensors")
@@ -102,7 +105,7 @@ def test_log_likelihoods_are_those_of_prefill_mode(harness, place, batch_size):
 
     for sample, row in zip(samples, ROWS, strict=True):
         got = [float(answer[0][0]) for answer in sample["resps"]]
-        with torch.no_grad(), quantized_prefill(loaded.model, artifact):
+        with torch.no_grad(), intercept(loaded.model, PrefillQuantizer.of(artifact, loaded.model)):
             want = [score(row["question"], choice) for choice in row["choices"]]
         with torch.no_grad():
             exact = [score(row["question"], choice) for choice in row["choices"]]
@@ -144,7 +147,7 @@ def test_text_is_generated_through_the_packed_cache(harness, place, batch_size):
         ({"pretrained": "model", "artifact": "a", "peft": "x"}, "no argument 'peft'"),
         ({"pretrained": "model", "artifact": "missing"}, "cannot read artifact"),
         ({"pretrained": "model", "artifact": "other"}, "num_key_value_heads"),
-        ({"pretrained": "model", "artifact": "dynamic"}, "use static thresholds"),
+        ({"pretrained": "model", "artifact": "dynamic"}, "use thresholds: channel"),
         ({"pretrained": "nowhere/at/all", "artifact": "a"}, "no such folder"),
     ],
 )
@@ -198,7 +201,7 @@ def test_the_command_ends_with_one_line_on_errors(harness, place, monkeypatch, c
 
 
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(lm_eval_command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, err = run(monkeypatch, capsys, "--help")
     assert status == 1
-    assert err == ("error: kvq-lm-eval needs lm-evaluation-harness: pip install 'kvq-calib[lm-eval]'\n")
+    assert err == ("error: kvq-lm-eval needs lm_eval: pip install 'kvq-calib[lm-eval]'\n")

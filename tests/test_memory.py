@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,26 +13,26 @@ from models_zoo import tiny_model, token_ids
 from torch import Tensor, nn
 
 from kvq_calib.artifact.shard import shard
-from kvq_calib.codec.packing import packed_tokens
+from kvq_calib.codec.scalar import ScalarQuantizer
+from kvq_calib.codec.size import packed_tokens
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.memory import (
     PAPER_GB,
-    ModelShape,
-    _expected_outliers,
     artifact_report,
+    layer_bits,
     longest_context,
-    model_shape,
     paper_comparison,
     per_gpu_report,
     shape_report,
-    stages,
 )
-from kvq_calib.model.load import with_cache
+from kvq_calib.evaluate.shapes import ModelShape, model_shape, stages
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import read_recipe
-from kvq_calib.schema.spec import KVCacheSpec, LayerSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, ScalarSpec
 
 pytestmark = pytest.mark.model
 
@@ -68,6 +69,7 @@ def test_formula_equals_the_bytes_of_filled_buffers(name, tokens):
     formula = artifact.storage(tokens, batch=2, outliers_per_token=measured_rates(cache))
     assert {kind: pytest.approx(size) for kind, size in formula.items()} == held
     assert cache.nbytes == pytest.approx(sum(formula.values()) + tables)
+    assert artifact_report(artifact, tokens, 2, measured_rates(cache)).by_kind == pytest.approx(formula)
     bits = artifact.bits_per_element(tokens, 2, measured_rates(cache))
     assert bits == pytest.approx(8 * (cache.nbytes - tables) / artifact.elements(tokens, 2))
 
@@ -87,7 +89,9 @@ def test_formula_knows_sliding_windows_and_the_recent_window(tokens, recent):
     with torch.no_grad():
         model(token_ids(1, tokens), use_cache=True, **with_cache(own))
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in own.layers)
-    unseen = 2 * 2 * artifact.geometry.layers[0].channels  # its sliding layers count the next token in
+    unseen = (
+        2 * 2 * artifact.geometry.layers[0].shape("key").channels
+    )  # its sliding layers count the next token in
     assert artifact.elements(tokens) == numbers + unseen
 
 
@@ -152,7 +156,7 @@ def test_memory_shrinks_as_promised():
     model = tiny_model("llama", max_position_embeddings=8192)
     spec = recipe(
         key={"bits": 3, "outliers": {}},
-        value={"bits": 3, "granularity": "channel", "dynamic": False, "outliers": {}},
+        value={"bits": 3, "thresholds": "channel", "outliers": {}},
     )
     artifact = artifact_for(model, spec)
     tokens = 4096 + 1
@@ -170,10 +174,13 @@ def test_shape_report_is_the_formula_of_an_artifact_of_that_shape():
     for tokens in (100, 1000):
         ours = shape_report(shape, spec, tokens, batch=3)
         rates = {
-            kind: [_expected_outliers(spec.key if kind == "key" else spec.value, layer.channels)]
-            * len(shape.layers)
-            for kind in ("key", "value")
-            for layer in shape.layers[:1]
+            kind: [
+                ScalarQuantizer.nominal_outliers(
+                    LayerSpec(key=spec.key, value=spec.value).of(kind), layer.shape(kind)
+                )
+                for layer in shape.layers
+            ]
+            for kind in KINDS
         }
         theirs = artifact_report(artifact, tokens, 3, rates)
         assert dict(ours.by_kind) == pytest.approx(dict(theirs.by_kind))
@@ -200,6 +207,21 @@ def test_longest_context_is_the_last_that_fits():
     assert longest_context(model_shape("llama-65b"), spec) == 0
 
 
+def test_layers_add_up_to_the_whole():
+    artifact = artifact_for(tiny_model("llama"), RECIPES["nuq4-1p"])
+    artifact = replace(artifact, outliers_per_token={"key": [0.5, 0.25], "value": [2.0, 2.0]})
+    bits = layer_bits(artifact, 4096)
+    shared = sum(
+        size
+        for name, size in artifact.storage(4096).items()
+        if name in ("positions", "block_table", "sink_slots")
+    )
+    mean = sum(map(sum, bits.values())) / 4
+    assert mean + 8 * shared / artifact.elements(4096) == pytest.approx(
+        artifact.bits_per_element(4096), rel=1e-12
+    )
+
+
 def test_unknown_shape_lists_the_known_ones():
     with pytest.raises(ConfigError, match="unknown shape 'gpt-5'; use one of llama-7b"):
         model_shape("gpt-5")
@@ -221,7 +243,9 @@ def test_a_gpus_part_is_what_a_rank_really_holds(ranks):
             storage = LayerStorage(pair["key"], pair["value"], 1, spec.sink_tokens, cpu)
             heads = 2 // ranks
             table.append(torch.arange(tokens)[None], None)
-            storage.append(*torch.randn(2, 1, heads, tokens, 16), table)
+            storage.append(
+                *torch.randn(2, 1, heads, tokens, 16), table, TorchOps(pair["key"], pair["value"]).pack
+            )
             held += sum(size for _, size in storage.memory())
             held += sum(quantizer.params.held_bytes for quantizer in pair.values())
         held += sum(table.memory().values())
@@ -249,7 +273,9 @@ def test_the_fullest_gpu_takes_its_share_and_layer_overrides_stay_where_they_are
     whole = shape_report(llama, spec, 1_000_000)
     one = per_gpu_report(llama, spec, 1_000_000, gpus=8)
     assert whole.total / 8 <= one.total < 1.05 * whole.total / 8  # what belongs to a token is on each of them
-    wide = spec.model_copy(update={"layers": {31: LayerSpec(key=QuantSpec(bits=8), value=QuantSpec(bits=8))}})
+    wide = spec.model_copy(
+        update={"layers": {31: LayerSpec(key=ScalarSpec(bits=8), value=ScalarSpec(bits=8))}}
+    )
     last = per_gpu_report(llama, wide, 4096, gpus=16)
     first = per_gpu_report(llama, spec, 4096, gpus=16)
     assert last.total > first.total

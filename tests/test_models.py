@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model import hub
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 
 pytestmark = pytest.mark.model
 

@@ -76,7 +76,7 @@ def test_the_wheel_ships_recipes_and_kernels(wheel):
         for file in (ROOT / "kvq_calib").rglob("*.py")
     }
     assert sources <= names
-    assert {"kvq_calib/evaluate/report.css", "kvq_calib/evaluate/report.html.jinja"} <= names
+    assert {"kvq_calib/evaluate/report/report.css", "kvq_calib/evaluate/report/report.html.jinja"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 

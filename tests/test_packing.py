@@ -1,4 +1,4 @@
-"""The bit layout: exact round trips, the documented places, and the byte formula."""
+"""The bit layout: exact round trips and the documented places."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from kvq_calib.codec.packing import (
     PageLayout,
     pack_outliers,
     pack_units,
-    storage_bytes,
     unpack_outliers,
     unpack_units,
 )
@@ -143,17 +142,3 @@ def test_starts_are_as_narrow_as_a_full_page_allows():
     assert [layout.start_dtype(batch) for batch in (1, 2, 3)] == [torch.int16, torch.int16, torch.int32]
     sizes = [layout.page_bytes(batch)["outlier_starts"] for batch in (2, 3)]
     assert sizes == [2 * (8 * 2 * 3 + 1), 4 * (8 * 3 * 3 + 1)]
-
-
-def test_storage_formula_counts_pages_tail_and_sinks():
-    layout = PageLayout((3,) * 8, heads=2, head_dim=4, token_params=True, outlier_cap=2)
-    sizes = storage_bytes(layout, context=300, batch=2, sink_tokens=1, recent_tokens=4, outliers=10)
-    # 296 tokens are older than the window, 288 of them fill 9 blocks on 2 pages, 12 tokens are exact.
-    assert sizes == {
-        "codes": 2 * (8 * 24 * 4) * 2,
-        "token_scales": 2 * 256 * 4 * 2,
-        "outlier_starts": 2 * 2 * (8 * 2 * 2 + 1),
-        "outlier_entries": 40,
-        "exact_sinks": 1 * 8 * 2 * 2,
-        "exact_recent": 12 * 8 * 2 * 2,
-    }

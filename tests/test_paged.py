@@ -16,10 +16,11 @@ from kvq_calib import KVQCache
 from kvq_calib.codec.quantizer import Quantized, Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.paged import TOKENS, PagedLayout, codes_of, packed_tensor
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import attached
+from kvq_calib.runtime.page_reader import PageReader
 from kvq_calib.runtime.storage import PackedTensor
-from kvq_calib.runtime.torch_ops import PageReader
+from kvq_calib.runtime.torch_ops import append_blocks
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KINDS
 
@@ -31,7 +32,7 @@ PAIRS = [(name, kind) for name in RECIPES for kind in KINDS]
 def stored(name: str, kind: str, count: int = 320, batch: int = 2) -> tuple[PackedTensor, Quantizer]:
     quantizer = random_artifact(GEOMETRY, RECIPES[name]).quantizers()[0][kind]
     packed = PackedTensor(quantizer, batch, CPU)
-    packed.append(tokens(count, batch, seed=4)[0].to(quantizer.storage))
+    append_blocks(packed, quantizer, tokens(count, batch, seed=4)[0].to(quantizer.storage))
     return packed, quantizer
 
 
@@ -73,7 +74,9 @@ def test_pages_are_packed_and_read_by_themselves_or_with_the_other_of_their_bloc
     reference = (
         PageReader(quantizer).read(packed.pages)[..., :320].flatten(1, 2).mT
     )  # [B, T, C], with outliers
-    together = 2 if quantizer.spec.trellis else 1  # the pages of a block, where its tokens are coded as one
+    together = (
+        2 if quantizer.codes_in_blocks else 1
+    )  # the pages of a block, where its tokens are coded as one
     for number in (0, 1, 7, 19):
         first = number // together * together
         of_pages = slice(first, first + together)
@@ -106,7 +109,7 @@ def unit(words: np.ndarray, width: int, token: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_documented_layout_read_with_numpy_alone(kind):
-    packed, quantizer = stored("mixed-phase-rotation", kind, count=32, batch=1)
+    packed, quantizer = stored("trellis-one-state", kind, count=32, batch=1)
     layout, codes = roomy(quantizer), codes_of(packed)
     page = layout.pack(codes)[0, 1].numpy().view(np.uint16)
     place = 0
@@ -191,8 +194,9 @@ def test_a_model_goes_on_from_a_cache_that_went_through_a_pool():
             for kind in KINDS:
                 packed = getattr(layer.storage, kind)
                 assert packed.dropped_pages == 1
-                layout = roomy(packed.quantizer)
-                moved = packed_tensor(layout.unpack(layout.pack(codes_of(packed))), packed.quantizer)
+                quantizer = cache.quantizers[layer.index][kind]
+                layout = roomy(quantizer)
+                moved = packed_tensor(layout.unpack(layout.pack(codes_of(packed))), quantizer)
                 moved.dropped_pages, moved.blocks = packed.dropped_pages, packed.blocks
                 setattr(layer.storage, kind, moved)
         got = model(input_ids=ids[:, 300:], **with_cache(cache)).logits

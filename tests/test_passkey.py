@@ -9,7 +9,7 @@ from models_zoo import tiny_model
 
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate import passkey
-from kvq_calib.evaluate.passkey import PasskeyCell, make_trial, measure_passkey, passes
+from kvq_calib.evaluate.passkey import PasskeyCell, PasskeyConfig, make_trial, measure_passkey, passes
 
 
 def text(tokenizer, ids):
@@ -79,8 +79,7 @@ def test_a_model_that_cannot_retrieve_says_nothing_about_an_artifact(tokenizer):
     artifact = artifact_for(model, RECIPES["nuq4-1p"])
     seen = []
     cells = measure_passkey(
-        model, tokenizer, {"a": artifact}, lengths=[260, 280], depths=[0.5], trials=1,
-        progress=lambda *told: seen.append(told),
+        model, tokenizer, {"a": artifact}, PasskeyConfig([260, 280], [0.5], trials=1), lambda *told: seen.append(told)
     )  # fmt: skip
     assert [(cell.length, cell.baseline, cell.rate("a")) for cell in cells] == [
         (260, 0, None),
@@ -102,7 +101,7 @@ def test_an_artifact_is_judged_on_what_the_model_passes(tokenizer, monkeypatch):
         return next(outcomes)
 
     monkeypatch.setattr(passkey, "passes", fake)
-    (cell,) = measure_passkey(model, tokenizer, {"a": artifact}, lengths=[300], depths=[0.0], trials=3)
+    (cell,) = measure_passkey(model, tokenizer, {"a": artifact}, PasskeyConfig([300], [0.0], trials=3))
     assert cell == PasskeyCell(300, 0.0, 3, 2, {"a": 1})
     assert cell.as_dict()["rates"] == {"a": 0.5}
     assert caches == ["DynamicCache", "KVQCache", "DynamicCache", "DynamicCache", "KVQCache"]
@@ -112,4 +111,4 @@ def test_an_artifact_is_judged_on_what_the_model_passes(tokenizer, monkeypatch):
 @pytest.mark.model
 def test_more_tokens_than_the_model_allows(tokenizer):
     with pytest.raises(ConfigError, match="more than the model's 2048"):
-        measure_passkey(tiny_model("llama"), tokenizer, {}, lengths=[2048], depths=[0.5], trials=1)
+        measure_passkey(tiny_model("llama"), tokenizer, {}, PasskeyConfig([2048], [0.5], trials=1))

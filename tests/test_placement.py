@@ -5,10 +5,11 @@ import torch
 from models_zoo import needs_whole_models_on_disk, tiny_model, tiny_tokenizer, token_ids
 
 from kvq_calib.calibrate.gradients import fisher_pass
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ModelError
-from kvq_calib.model.load import load_model, model_fingerprint
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.recipe import calibration_config
 
@@ -42,7 +43,7 @@ def on_disk(model):
         (
             {"device_map": "auto", "max_memory": {"cpu": "100KB"}},
             "kvq3",
-            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536", "allocation.written=0"),
+            ("learn={steps: 1, seqlen: 16}", "allocation.context=65536", "allocation.self_generated=0"),
         ),
     ],
     ids=["disk-nuq3-1p", "auto-kvq3"],

@@ -30,7 +30,7 @@ def ranks_of():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "kvq_calib.calibrate.pipeline",
+            "kvq_calib.calibrate.run",
             "kvq_calib.model.load",
             "kvq_calib.data",
             "kvq_calib.cli.main",
@@ -60,19 +60,19 @@ def command(rank, ranks, port, folder, arguments, die):
     os.environ.update(HF_HUB_OFFLINE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    from kvq_calib.calibrate import pipeline
+    from kvq_calib.calibrate import checkpoint
     from kvq_calib.cli import main as cli
 
-    pipeline.CHECKPOINT_SECONDS = 0.0
+    checkpoint.CHECKPOINT_SECONDS = 0.0
     if die:
-        save = pipeline._Run._save
+        save = checkpoint.Checkpoint.save
 
-        def dying(run, **options):
-            save(run, **options)
-            if run.done.get("codebooks") == 1:
+        def dying(keeper, state, **options):
+            save(keeper, state, **options)
+            if state.done.get("codebooks") == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        pipeline._Run._save = dying
+        checkpoint.Checkpoint.save = dying
     sys.argv = ["kvq-calibrate", *arguments]
     with (
         open(folder / f"{rank}.out", "w") as out,

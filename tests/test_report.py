@@ -1,6 +1,7 @@
 """The HTML report: one file that loads nothing, shows what was measured, and escapes what it did not write itself."""
 
 import html
+import importlib.util
 import json
 import math
 import re
@@ -18,12 +19,21 @@ from models_zoo import tiny_model, tiny_tokenizer, token_ids
 from test_cli import TEXT, assert_one_line, call, files
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.pipeline import calibrate
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
-from kvq_calib.evaluate import layers, report, svg
+from kvq_calib.evaluate.charts.axes import Labels, log_ticks
+from kvq_calib.evaluate.charts.frontier import Point, frontier, on_frontier
+from kvq_calib.evaluate.report.codebooks import SHOWN_BINS, codebook_uses
+from kvq_calib.evaluate.report.commands import evaluation_command
+from kvq_calib.evaluate.report.measure import ReportText, measure
+from kvq_calib.evaluate.report.outliers import count_outliers
+from kvq_calib.evaluate.report.page import render
+from kvq_calib.evaluate.report.results import Result, Results, read_results
+from kvq_calib.evaluate.report.subjects import subjects
 from kvq_calib.fit.levels import fit_levels
-from kvq_calib.model.intercept import intercept
-from kvq_calib.model.load import LoadedModel, model_fingerprint
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import LoadedModel
 from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
@@ -41,7 +51,7 @@ def place(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     (folder / "mine.yaml").write_text(
-        "description: dense\ncache: {key: {bits: 3}, value: {bits: 2, granularity: token, dynamic: true}}\n"
+        "description: dense\ncache: {key: {bits: 3}, value: {bits: 2, thresholds: token}}\n"
     )
     common = ["--dataset", str(folder / "text.txt"), "--seqlen", "32", "--device", "cpu"]
     for recipe, changes in (("nuq3-1p", ["--set", "cache.sink_tokens=2"]), (str(folder / "mine.yaml"), [])):
@@ -101,20 +111,26 @@ class Elements(HTMLParser):
 
 
 def assert_loads_nothing(text):
-    elements = Elements(text).found
-    names = {name for name, _ in elements}
-    assert not names & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "base", "form"}
-    for name, attributes in elements:
-        for key, value in attributes.items():
-            assert not key.startswith("on"), (name, attributes)
-            assert key not in ("src", "srcset", "action", "style", "xlink:href"), (name, attributes)
-            assert key != "href" or value.startswith("#"), (name, attributes)
+    elements = assert_refers_to_nothing_outside(text)
     styles = re.findall(r"<style>(.*?)</style>", text, re.S)
     assert len(styles) == 1
     assert "url(" not in styles[0]
     assert "@import" not in styles[0]
     policy = [attributes for name, attributes in elements if attributes.get("http-equiv")]
     assert policy[0]["content"].startswith("default-src 'none'")
+    return elements
+
+
+def assert_refers_to_nothing_outside(text):
+    """Elements of a part of a page; what they refer to is on the page."""
+    elements = Elements(text).found
+    names = {name for name, _ in elements}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "image", "base", "form"}
+    for name, attributes in elements:
+        for key, value in attributes.items():
+            assert not key.startswith("on"), (name, attributes)
+            assert key not in ("src", "srcset", "action", "style", "xlink:href"), (name, attributes)
+            assert key != "href" or value.startswith("#"), (name, attributes)
     return elements
 
 
@@ -154,9 +170,11 @@ def test_the_page_shows_the_numbers_of_its_inputs(place, page):
     for expected in (artifact.calibration["data"]["sha256"], "static per channel", "first 2, last 0"):
         assert expected in section(text, "provenance")
     # two charts per artifact, each with a bar for keys and for values of both layers
-    assert section(text, "sensitivity").count('class="bar key"') == 2 * 2 * 2
+    bars = re.findall(r'<g class="bar"><title>[^<]*, keys:[^<]*</title><path [^>]*fill="var\(--key\)"', text)
+    assert len([bar for bar in bars if bar in section(text, "sensitivity")]) == 2 * 2 * 2
     # 3 bits keys and values of nuq3-1p, 3 and 2 of mine; two layers, twice: featured, and among all
-    assert section(text, "codebooks").count('class="foot"') == 2 * 2 * (8 + 8 + 8 + 4)
+    feet = re.findall(r'<g class="foot"><path d="([^"]*)"', section(text, "codebooks"))
+    assert sum(foot.count("M") for foot in feet) == 2 * 2 * (8 + 8 + 8 + 4)
     assert "Keeps no outliers." in section(text, "outliers")
     assert "Distribution of the 3 windows that the artifact was calibrated on" in section(text, "codebooks")
 
@@ -200,8 +218,8 @@ def test_a_stopped_evaluation_is_repeated_as_far_as_it_went(place, tmp_path):
     content = json.loads((place / "results.json").read_text())
     content["config"].update(windows=9, windows_measured=4)
     (tmp_path / "stopped.json").write_text(json.dumps(content))
-    (results,) = report.read_results([str(tmp_path / "stopped.json")])
-    words = report._evaluation_command("model", [], results).split()
+    (results,) = read_results([str(tmp_path / "stopped.json")])
+    words = evaluation_command("model", [], results).split()
     assert words[words.index("--windows") + 1] == "4"
 
 
@@ -322,7 +340,7 @@ def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     first = text.split("<svg")[1]
     # The rival is smaller and closer than ours, and the page says so.
     assert "Beaten in both bits and divergence by another point: nuq3-1p" in first
-    assert first.count('class="point beside other"') == 2
+    assert first.count('class="beside"') == 2
     assert "a rival: 2.500 bits, KL 0.00010 (library; its paper; groups of 32)" in first
     assert "<td>library, decode</td>" in text
     commands = html.unescape(section(output.read_text(), "commands"))
@@ -330,25 +348,10 @@ def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     assert "--rival 'a rival'" in commands
 
 
-def test_layers_add_up_to_the_whole():
-    artifact = artifact_for(tiny_model("llama"), RECIPES["nuq4-1p"])
-    artifact = replace(artifact, outliers_per_token={"key": [0.5, 0.25], "value": [2.0, 2.0]})
-    bits = layers.layer_bits(artifact, 4096)
-    shared = sum(
-        size
-        for name, size in artifact.storage(4096).items()
-        if name in ("positions", "block_table", "sink_slots")
-    )
-    mean = sum(map(sum, bits.values())) / 4
-    assert mean + 8 * shared / artifact.elements(4096) == pytest.approx(
-        artifact.bits_per_element(4096), rel=1e-12
-    )
-
-
 def test_outliers_of_tokens_are_those_the_quantizer_marks():
     model, ids = tiny_model("llama"), token_ids(2, 24)
     artifact = artifact_for(model, RECIPES["nuq3-exact"])
-    counts = layers.count_outliers(model, {"a": artifact}, ids)["a"]
+    counts = count_outliers(model, {"a": artifact}, ids)["a"]
     sinks = artifact.spec.sink_tokens
     expected = {}
 
@@ -372,8 +375,8 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
     artifact = calibrate(
         model, windows, {"a": config}, model_id="tiny", model_config=model_fingerprint(model)
     ).artifacts["a"]
-    uses = layers.codebook_uses(model, {"a": artifact}, windows.ids)["a"]
-    middles = (np.arange(layers.SHOWN_BINS) + 0.5) * (2 / layers.SHOWN_BINS) - 1
+    uses = codebook_uses(model, {"a": artifact}, windows.ids)["a"]
+    middles = (np.arange(SHOWN_BINS) + 0.5) * (2 / SHOWN_BINS) - 1
 
     def loss(levels, weights):
         return float((np.abs(middles[:, None] - np.asarray(levels)).min(1) ** 2 * weights).sum())
@@ -390,51 +393,80 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
             assert use.counts != use.weights
 
 
-@pytest.mark.parametrize("recipe", ["mixed-phase-rotation", "feedback", "post-rope-token"])
+@pytest.mark.parametrize("recipe", ["trellis-one-state", "compensation", "post-rope-token"])
 def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     """Without any record of a calibration, too."""
     model = tiny_model("llama")
     artifact = artifact_for(model, RECIPES[recipe], codebooks=2 if "mixed" in recipe else 1)
     artifact.save(tmp_path / "a.kvq.safetensors")
     loaded = LoadedModel(model, tiny_tokenizer(), "tiny")
-    results = [
-        report.Results(file="r", artifacts=[report.Result(name="a", bits_per_element=4.0, kl_mean=0.0)])
-    ]
-    chosen = report.subjects("tiny", {"a": artifact}, {"a": str(tmp_path / "a.kvq.safetensors")}, results)
-    measured = report.measure(
-        loaded, {"a": artifact}, dataset=str(place / "text.txt"), calibration_dataset=str(place / "text.txt"),
-        windows=1, seqlen=24, seed=0,
-    )  # fmt: skip
-    text = report.render(
-        loaded, "tiny", chosen, results, measured, context=4096, command=["kvq-eval", "report"]
-    )
+    results = [Results(file="r", artifacts=[Result(name="a", bits_per_element=4.0, kl_mean=0.0)])]
+    chosen = subjects("tiny", {"a": artifact}, {"a": str(tmp_path / "a.kvq.safetensors")}, results)
+    text = str(place / "text.txt")
+    measured = measure(loaded, {"a": artifact}, ReportText(text, text, windows=1, seqlen=24, seed=0))
+    text = render(loaded, "tiny", chosen, results, measured, context=4096, command=["kvq-eval", "report"])
     assert_loads_nothing(text)
     assert "The artifact does not record how it was made." in text
     assert "another text than the artifact was calibrated on" in text
-    assert ("several codebooks" in text) == ("mixed" in recipe or recipe == "feedback")
+    assert ("several codebooks" in text) == (recipe in ("trellis-one-state", "compensation"))
 
 
 def test_no_point_of_the_frontier_is_beaten():
-    points = [
-        svg.Point(str(n), *at, "")
-        for n, at in enumerate([(3, 0.1), (2, 0.5), (4, 0.2), (3, 0.05), (5, 0.01)])
-    ]
-    assert [point.name for point in svg.on_frontier(points)] == ["1", "3", "4"]
-    drawn = svg.frontier(points, "t", "x", "y")
-    assert drawn.count("<circle") == 5
+    points = [Point(str(n), *at) for n, at in enumerate([(3, 0.1), (2, 0.5), (4, 0.2), (3, 0.05), (5, 0.01)])]
+    assert [point.name for point in on_frontier(points)] == ["1", "3", "4"]
+
+
+def test_a_chart_shows_every_point_with_its_name_and_takes_colours_from_the_page():
+    points = [Point(f"p{n}", 3 + n / 10, 10.0**-n, f"<tip {n}>", f"s{n % 3}", n < 3) for n in range(5)]
+    drawn = frontier(points, Labels("a & b", "x", "y")).inline()
+    assert_refers_to_nothing_outside(drawn)
+    assert re.findall(r"<title>(.*?)</title>", drawn)[0] == "a &amp; b"
+    assert sorted(re.findall(r"&lt;tip (\d)&gt;", drawn)) == ["0", "1", "2", "3", "4"]
+    assert set(re.findall(r">(p\d)<", drawn)) == {"p0", "p1", "p2", "p3", "p4"}
+    assert "var(--s2)" in drawn
+    assert not re.findall(r"#[0-9a-f]{6}\b", drawn)  # no colour of its own
+    # What it refers to is in it, and no other chart of a page has the same names.
+    other = frontier(points[1:], Labels("a & b", "x", "y")).inline()
+    names = [set(re.findall(r' id="([^"]*)"', each)) for each in (drawn, other)]
+    assert set(re.findall(r"#([^\")]+)", drawn)) == names[0]
+    assert not names[0] & names[1]
 
 
 @pytest.mark.parametrize(
-    ("axis", "ticks"),
+    ("low", "high", "ticks"),
     [
-        (svg.Axis(0, 0.31), [0, 0.1, 0.2, 0.3]),
-        (svg.Axis(2.2, 4.7), [2.5, 3, 3.5, 4, 4.5]),
-        (svg.Axis(0.01, 0.7, log=True), [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]),
-        (svg.Axis(1e-6, 10, log=True), [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]),
+        (0.01, 0.7, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]),
+        (1e-6, 10, [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]),
+        (0.3, 0.4, []),
     ],
 )
-def test_ticks_are_round(axis, ticks):
-    assert axis.marks() == pytest.approx(ticks)
+def test_ticks_are_round(low, high, ticks):
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_an_artifact_measured_in_another_mode_is_shown_as_such(place, tmp_path):
+    content = json.loads((place / "results.json").read_text())
+    content["artifacts"][0]["mode"] = "decode"
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    output = tmp_path / "page.html"
+    status, _, err = make(place, output, results=[str(tmp_path / "results.json")])
+    assert status == 0, err
+    text = output.read_text()
+    assert "<td>decode</td>" in section(text, "frontier")
+    assert "<td>prefill</td>" in section(text, "frontier")
+    assert "--chunk 256" in " ".join(section(text, "commands").replace("\\", "").split())
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
+def test_without_the_extra_the_command_names_it(place, tmp_path, monkeypatch, module):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == module else found(name, *rest)
+    )
+    status, _, err = make(place, tmp_path / "page.html")
+    assert status == 1
+    assert err == f"error: a report needs {module}: pip install 'kvq-calib[report]'\n"
+    assert not files(tmp_path)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_zoo import FAMILIES, tiny_model, token_ids
 
-from kvq_calib.model.intercept import inspect_model, intercept
-from kvq_calib.model.rope import RopeLayoutError, Rotation, discover_rope, find_apply_rotary
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.rope import RopeLayoutError, RopeTable, Rotation, discover_rope, find_apply_rotary
+from kvq_calib.schema.geometry import RopeSpec
 
 
 def half_split(q, k, cos, sin):
@@ -35,6 +37,13 @@ def tables(positions, width, apply, scaling=1.0, theta=100.0, dtype=torch.float3
     angle = positions[:, None].float() * inv_freq
     angle = torch.cat((angle, angle), -1) if apply is half_split else angle.repeat_interleave(2, -1)
     return (scaling * angle.cos())[None].to(dtype), (scaling * angle.sin())[None].to(dtype), inv_freq
+
+
+def rotated_by(spec, keys, positions):
+    """`keys` [B, H, T, D] as a table made of `spec` turns them at `positions` [B or 1, T]."""
+    table = RopeTable(spec, torch.device("cpu"))
+    turned = table.rotate_(keys.mT.contiguous().clone(), *table.cos_sin(positions))
+    return table.scale_(turned).mT
 
 
 LAYOUTS = st.tuples(
@@ -78,7 +87,6 @@ def test_unrotation_is_exact_for_tables_in_half_precision():
 def test_without_rope_all_maps_are_the_identity():
     keys = torch.randn(1, 2, 3, 4)
     rotation = Rotation()
-    assert rotation.is_identity
     assert rotation.rotate(keys) is keys
     assert rotation.unrotate(keys) is keys
     assert rotation.adjoint(keys) is keys
@@ -90,20 +98,33 @@ def test_layout_is_found_for_every_arrangement(layout, theta):
     apply, width, scaling = layout
     positions = torch.tensor([0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 3000])
     cos, sin, inv_freq = tables(positions, width, apply, scaling, theta)
-    layout_found = discover_rope(Rotation(apply, cos, sin), positions, 16)
+    spec = discover_rope(Rotation(apply, cos, sin), positions, 16)
     half = width // 2
-    want = [[i, i + half] if apply is half_split else [2 * i, 2 * i + 1] for i in range(half)]
-    assert layout_found.pairs.tolist() == want
-    assert torch.allclose(layout_found.inv_freq, inv_freq.double(), rtol=1e-6, atol=0)
-    assert layout_found.attention_scaling == pytest.approx(scaling, rel=1e-6)
+    want = [(i, i + half) if apply is half_split else (2 * i, 2 * i + 1) for i in range(half)]
+    assert list(spec.pairs) == want
+    assert torch.allclose(torch.tensor(spec.inv_freq), inv_freq, rtol=1e-6, atol=0)
+    assert spec.attention_scaling == pytest.approx(scaling, rel=1e-6)
 
     far = torch.tensor([7, 999, 2047])
     cos, sin, _ = tables(far, width, apply, scaling, theta)
     keys = torch.randn(2, 3, 3, 16)
     rotated = Rotation(apply, cos, sin).rotate(keys)
-    for shape in (far, far[None], far[None].expand(2, 3)):
-        assert torch.allclose(layout_found.rotate(keys, shape), rotated, atol=1e-3)
-        assert torch.allclose(layout_found.unrotate(rotated, shape), keys, atol=2e-3)
+    for shape in (far[None], far[None].expand(2, 3)):
+        assert torch.allclose(rotated_by(spec, keys, shape), rotated, atol=1e-3)
+
+
+def test_a_table_keeps_channels_in_any_order():
+    # Pairs that no slice describes are turned like those that one does.
+    straight = RopeSpec(pairs=((0, 2), (1, 3)), inv_freq=(0.5, 0.25), attention_scaling=1.5)
+    mixed = RopeSpec(pairs=((3, 2), (0, 1)), inv_freq=(0.5, 0.25), attention_scaling=1.5)
+    keys, positions = torch.randn(1, 2, 5, 4), torch.arange(5)[None]
+    order = [3, 0, 2, 1]  # where each channel stands
+    again = torch.empty_like(keys)
+    again[..., order] = keys
+    want = rotated_by(straight, keys, positions)
+    assert torch.allclose(rotated_by(mixed, again, positions)[..., order], want, atol=1e-6)
+    assert len(RopeTable(mixed, torch.device("cpu")).tensors()) == 3
+    assert len(RopeTable(straight, torch.device("cpu")).tensors()) == 1
 
 
 def test_half_precision_tables_take_exact_frequencies_from_a_buffer():
@@ -113,7 +134,7 @@ def test_half_precision_tables_take_exact_frequencies_from_a_buffer():
     layout = discover_rope(
         Rotation(half_split, cos, sin), positions, 16, candidates=[torch.ones(3), other, inv_freq]
     )
-    assert torch.equal(layout.inv_freq, inv_freq.double())
+    assert layout.inv_freq == tuple(inv_freq.tolist())
 
 
 def test_a_rotation_that_is_no_table_is_refused():
@@ -138,52 +159,46 @@ def test_layouts_reproduce_every_familys_rotation(family):
     tokens, seen = 40, []
 
     def check(kv):
-        entry = geometry.layers[kv.layer]
         seen.append(kv.layer)
-        assert kv.rotation.is_identity == (not entry.has_rope)
-        if not entry.has_rope:
-            assert entry.rope is None
-            return
-        layout = geometry.ropes[entry.rope]
-        expected = layout.rotate(kv.keys, torch.arange(tokens))
+        spec = geometry.rope_of(kv.layer)
+        expected = kv.keys if spec is None else rotated_by(spec, kv.keys, torch.arange(tokens)[None])
         assert torch.allclose(expected, kv.rotated_keys, atol=1e-4 * float(kv.keys.abs().max()))
 
     with intercept(model, check), torch.no_grad():
         model(token_ids(2, tokens), use_cache=False)
-    assert seen == [layer.layer for layer in geometry.layers]
+    assert seen == list(range(len(geometry.layers)))
 
 
 @pytest.mark.model
 def test_known_frequencies_scaling_and_partial_rotation():
-    llama = inspect_model(tiny_model("llama"))
-    want = 1.0 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16)
-    assert torch.equal(llama.ropes[0].inv_freq, want.double())
-    assert llama.ropes[0].attention_scaling == 1.0
-    yarn = inspect_model(tiny_model("gpt_oss"))
-    assert yarn.ropes[0].attention_scaling == pytest.approx(0.1 * math.log(32.0) + 1.0, rel=1e-6)
-    assert len(inspect_model(tiny_model("stablelm")).ropes[0].pairs) == 2  # a quarter of 16 channels
-    assert inspect_model(tiny_model("cohere")).ropes[0].pairs[0].tolist() == [0, 1]
-    gemma = inspect_model(tiny_model("gemma3_text"))
+    llama = geometry_of("llama").ropes[0]
+    assert llama.inv_freq == tuple((1.0 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16)).tolist())
+    assert llama.attention_scaling == 1.0
+    yarn = geometry_of("gpt_oss").ropes[0]
+    assert yarn.attention_scaling == pytest.approx(0.1 * math.log(32.0) + 1.0, rel=1e-6)
+    assert len(geometry_of("stablelm").ropes[0].pairs) == 2  # a quarter of 16 channels
+    assert geometry_of("cohere").ropes[0].pairs[0] == (0, 1)
+    gemma = geometry_of("gemma3_text")
     assert [layer.rope for layer in gemma.layers] == [0, 0, 1]
     assert [layer.sliding_window for layer in gemma.layers] == [16, 16, None]
-    smollm = inspect_model(tiny_model("smollm3"))
-    assert [layer.has_rope for layer in smollm.layers] == [True, True, True, False]
+    assert [layer.rope for layer in geometry_of("smollm3").layers] == [0, 0, 0, None]
+
+
+def geometry_of(family):
+    return inspect_model(tiny_model(family))
 
 
 @pytest.mark.model
 def test_half_precision_model_has_the_frequencies_of_its_float32_twin():
-    exact = inspect_model(tiny_model("llama")).ropes[0]
     half = tiny_model("llama")
     for parameter in half.parameters():  # as checkpoints load: buffers stay float32
         parameter.data = parameter.data.bfloat16()
     half.config.dtype = torch.bfloat16
-    rounded = inspect_model(half).ropes[0]
-    assert torch.equal(rounded.inv_freq, exact.inv_freq)
-    assert rounded.attention_scaling == 1.0
+    assert inspect_model(half).ropes == geometry_of("llama").ropes
 
 
 @pytest.mark.model
-def test_length_dependent_rope_is_captured_but_has_no_layout():
+def test_length_dependent_rope_is_captured_but_has_no_table():
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -196,10 +211,9 @@ def test_length_dependent_rope_is_captured_but_has_no_layout():
         original_max_position_embeddings=1024,
         rope_parameters={**rope, "factor": 4.0},
     )
-    layer = inspect_model(model).layers[0]
-    assert layer.has_rope
-    assert layer.rope is None
-    assert layer.rope_problem == "its frequencies depend on the length of the sequence"
+    found = inspect_model(model)
+    assert found.ropes == (RopeSpec(pairs=(), inv_freq=(), length_dependent=True),)
+    assert [layer.rope for layer in found.layers] == [0, 0]
 
 
 @pytest.mark.model

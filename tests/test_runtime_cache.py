@@ -7,14 +7,14 @@ import weakref
 
 import pytest
 import torch
-from artifact_factory import RECIPES, artifact_for, recipe
+from artifact_factory import RECIPES, artifact_for, recipe, trellis
 from models_zoo import FAMILIES, tiny_model, token_ids
 from plain_cache import plain_cache, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attached, detach
 from kvq_calib.schema.spec import KVCacheSpec
 
@@ -68,7 +68,7 @@ def assert_same_logits(model, spec, chunks, *, padding=(0, 0), recent=None, code
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_decode_match_the_plain_cache(family):
-    spec = RECIPES["mixed-phase-rotation"] if family in ("llama", "gpt_neox", "glm") else RECIPES["nuq4-1p"]
+    spec = RECIPES["trellis-one-state"] if family in ("llama", "gpt_neox", "glm") else RECIPES["nuq4-1p"]
     assert_same_logits(tiny(family), spec, [45, 1, 1, 18, *[1] * 12], padding=(0, 5))
 
 
@@ -108,8 +108,7 @@ def test_sliding_windows_over_several_pages(family, implementation):
 
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_every_width_matches_with_a_trellis(bits: int):
-    static = {"bits": bits, "granularity": "channel", "dynamic": False, "trellis": True, "outliers": {}}
-    spec = recipe(key=static, value={**static, "bits": 8 - bits}, recent_tokens=bits, sink_tokens=bits % 3)
+    spec = recipe(key=trellis(bits), value=trellis(8 - bits), recent_tokens=bits, sink_tokens=bits % 3)
     assert_same_logits(tiny("qwen3"), spec, [66, 1, 1], codebooks=2 + 4 * (bits % 2))
 
 
@@ -213,7 +212,7 @@ def test_crop_accepts_negative_counts_and_all():
 
 def test_rows_can_be_selected_repeated_and_reordered():
     model = tiny("llama")
-    artifact = artifact_for(model, RECIPES["mixed-phase-rotation"])
+    artifact = artifact_for(model, RECIPES["trellis-one-state"])
     ids = token_ids(3, 300)
     rows = torch.tensor([2, 0, 2, 1])
     cache = KVQCache(artifact, model)
@@ -253,7 +252,7 @@ def test_deepcopy_forks_the_text_and_shares_the_artifact():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["mixed-phase-rotation", "post-rope-token"])
+@pytest.mark.parametrize("name", ["trellis-one-state", "post-rope-token"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_filled_cache_survives_save_and_load(family, name, tmp_path):
     model = tiny(family)
@@ -315,7 +314,7 @@ def test_decode_logits_leave_the_model_as_it_was():
 
 def test_work_space_does_not_grow_with_the_text():
     """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
-    from kvq_calib.runtime import torch_ops as reference
+    from kvq_calib.runtime import torch_ops
 
     class Largest(TorchDispatchMode):
         elements = 0
@@ -330,7 +329,7 @@ def test_work_space_does_not_grow_with_the_text():
     artifact = artifact_for(model, RECIPES["nuq4-1p"])
     largest = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "WORK_ELEMENTS", 4 * 256 * 32)
+        patch.setattr(torch_ops, "WORK_ELEMENTS", 4 * 256 * 32)
         for tokens in (2500, 5000):
             cache = KVQCache(artifact, model)
             logits_through(model, cache, token_ids(1, tokens), [tokens - 4, 1, 1, 1])
@@ -363,21 +362,17 @@ class PeakBytes(TorchDispatchMode):
 
 def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch):
     """Peak of a step: the packed bytes, and what a step over 4 pages needs as well; nothing stays behind."""
-    from kvq_calib.runtime import torch_ops as reference
+    from kvq_calib.runtime import torch_ops
 
-    monkeypatch.setattr(reference, "WORK_ELEMENTS", 2 * 256 * 32)
-    monkeypatch.setattr(reference, "ANGLE_ELEMENTS", 2 * 256 * 16)
+    monkeypatch.setattr(torch_ops, "WORK_ELEMENTS", 2 * 256 * 32)
+    monkeypatch.setattr(torch_ops, "ANGLE_ELEMENTS", 2 * 256 * 16)
     model = tiny("llama", max_position_embeddings=1 << 16)
     artifact = artifact_for(model, RECIPES["nuq4-1p"])
     generator = torch.Generator().manual_seed(0)
     beside = {}
     for tokens in (1024, 32768):
         cache = KVQCache(artifact, model)
-        cache._begin(1, torch.arange(tokens)[None], None)
-        for layer in cache.layers:
-            layer.ops.append(
-                layer.storage, *torch.randn(2, 1, 2, tokens, 16, generator=generator), cache.table
-            )
+        cache.append(torch.randn(2, 1, 2, tokens, 16, generator=generator) for _ in cache.layers)
         logits_through(model, cache, token_ids(1, 1), [1])
         packed = cache.nbytes
         with PeakBytes() as mode:

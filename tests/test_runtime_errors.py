@@ -12,10 +12,11 @@ from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, token_ids
 from safetensors import safe_open
 
-from kvq_calib.artifact.artifact import ArtifactModelError
+from kvq_calib.artifact.errors import ArtifactModelError
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
+from kvq_calib.runtime.visibility import Visibility
 
 pytestmark = pytest.mark.model
 
@@ -93,7 +94,7 @@ def test_thresholds_beyond_the_storage_dtype(llama, artifact):
     broken = dataclasses.replace(key, zero_point=key.zero_point + 1e5)
     layer = dataclasses.replace(artifact.layers[1], key=broken)
     artifact = dataclasses.replace(artifact, layers=(artifact.layers[0], layer))
-    with pytest.raises(RuntimeMismatchError, match="layer 1: key thresholds reach 1e\\+05"):
+    with pytest.raises(RuntimeMismatchError, match="layer 1, keys: thresholds reach 1e\\+05"):
         KVQCache(artifact, llama)
 
 
@@ -107,9 +108,9 @@ def test_numbers_beyond_the_storage_dtype(llama, artifact):
     assert cache.get_seq_length() == 0
 
 
-def test_dynamic_channel_thresholds_cannot_be_streamed(llama):
-    artifact = artifact_for(llama, recipe(key={"dynamic": True}))
-    with pytest.raises(RuntimeMismatchError, match="layer 0: dynamic thresholds per channel"):
+def test_online_channel_thresholds_cannot_be_streamed(llama):
+    artifact = artifact_for(llama, recipe(key={"thresholds": "channel_online"}))
+    with pytest.raises(RuntimeMismatchError, match="layer 0, keys: online thresholds per channel"):
         KVQCache(artifact, llama)
 
 
@@ -117,7 +118,9 @@ def test_unknown_backend_and_missing_gpu(llama, artifact):
     with pytest.raises(RuntimeMismatchError, match="unknown backend 'rocm'"):
         KVQCache(artifact, llama, backend="rocm")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeMismatchError, match="CUDA kernels cannot be used"):
+        with pytest.raises(
+            RuntimeMismatchError, match="the cuda operations cannot be used: there is no CUDA device"
+        ):
             KVQCache(artifact, llama, backend="cuda")
 
 
@@ -137,8 +140,10 @@ def test_rotary_embedding_that_changed(llama, artifact):
 
 def test_position_ids_of_the_wrong_shape(llama, artifact):
     cache = KVQCache(artifact, llama)
-    with pytest.raises(RuntimeMismatchError, match="position_ids"):
-        cache._positions(torch.zeros(3, 1, 5, dtype=torch.int64), 5, cache.device)
+    seen = Visibility(None, 5, 5, None)
+    with pytest.raises(RuntimeMismatchError, match="position_ids of shape"):
+        cache.forward_pass.enter(0, 1, seen, torch.zeros(3, 1, 5, dtype=torch.int64))
+    assert cache.table is None
 
 
 @pytest.mark.parametrize("after", ["run again", "crop", "reset"])
@@ -211,13 +216,6 @@ class TestSavedCache:
         path = tmp_path / "cache.safetensors"
         cache.save(path)
         return path
-
-    def test_the_artifact_may_be_of_an_older_format(self, llama, artifact, saved):
-        """A cache that was saved before the format changed names the file of then."""
-        again = dataclasses.replace(artifact)
-        object.__setattr__(again, "older_sha256", "f" * 64)
-        self.rewrite(saved, lambda _, m: m.update(artifact="f" * 64))
-        assert KVQCache.load(saved, again, llama).get_seq_length() == 300
 
     def rewrite(self, path, change):
         """Apply ``change(tensors, metadata)`` to the file."""

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvq_calib.codec.quantizer import Quantizer
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
-from kvq_calib.runtime.torch_ops import PageReader
+from kvq_calib.runtime.page_reader import PageReader
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KVCacheSpec
 
@@ -34,13 +36,14 @@ class Store:
 
     def __init__(self, spec: KVCacheSpec, batch: int) -> None:
         pair: dict[str, Quantizer] = random_artifact(GEOMETRY, spec).quantizers()[0]
+        self.quantizer, self.ops = pair["key"], TorchOps(pair["key"], pair["value"])
         self.table = SlotTable(batch, spec.sink_tokens, spec.recent_tokens, CPU)
         self.layer = LayerStorage(pair["key"], pair["value"], batch, spec.sink_tokens, CPU)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         start = self.table.length
         self.table.append(torch.arange(start, start + keys.shape[2])[None], None)
-        self.layer.append(keys, values, self.table)
+        self.layer.append(keys, values, self.table, self.ops.pack)
 
     def crop(self, length: int) -> None:
         self.table.crop(length)
@@ -114,8 +117,8 @@ def test_cropping_keeps_what_was_stored_and_starts_a_new_block(spec, length, mor
     unpacked = torch.cat((keys[:, :, old:kept], keys[:, :, length:]), dim=2).to(store.layer.tail_key.dtype)
     new = after[..., old:]
     assert torch.allclose(
-        store.layer.key.quantizer.inverse_transform(new.flatten(1, 2).mT),
-        store.layer.key.quantizer(unpacked)[:, :, : new.shape[-1]],
+        store.quantizer.inverse_transform(new.flatten(1, 2).mT),
+        store.quantizer(unpacked)[:, :, : new.shape[-1]],
         atol=1e-4,
     )
 
@@ -126,7 +129,7 @@ def decoded(store: Store) -> torch.Tensor:
     if not packed.pages:
         return torch.zeros(store.table.batch, HEADS, SIZE, 0)
     places = table.block_slots(0, table.blocks)
-    y = PageReader(packed.quantizer).read(packed.pages)[..., : len(places)]
+    y = PageReader(store.quantizer).read(packed.pages)[..., : len(places)]
     return y[..., places >= 0]
 
 

@@ -7,25 +7,29 @@ import torch
 from artifact_factory import artifact_for
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.calibrate import pipeline
-from kvq_calib.calibrate.finetune import divergence
+from kvq_calib.calibrate import fit_trellis
+from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.rate_distortion import correction
+from kvq_calib.calibrate.run import calibrate
 from kvq_calib.calibrate.sensitivity import error_sensitivity
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config
-from kvq_calib.schema.spec import KINDS, KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, ErrorCompensationSpec, KVCacheSpec, TrellisSpec
 
 pytestmark = pytest.mark.model
 
-FINE = QuantSpec(bits=5, variable_bits=True, trellis=True)
-SPEC = KVCacheSpec(key=FINE.model_copy(update={"phase": True, "feedback": True}), value=FINE, sink_tokens=1)
+SPEC = KVCacheSpec(
+    key=TrellisSpec(max_bits=5, pair_rotation=True, error_compensation=ErrorCompensationSpec()),
+    value=TrellisSpec(max_bits=5),
+    sink_tokens=1,
+)
 
 
 def test_sensitivity_is_the_derivative_of_the_divergence() -> None:
     model = tiny_model("llama").eval()
     artifact = artifact_for(model, SPEC)
     pieces = torch.randint(0, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    found = error_sensitivity(model, pieces, SPEC, artifact.geometry, artifact.layers)
+    found = error_sensitivity(model, pieces, artifact)
     assert set(found) == {(layer, kind) for layer in range(len(artifact.layers)) for kind in KINDS}
     quantizers = artifact.quantizers()
 
@@ -65,22 +69,22 @@ def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
     dear = (1, "key"), 1
 
-    def said(model, pieces, cache, geometry, layers, **_):
+    def said(model, pieces, draft, **_):
         costs = {
-            (layer, kind): torch.ones(geometry.layers[layer].num_kv_heads, dtype=torch.float64)
-            for layer in range(len(layers))
+            (layer, kind): torch.ones(shape.num_kv_heads, dtype=torch.float64)
+            for layer, shape in enumerate(draft.geometry.layers)
             for kind in KINDS
         }
         costs[dear[0]][dear[1]] = 1e6
         return costs
 
-    monkeypatch.setattr(pipeline, "error_sensitivity", said)
-    settings = ("learn=null", "allocation.context=65536", "allocation.written=0")
+    monkeypatch.setattr(fit_trellis, "error_sensitivity", said)
+    settings = ("learn=null", "allocation.context=65536", "allocation.self_generated=0")
     recipes = {
         str(rounds): calibration_config("kvq3", assignments=(*settings, f"allocation.corrections={rounds}"))
         for rounds in (0, 1)
     }
-    made = pipeline.calibrate(model, windows, recipes, model_id="", model_config={}).artifacts
+    made = calibrate(model, windows, recipes, model_id="", model_config={}).artifacts
     (layer, kind), head = dear
 
     def widths(name: str) -> tuple[int, int]:

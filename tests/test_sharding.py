@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifact_factory import RECIPES, random_artifact, recipe
+from artifact_factory import RECIPES, random_artifact, recipe, trellis
 from click.testing import CliRunner
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.shard import shard
-from kvq_calib.cli.main import artifact_group
+from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KINDS
@@ -20,30 +20,39 @@ from kvq_calib.schema.spec import KINDS
 ROPE = RopeSpec(pairs=((0, 4), (1, 5), (2, 6), (3, 7)), inv_freq=(1.0, 0.3, 0.1, 0.03))
 LAYER = LayerGeometry(num_query_heads=8, num_kv_heads=4, head_dim=8, rope=0)
 GEOMETRY = KVGeometry(layers=(LAYER, LAYER.model_copy(update={"sliding_window": 40})), ropes=(ROPE,))
-CHANNELS = {"granularity": "channel", "dynamic": False, "outliers": {}, "variable_bits": True}
-STATIC = {
-    "phase-rotation": recipe(key={**CHANNELS, "phase": True}, value={**CHANNELS, "rotation": True}),
-    "feedback": recipe(key={**CHANNELS, "feedback": True, "phase": True}, value={**CHANNELS, "bits": 3}),
-    "one-width": recipe(key={"bits": 3, "outliers": {}}, value={**CHANNELS, "variable_bits": False}),
+#: With values of another head size than the keys in the second layer.
+UNEVEN = KVGeometry(layers=(LAYER, LAYER.model_copy(update={"value_head_dim": 6})), ropes=(ROPE,))
+#: Recipes with thresholds per channel and no outliers, of which no number depends on a token's other heads.
+BY_CHANNEL = {
+    "trellis": RECIPES["trellis"],
+    "one-state": RECIPES["trellis-one-state"],
+    "compensation": RECIPES["compensation"],
+    "rank-and-tokens": recipe(
+        key=trellis(4, pair_rotation=True, error_compensation={"rank": 2}, token_weighting=True),
+        value=trellis(3, error_compensation={}),
+    ),
+    "scalar": recipe(key={"bits": 3, "outliers": {}}, value={"thresholds": "channel", "outliers": {}}),
 }
 
 RANK = """
 import sys, torch, torch.distributed as dist
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.runtime.torch_ops import AttentionRequest, ReferenceOps, Visibility
-from kvq_calib.runtime.storage import LayerStorage, SlotTable
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.torch_ops import TorchOps
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 from kvq_calib.artifact.shard import shard
 
 def attention(artifact, query, keys, values):
     outputs = []
     for number, pair in enumerate(artifact.quantizers()):
-        ops = ReferenceOps(pair["key"], pair["value"])
+        ops = TorchOps(pair["key"], pair["value"])
         sinks, cpu = artifact.spec.sink_tokens, torch.device("cpu")
         table = SlotTable(1, sinks, artifact.spec.recent_tokens, cpu)
         storage = LayerStorage(pair["key"], pair["value"], 1, sinks, cpu)
         tokens = keys.shape[2]
         table.append(torch.arange(tokens)[None], None)
-        ops.append(storage, keys, values, table)
+        storage.append(keys, values, table, ops.pack)
         seen = Visibility(None, tokens, tokens, artifact.geometry.layers[number].sliding_window)
         outputs.append(ops.attend(AttentionRequest(query, seen, 8**-0.5), storage, table))
     return torch.stack(outputs)
@@ -66,17 +75,18 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", BY_CHANNEL)
 def test_a_shard_sees_what_the_whole_sees_of_its_heads(name, ranks):
-    whole = random_artifact(GEOMETRY, STATIC[name], codebooks=1 if name == "one-width" else 3)
-    x = torch.randn(2, 4, 50, 8, generator=torch.Generator().manual_seed(1))
+    whole = random_artifact(UNEVEN, BY_CHANNEL[name], codebooks=3)
     for rank in range(ranks):
-        part = KVArtifact.from_bytes(
-            shard(whole, rank, ranks).to_bytes()
-        )  # it is an artifact in its own right
+        # It is an artifact in its own right.
+        part = KVArtifact.from_bytes(shard(whole, rank, ranks).to_bytes())
         heads = slice(rank * 4 // ranks, rank * 4 // ranks + max(1, 4 // ranks))
-        for ours, theirs in zip(part.quantizers(), whole.quantizers(), strict=True):
+        for number, (ours, theirs) in enumerate(zip(part.quantizers(), whole.quantizers(), strict=True)):
             for kind in KINDS:
+                shape = UNEVEN.layers[number].shape(kind)
+                x = torch.randn(2, 4, 50, shape.head_dim, generator=torch.Generator().manual_seed(1))
+                assert ours[kind].shape == (heads.stop - heads.start, shape.head_dim)
                 assert torch.equal(ours[kind](x[:, heads]), theirs[kind](x)[:, heads])
 
 
@@ -90,7 +100,7 @@ def test_thresholds_per_token_come_from_the_ranks_own_heads():
 
 
 def test_shards_together_hold_what_the_whole_holds():
-    whole = random_artifact(GEOMETRY, RECIPES["feedback"])
+    whole = random_artifact(GEOMETRY, RECIPES["compensation"])
     parts = [shard(whole, rank, 2).storage(512) for rank in range(2)]
     for buffer in ("codes", "sinks"):
         names = [name for name in whole.storage(512) if buffer in name]
@@ -101,7 +111,7 @@ def test_shards_together_hold_what_the_whole_holds():
 
 def test_two_ranks_attend_as_one(tmp_path):
     file = tmp_path / "a.kvq.safetensors"
-    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    random_artifact(GEOMETRY, RECIPES["compensation"]).save(file)
     (tmp_path / "rank.py").write_text(RANK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
@@ -126,7 +136,7 @@ def test_what_cannot_be_divided_is_refused(rank, ranks, message):
 
 def test_command_writes_a_file_for_every_rank(tmp_path):
     file = tmp_path / "a.kvq.safetensors"
-    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    random_artifact(GEOMETRY, RECIPES["compensation"]).save(file)
     pattern = str(tmp_path / "a.{rank}.kvq.safetensors")
     result = CliRunner().invoke(artifact_group, ["shard", str(file), "--ranks", "2", "-o", pattern])
     assert result.exit_code == 0, result.output
@@ -139,7 +149,7 @@ def test_command_writes_a_file_for_every_rank(tmp_path):
 
 def test_command_needs_a_place_for_the_rank(tmp_path):
     file = tmp_path / "a.kvq.safetensors"
-    random_artifact(GEOMETRY, RECIPES["feedback"]).save(file)
+    random_artifact(GEOMETRY, RECIPES["compensation"]).save(file)
     result = CliRunner().invoke(
         artifact_group, ["shard", str(file), "--ranks", "2", "-o", str(tmp_path / "b")]
     )

@@ -1,8 +1,8 @@
 // Quantizes whole blocks of new tokens into pages: normalise, code, pack, collect outliers; keys and values in one
-// launch. The arithmetic is kvq_calib.quantizer's, operation by operation: separately rounded float32, no fused
+// launch. The arithmetic is that of kvq_calib/codec, operation by operation: separately rounded float32, no fused
 // multiply-add, so codes, token scales and residuals agree bit for bit. Then `place_outliers` moves the outliers to
-// where they stay, once the host knows how many there are. Where errors are fed back, or codes follow a trellis
-// (kvq_calib/trellis.py), there are no outliers and thresholds are the channels'.
+// where they stay, once the host knows how many there are. Where errors are compensated, or codes follow a trellis
+// (kvq_calib/codec/trellis.py), there are no outliers and thresholds are the channels'.
 #include "common.cuh"
 
 constexpr int kThreads = 512;
@@ -14,9 +14,9 @@ enum ElementType { kHalf = 0, kBFloat = 1, kFloat = 2 };
 struct AppendSide {
     const void *x;               // [B, H, T, D], T = 32 * blocks, elements of `type`; innermost stride 1
     const PagePointers *pages;   // pages of the new blocks; the first may be partly filled
-    const float *cosine;         // [H, P] of the phases, or null: pairs are turned before quantization
+    const float *cosine;         // [H, P] of the angles by which pairs are turned before quantization, or null
     const float *sine;
-    const uint32_t *phase_pair;  // [D]: partner | pair << 16, bit 15: the second of its pair; 0xffffffff: none
+    const uint32_t *partner;     // [D]: partner | pair << 16, bit 15: the second of its pair; 0xffffffff: none
     const float *scale;          // [C] of the channels, or null
     const float *reciprocal;     // [C], 1 / scale
     const float *zero_point;     // [C]
@@ -24,10 +24,10 @@ struct AppendSide {
     const float *boundaries;     // [C or 1, boundary_count]: between neighbours; with a trellis between l and l + 4
     const uint8_t *bits;         // [C]
     const int *word_offset;      // [C], sum of the widths before
-    const float *feedback;       // [H, D, D], of the errors of the coordinates before, or null: none
-    const float *sweep_share;    // [H, D, D], of the errors of all others in a sweep, or null: none
-    const float *importance;     // [H, 32] of a token by the class of its size, or null: all count alike
-    const float *importance_edge;  // [H, 31]
+    const float *compensation;   // [H, D, D], shares of the errors of the coordinates before, or null: none
+    const float *refinement;     // [H, D, D], shares of the errors of all others in a refinement pass, or null: none
+    const float *token_weight;   // [H, 32] of a token by the class of its size, or null: all count alike
+    const float *weight_edge;    // [H, 31]
     uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]
@@ -40,13 +40,13 @@ struct AppendSide {
     int capacity;                // 32 * cap
     int storage_bfloat;
     int trellis, boundary_count;
-    int sweeps;                  // times that coordinates with feedback are coded again
+    int refinements;             // refinement passes: times that coordinates are coded again
 };
 
 struct AppendParams {
     AppendSide side[2];
     int batch, heads, head_dim, first_block;  // first_block: place of the first new block in its page
-    int fed_warps;                            // heads coded side by side where errors are fed back
+    int head_warps;                           // heads coded side by side where errors are compensated
 };
 
 struct Token {  // thresholds and, where outliers are too many, the cut
@@ -55,19 +55,19 @@ struct Token {  // thresholds and, where outliers are too many, the cut
     int last_channel;  // and what is equal up to this channel
 };
 
-// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, or importance [H, 32] of its tokens, then
+// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, or weights [H, 32] of its tokens, then
 // masks [32, H, chunks] of 32 coordinates each.
 struct Work {
     Token *token;
     int *count;
-    float *importance;
+    float *token_weight;
     uint32_t *mask;
     int chunks;
 
     KVQ_DEVICE Work(void *memory, int heads, int head_dim) {
         token = static_cast<Token *>(memory);
         count = reinterpret_cast<int *>(token + kBlockTokens);
-        importance = reinterpret_cast<float *>(count);  // a trellis has no outliers
+        token_weight = reinterpret_cast<float *>(count);  // a trellis has no outliers
         mask = reinterpret_cast<uint32_t *>(count + heads * (kBlockTokens + 1));
         chunks = (head_dim + kWarp - 1) / kWarp;
     }
@@ -87,15 +87,15 @@ KVQ_DEVICE uint16_t to_storage(const AppendSide &s, float x) {
     return s.storage_bfloat ? BFloat::from_float(x) : Half::from_float(x);
 }
 
-// Element (head, coordinate) of a token as it is to be quantized: turned by its phase, normalised by its channel.
+// Element (head, coordinate) of a token as it is to be quantized: turned with its partner, normalised by its channel.
 KVQ_DEVICE float element(const AppendSide &s, int64_t token, int head, int head_dim, int coordinate) {
     const int64_t row = token + s.stride[1] * head;
     float y = load_element(s, row + coordinate);
     if (s.cosine) {
-        const uint32_t pair = s.phase_pair[coordinate];
+        const uint32_t pair = s.partner[coordinate];
         if (pair != 0xffffffffu) {
             const float other = load_element(s, row + (pair & 0x7fffu));
-            const int pairs = int(s.phase_pair[head_dim]);
+            const int pairs = int(s.partner[head_dim]);
             const float c = s.cosine[head * pairs + (pair >> 16)], sn = s.sine[head * pairs + (pair >> 16)];
             y = pair & 0x8000u ? __fadd_rn(__fmul_rn(sn, other), __fmul_rn(c, y))
                                : __fsub_rn(__fmul_rn(c, y), __fmul_rn(sn, other));
@@ -228,7 +228,7 @@ KVQ_DEVICE void store_unit(const AppendSide &s, uint32_t *codes, int channel, in
 // ---- trellis -------------------------------------------------------------------------------------------------
 
 constexpr int kSubsets = 4;
-constexpr int kImportanceClasses = 32;
+constexpr int kSizeClasses = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // Levels and thresholds of one channel. Subset s of a trellis is levels s, s + 4, s + 8, ...
@@ -261,16 +261,16 @@ struct ChannelLevels {
 };
 
 // What errors of a head's token count in the choice of a path.
-KVQ_DEVICE float importance_of(const AppendSide &s, int64_t token, int head, int head_dim) {
+KVQ_DEVICE float token_weight_of(const AppendSide &s, int64_t token, int head, int head_dim) {
     float size = 0.0f;
     for (int i = 0; i < head_dim; ++i) {
         const float y = element(s, token, head, head_dim, i);
         size = __fadd_rn(size, __fmul_rn(y, y));
     }
-    const float *edge = s.importance_edge + head * (kImportanceClasses - 1);
+    const float *edge = s.weight_edge + head * (kSizeClasses - 1);
     int place = 0;
-    for (int i = 0; i < kImportanceClasses - 1; ++i) place += edge[i] < size;
-    return s.importance[head * kImportanceClasses + place];
+    for (int i = 0; i < kSizeClasses - 1; ++i) place += edge[i] < size;
+    return s.token_weight[head * kSizeClasses + place];
 }
 
 // The lowest bits of the codes of a block, bit t for token t, and the subsets they lead through.
@@ -285,11 +285,11 @@ struct Path {
 // Inputs of the two tokens that lead into state `after`, as bits.
 KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
 
-// The path of least squared error of one channel, its 32 elements given by `u`, weighted by the `importance` of each unless
-// that is null. Two tokens lead from any state to any other in one way; a state is the lowest bit of the newest code, plus 2
-// times that of the one before.
+// The path of least squared error of one channel, its 32 elements given by `u`, each weighted by its `token_weight`
+// unless that is null. Two tokens lead from any state to any other in one way; a state is the lowest bit of the newest
+// code, plus 2 times that of the one before.
 template <class Element>
-KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u, const float *importance) {
+KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u, const float *token_weight) {
     float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity};
     uint32_t path[4] = {0, 0, 0, 0};
 #pragma unroll 1
@@ -301,7 +301,7 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u, const float 
 #pragma unroll
             for (int s = 0; s < kSubsets; ++s) {
                 distance[i][s] = c.squared_distance(s, c.nearest(s, x), x);
-                if (importance) distance[i][s] = __fmul_rn(distance[i][s], importance[t + i]);
+                if (token_weight) distance[i][s] = __fmul_rn(distance[i][s], token_weight[t + i]);
             }
         }
         float next[4];
@@ -332,8 +332,8 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &u, const float 
     return best;
 }
 
-// The same for one channel by a warp, from the (weighted) squared distances [32, 4] of its tokens in shared memory: a lane
-// follows the state lane % 4.
+// The same for one channel by a warp, from the (weighted) squared distances [32, 4] of its tokens in shared memory: a
+// lane follows the state lane % 4.
 KVQ_DEVICE Path best_path(const float *distance) {
     const int after = lane_id() % 4, now = after & 1, between = after >> 1;
     const int first[2] = {2 * between, 2 * (between ^ 1)}, second[2] = {2 * now + between, 2 * (now ^ 1) + between};
@@ -363,10 +363,10 @@ KVQ_DEVICE Path best_path(const float *distance) {
     return Path{__shfl_sync(kAll, path, best)};
 }
 
-// ---- error feedback ------------------------------------------------------------------------------------------
+// ---- error compensation --------------------------------------------------------------------------------------
 
-// Shared memory of one warp that codes a head with feedback.
-struct FedWork {
+// Shared memory of one warp that codes a head with error compensation.
+struct HeadWork {
     float *error;     // [D, 32] of the coordinates coded
     float *weight;    // [D] of the coordinate at hand
     float *distance;  // [32, 4] of its tokens
@@ -378,7 +378,7 @@ struct FedWork {
         return head_dim * (kBlockTokens + 1) + kBlockTokens * kSubsets + kWarp * kRow / 4;
     }
 
-    KVQ_DEVICE FedWork(void *memory, int warp, int head_dim) {
+    KVQ_DEVICE HeadWork(void *memory, int warp, int head_dim) {
         distance = static_cast<float *>(memory) + warp * words(head_dim);
         error = distance + kBlockTokens * kSubsets;
         weight = error + head_dim * kBlockTokens;
@@ -387,31 +387,31 @@ struct FedWork {
 };
 
 // Codes a block of one head, coordinate by coordinate: a lane is a token. What is coded is the element plus its share
-// of the errors of the coordinates before it, summed in their order; in a sweep, before these, its share of the errors that those
-// after it were left with.
-KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int64_t first, int head, int head_dim,
-                                   uint32_t *codes, int place) {
+// of the errors of the coordinates before it, summed in their order; in a refinement pass, before these, its share of
+// the errors that those after it were left with.
+KVQ_DEVICE void code_head(const AppendSide &s, const HeadWork &work, int64_t first, int head, int head_dim,
+                          uint32_t *codes, int place) {
     const int lane = lane_id();
     const int64_t token = first + s.stride[2] * lane;
-    const float importance = s.importance ? importance_of(s, token, head, head_dim) : 1.0f;
-    for (int sweep = 0; sweep <= s.sweeps; ++sweep) {
-        const float *share = (sweep ? s.sweep_share : s.feedback) + int64_t(head) * head_dim * head_dim;
+    const float token_weight = s.token_weight ? token_weight_of(s, token, head, head_dim) : 1.0f;
+    for (int pass = 0; pass <= s.refinements; ++pass) {
+        const float *share = (pass ? s.refinement : s.compensation) + int64_t(head) * head_dim * head_dim;
         for (int i = 0; i < head_dim; ++i) {
             const ChannelLevels c(s, head * head_dim + i);
-            for (int j = lane; j < (sweep ? head_dim : i); j += kWarp) work.weight[j] = share[i * head_dim + j];
+            for (int j = lane; j < (pass ? head_dim : i); j += kWarp) work.weight[j] = share[i * head_dim + j];
             const float exact = element(s, token, head, head_dim, i);
             __syncwarp();
             auto product = [&](int j) { return __fmul_rn(work.weight[j], work.error[j * kBlockTokens + lane]); };
-            float fed = exact;
-            if (sweep) {
+            float target = exact;
+            if (pass) {
                 float later = 0.0f;
 #pragma unroll 8
                 for (int j = i + 1; j < head_dim; ++j) later = __fadd_rn(later, product(j));
-                fed = __fadd_rn(exact, later);
+                target = __fadd_rn(exact, later);
             }
 #pragma unroll 8
-            for (int j = 0; j < i; ++j) fed = __fadd_rn(fed, product(j));
-            const float u = c.normalised(fed);
+            for (int j = 0; j < i; ++j) target = __fadd_rn(target, product(j));
+            const float u = c.normalised(target);
             int code = 0, level = 0;
             if (s.trellis && c.bits) {
                 uint32_t places = 0;
@@ -420,7 +420,7 @@ KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int
                     const int nearest = c.nearest(subset, u);
                     places |= uint32_t(nearest) << (8 * subset);
                     work.distance[kSubsets * lane + subset] =
-                        __fmul_rn(c.squared_distance(subset, nearest, u), importance);
+                        __fmul_rn(c.squared_distance(subset, nearest, u), token_weight);
                 }
                 __syncwarp();
                 const Path path = best_path(work.distance);
@@ -432,14 +432,14 @@ KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int
             }
             work.error[i * kBlockTokens + lane] =
                 __fsub_rn(exact, __fadd_rn(c.zero_point, __fmul_rn(c.scale, c.levels[level])));
-            work.code[i % kWarp * FedWork::kRow + lane] = uint8_t(code);
+            work.code[i % kWarp * HeadWork::kRow + lane] = uint8_t(code);
             __syncwarp();
-            if (sweep < s.sweeps || (i % kWarp < kWarp - 1 && i + 1 < head_dim)) continue;
+            if (pass < s.refinements || (i % kWarp < kWarp - 1 && i + 1 < head_dim)) continue;
             // A lane packs what 32 tokens of one coordinate were coded as.
             const int coordinate = i / kWarp * kWarp + lane;
             if (coordinate <= i) {
                 const int channel = head * head_dim + coordinate, bits = s.bits[channel];
-                const uint8_t *own = work.code + lane * FedWork::kRow;
+                const uint8_t *own = work.code + lane * HeadWork::kRow;
                 uint32_t low[4], high[4];
 #pragma unroll
                 for (int slice = 0; slice < 4; ++slice) {
@@ -457,8 +457,8 @@ KVQ_DEVICE void code_with_feedback(const AppendSide &s, const FedWork &work, int
     }
 }
 
-// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or FedWork's for fed_warps
-// warps where that is more.
+// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or HeadWork's for
+// head_warps warps where that is more.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
     KVQ_SHARED;
     const AppendSide &s = p.side[blockIdx.z];
@@ -468,11 +468,11 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
     const PagePointers &page = s.pages[(p.first_block + block) / kPageBlocks];
     const int64_t first = s.stride[0] * row + s.stride[2] * block * kBlockTokens;
     uint32_t *codes = page.codes + int64_t(row) * s.words;
-    if (s.feedback) {
-        if (warp_id() >= p.fed_warps) return;
-        const FedWork fed(kvq_shared, warp_id(), p.head_dim);
-        for (int head = warp_id(); head < p.heads; head += p.fed_warps)
-            code_with_feedback(s, fed, first, head, p.head_dim, codes, place);
+    if (s.compensation) {
+        if (warp_id() >= p.head_warps) return;
+        const HeadWork own(kvq_shared, warp_id(), p.head_dim);
+        for (int head = warp_id(); head < p.heads; head += p.head_warps)
+            code_head(s, own, first, head, p.head_dim, codes, place);
         return;
     }
 
@@ -495,10 +495,10 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
         if (s.cap) cut_outliers(s, start, p.heads, p.head_dim, &token);
         if (lane == 0) work.token[t] = token;
     }
-    if (s.importance)
+    if (s.token_weight)
         for (int i = threadIdx.x; i < p.heads * kBlockTokens; i += kThreads)
-            work.importance[i] =
-                importance_of(s, first + s.stride[2] * (i % kBlockTokens), i / kBlockTokens, p.head_dim);
+            work.token_weight[i] =
+                token_weight_of(s, first + s.stride[2] * (i % kBlockTokens), i / kBlockTokens, p.head_dim);
     __syncthreads();
 
     // A warp takes 32 coordinates of a head, a lane the 32 codes of one.
@@ -512,7 +512,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
             if (!inside || bits == 0) continue;
             const ChannelLevels c(s, channel);
             auto u = [&](int t) { return c.normalised(element(s, first + s.stride[2] * t, head, p.head_dim, coordinate)); };
-            const Path path = best_path(c, u, s.importance ? work.importance + head * kBlockTokens : nullptr);
+            const Path path = best_path(c, u, s.token_weight ? work.token_weight + head * kBlockTokens : nullptr);
 #pragma unroll
             for (int slice = 0; slice < 4; ++slice) {
 #pragma unroll 1
@@ -633,8 +633,8 @@ template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p
     }
 }
 
-// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new lists, those of blocks still to come, and
-// the entries.
+// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new
+// lists, those of blocks still to come, and the entries.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
     if (p.start_bytes == 2)
         place_outliers_of<uint16_t>(p);

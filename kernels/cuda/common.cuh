@@ -159,8 +159,8 @@ KVQ_DEVICE void pack_unit(const uint32_t *low, const uint32_t *high, int bits, u
     pack_narrow(high, bits - 4, words + 4);
 }
 
-// Codes of a trellis (kvq_calib/trellis.py) to the indices of their levels, in place: low and high nibbles of a unit,
-// tokens in order. An index has one bit more than its code. With u the lowest bit of a code, index[t] is
+// Codes of a trellis (kvq_calib/codec/trellis.py) to the indices of their levels, in place: low and high nibbles of a
+// unit, tokens in order. An index has one bit more than its code. With u the lowest bit of a code, index[t] is
 // (code[t] >> 1) << 2 | (u[t] ^ u[t - 2]) << 1 | u[t - 1]: the u of eight tokens move up by one or two nibbles.
 KVQ_DEVICE void trellis_index(uint32_t *low, uint32_t *high) {
     uint32_t before = 0;  // u of the slice before; none at the start of a block

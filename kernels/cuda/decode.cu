@@ -760,15 +760,15 @@ struct ReduceParams {
     const float *partial;
     const float2 *partial_sum;
     const float *sink_logits;  // [Hq], natural units, or null: a logit per head that takes probability, no value
-    void *out;                 // [B, Hq, D] in the queries' dtype; with separate: float [2, B, Hq, D], packed, exact
-    int packed_splits, splits, separate, padding;
+    uint16_t *out;             // [B, Hq, D] in the queries' dtype
+    int packed_splits, splits;
 };
 
 // Grid: query heads, sequences; 128 threads; 4 * splits bytes of shared memory.
 KVQ_KERNEL void __launch_bounds__(kThreads) reduce_splits(const __grid_constant__ ReduceParams p) {
     KVQ_SHARED;
     float *weight = reinterpret_cast<float *>(kvq_shared);
-    const int64_t head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x, heads = int64_t(gridDim.y) * gridDim.x;
+    const int64_t head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
     const float2 *sums = p.partial_sum + head * p.splits;
     const float own = p.sink_logits ? p.sink_logits[blockIdx.x] * kLog2e : kMinusInfinity;
     // Every warp computes the same sum: no exchange between warps, and few splits.
@@ -791,11 +791,6 @@ KVQ_KERNEL void __launch_bounds__(kThreads) reduce_splits(const __grid_constant_
 #pragma unroll 8
         for (int i = 0; i < p.packed_splits; ++i) packed += weight[i] * column[int64_t(i) * kDim];
         for (int i = p.packed_splits; i < p.splits; ++i) exact += weight[i] * column[int64_t(i) * kDim];
-        if (p.separate) {
-            reinterpret_cast<float *>(p.out)[head * kDim + d] = packed * inverse;
-            reinterpret_cast<float *>(p.out)[(heads + head) * kDim + d] = exact * inverse;
-        } else {
-            reinterpret_cast<uint16_t *>(p.out)[head * kDim + d] = Query::from_float((packed + exact) * inverse);
-        }
+        p.out[head * kDim + d] = Query::from_float((packed + exact) * inverse);
     }
 }

@@ -1,5 +1,5 @@
 // Keys or values of whole blocks as ordinary 16-bit or 32-bit tensors, for attention over many queries at once:
-// decoded, outliers added, keys turned to their positions. A rotation of values is left to the caller.
+// decoded, outliers added, keys turned to their positions.
 #include "common.cuh"
 
 constexpr int kThreads = 128;

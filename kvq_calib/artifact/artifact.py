@@ -79,7 +79,7 @@ class KVArtifact:
         """Refuse a model that this artifact is not for.
 
         Args:
-            config: :func:`kvq_calib.model.load.model_fingerprint` of the model.
+            config: :func:`kvq_calib.model.fingerprint.model_fingerprint` of the model.
 
         Raises:
             ArtifactModelError: names the first field that differs.
@@ -138,7 +138,7 @@ class KVArtifact:
         return cache_bytes(tensors, self.cache_shape(context, batch, recent_tokens))
 
     def elements(self, context: int, batch: int = 1) -> int:
-        """Numbers an unquantized cache would hold: keys and values of every layer, a sliding window's where it has one."""
+        """Numbers an unquantized cache would hold: keys and values of every layer, within its sliding window."""
         return cache_elements(self.geometry.layers, context, batch)
 
     def bits_per_element(

@@ -1,10 +1,9 @@
 """Scales of FP8 key-value caches, in the files that vLLM, TensorRT-LLM and SGLang read.
 
-Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and one
-for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. Calibration records it
-(:func:`recorded_amax`); for an artifact from elsewhere, :func:`amax_of` says what follows from what its quantizers
-reach. File and key names
-are those that the three projects document; ``docs/integrations.md`` lists them.
+Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and
+one for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. Calibration
+records it (:func:`recorded_amax`); for an artifact from elsewhere, :func:`amax_of` says what follows from what its
+quantizers reach. File and key names are those that the three projects document; ``docs/integrations.md`` lists them.
 """
 
 from __future__ import annotations
@@ -49,8 +48,10 @@ Amax = Mapping[Kind, Sequence[float]]
 
 
 def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
-    """Largest magnitude of each channel at any position, from that before RoPE, both ``[C]``: a pair turns, so either half
-    may come to be as long as the pair."""
+    """Largest magnitude of each channel at any position, from that before RoPE, both ``[C]``.
+
+    A pair turns, so either half may come to be as long as the pair.
+    """
     by_head = reach.view(heads, -1).clone()
     if rope.pairs:
         first, second = torch.tensor(rope.pairs).T
@@ -62,9 +63,9 @@ def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
 def amax_of(artifact: KVArtifact) -> dict[Kind, list[float | None]]:
     """Per layer, the largest magnitude of rotated keys and of values that the artifact's quantizers reach.
 
-    Keys quantized before RoPE: for a pair whose halves reach ``a`` and ``b`` it is ``sqrt(a^2 + b^2)`` times the attention
-    scaling, which holds at every position and for every turn of the pair. ``None`` where thresholds come from each token,
-    or from the text.
+    Keys quantized before RoPE: for a pair whose halves reach ``a`` and ``b`` it is ``sqrt(a^2 + b^2)`` times the
+    attention scaling, which holds at every position and for every turn of the pair. ``None`` where thresholds come from
+    each token, or from the text.
     """
     found: dict[Kind, list[float | None]] = {kind: [] for kind in KINDS}
     for index, quantizers in enumerate(artifact.quantizers()):

@@ -29,9 +29,10 @@ from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
 from kvq_calib.errors import ConfigError, ModelError
 from kvq_calib.fit.levels import storable
-from kvq_calib.model.geometry import model_geometry
-from kvq_calib.model.load import model_fingerprint
-from kvq_calib.schema.geometry import KINDS, KVGeometry
+from kvq_calib.model.compat import tensor_rebuilder
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
 __all__ = ["geometry_of", "import_kvquant", "load_pickle"]
@@ -64,7 +65,7 @@ def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("numpy", "dtype"): np.dtype,
         ("numpy", "ndarray"): np.ndarray,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_tensor_v2"): tensor_rebuilder(),
         ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
     }
 
@@ -84,7 +85,8 @@ class _Unpickler(pickle.Unpickler):
         known = self._allowed.get((module, name))
         if known is None:
             raise ArtifactFileError(
-                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it was run"
+                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it "
+                "was run"
             )
         return known
 
@@ -144,7 +146,7 @@ def geometry_of(model: str) -> tuple[KVGeometry, dict[str, Any]]:
     small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
-    found = model_geometry(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
+    found = inspect_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
     fingerprint = model_fingerprint(_Configured(config))
     return KVGeometry(layers=found.layers * layers, ropes=found.ropes), fingerprint
 
@@ -187,36 +189,16 @@ def import_kvquant(
     content = load_pickle(path)
     if not isinstance(content, dict) or not content:
         raise ArtifactFileError(f"{path} holds no quantizers by name")
-    normed, widths, layers = set(), set(), []
-    for number, shape in enumerate(geometry.layers):
-        centroids = {}
-        for kind, projection in (("key", "k_proj"), ("value", "v_proj")):
-            name = f"model.layers.{number}.self_attn.{projection}"
-            entry = content.get(name)
-            if not isinstance(entry, tuple) or len(entry) < 2:
-                raise ConfigError(f"{path} has no quantizer {name}; name the model it was made for")
-            if len(entry) < 3:
-                raise ArtifactFileError(
-                    f"{name} has no centroids: only non-uniform quantizers (--nuq) can be imported"
-                )
-            centroids[kind] = _levels(name, entry)
-            normed.add(len(entry) >= 5)
-            widths.add(len(centroids[kind]))
-            if kind == "key":
-                upper, lower = (_channels(name, part, shape.shape("key").channels) for part in entry[:2])
-        if bool((upper < lower).any()):
-            raise ArtifactFileError(f"{path}: upper thresholds of layer {number} are below the lower ones")
-        scale = ((upper - lower) / 2).clamp(min=_SMALLEST_SCALE).float()
-        key = ScalarParams(centroids["key"][None], scale, ((upper + lower) / 2).float())
-        layers.append(LayerParams(key, ScalarParams(centroids["value"][None])))
+    found = [_layer(path, content, number, shape) for number, shape in enumerate(geometry.layers)]
     extra = [n for n in content if n.startswith(f"model.layers.{len(geometry.layers)}.")]
     if extra:
         raise ConfigError(
             f"{path} has more layers than the model's {len(geometry.layers)}; name the model it was made for"
         )
-    if len(widths) != 1 or len(normed) != 1:
+    if len({forms for _, forms in found}) != 1 or len(found[0][1]) != 1:
         raise ArtifactFileError(f"{path} mixes quantizers of several kinds")
-    bits, q_norm = (widths.pop() - 1).bit_length(), normed.pop()
+    ((width, q_norm),) = found[0][1]
+    bits = (width - 1).bit_length()
     try:
         spec = KVCacheSpec(
             key=ScalarSpec(
@@ -234,7 +216,7 @@ def import_kvquant(
     return KVArtifact(
         spec,
         geometry,
-        tuple(layers),
+        tuple(params for params, _ in found),
         model=dict(model),
         calibration={"recipe": "imported", "source": "KVQuant quantizers", "file": Path(path).name},
         outliers_per_token={
@@ -245,6 +227,31 @@ def import_kvquant(
             for kind in KINDS
         },
     )
+
+
+def _layer(
+    path: str | os.PathLike[str], content: Mapping[Any, Any], number: int, shape: LayerGeometry
+) -> tuple[LayerParams, frozenset[tuple[int, bool]]]:
+    """Parameters of a layer, and the number of levels and Q-Norm of its quantizers."""
+    centroids, forms = {}, set()
+    for kind, projection in (("key", "k_proj"), ("value", "v_proj")):
+        name = f"model.layers.{number}.self_attn.{projection}"
+        entry = content.get(name)
+        if not isinstance(entry, tuple) or len(entry) < 2:
+            raise ConfigError(f"{path} has no quantizer {name}; name the model it was made for")
+        if len(entry) < 3:
+            raise ArtifactFileError(
+                f"{name} has no centroids: only non-uniform quantizers (--nuq) can be imported"
+            )
+        centroids[kind] = _levels(name, entry)
+        forms.add((len(centroids[kind]), len(entry) >= 5))
+        if kind == "key":
+            upper, lower = (_channels(name, part, shape.shape("key").channels) for part in entry[:2])
+    if bool((upper < lower).any()):
+        raise ArtifactFileError(f"{path}: upper thresholds of layer {number} are below the lower ones")
+    scale = ((upper - lower) / 2).clamp(min=_SMALLEST_SCALE).float()
+    key = ScalarParams(centroids["key"][None], scale, ((upper + lower) / 2).float())
+    return LayerParams(key, ScalarParams(centroids["value"][None])), frozenset(forms)
 
 
 def _array(name: str, part: Any) -> Tensor:
@@ -262,7 +269,8 @@ def _channels(name: str, part: Any, channels: int) -> Tensor:
     thresholds = _array(name, part)
     if len(thresholds) != channels:
         raise ConfigError(
-            f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was made for"
+            f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was "
+            "made for"
         )
     return thresholds
 

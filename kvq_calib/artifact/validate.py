@@ -1,4 +1,4 @@
-"""Everything that is checked about a file before it is used: names, shapes, dtypes and values of tensors, and metadata."""
+"""What is checked about a file before it is used: names, shapes, dtypes and values of tensors, and metadata."""
 
 from __future__ import annotations
 

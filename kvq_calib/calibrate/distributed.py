@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.errors import CalibrationError
+
+S = TypeVar("S", bound=Statistics)
 
 #: How long a rank waits for the others: longer than any window takes, shorter than a night.
 _PATIENCE = timedelta(minutes=30)
@@ -27,6 +31,35 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def reduce_over_ranks(tensor: Tensor, reduction: Reduction) -> None:
+    """Replace a tensor by its elementwise sum, minimum or maximum over all ranks."""
+    if world()[1] == 1:
+        return
+    operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+    dist.all_reduce(tensor, op=operations[reduction])
+
+
+def added_over_ranks(statistics: S) -> S:
+    """Statistics of what all ranks have seen.
+
+    What a rank has seen itself stays apart, so that a checkpoint means the same whichever rank died when. With one rank
+    that is the same object.
+    """
+    if world()[1] == 1:
+        return statistics
+    total = statistics.copied()
+
+    def largest(tensor: Tensor) -> Tensor:
+        found = tensor.clone()
+        reduce_over_ranks(found, "max")
+        return found
+
+    total.align(largest)
+    for name, tensor in total.state().items():
+        reduce_over_ranks(tensor, total.reductions[name])
+    return total
 
 
 @contextmanager

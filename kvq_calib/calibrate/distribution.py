@@ -1,17 +1,17 @@
-"""Streaming statistics that rate-distortion fitting needs: moments per channel and RoPE pair, and the
-gradient-weighted distribution of every channel.
+"""Streaming statistics of channels: moments, also of RoPE pairs, and weighted distributions.
 
-State depends on channels and bins, never on tokens, and two states add.
+They give widths and levels per channel. State depends on channels and bins, never on tokens, and two states add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.errors import CalibrationError
 from kvq_calib.schema.geometry import RopeSpec
 
@@ -22,40 +22,38 @@ _REACH = 64.0
 
 
 def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Channel numbers of the two halves of every RoPE pair, each int64 ``[H, P]`` (``P`` is 0 without
-    RoPE)."""
+    """Channel numbers of the two halves of every RoPE pair, each int64 ``[H, P]`` (``P`` is 0 without RoPE)."""
     pairs = torch.tensor(rope.pairs if rope is not None else (), dtype=torch.int64).view(-1, 2)
     head = torch.arange(heads)[:, None] * head_dim
     return head + pairs[:, 0], head + pairs[:, 1]
 
 
-class ChannelMoments:
+class ChannelMoments(Statistics):
     """Count, mean and variance of every channel, and the covariance of RoPE pairs.
 
     Args:
         channels: number of channels ``C``.
         first, second: channels of the pairs, int64 ``[H, P]``; see :func:`pair_channels`.
-        device: where to accumulate.
     """
 
-    def __init__(
-        self, channels: int, first: Tensor, second: Tensor, device: torch.device | str = "cpu"
-    ) -> None:
+    reductions: ClassVar[Mapping[str, Reduction]] = {"count": "sum", "sums": "sum", "cross": "sum"}
+
+    def __init__(self, channels: int, first: Tensor, second: Tensor) -> None:
         self.first, self.second = first, second
-        self.count = torch.zeros(1, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(first.shape, dtype=torch.float64, device=device)
+        self.count = torch.zeros(1, dtype=torch.float64)
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+        self.cross = torch.zeros(first.shape, dtype=torch.float64)
 
     def update(self, y: Tensor) -> None:
         """Add values.
 
         Args:
-            y: float32 ``[N, C]``.
+            y: float32 ``[N, C]`` on the CPU.
 
         Raises:
             CalibrationError: a value is NaN or infinite.
         """
-        y = y.to(self.sums.device, torch.float64)
+        y = y.double()
         total = y.sum(0)
         if not bool(torch.isfinite(total).all()):
             raise CalibrationError("activations are not finite")
@@ -85,7 +83,7 @@ class ChannelMoments:
         """Of the two halves of each pair, float64 ``[H, P]``."""
         return self.cross / self.count.clamp(min=1) - self.mean[self.first] * self.mean[self.second]
 
-    def principal_phase(self) -> Tensor:
+    def principal_angle(self) -> Tensor:
         """Angle that turns each pair to its principal axes, so that its halves are uncorrelated.
 
         Returns:
@@ -94,18 +92,18 @@ class ChannelMoments:
         spread = self.variance[self.first] - self.variance[self.second]
         return (-0.5 * torch.atan2(2 * self.covariance, spread)).half()
 
-    def turned(self, phase: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel after turning each pair by ``phase``.
+    def turned(self, angle: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel after turning each pair by ``angle``.
 
         Args:
-            phase: float ``[H, P]``, or ``None`` for no turn.
+            angle: float ``[H, P]``, or ``None`` for no turn.
 
         Returns:
             Two float64 ``[C]``; a channel that never moves has a deviation of 1.
         """
         mean, variance = self.mean.clone(), self.variance.clone()
-        if phase is not None and phase.numel():
-            cos, sin = phase.double().cos(), phase.double().sin()
+        if angle is not None and angle.numel():
+            cos, sin = angle.double().cos(), angle.double().sin()
             a, b = self.first, self.second
             va, vb, cov = self.variance[a], self.variance[b], self.covariance
             mean[a], mean[b] = (
@@ -117,28 +115,8 @@ class ChannelMoments:
         deviation = variance.clamp(min=0).sqrt()
         return mean, torch.where(deviation > 1e-12, deviation, 1.0)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"count": self.count, "sums": self.sums, "cross": self.cross}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        device = self.sums.device
-        self.count, self.sums, self.cross = (state[name].to(device) for name in ("count", "sums", "cross"))
-
-    def merge(self, other: ChannelMoments) -> None:
-        """Add another of the same channels."""
-        self.count += other.count
-        self.sums += other.sums
-        self.cross += other.cross
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        for tensor in (self.count, self.sums, self.cross):
-            dist.all_reduce(tensor)
-
-
-class WeightedHistogram:
+class WeightedHistogram(Statistics):
     """Weighted distribution of every channel.
 
     Bins are equal steps of ``asinh((y - mean) / deviation)``: fine where values are dense, and wide enough
@@ -147,19 +125,20 @@ class WeightedHistogram:
 
     Args:
         channels: number of channels ``C``.
-        device: where to accumulate.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum", "count": "sum"}
+
+    def __init__(self, channels: int) -> None:
         # Weight and weighted value, then number and value.
-        self.sums = torch.zeros(4, channels, WEIGHTED_BINS, dtype=torch.float64, device=device)
-        self.count = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, channels, WEIGHTED_BINS, dtype=torch.float64)
+        self.count = torch.zeros(1, dtype=torch.float64)
 
     def update(self, y: Tensor, weights: Tensor, mean: Tensor, deviation: Tensor) -> None:
         """Add values.
 
         Args:
-            y: float32 ``[N, C]``.
+            y: float32 ``[N, C]`` on the CPU.
             weights: float ``[N, C]``, not negative: squared gradients of the loss with respect to ``y``.
             mean, deviation: float ``[C]``, the same in every call; they place the bins.
         """
@@ -167,11 +146,11 @@ class WeightedHistogram:
         reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
         place = torch.asinh((y - mean) / deviation) / reach  # -1 .. 1 within reach
         bins = ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
-        flat = (bins + torch.arange(y.shape[1], device=y.device) * WEIGHTED_BINS).flatten()
+        flat = (bins + torch.arange(y.shape[1]) * WEIGHTED_BINS).flatten()
         size = y.shape[1] * WEIGHTED_BINS
         for row, values in enumerate((weights, weights * y, torch.ones_like(y), y)):
             found = torch.bincount(flat, weights=values.flatten(), minlength=size)
-            self.sums[row] += found.view(y.shape[1], -1).to(self.sums.device)
+            self.sums[row] += found.view(y.shape[1], -1)
         self.count += y.shape[0]
 
     def distribution(
@@ -179,7 +158,7 @@ class WeightedHistogram:
         mean: Tensor,
         deviation: Tensor,
         shrinkage: float = 0.0,
-        foreign: WeightedHistogram | None = None,
+        vocabulary: WeightedHistogram | None = None,
         share: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """The weighted distribution of one token.
@@ -187,20 +166,20 @@ class WeightedHistogram:
         Args:
             mean, deviation: what :meth:`update` was given.
             shrinkage: how far every weight is moved towards the mean of its channel, 0 to 1.
-            foreign: values of the same channels for other tokens, in the same bins.
+            vocabulary: values of the same channels for tokens drawn from the vocabulary, in the same bins.
             share: of them among the values that the moved part of the weight goes to, 0 to 1.
 
         Returns:
-            ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C,
-            bins]``.
+            ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C, bins]``.
         """
         mean, deviation = mean[:, None], deviation[:, None]
         edges = torch.linspace(-1, 1, WEIGHTED_BINS + 1, dtype=torch.float64)
         edges = mean + deviation * torch.sinh(edges * torch.asinh(torch.tensor(_REACH, dtype=torch.float64)))
         common = self.sums[0].sum(1, keepdim=True) / self.count.clamp(min=1)
         plain = self.sums[2:]
-        if foreign is not None:
-            plain = plain * (1 - share) + foreign.sums[2:] * (self.count / foreign.count.clamp(min=1)) * share
+        if vocabulary is not None:
+            per_token = self.count / vocabulary.count.clamp(min=1)
+            plain = plain * (1 - share) + vocabulary.sums[2:] * per_token * share
         weight, moment = self.sums[:2] * (1 - shrinkage) + plain * common * shrinkage
         middle = (edges[:, 1:] + edges[:, :-1]) / 2
         points = torch.where(weight > 0, moment / weight.clamp(min=torch.finfo(torch.float64).tiny), middle)
@@ -208,21 +187,3 @@ class WeightedHistogram:
         points[:, 1:] = torch.maximum(points[:, 1:], edges[:, 1:-1])
         points[:, :-1] = torch.minimum(points[:, :-1], edges[:, 1:-1])
         return points, weight / self.count.clamp(min=1)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"sums": self.sums, "count": self.count}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.sums, self.count = (state[name].to(self.sums.device) for name in ("sums", "count"))
-
-    def merge(self, other: WeightedHistogram) -> None:
-        """Add another of the same channels and bins."""
-        self.sums += other.sums
-        self.count += other.count
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        dist.all_reduce(self.sums)
-        dist.all_reduce(self.count)

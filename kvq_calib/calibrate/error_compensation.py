@@ -1,4 +1,4 @@
-"""Error feedback: which share of its errors a coordinate hands on to those that are coded after it.
+"""Error compensation: which share of its errors a coordinate hands on to those that are coded after it.
 
 The loss sees an error ``e`` of a head through ``e^T W e``, with ``W`` the mean outer product of the gradients. Where
 gradients of two coordinates are correlated, a second error can make good for a first. With ``W = M^T D M``, ``M``
@@ -7,21 +7,22 @@ rounding errors are left, weighed by ``D`` (the argument of GPTQ, arXiv 2210.173
 weights). ``D`` is never above the diagonal of ``W``, and a reader of the cache has nothing to do.
 
 ``M`` has as many entries as half the square of the head's size. Where that is too much to store, ``W`` is taken as
-``S (I - diag(F F^T) + F F^T) S``, ``S`` diagonal and ``F`` of few columns (factor analysis of the correlations), and ``M``
-follows from that.
+``S (I - diag(F F^T) + F F^T) S``, ``S`` diagonal and ``F`` of few columns (factor analysis of the correlations), and
+``M`` follows from that.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.codec.quantizer import error_weight, triangular_factor
+from kvq_calib.calibrate.statistics import Reduction, Statistics
+from kvq_calib.codec.error_compensation import error_weight_matrix, triangular_factor
 
-__all__ = ["ErrorFeedback", "GradientCovariance", "error_feedback"]
+__all__ = ["CompensationFactors", "GradientCovariance", "compensation_factors"]
 
 #: Added to the diagonal, as a share of it: entries follow what many tokens agree on.
 _DAMPING = 0.03
@@ -31,47 +32,49 @@ _ROUNDS = 10
 _OWN = 0.05
 
 
-class GradientCovariance(Sums):
-    """Sum of the outer products of the gradients of each head; two states add.
+class GradientCovariance(Statistics):
+    """Sum of the outer products of the gradients of each head.
 
     Args:
         heads: key-value heads ``H``.
         head_dim: coordinates ``D`` of a head.
-        device: where to accumulate.
     """
 
-    def __init__(self, heads: int, head_dim: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64, device=device)
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum"}
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        self.sums = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
 
     def update(self, gradient: Tensor) -> None:
-        """Add gradients, float ``[N, C]``, of values as they are to be quantized."""
+        """Add gradients, float ``[N, C]`` on the CPU, of values as they are to be quantized."""
         heads, head_dim, _ = self.sums.shape
         split = gradient.unflatten(1, (heads, head_dim)).transpose(0, 1).double()
-        self.sums += (split.mT @ split).to(self.sums.device)
+        self.sums += split.mT @ split
 
 
-class ErrorFeedback(NamedTuple):
-    """What is stored for each head.
+class CompensationFactors(NamedTuple):
+    """What is stored for each head, and what it brings.
 
     Attributes:
-        feedback, feedback_scale, feedback_weight: int8 ``[H, entries]``, float32 ``[H]`` and float16 ``[H, D]``, as
-            :class:`kvq_calib.codec.quantizer.QuantParams` has them.
-        left: what feedback leaves of the weight of each coordinate's rounding error, in (0, 1] on average over a head in
-            logarithms, float64 ``[H, D]``.
+        entries: int8 ``[H, n]``, of the matrix below its diagonal or of the factor, in steps of ``scale``.
+        scale: float32 ``[H]``.
+        weight: float16 ``[H, D]``, what a rounding error of each coordinate costs.
+        left: what compensation leaves of the weight of each coordinate's rounding error, in (0, 1] on average over a
+            head in logarithms, float64 ``[H, D]``.
     """
 
-    feedback: Tensor
-    feedback_scale: Tensor
-    feedback_weight: Tensor
+    entries: Tensor
+    scale: Tensor
+    weight: Tensor
     left: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all heads, ``feedback_weight`` included, which the matrix needs for sweeps alone."""
-        return self.feedback.nbytes + self.feedback_scale.nbytes + self.feedback_weight.nbytes
+        """Bytes of all heads, ``weight`` included, which the matrix needs for refinement passes alone."""
+        return self.entries.nbytes + self.scale.nbytes + self.weight.nbytes
 
 
-def error_feedback(weight: Tensor, rank: int = 0) -> ErrorFeedback:
+def compensation_factors(weight: Tensor, rank: int = 0) -> CompensationFactors:
     """Factor the weights of the errors of all heads, float64 ``[H, D, D]``, symmetric and positive semidefinite.
 
     Args:
@@ -91,24 +94,24 @@ def error_feedback(weight: Tensor, rank: int = 0) -> ErrorFeedback:
     if rank == 0:
         matrix, pivots = triangular_factor(weight)
         row, column = torch.tril_indices(size, size, -1, device=weight.device)
-        feedback, scale = _in_steps(matrix[:, row, column])
-        return ErrorFeedback(feedback, scale, _shares(pivots), pivots / diagonal)
+        entries, scale = _in_steps(matrix[:, row, column])
+        return CompensationFactors(entries, scale, _shares(pivots), pivots / diagonal)
     root = diagonal.sqrt()
     factor = _factor(weight / (root[:, :, None] * root[:, None, :]), min(rank, size))
     factor = torch.nn.functional.pad(factor, (0, rank - factor.shape[-1]))
-    feedback, scale = _in_steps(factor.flatten(1))
+    entries, scale = _in_steps(factor.flatten(1))
     # Rounding must leave each coordinate something of its own.
-    stored = scale.double()[:, None, None] * feedback.view(factor.shape).double()
+    stored = scale.double()[:, None, None] * entries.view(factor.shape).double()
     most = stored.square().sum(-1).amax(-1)
     scale = (scale * ((1 - _OWN) / most.clamp(min=1 - _OWN)).sqrt()).float()
     share = _shares(diagonal).clamp(min=torch.finfo(torch.float16).smallest_normal)
-    matrix, _ = triangular_factor(error_weight(feedback, scale, share, rank))
+    matrix, _ = triangular_factor(error_weight_matrix(entries, scale, share, rank))
     # A rounding error of coordinate i is an error of all that takes it up.
     spread = torch.linalg.solve_triangular(
         matrix, torch.eye(size).to(weight).expand_as(weight), upper=False, unitriangular=True
     )
     cost = (spread * (weight @ spread)).sum(-2)
-    return ErrorFeedback(feedback, scale, share, cost / diagonal)
+    return CompensationFactors(entries, scale, share, cost / diagonal)
 
 
 def _in_steps(entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +130,8 @@ def _shares(weight: Tensor) -> Tensor:
 def _factor(correlation: Tensor, rank: int) -> Tensor:
     """Columns whose outer products come closest to correlations ``[H, D, D]`` beside the diagonal, ``[H, D, rank]``.
 
-    Factor analysis by maximum likelihood (Jöreskog, 1967), a few rounds of its fixed point: what a coordinate has of its own scales
-    the correlations, whose largest eigenvalues beyond 1 are what coordinates have in common.
+    Factor analysis by maximum likelihood (Jöreskog, 1967), a few rounds of its fixed point: what a coordinate has of
+    its own scales the correlations, whose largest eigenvalues beyond 1 are what coordinates have in common.
     """
     own = torch.full_like(correlation[..., 0], 0.5)
     factor = correlation[..., :rank]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvq_calib.calibrate.capture import LayerKV, OnBackward, OnForward, capture
 from kvq_calib.errors import CalibrationError, ModelError
+from kvq_calib.model.capture import LayerKV, OnBackward, OnForward, capture
+from kvq_calib.model.intercept import carried
 from kvq_calib.model.placement import input_device, is_offloaded
 
 __all__ = ["activations_only", "fisher_pass", "head_logits", "is_splittable", "recomputed_layers"]
@@ -214,7 +215,8 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
 
     def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            again = carried(forward)  # by autograd, in a thread of its own where the model is on a GPU
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from kvq_calib.calibrate.pipeline import Calibrated
+from kvq_calib.calibrate.clock import peak_resident_bytes
+from kvq_calib.calibrate.run import Calibrated
 
-__all__ = ["peak_resident_bytes", "profile_lines"]
+__all__ = ["profile_lines"]
 
 _GIB = 2**30
-
-
-def peak_resident_bytes() -> int:
-    """Most memory that this process has had resident so far."""
-    import resource  # not on every system, and only calibration asks
-
-    # Linux counts kibibytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def profile_lines(model: Any, before: Mapping[str, float], result: Calibrated) -> list[str]:

@@ -1,222 +1,303 @@
-"""From the weighted distributions of all channels to widths, scales, zero points and codebooks, under one
-budget."""
+"""From the weighted distributions of all channels to widths, scales, zero points and codebooks, under one budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact, LayerParams
-from kvq_calib.calibrate.allocation import (
-    Curves,
-    allocate,
-    codebook_levels,
-    fit_curves,
-    share_codebooks,
-    spend,
-)
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate.codebooks import codebook_levels, level_curves, share_codebooks
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
-from kvq_calib.calibrate.error_compensation import GradientCovariance, error_feedback
-from kvq_calib.calibrate.token_weighting import TokenImportance
-from kvq_calib.codec.quantizer import QuantParams, storable_thresholds
+from kvq_calib.calibrate.error_compensation import (
+    CompensationFactors,
+    GradientCovariance,
+    compensation_factors,
+)
+from kvq_calib.calibrate.fitter import layer_params
+from kvq_calib.calibrate.token_weighting import TokenCosts
+from kvq_calib.codec.params import LayerParams
+from kvq_calib.codec.trellis import TrellisParams, storable_thresholds
+from kvq_calib.fit.allocation import Curves, allocate, within_budget
+from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.geometry import KVGeometry, RopeSpec
 from kvq_calib.schema.recipe import AllocationConfig
-from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, LayerSpec, QuantSpec
+from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, LayerSpec, QuantSpec, TrellisSpec
 
-Place = tuple[int, Kind]
-"""Layer and kind."""
+__all__ = ["Measure", "TensorStatistics", "correction", "fit_layers", "pair_angles", "spec_by_layer"]
 
-#: How much of what feedback takes from the weights of a layer (in logarithms, on average) the allocation counts on: errors
-#: that are fed in widen what a coordinate has to code. Between the coordinates of the layer it counts on all of it.
+Measure = Callable[[tuple[LayerParams, ...]], Mapping[CachedTensor, Tensor]]
+"""What the errors of a fit cost by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`."""
+
+#: How much of what compensation takes from the weights of a layer (in logarithms, on average) the allocation counts
+#: on: errors that are handed on widen what a coordinate has to code. Between the coordinates of the layer it counts
+#: on all of it.
 _TRUST = 0.5
-#: Share of what feedback saves on the calibration text that is left on other text.
+#: Share of what compensation saves on the calibration text that is left on other text.
 _OTHER_TEXT = 0.7
-#: The whole matrix of feedback is stored where it takes at most this share of what it saves.
+#: The whole matrix of compensation is stored where it takes at most this share of what it saves.
 _MATRIX_SHARE = 0.4
-#: Columns of the factors of feedback that are tried.
+#: Columns of the factors of compensation that are tried.
 _FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
-#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head, small ones are
-#: noise, and can be negative.
+#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head,
+#: small ones are noise, and can be negative.
 _MOST, _LEAST = 64.0, 1 / 8
 
 
-def phase_of(moments: ChannelMoments, spec: QuantSpec, rope: RopeSpec | None) -> Tensor | None:
-    """The phases that keys are turned by, float16 ``[H, P]``; ``None`` where the spec or the layer has
-    none."""
-    return moments.principal_phase() if spec.phase and rope is not None else None
+@dataclass(frozen=True)
+class TensorStatistics:
+    """What was collected of one layer's keys or values.
+
+    Attributes:
+        moments: of its channels.
+        weighted: distribution of each channel.
+        covariance: of the gradients, where errors are compensated.
+        token_costs: squared gradients by the size of tokens, where paths weigh their tokens.
+        vocabulary: distribution of values for tokens drawn from the vocabulary, in the bins of ``weighted``; without it
+            that of the text stands alone.
+    """
+
+    moments: ChannelMoments
+    weighted: WeightedHistogram
+    covariance: GradientCovariance | None = None
+    token_costs: TokenCosts | None = None
+    vocabulary: WeightedHistogram | None = None
+
+
+def pair_angles(moments: ChannelMoments, turned: bool, rope: RopeSpec | None) -> Tensor | None:
+    """The angles by which RoPE pairs of keys are rotated, float16 ``[H, P]``; ``None`` where they are not."""
+    return moments.principal_angle() if turned and rope is not None else None
 
 
 def spec_by_layer(
     cache: KVCacheSpec,
     settings: AllocationConfig,
     geometry: KVGeometry,
-    covariances: Mapping[Place, GradientCovariance],
+    covariances: Mapping[CachedTensor, GradientCovariance],
 ) -> KVCacheSpec:
-    """The spec with error feedback as it pays in each layer at ``settings.context`` tokens, or left out.
+    """The spec with error compensation as it pays in each layer at ``settings.context`` tokens, or left out.
 
-    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large heads and a
-    sliding window; factors of few columns save less and take far less. Where the matrix takes too large a share of what it
-    saves, the factor that saves most beyond what it takes is stored. A ``feedback_rank`` that the spec gives is taken or left out.
+    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large
+    heads and a sliding window; factors of few columns save less and take far less. Where the matrix takes too large a
+    share of what it saves, the factor that saves most beyond what it takes is stored. A rank that the spec gives is
+    taken or left out.
 
     Args:
         cache: spec.
         settings: the context.
         geometry: of the model.
-        covariances: of the gradients, where errors are fed back.
+        covariances: of the gradients, where errors are compensated.
     """
     layers = list(cache.resolved(len(geometry.layers)))
-    for (number, kind), covariance in covariances.items():
-        shape, spec = geometry.layers[number], layers[number].of(kind)
-        numbers = shape.channels * shape.held_tokens(settings.context)
-        changes = _feedback(spec, covariance.sums.cpu(), numbers)
-        layers[number] = layers[number].model_copy(update={kind: spec.model_copy(update=changes)})
+    for at, covariance in covariances.items():
+        layer, spec = geometry.layers[at.layer], layers[at.layer].of(at.kind)
+        assert isinstance(spec, TrellisSpec) and spec.error_compensation is not None
+        numbers = at.shape_in(geometry).channels * layer.held_tokens(settings.context)
+        pays = _compensation_that_pays(spec.error_compensation, covariance.sums, numbers)
+        changed = spec.model_copy(update={"error_compensation": pays})
+        layers[at.layer] = layers[at.layer].model_copy(update={at.kind: changed})
     if layers == list(cache.resolved(len(layers))):
         return cache
     usual = LayerSpec(key=cache.key, value=cache.value)
     return cache.model_copy(update={"layers": {n: spec for n, spec in enumerate(layers) if spec != usual}})
 
 
-def _feedback(spec: QuantSpec, covariance: Tensor, numbers: int) -> dict[str, int | bool]:
-    """What of a spec to change so that feedback pays on so many numbers; ``covariance`` of the gradients ``[H, D, D]``."""
+def _compensation_that_pays(
+    spec: ErrorCompensationSpec, covariance: Tensor, numbers: int
+) -> ErrorCompensationSpec | None:
+    """The compensation that pays on so many numbers, or ``None``.
+
+    Args:
+        spec: what the recipe asks for.
+        covariance: of the gradients, float64 ``[H, D, D]``.
+        numbers: that are held of the tensor.
+    """
     stored, saved = {}, {}
     ranks = [rank for rank in _FACTOR_RANKS if 4 * rank <= covariance.shape[-1]]
-    for rank in [spec.feedback_rank] if spec.feedback_rank else [0, *ranks]:
-        found = error_feedback(covariance, rank)
+    for rank in [spec.rank] if spec.rank else [0, *ranks]:
+        found = compensation_factors(covariance, rank)
         stored[rank] = 8 * found.nbytes
         # An error a quarter as large is worth a bit of each number.
         saved[rank] = -_TRUST * float(found.left.log2().mean()) / 2 * numbers
         if rank == 0 and stored[rank] <= _MATRIX_SHARE * saved[rank]:
-            return {}
+            return spec
     rank = max(saved, key=lambda each: _OTHER_TEXT * saved[each] - stored[each])
     if _OTHER_TEXT * saved[rank] <= stored[rank]:
-        return {"feedback": False, "feedback_rank": 0, "sweeps": 0}
-    return {"feedback_rank": rank}
+        return None
+    return spec.model_copy(update={"rank": rank})
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One layer's keys or values on the way to their parameters.
+
+    Attributes:
+        at: which.
+        spec: how they are quantized.
+        curves: what every width costs every channel.
+        constant: the parameters that do not depend on the widths, by name.
+        floor: least width of a channel.
+        held: tokens that a cache holds of them.
+    """
+
+    at: CachedTensor
+    spec: TrellisSpec
+    curves: Curves
+    constant: Mapping[str, Tensor]
+    floor: int
+    held: int
+
+
+def _prepared(
+    at: CachedTensor,
+    spec: QuantSpec,
+    statistics: TensorStatistics,
+    settings: AllocationConfig,
+    geometry: KVGeometry,
+) -> _Tensor:
+    """Curves and constant parameters of one layer's keys or values."""
+    assert isinstance(spec, TrellisSpec)
+    layer, moments = geometry.layers[at.layer], statistics.moments
+    angle = pair_angles(moments, spec.pair_rotation, at.rope_in(geometry))
+    constant = {} if angle is None else {"pair_angle": angle}
+    # In the first layer keys and values depend on the token alone.
+    share = settings.vocabulary_samples if at.layer else 1.0
+    points, weights = statistics.weighted.distribution(
+        *moments.turned(angle), settings.shrinkage, statistics.vocabulary, share
+    )
+    if statistics.token_costs is not None:
+        constant["token_weight"] = statistics.token_costs.weights(settings.shrinkage)
+        constant["token_size_unit"] = moments.squared_size(layer.num_kv_heads)
+    if spec.error_compensation is not None and statistics.covariance is not None:
+        found = compensation_factors(statistics.covariance.sums, spec.error_compensation.rank)
+        constant |= _compensation_tensors(found, spec.error_compensation)
+        left = found.left * (found.left.log().mean() * (_TRUST - 1)).exp()
+        weights = weights * left.flatten()[:, None]
+    least = settings.min_key_bits if at.kind == "key" else settings.min_value_bits
+    return _Tensor(
+        at,
+        spec,
+        level_curves(points, weights, spec),
+        constant,
+        min(least, spec.max_bits),
+        layer.held_tokens(settings.context),
+    )
+
+
+def _compensation_tensors(found: CompensationFactors, spec: ErrorCompensationSpec) -> dict[str, Tensor]:
+    """What is stored of the factors, by name."""
+    tensors = {"compensation": found.entries, "compensation_scale": found.scale}
+    if spec.needs_error_weight:
+        tensors["error_weight"] = found.weight
+    return tensors
 
 
 def fit_layers(
     cache: KVCacheSpec,
     settings: AllocationConfig,
     geometry: KVGeometry,
-    moments: Mapping[Place, ChannelMoments],
-    histograms: Mapping[Place, WeightedHistogram],
-    covariances: Mapping[Place, GradientCovariance],
-    importances: Mapping[Place, TokenImportance],
-    foreign: Mapping[Place, WeightedHistogram] | None = None,
-    measure: Callable[[tuple[LayerParams, ...]], Mapping[Place, Tensor]] | None = None,
+    statistics: Mapping[CachedTensor, TensorStatistics],
+    measure: Measure,
 ) -> tuple[LayerParams, ...]:
     """Fit everything a layer stores, for all layers.
 
     Args:
-        cache: spec; ``bits`` is the largest width, or the width of all channels where the scope is
-            ``uniform``.
+        cache: spec; ``max_bits`` is the largest width, or the width of all channels where the scope is ``uniform``.
         settings: budget and floors.
         geometry: of the model.
-        moments, histograms: statistics of each layer and kind.
-        covariances: of the gradients, where errors are fed back.
-        importances: of tokens, where paths weigh them.
-        foreign: values for tokens drawn from the vocabulary, in the bins of ``histograms``; without them those of the
-            text stand alone.
-        measure: what the errors of a fit cost by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`.
-            Needed for ``settings.corrections``.
+        statistics: of each layer's keys and values.
+        measure: what errors cost; called ``settings.corrections`` times.
 
     Raises:
         ConfigError: the budget is too small.
     """
     specs = cache.resolved(len(geometry.layers))
-    places: list[Place] = [(layer, kind) for layer in range(len(specs)) for kind in KINDS]
-    phases = {
-        (layer, kind): phase_of(moments[layer, kind], specs[layer].of(kind), geometry.rope_of(layer))
-        for layer, kind in places
-    }
-    curves: dict[Place, Curves] = {}
-    apart: dict[Place, dict[str, Tensor]] = {}  # what does not depend on the widths
-    for layer, kind in places:
-        mean, deviation = moments[layer, kind].turned(phases[layer, kind])
-        points, weights = histograms[layer, kind].distribution(
-            mean,
-            deviation,
-            settings.shrinkage,
-            (foreign or {}).get((layer, kind)),
-            settings.foreign if layer else 1.0,
-        )
-        phase = phases[layer, kind]
-        apart[layer, kind] = {} if phase is None else {"phase": phase}
-        if specs[layer].of(kind).importance:
-            apart[layer, kind] |= {
-                "importance": importances[layer, kind].weights(settings.shrinkage),
-                "importance_unit": moments[layer, kind].squared_size(geometry.layers[layer].num_kv_heads),
-            }
-        if specs[layer].of(kind).feedback:
-            rank = specs[layer].of(kind).feedback_rank
-            found = error_feedback(covariances[layer, kind].sums.cpu(), rank)
-            apart[layer, kind] |= {"feedback": found.feedback, "feedback_scale": found.feedback_scale}
-            if specs[layer].of(kind).sweeps or rank:
-                apart[layer, kind]["feedback_weight"] = found.feedback_weight
-            left = found.left * (found.left.log().mean() * (_TRUST - 1)).exp()
-            weights = weights * left.flatten()[:, None]
-        curves[layer, kind] = fit_curves(points, weights, specs[layer].of(kind))
-
-    floors = {"key": settings.min_key_bits, "value": settings.min_value_bits}
-    floor = [min(floors[kind], specs[layer].of(kind).bits) for layer, kind in places]
-    held = [geometry.layers[layer].held_tokens(settings.context) for layer, _ in places]
-    tables = [curves[place].distortion for place in places]
-
-    def chosen_at(budget: float) -> list[Tensor]:
-        counted = [
-            table if layer else table * settings.first_layer
-            for table, (layer, _) in zip(tables, places, strict=True)
-        ]
-        if settings.scope == "model":
-            return allocate(counted, floor, held, budget)
-        single = [
-            allocate([table], [least], [1], budget) for table, least in zip(counted, floor, strict=True)
-        ]
-        return [widths for (widths,) in single]
-
-    def stored_bits(widths: list[Tensor]) -> float:
-        shapes = {
-            place: replace(_shapes(w, settings.codebooks, specs[place[0]].of(place[1])), **apart[place])
-            for place, w in zip(places, widths, strict=True)
-        }
-        layers = tuple(LayerParams(shapes[n, "key"], shapes[n, "value"]) for n in range(len(specs)))
-        return KVArtifact(cache, geometry, layers).bits_per_element(settings.context)
-
-    def fitted(chosen: list[Tensor]) -> tuple[LayerParams, ...]:
-        params = {
-            place: replace(
-                share_codebooks(curves[place], widths, settings.codebooks, specs[place[0]].of(place[1])),
-                **apart[place],
-            )
-            for place, widths in zip(places, chosen, strict=True)
-        }
-        return tuple(LayerParams(params[n, "key"], params[n, "value"]) for n in range(len(specs)))
-
+    tensors = [
+        _prepared(at, specs[at.layer].of(at.kind), statistics[at], settings, geometry)
+        for at in cached_tensors(len(specs))
+    ]
+    fit = _BudgetedFit(cache, settings, geometry, tensors)
     if settings.scope == "uniform":
-        return fitted(
-            [
-                torch.full((geometry.layers[layer].channels,), specs[layer].of(kind).bits, dtype=torch.uint8)
-                for layer, kind in places
-            ]
+        return fit.params(
+            [torch.full((len(t.curves.points),), t.spec.max_bits, dtype=torch.uint8) for t in tensors]
         )
-    chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
+    errors = [tensor.curves.distortion for tensor in tensors]
+    widths = fit.widths(errors)
     for _ in range(settings.corrections):
-        if measure is None:
-            break
-        cost = measure(fitted(chosen))
-        estimated = [
-            table.gather(1, widths.to(torch.int64)[:, None]).view(len(cost[place]), -1).sum(1)
-            for place, table, widths in zip(places, tables, chosen, strict=True)
+        errors = _corrected(errors, widths, tensors, measure(fit.params(widths)))
+        widths = fit.widths(errors)
+    return fit.params(widths)
+
+
+@dataclass(frozen=True)
+class _BudgetedFit:
+    """All keys and values under one budget."""
+
+    cache: KVCacheSpec
+    settings: AllocationConfig
+    geometry: KVGeometry
+    tensors: Sequence[_Tensor]
+
+    def widths(self, errors: Sequence[Tensor]) -> list[Tensor]:
+        """Widths within the budget, uint8 ``[C]`` each, for errors by width, float64 ``[C, widths]`` each."""
+        counted = [
+            table if tensor.at.layer else table * self.settings.first_layer_weight
+            for table, tensor in zip(errors, self.tensors, strict=True)
         ]
-        factors = correction([cost[place] for place in places], estimated)
-        tables = [
-            table * factor.repeat_interleave(len(table) // len(factor))[:, None]
-            for table, factor in zip(tables, factors, strict=True)
-        ]
-        chosen = spend(settings.bits_per_element, chosen_at, stored_bits)
-    return fitted(chosen)
+        floors, held = [t.floor for t in self.tensors], [t.held for t in self.tensors]
+
+        def widths_at(budget: float) -> list[Tensor]:
+            if self.settings.scope == "model":
+                return allocate(counted, floors, held, budget)
+            return [
+                allocate([table], [floor], [1], budget)[0]
+                for table, floor in zip(counted, floors, strict=True)
+            ]
+
+        return within_budget(self.settings.bits_per_element, widths_at, self._stored_bits)
+
+    def params(self, widths: Sequence[Tensor]) -> tuple[LayerParams, ...]:
+        """What is stored of all layers with channels of these widths."""
+        return self._layers(
+            share_codebooks(t.curves, w, self.settings.codebooks, t.spec)
+            for t, w in zip(self.tensors, widths, strict=True)
+        )
+
+    def _stored_bits(self, widths: Sequence[Tensor]) -> float:
+        """Bits per element, everything counted, with channels of these widths."""
+        layers = self._layers(
+            _shapes(w, self.settings.codebooks, t.spec) for t, w in zip(self.tensors, widths, strict=True)
+        )
+        return KVArtifact(self.cache, self.geometry, layers).bits_per_element(self.settings.context)
+
+    def _layers(self, params: Iterable[TrellisParams]) -> tuple[LayerParams, ...]:
+        """By layer, with what does not depend on the widths."""
+        return layer_params(
+            {
+                tensor.at: replace(own, **tensor.constant)
+                for tensor, own in zip(self.tensors, params, strict=True)
+            }
+        )
+
+
+def _corrected(
+    errors: Sequence[Tensor],
+    widths: Sequence[Tensor],
+    tensors: Sequence[_Tensor],
+    cost: Mapping[CachedTensor, Tensor],
+) -> list[Tensor]:
+    """Estimated errors of every width, moved towards what those of the present widths were measured to cost by head."""
+    measured = [cost[tensor.at] for tensor in tensors]
+    estimated = [
+        table.gather(1, chosen.to(torch.int64)[:, None]).view(len(own), -1).sum(1)
+        for table, chosen, own in zip(errors, widths, measured, strict=True)
+    ]
+    return [
+        table * factor.repeat_interleave(len(table) // len(factor))[:, None]
+        for table, factor in zip(errors, correction(measured, estimated), strict=True)
+    ]
 
 
 def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[Tensor]:
@@ -235,11 +316,11 @@ def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[
     return list(ratio.clamp(_LEAST, _MOST).sqrt().split(heads))
 
 
-def _shapes(widths: Tensor, codebooks: int, spec: QuantSpec) -> QuantParams:
+def _shapes(widths: Tensor, codebooks: int, spec: TrellisSpec) -> TrellisParams:
     """Parameters of the right shapes and arbitrary content, to count what they take."""
     channels = len(widths)
-    scale, zero_point = storable_thresholds(spec, torch.ones(channels), torch.zeros(channels))
-    return QuantParams(
+    scale, zero_point = storable_thresholds(torch.ones(channels), torch.zeros(channels))
+    return TrellisParams(
         bits=widths,
         codebook=torch.zeros(codebook_levels(widths, codebooks, spec), dtype=torch.float16),
         codebook_index=torch.zeros(channels, dtype=torch.uint8),

@@ -1,48 +1,52 @@
-"""Text that the model writes itself.
+"""Self-generated calibration text: windows that the model writes itself.
 
-Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can be
-given: what it writes is drawn from its own distribution, with the registers, languages and oddities of its training text.
-(Self-generated calibration data: LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, for weights.)
+Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can
+be given: what it generates is drawn from its own distribution, with the registers, languages and oddities of its
+training text. (LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, calibrate weights on such text.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.calibrate.vocabulary_samples import drawn
+from kvq_calib.calibrate.statistics import Reduction, Statistics
+from kvq_calib.calibrate.vocabulary_samples import sample_tokens
 from kvq_calib.errors import CalibrationError
-from kvq_calib.model.load import cache_of, with_cache
+from kvq_calib.model.compat import cache_of, with_cache
 from kvq_calib.model.placement import input_device
 
-__all__ = ["WrittenText", "write"]
+__all__ = ["SelfGeneratedText", "continue_texts"]
 
 #: Tokens of a document: as much as short documents of web text have, and many beginnings for the same work.
 _DOCUMENT_TOKENS = 256
-#: Documents written at a time: their cache is that of two windows of 2,048 tokens.
+#: Documents generated at a time: their cache is that of two windows of 2,048 tokens.
 _DOCUMENTS = 16
 #: Pieces that two documents are cut into to be repeated.
 _PIECES = 8
 
 
-class WrittenText:
-    """Documents by the batch they are written in; those of batches that are not written yet are zeros.
+class SelfGeneratedText(Statistics):
+    """Documents by the batch they are generated in; those of batches that are not generated yet are zeros.
 
     Args:
-        windows: that the documents are to fill, without repeats and with them.
+        plain: windows that the documents are to fill one after the other.
+        repeating: windows that they are to fill with repeats between them.
         seqlen: tokens of a window.
         prefix: tokens that a text begins with, such as the beginning-of-sequence token.
         vocabulary: number of tokens that a document can begin with.
         seed: of every draw.
     """
 
+    reductions: ClassVar[Mapping[str, Reduction]] = {"ids": "sum"}
+
     def __init__(
         self,
-        windows: Mapping[bool, int],
+        plain: int,
+        repeating: int,
         seqlen: int,
         *,
         prefix: tuple[int, ...],
@@ -52,19 +56,20 @@ class WrittenText:
         self._prefix, self._seed = torch.tensor(prefix, dtype=torch.int64), seed
         self._body = seqlen - len(prefix)
         length = min(_DOCUMENT_TOKENS, self._body)
-        filling = {repeats: -(-count * self._body // length) for repeats, count in windows.items()}
-        documents = max(count - count // 3 if repeats else count for repeats, count in filling.items())
+        filling, mixed = (-(-windows * self._body // length) for windows in (plain, repeating))
+        documents = max(filling, mixed - mixed // 3)  # of three in mixed text, one repeats the others
         # Whole batches, so that more windows begin with the same text.
         self.ids = torch.zeros(-(-documents // _DOCUMENTS), _DOCUMENTS, length, dtype=torch.int64)
-        first = drawn(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
+        first = sample_tokens(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
         #: What each document begins with, int64 ``[batches, documents]``.
         self.beginnings = first.view(self.ids.shape[:2])
 
-    def write(self, model: Any, batch: int) -> None:
-        """Write one batch."""
+    def generate(self, model: Any, batch: int) -> None:
+        """Let the model write one batch."""
         generator = torch.Generator().manual_seed((self._seed + ((batch + 1) << 32)) % (1 << 63))
         prompt = torch.cat((self._prefix.expand(self.ids.shape[1], -1), self.beginnings[batch, :, None]), 1)
-        self.ids[batch] = write(model, prompt, self.ids.shape[2] - 1, generator)[:, len(self._prefix) :]
+        text = continue_texts(model, prompt, self.ids.shape[2] - 1, generator)
+        self.ids[batch] = text[:, len(self._prefix) :]
 
     def windows(self, count: int, *, repeats: bool) -> Tensor:
         """The documents one after the other.
@@ -94,27 +99,15 @@ class WrittenText:
             repeated.append(torch.cat([row[place] for place in order])[:length])
         return torch.stack(repeated)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"ids": self.ids}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.ids = state["ids"]
-
-    def all_reduce(self) -> None:
-        """Bring together what the ranks of the default process group wrote."""
-        dist.all_reduce(self.ids)
-
 
 @torch.no_grad()
-def write(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+def continue_texts(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
     """Continue texts by tokens drawn from the model's predictions, whatever it says of their end.
 
     Args:
         model: causal language model in eval mode.
         prompt: int64 ``[B, P]``.
-        tokens: to write.
+        tokens: to add.
         generator: of the draws.
 
     Returns:

@@ -1,58 +1,51 @@
 """What the errors of each head's keys and values really cost, measured on the model's output.
 
 The weighted error of an allocation is a second-order estimate, head by head. This measures all heads at once and at
-the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a = 1`` of
-their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an error that costs
-``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other included.
+the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a``
+of 1 of their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an
+error that costs ``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other
+included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import LayerParams, reference_quantizers
-from kvq_calib.calibrate.distributed import world
-from kvq_calib.calibrate.finetune import divergence
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate.distributed import reduce_over_ranks, world
+from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.gradients import activations_only, recomputed_layers
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.model.placement import input_device
-from kvq_calib.schema.geometry import KVGeometry
-from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
+from kvq_calib.schema.cached import CachedTensor
+from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = ["error_sensitivity"]
 
 
 def error_sensitivity(
-    model: Any,
-    pieces: Tensor,
-    cache: KVCacheSpec,
-    geometry: KVGeometry,
-    layers: Sequence[LayerParams],
-    *,
-    recompute: bool = False,
-) -> dict[tuple[int, Kind], Tensor]:
+    model: Any, pieces: Tensor, draft: KVArtifact, *, recompute: bool = False
+) -> dict[CachedTensor, Tensor]:
     """Derivative of the divergence with respect to a factor on the errors of each head's keys, and of its values.
 
     Args:
         model: causal language model in eval mode.
         pieces: token ids int64 ``[N, T]``; ranks divide them.
-        cache: spec of the artifact.
-        geometry: of the model.
-        layers: what is to be stored.
+        draft: what is to be stored.
         recompute: recompute layers in the backward pass.
 
     Returns:
         Nats per predicted token, float64 ``[H]`` by layer and kind.
     """
+    geometry = draft.geometry
     device = input_device(model)
     heads = max(layer.num_kv_heads for layer in geometry.layers)
-    factors = torch.ones(len(layers), len(KINDS), heads, device=device, requires_grad=True)
+    factors = torch.ones(len(draft.layers), len(KINDS), heads, device=device, requires_grad=True)
 
     def scaled(layer: int, kind: Kind, quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
         def through(x: Tensor) -> Tensor:
@@ -65,7 +58,7 @@ def error_sensitivity(
 
     quantize: list[Mapping[Kind, Callable[[Tensor], Tensor]]] = [
         {kind: scaled(layer, kind, quantizer) for kind, quantizer in own.items()}
-        for layer, own in enumerate(reference_quantizers(cache, geometry, layers))
+        for layer, own in enumerate(draft.quantizers())
     ]
     rank, ranks = world()
     with ExitStack() as stack:
@@ -74,14 +67,13 @@ def error_sensitivity(
             stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         for piece in pieces[rank::ranks]:
-            divergence(model, piece[None].to(device), cache, quantize, backward=True)
+            divergence(model, piece[None].to(device), draft.spec, quantize, backward=True)
     found = torch.zeros_like(factors) if factors.grad is None else factors.grad
     found = found.double().cpu()
-    if ranks > 1:
-        dist.all_reduce(found)
+    reduce_over_ranks(found, "sum")
     found /= len(pieces)
     return {
-        (layer, kind): found[layer, number, : geometry.layers[layer].num_kv_heads]
-        for layer in range(len(layers))
+        CachedTensor(layer, kind): found[layer, number, : shape.num_kv_heads]
+        for layer, shape in enumerate(geometry.layers)
         for number, kind in enumerate(KINDS)
     }

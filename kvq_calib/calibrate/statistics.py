@@ -7,11 +7,11 @@ float64 sums, so that splitting the text over ranks, or stopping and resuming, c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, Self
+import copy
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kvq_calib.errors import CalibrationError
@@ -21,43 +21,42 @@ LEVEL_BINS = 4096
 #: Narrowest bins are 2 ** -140, so that a channel of zeros needs no special case.
 _SMALLEST_EXPONENT = -140
 
-
-class Statistics(Protocol):
-    """What the pipeline asks of an accumulator."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
+Reduction = Literal["sum", "min", "max"]
 
 
-class Sums:
-    """An accumulator that is one tensor of float64 sums."""
+class Statistics:
+    """An accumulator whose state is a few tensors, each an attribute.
 
-    sums: Tensor
+    Attributes:
+        reductions: the names of these tensors, and how those of two accumulators become that of both.
+    """
+
+    reductions: ClassVar[Mapping[str, Reduction]]
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that hold everything."""
-        return {"sums": self.sums}
+        return {name: getattr(self, name) for name in self.reductions}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` gave."""
-        self.sums = state["sums"].to(self.sums.device)
+        for name in self.reductions:
+            setattr(self, name, state[name])
 
-    def merge(self, other: Self) -> None:
-        """Add another of the same shape."""
-        self.sums += other.sums
+    def copied(self) -> Self:
+        """Another one with tensors of its own."""
+        other = copy.copy(self)
+        other.load({name: tensor.clone() for name, tensor in self.state().items()})
+        return other
 
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        dist.all_reduce(self.sums)
+    def align(self, largest: Callable[[Tensor], Tensor]) -> None:
+        """Bring the state into a form that can be added to that of others.
+
+        Args:
+            largest: the elementwise maximum of a tensor over all that will be added.
+        """
 
 
-class ChannelHistogram:
+class ChannelHistogram(Statistics):
     """Distribution of each channel in equal bins that widen by powers of two as larger values arrive.
 
     Bin edges are multiples of ``2 ** exponent[c]`` around 0, and widening joins neighbours, so the result depends
@@ -66,14 +65,24 @@ class ChannelHistogram:
 
     Args:
         channels: number of channels ``C``.
-        device: where to accumulate.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(channels, CHANNEL_BINS, dtype=torch.int64, device=device)
-        self.exponent = torch.full((channels,), _SMALLEST_EXPONENT, dtype=torch.int32, device=device)
-        self.low = torch.full((channels,), torch.inf, device=device)
-        self.high = torch.full((channels,), -torch.inf, device=device)
+    reductions: ClassVar[Mapping[str, Reduction]] = {
+        "counts": "sum",
+        "exponent": "max",
+        "low": "min",
+        "high": "max",
+    }
+
+    def __init__(self, channels: int) -> None:
+        self.counts = torch.zeros(channels, CHANNEL_BINS, dtype=torch.int64)
+        self.exponent = torch.full((channels,), _SMALLEST_EXPONENT, dtype=torch.int32)
+        self.low = torch.full((channels,), torch.inf)
+        self.high = torch.full((channels,), -torch.inf)
+
+    def align(self, largest: Callable[[Tensor], Tensor]) -> None:
+        """Join bins until each channel's are as wide as the widest of all that will be added."""
+        self._widen(largest(self.exponent))
 
     def _widen(self, exponent: Tensor) -> None:
         """Join bins until each channel has at least ``exponent``."""
@@ -81,7 +90,7 @@ class ChannelHistogram:
         if not bool(shift.any()):
             return
         half = CHANNEL_BINS // 2
-        bins = torch.arange(CHANNEL_BINS, device=self.counts.device) - half
+        bins = torch.arange(CHANNEL_BINS) - half
         target = (bins >> shift[:, None].clamp(max=31).to(torch.int64)) + half
         self.counts = torch.zeros_like(self.counts).scatter_add_(1, target, self.counts)
         self.exponent = torch.maximum(self.exponent, exponent)
@@ -98,7 +107,7 @@ class ChannelHistogram:
         """Add values.
 
         Args:
-            y: float32 ``[N, C]``, finite.
+            y: float32 ``[N, C]`` on the CPU, finite.
 
         Raises:
             CalibrationError: a value is NaN or infinite.
@@ -112,7 +121,7 @@ class ChannelHistogram:
         self._widen(self._exponent_for(low, high))
         # Exact: float64 holds every float32 times a power of two.
         step = torch.exp2(-self.exponent.double())
-        first = torch.arange(y.shape[1], device=y.device) * CHANNEL_BINS + CHANNEL_BINS // 2
+        first = torch.arange(y.shape[1]) * CHANNEL_BINS + CHANNEL_BINS // 2
         flat = (y.double() * step).floor_().to(torch.int64) + first
         self.counts += torch.bincount(flat.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
@@ -132,43 +141,14 @@ class ChannelHistogram:
         value = torch.ldexp(bin_[:, 0] - CHANNEL_BINS // 2 + part, self.exponent.double()).float()
         return torch.minimum(torch.maximum(value, self.low), self.high)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"counts": self.counts, "exponent": self.exponent, "low": self.low, "high": self.high}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        device = self.counts.device
-        self.counts, self.exponent, self.low, self.high = (
-            state[name].to(device) for name in ("counts", "exponent", "low", "high")
-        )
+class Magnitude(Statistics):
+    """Largest magnitude of a tensor over all tokens."""
 
-    def merge(self, other: ChannelHistogram) -> None:
-        """Add another histogram of the same channels."""
-        self._widen(other.exponent)
-        other._widen(self.exponent)
-        self.counts += other.counts
-        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+    reductions: ClassVar[Mapping[str, Reduction]] = {"largest": "max"}
 
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        exponent = self.exponent.clone()
-        dist.all_reduce(exponent, op=dist.ReduceOp.MAX)
-        self._widen(exponent)
-        dist.all_reduce(self.counts)
-        dist.all_reduce(self.low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(self.high, op=dist.ReduceOp.MAX)
-
-
-class Magnitude:
-    """Largest magnitude of a tensor over all tokens.
-
-    Args:
-        device: where to accumulate.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.largest = torch.zeros(1, device=device)
+    def __init__(self) -> None:
+        self.largest = torch.zeros(1)
 
     def update(self, x: Tensor) -> bool:
         """Add values of any shape; whether all are finite."""
@@ -177,24 +157,8 @@ class Magnitude:
         self.largest = torch.maximum(self.largest, torch.maximum(-low, high).to(self.largest))
         return bool(torch.isfinite(self.largest))
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"largest": self.largest}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.largest = state["largest"].to(self.largest.device)
-
-    def merge(self, other: Magnitude) -> None:
-        """Add another."""
-        self.largest = torch.maximum(self.largest, other.largest)
-
-    def all_reduce(self) -> None:
-        """The largest over all ranks of the default process group."""
-        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX)
-
-
-class LevelHistogram:
+class LevelHistogram(Statistics):
     """Distribution of normalised values over ``[-1, 1]`` in equal bins: how many fell in each, and their weight.
 
     A bin stands for its middle, which is off by at most 1/4096 of the scale: less than float16 levels resolve.
@@ -202,12 +166,13 @@ class LevelHistogram:
 
     Args:
         weighted: values have weights; else a count serves as both.
-        device: where to accumulate.
     """
 
-    def __init__(self, weighted: bool, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(2 if weighted else 1, LEVEL_BINS, dtype=torch.float64, device=device)
-        self.seen = torch.zeros(2, dtype=torch.float64, device=device)
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum", "seen": "sum"}
+
+    def __init__(self, weighted: bool) -> None:
+        self.sums = torch.zeros(2 if weighted else 1, LEVEL_BINS, dtype=torch.float64)
+        self.seen = torch.zeros(2, dtype=torch.float64)
 
     def update(self, normalised: Tensor, outliers: Tensor | None, weights: Tensor | None) -> None:
         """Add the tokens of a layer.
@@ -219,7 +184,7 @@ class LevelHistogram:
         """
         tokens = normalised.shape[0]
         found = 0 if outliers is None else int(outliers.sum())
-        self.seen += torch.tensor([tokens, found], dtype=torch.float64, device=self.seen.device)
+        self.seen += torch.tensor([tokens, found], dtype=torch.float64)
         # Values beyond the cap of outliers are clamped, as the quantizer's end levels clamp them.
         half = LEVEL_BINS // 2
         # Narrow integers: the passes over them are bound by memory.
@@ -228,15 +193,15 @@ class LevelHistogram:
             bins.masked_fill_(outliers, LEVEL_BINS)  # a bin of their own, dropped below
         bins = bins.flatten()
         counts = torch.bincount(bins, minlength=LEVEL_BINS)[:LEVEL_BINS]
-        self.sums[0] += counts.to(self.sums.device)
+        self.sums[0] += counts.cpu()
         if weights is not None:
             sums = torch.bincount(bins, weights=weights.flatten(), minlength=LEVEL_BINS)[:LEVEL_BINS]
-            self.sums[1] += sums.to(self.sums.device)
+            self.sums[1] += sums.cpu()
 
     @property
     def points(self) -> Tensor:
         """Middle of each bin, float64 ``[bins]``."""
-        bins = torch.arange(LEVEL_BINS, device=self.sums.device, dtype=torch.float64)
+        bins = torch.arange(LEVEL_BINS, dtype=torch.float64)
         return (bins + 0.5) * (2 / LEVEL_BINS) - 1
 
     @property
@@ -253,21 +218,3 @@ class LevelHistogram:
     def outliers_per_token(self) -> float:
         """Mean number of outliers of one token."""
         return float(self.seen[1] / self.seen[0].clamp(min=1))
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
-        return {"sums": self.sums, "seen": self.seen}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.sums, self.seen = (state[name].to(self.sums.device) for name in ("sums", "seen"))
-
-    def merge(self, other: LevelHistogram) -> None:
-        """Add another histogram."""
-        self.sums += other.sums
-        self.seen += other.seen
-
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group."""
-        dist.all_reduce(self.sums)
-        dist.all_reduce(self.seen)

@@ -1,51 +1,60 @@
-"""Importance of tokens: what an error of a token costs, by the size of its vector.
+"""Token weighting: what an error of a token costs, by the size of its vector.
 
-Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens. An encoder
-that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it sees is the token:
-in many models those that take up attention for want of a better place have values that are much smaller than the rest.
+Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens.
+An encoder that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it
+sees is the token: in many models, tokens that only collect attention that is needed nowhere else have much smaller
+values than the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from kvq_calib.calibrate.statistics import Sums
-from kvq_calib.codec.quantizer import importance_classes, squared_size
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES
+from kvq_calib.calibrate.statistics import Reduction, Statistics
+from kvq_calib.codec.token_weighting import SIZE_CLASSES, size_classes, squared_size
 
-__all__ = ["TokenImportance"]
+__all__ = ["TokenCosts"]
 
-#: Tokens of mean importance that every class is given beside its own: single gradients say little.
+#: Tokens of mean cost that every class is given beside its own: single gradients say little.
 _PRIOR_TOKENS = 20
 
 
-class TokenImportance(Sums):
-    """Sum of the squared gradients of the tokens of each class of size, and their number; two states add.
+class TokenCosts(Statistics):
+    """Sum of the squared gradients of the tokens of each class of size, and their number.
 
     Args:
         heads: key-value heads ``H``.
-        device: where to accumulate.
     """
 
-    def __init__(self, heads: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(2, heads, IMPORTANCE_CLASSES, dtype=torch.float64, device=device)
+    reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum"}
+
+    def __init__(self, heads: int) -> None:
+        self.sums = torch.zeros(2, heads, SIZE_CLASSES, dtype=torch.float64)
 
     def update(self, y: Tensor, gradient: Tensor, unit: Tensor) -> None:
         """Add tokens.
 
         Args:
-            y, gradient: float ``[N, C]``, values as they are to be quantized and the gradients of the loss with respect to them.
-            unit: float32 ``[H]``, the same in every call: what is stored as ``importance_unit``.
+            y, gradient: float ``[N, C]`` on the CPU, values as they are to be quantized and the gradients of the loss
+                with respect to them.
+            unit: float32 ``[H]``, the same in every call: the size that classes are counted from.
         """
         heads = self.sums.shape[1]
-        place = importance_classes(unit, squared_size(y.float(), heads)).T.to(self.sums.device)
-        cost = gradient.double().square().unflatten(1, (heads, -1)).sum(-1).T.to(self.sums.device)
+        place = size_classes(unit, squared_size(y.float(), heads)).T
+        cost = gradient.double().square().unflatten(1, (heads, -1)).sum(-1).T
         self.sums[0].scatter_add_(1, place, cost)
         self.sums[1].scatter_add_(1, place, torch.ones_like(cost))
 
     def weights(self, shrinkage: float) -> Tensor:
-        """Mean squared gradient of each class over that of all tokens, moved towards 1 by this share: float16 ``[H, 32]``."""
+        """Mean squared gradient of each class over that of all tokens, float16 ``[H, 32]``.
+
+        Args:
+            shrinkage: how far a weight is moved towards 1, 0 to 1.
+        """
         cost, count = self.sums
         mean = (cost.sum(1, keepdim=True) / count.sum(1, keepdim=True).clamp(min=1)).clamp(
             min=torch.finfo(torch.float64).tiny

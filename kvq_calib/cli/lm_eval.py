@@ -7,30 +7,28 @@ something must register the model and then hand over: this. Every argument is th
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 
 import click
 
 from kvq_calib.cli.main import run_command
-from kvq_calib.errors import ConfigError
+from kvq_calib.cli.options import debug_option, require_extra
 
 __all__ = ["main"]
 
 
 @click.command("kvq-lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@debug_option
 def _command(arguments: tuple[str, ...]) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("kvq-lm-eval needs lm-evaluation-harness: pip install 'kvq-calib[lm-eval]'")
+    require_extra("kvq-lm-eval", "lm-eval", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 
     importlib.import_module("lm_eval.models")  # which the harness does only where no model is registered
     if "kvq" not in model_registry:  # by name, so that --help loads no torch
         model_registry.register("kvq", target="kvq_calib.integrations.lm_eval:KVQuantLM")
-    # The harness reads sys.argv; --debug is ours.
-    sys.argv = [sys.argv[0], *(argument for argument in arguments if argument != "--debug")]
+    sys.argv = [sys.argv[0], *arguments]  # which the harness reads; --debug is ours
     cli_evaluate()
 
 

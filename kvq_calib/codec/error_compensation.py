@@ -74,9 +74,9 @@ class Compensation:
 
     Attributes:
         shares: of the earlier coordinates' errors, in the first pass; zero from the diagonal on.
-        refinement_shares: of all other coordinates' errors, in the passes after it, zero on the diagonal: with the weight
-            ``W``, ``W[i, j] / W[i, i]``, for what the other errors ``e[j]`` cost together with ``e[i]`` is least where
-            ``e[i]`` makes good for this sum of theirs. ``None`` where there are none.
+        refinement_shares: of all other coordinates' errors, in the passes after it, zero on the diagonal: with the
+            weight ``W``, ``W[i, j] / W[i, i]``, for what the other errors ``e[j]`` cost together with ``e[i]`` is
+            least where ``e[i]`` makes good for this sum of theirs. ``None`` where there are none.
         refinement_passes: how many.
     """
 

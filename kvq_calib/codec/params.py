@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -61,7 +60,7 @@ class Params:
         return replace(self, **moved)
 
     def of_heads(self, spec: QuantSpec, shape: HeadShape, first: int, count: int) -> Self:
-        """What belongs to the heads ``first`` to ``first + count - 1``.
+        """What belongs to some heads, the basis of shards.
 
         Args:
             spec: of the tensor.
@@ -71,7 +70,7 @@ class Params:
         part: dict[str, Any] = {}
         for name, tensor in self.tensors().items():
             if name not in self.shared:
-                step = math.floor(tensor.shape[0] / shape.heads)  # channels of a head, or 1
+                step = tensor.shape[0] // shape.heads  # channels of a head, or 1
                 part[name] = tensor[first * step : (first + count) * step]
         return replace(self, **part)
 

@@ -1,7 +1,7 @@
 """Trellis-coded quantization: twice the levels for the same bits.
 
-Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest bits of
-the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
+Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest
+bits of the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
 four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer (IEEE Trans. Commun.
 38, 1990). Per channel, with ``u[t]`` the lowest bit of the code of token ``t`` of a block and ``u[t] = 0`` before it::
 
@@ -62,8 +62,8 @@ def lowest_bits_before(data: Tensor) -> Tensor:
     """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
 
     Args:
-        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them, tokens in
-            order.
+        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them,
+            tokens in order.
 
     Returns:
         The same dtype and shape.
@@ -79,10 +79,10 @@ def lowest_bits_before(data: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subsets:
-    """The levels of ``C`` channels, made ready for :func:`best_path`: where any number stands in each of the four subsets
-    ``levels[:, s::4]``.
+    """The levels of ``C`` channels, made ready for :func:`best_path`.
 
-    One search in the boundaries of all subsets together gives a *rank*, which says what is nearest in each of them.
+    It says where any number stands in each of the four subsets ``levels[:, s::4]``. One search in the boundaries of all
+    subsets together gives a *rank*, which says what is nearest in each of them.
 
     Attributes:
         boundaries: float32 ``[C, R]``, sorted in each row.
@@ -98,8 +98,12 @@ class Subsets:
 
     @classmethod
     def of(cls, levels: Tensor, bits: Tensor) -> Subsets:
-        """Of levels float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used, and integer widths
-        ``[C]``."""
+        """Of some channels.
+
+        Args:
+            levels: float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used.
+            bits: integer ``[C]``, the widths.
+        """
         if levels.shape[1] < 4:  # every channel has width 0
             levels = levels[:, :1].expand(-1, 4)
         subsets = levels.unflatten(1, (-1, 4)).mT  # [C, 4, L / 4]
@@ -125,8 +129,8 @@ def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What two successive tokens are on the only way between two states, int64.
 
     Returns:
-        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same with 4 times
-        the lowest bits of their codes added.
+        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same
+        with 4 times the lowest bits of their codes added.
     """
     state = torch.arange(4)
     last, long_ago = (state & 1)[:, None], (state >> 1)[:, None]
@@ -139,9 +143,9 @@ def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes whose path through the trellis has the least squared error, or the least weighted one.
 
-    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm takes
-    them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation rounded.
-    Ties go to the predecessor, and in the end to the state, of the lower number.
+    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm
+    takes them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation
+    rounded. Ties go to the predecessor, and in the end to the state, of the lower number.
 
     Args:
         subsets: of the levels.
@@ -149,7 +153,8 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
         weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
 
     Returns:
-        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the levels they stand for, ``level_index(codes)``, int64.
+        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the indices of the levels they stand for, int64
+        ``level_index(codes)``.
     """
     channels, batch, tokens = u.shape
     rank = torch.searchsorted(subsets.boundaries, u.flatten(1).contiguous())
@@ -166,7 +171,8 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
     pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
     cost = torch.full_like(first[:, 0], torch.inf)
     cost[0] = 0
-    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at once.
+    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at
+    # once.
     other = []  # per two tokens, whether a way into a state is not the best one
     for step in pair.unflatten(0, (4, 4)).unbind(2):
         ways = step + cost[:, None]

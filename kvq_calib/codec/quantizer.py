@@ -1,15 +1,18 @@
-"""The protocol of a codec: one layer's keys or values to codes and back. What these files compute defines the numbers that
-every runtime and kernel must match.
+"""The protocol of a codec: one layer's keys or values to codes and back.
 
-A codec is a subclass of :class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible
+What codecs compute defines the numbers that every runtime and kernel must match. A codec is a subclass of
+:class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible
 transform) is normalised, ``u = (y - zero_point) * (1 / scale)`` in float32, coded, and read as::
 
     y' = zero_point + scale * level[index]
 
 where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). Outliers keep ``y - y'`` beside
 their code in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing is stored
-twice. Unless a codec says otherwise (:attr:`Quantizer.codes_in_blocks`), every token is quantized by itself: how tokens
-are grouped into calls, pages or batches never changes a code.
+twice. Unless a codec says otherwise (:attr:`Quantizer.codes_in_blocks`, :meth:`Quantizer.cannot_stream`), every token
+is quantized by itself: how tokens are grouped into calls, pages or batches never changes a code.
+
+:mod:`kvq_calib.codec.registry` has the codecs by name. ``tests/test_codec_protocol.py`` holds each of them to what is
+promised here; ``tests/toy_codec.py`` is the smallest there can be.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ class Normalised:
     """Keys or values on the scale of the levels.
 
     Attributes:
-        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and, where there is one, its static
-            normalisation and the errors that it makes good for.
+        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and, where there are such, after the
+            calibrated normalisation of channels and with what makes good for the errors of other coordinates.
         normalised: float32 ``[B, T, C]``, ``(y - zero_point) / scale``.
         scale, zero_point: float32, broadcast against ``y``.
         outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
@@ -91,7 +94,7 @@ class Quantizer(ABC):
         spec: of this codec.
         params: the calibrated numbers, of the codec's :attr:`params_type`.
         shape: heads and head size.
-        rope: the layer's rotary embedding; needed where RoPE pairs are turned.
+        rope: of keys, the layer's rotary embedding; needed where RoPE pairs are turned.
         storage_dtype: of residuals and scales per token.
     """
 
@@ -121,7 +124,11 @@ class Quantizer(ABC):
         """The same quantizer on another device."""
         if self.device == torch.device(device):
             return self
-        return type(self)(self.spec, self.params.to(device), self.shape, self.rope, self.storage_dtype)
+        return self.with_params(self.params.to(device))
+
+    def with_params(self, params: Params) -> Self:
+        """The same quantizer with other numbers."""
+        return type(self)(self.spec, params, self.shape, self.rope, self.storage_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -197,10 +204,15 @@ class Quantizer(ABC):
         )
 
     def derived(self) -> list[Tensor]:
-        """Tensors that are kept beside the stored ones once they were needed."""
+        """Tensors that are made of the stored ones once and kept."""
         return []
 
     # ------------------------------------------------------------ what a reader of the codes asks
+
+    @property
+    def read_rope(self) -> RopeSpec | None:
+        """The rotary embedding that readers apply; ``None`` where keys are stored as attention uses them."""
+        return self.rope if self.spec.pre_rope else None
 
     @property
     @abstractmethod
@@ -249,6 +261,11 @@ class Quantizer(ABC):
     @property
     def codes_in_blocks(self) -> bool:
         """Whether the tokens of a block are coded together, so that codes depend on where blocks begin."""
+        return False
+
+    @property
+    def compensates(self) -> bool:
+        """Whether what is coded makes good for the errors of other coordinates."""
         return False
 
     def level_index(self, codes: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def make_quantizers(
                 own.of(kind),
                 params.of(kind),
                 geometry.layers[number].shape(kind),
-                geometry.rope_of(number),
+                geometry.rope_of(number) if kind == "key" else None,
                 spec.storage_dtype,
             ).to(device)
             for kind in KINDS

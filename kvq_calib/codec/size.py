@@ -8,13 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvq_calib.codec.packing import (
-    BLOCK_TOKENS,
-    OUTLIER_INDEX_BYTES,
-    PAGE_TOKENS,
-    STORAGE_BYTES,
-    PageLayout,
-)
+from kvq_calib.codec.packing import BLOCK_TOKENS, OUTLIER_INDEX_BYTES, PAGE_TOKENS, STORAGE_BYTES, PageLayout
 
 __all__ = ["CacheShape", "TensorShape", "cache_bytes", "packed_tokens"]
 

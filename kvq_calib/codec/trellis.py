@@ -1,13 +1,14 @@
 """The trellis codec: a width for each channel, and the path of least error through a block of tokens.
 
-Channels share tables of levels; each has a scale and a zero point. A code is not that of the nearest level but a step of the
-path of least error through the block (:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. With error
-compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other coordinates of its
-head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a token by its size
-(:mod:`kvq_calib.codec.token_weighting`). Decoding knows nothing of either.
+Channels share tables of levels; each has a scale and a zero point. A code is not that of the nearest level but a step
+of the path of least error through a block (:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. So
+the tokens of a block, 32 from the start of what is given, are coded together. (With one state there is no trellis: a
+code means its level, and every token is coded by itself.)
 
-The tokens of a block, 32 from the start of what is given, are coded together. On the CPU the native encoder
-(:mod:`kvq_calib.native.encode`) finds the same codes where it is there.
+With error compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other
+coordinates of its head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a
+token by its size (:mod:`kvq_calib.codec.token_weighting`). Decoding knows nothing of either.
+On the CPU the native encoder (:mod:`kvq_calib.native.encode`) finds the same codes where it is there.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class TrellisParams(Params):
         compensation: int8 ``[H, n]``: the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in
             steps of the head's ``compensation_scale``; with a rank a factor ``[D, rank]`` of the errors' correlations.
         compensation_scale: float32 ``[H]``.
-        error_weight: float16 ``[H, D]``, not negative: what an error of each coordinate costs beside those of the others
-            of its head; without a rank, what is left of that after compensation.
+        error_weight: float16 ``[H, D]``, not negative: what an error of each coordinate costs beside those of the
+            others of its head; without a rank, what is left of that after compensation.
         token_weight: float16 ``[H, 32]``, not negative: the weight of a token by the class of its size.
         token_size_unit: float32 ``[H]``, positive: the squared size that classes are counted from.
     """
@@ -120,20 +121,21 @@ def pack_codebooks(spec: TrellisSpec, bits: Tensor, table: Tensor, index: Tensor
         index: integer ``[C]``, the row of each channel.
 
     Returns:
-        ``codebook``, float16 ``[N]``, and ``codebook_index``, uint8 ``[C]``; int32 where the rows are more than
-        :data:`MAX_CODEBOOKS`, which no artifact can hold.
+        ``codebook``, float16 ``[N]``, and ``codebook_index``, uint8 ``[C]``.
 
     Raises:
-        ValueError: rounding to float16 would change a level.
+        ValueError: rounding to float16 would change a level, or the rows are more than :data:`MAX_CODEBOOKS`.
     """
     rows, packed = torch.unique(index.to(torch.int64) * (MAX_BITS + 1) + bits, return_inverse=True)
+    if len(rows) > MAX_CODEBOOKS:
+        raise ValueError(f"has {len(rows)} codebooks, a codebook_index can name {MAX_CODEBOOKS}")
     levels = torch.cat(
         [table[row // (MAX_BITS + 1), : spec.level_count(row % (MAX_BITS + 1))] for row in rows.tolist()]
     )
     rounded = levels.half()
     if not bool((rounded.float() == levels).all()):
         raise ValueError("has levels that are no float16 numbers")
-    return rounded, packed.to(torch.uint8 if len(rows) <= MAX_CODEBOOKS else torch.int32)
+    return rounded, packed.to(torch.uint8)
 
 
 def storable_levels(table: Tensor) -> Tensor:
@@ -241,9 +243,11 @@ class TrellisQuantizer(Quantizer):
         return tuple(self.params.bits.tolist())
 
     def derived(self) -> list[Tensor]:
-        """The matrices of error compensation and the native encoder's tables, once something was coded."""
-        made = (self.__dict__.get(name) for name in ("compensation", "native_tables"))
-        return [tensor for part in made if part is not None for tensor in part.tensors()]
+        """The matrices of error compensation, and the native encoder's tables where it codes."""
+        found = [] if self.compensation is None else self.compensation.tensors()
+        if self.device.type == "cpu" and library() is not None:
+            found += self.native_tables.tensors()
+        return found
 
     # ------------------------------------------------------------ what a reader of the codes asks
 
@@ -283,6 +287,11 @@ class TrellisQuantizer(Quantizer):
         """True where there are paths."""
         return self.spec.states > 1
 
+    @property
+    def compensates(self) -> bool:
+        """Where the spec says so."""
+        return self.spec.error_compensation is not None
+
     def level_index(self, codes: Tensor) -> Tensor:
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
         return level_index(codes) if self.codes_in_blocks else codes
@@ -296,7 +305,10 @@ class TrellisQuantizer(Quantizer):
         return lowest_bits_before(data) if self.codes_in_blocks else None
 
     def channel_range(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point are free parameters of a fit: the ends are the outer levels and half the gaps beside them."""
+        """From the levels: the ends are the outer ones and half the gaps beside them.
+
+        Scale and zero point are free parameters of a fit, and say nothing by themselves.
+        """
         rows = self.levels
         low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
         below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
@@ -341,7 +353,7 @@ class TrellisQuantizer(Quantizer):
         )
 
     def token_weights(self, y: Tensor) -> Tensor | None:
-        """What errors of each token count: float32 ``[B, T, C]`` to ``[B, T, H]``, or ``None`` where all count alike."""
+        """What errors of each token count: float32 ``[B, T, C]`` to ``[B, T, H]``; ``None`` where all count alike."""
         if self.params.token_weight is None:
             return None
         assert self.params.token_size_unit is not None

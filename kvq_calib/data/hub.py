@@ -71,5 +71,5 @@ def _from_hub(name: str, read: Callable[[Any], _T]) -> _T:
         except Exception as error:
             raise DataError(
                 f"cannot load {name} from the hub ({first_line(error)}); without network use python-docs, "
-                "or the path of a .txt, .raw or .jsonl file or of a folder of those"
+                "or the path of a file of text or of a folder of those"
             ) from error

@@ -2,57 +2,65 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 from pathlib import Path
+from typing import Any
 
+from kvq_calib.data.chat import render_chat
+from kvq_calib.data.files import STANDARD_INPUT, TextFile, find_files
+from kvq_calib.data.records import DEFAULT_FIELD, read_records
 from kvq_calib.errors import DataError
 
-__all__ = ["SUFFIXES", "read_documents"]
-
-SUFFIXES = (".txt", ".raw", ".jsonl")
+__all__ = ["check_documents", "local_label", "read_documents"]
 
 
-def read_documents(path: Path) -> list[str]:
-    """Return the documents of a text file (one), of a `.jsonl` file (one per line), or of a folder of those.
+def read_documents(dataset: str, tokenizer: Any, field: str = DEFAULT_FIELD) -> list[str]:
+    """Return the documents of a file, folder, glob or of standard input, in the order of the paths.
 
-    A folder is searched with everything below it, in the order of the paths.
+    Args:
+        dataset: as `find_files` takes it.
+        tokenizer: writes out chats; used for nothing else.
+        field: see `read_records`.
 
     Raises:
-        DataError: unknown suffix, not UTF-8, not JSON with a string `text`, or no text at all.
+        DataError: nothing to read, a file or record that is not what it should be, or no text at all.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise DataError(f"{path} holds no {', '.join(SUFFIXES)} files")
-        return [document for file in files for document in _read_file(file)]
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{path} is of an unknown kind; text files end in {', '.join(SUFFIXES)}")
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix.lower() != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{path}, line {number}: not JSON ({reason})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise DataError(f'{path}, line {number}: no string under "text"')
-        try:
-            record["text"].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
-            raise DataError(f'{path}, line {number}: "text" is not Unicode text ({error.reason})') from error
-        documents.append(record["text"])
+    documents = [
+        record.content
+        if isinstance(record.content, str)
+        else render_chat(record.content, tokenizer, record.where)
+        for file in find_files(dataset)
+        for record in read_records(file, field)
+    ]
+    if not any(documents):
+        raise _no_text(dataset)
     return documents
+
+
+def check_documents(dataset: str, field: str = DEFAULT_FIELD) -> None:
+    """Look at the beginning of every file: its kind, its first record with text, and the field of that.
+
+    Raises:
+        DataError: as `read_documents`, as far as beginnings tell.
+    """
+    found = [_has_text(file, field) for file in find_files(dataset)]
+    if not any(found):
+        raise _no_text(dataset)
+
+
+def _has_text(file: TextFile, field: str) -> bool:
+    with contextlib.closing(read_records(file, field)) as records:
+        return any(record.content for record in records)
+
+
+def local_label(dataset: str) -> str:
+    """Return the name for records: the last part of a path, which may be passed on."""
+    if dataset == STANDARD_INPUT:
+        return "standard input"
+    path = Path(dataset).expanduser()
+    return path.resolve().name if os.path.exists(path) else path.name
+
+
+def _no_text(dataset: str) -> DataError:
+    return DataError(f"{local_label(dataset)} holds no text")

@@ -3,11 +3,9 @@
 Two conventions are published, and every data set can be cut by either:
 
 - "random": windows start at seeded random places and may overlap, as GPTQ and KVQuant calibrate. On C4 each
-window comes
-  from another document that is long enough by itself.
-- "consecutive": the text is joined, tokenized once and cut into windows that follow one another from its
-start, as
-  perplexity is reported. On C4 that is the first 1,100 documents of the validation shard, joined by spaces.
+  window comes from another document that is long enough by itself.
+- "consecutive": the text is joined, tokenized once and cut into windows that follow one another from its start,
+  as perplexity is reported. On C4 that is the first 1,100 documents of the validation shard, joined by spaces.
 
 "auto", the default, is "consecutive" for evaluation. For calibration it is "random" on wikitext2 and c4, and
 "spread" on python-docs and local text, which is often short: windows of the consecutive grid, all of them
@@ -25,7 +23,6 @@ import logging
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,16 +30,17 @@ import torch
 from torch import Tensor
 
 from kvq_calib.data import hub
-from kvq_calib.data.local import SUFFIXES, read_documents
+from kvq_calib.data.files import DATA_SETS
+from kvq_calib.data.local import check_documents, local_label, read_documents
 from kvq_calib.data.python_docs import python_docs, python_docs_version
+from kvq_calib.data.records import DEFAULT_FIELD
+from kvq_calib.data.tokens import Ids, bos_token_id, encode
 from kvq_calib.errors import DataError
 
 __all__ = ["Convention", "Split", "TokenWindows", "check_dataset", "load_windows"]
 
 Split = Literal["calibration", "evaluation"]
 Convention = Literal["auto", "consecutive", "random", "spread"]
-
-_NAMES = ("wikitext2", "c4", "python-docs")
 
 _log = logging.getLogger(__name__)
 
@@ -71,18 +69,21 @@ def load_windows(
     seed: int = 0,
     split: Split = "calibration",
     convention: Convention = "auto",
+    text_field: str = DEFAULT_FIELD,
 ) -> TokenWindows:
     """Tokenize a data set and cut it into windows.
 
     Args:
-        dataset: "wikitext2", "c4", "python-docs", or the path of a `.txt`, `.raw` or `.jsonl` file or of a
-            folder of those. A local text is the same for both splits: give another for evaluation.
+        dataset: "wikitext2", "c4", "python-docs", or what `find_files` takes: the path of a file of text or records,
+            of a folder of those, a glob, or "-" for standard input. A local text is the same for both splits: give
+            another for evaluation.
         tokenizer: a transformers tokenizer.
         samples: windows to return; None for all of the consecutive cut.
         seqlen: tokens in a window, the beginning-of-sequence token included.
         seed: of the random choices.
         split: "calibration" or "evaluation".
         convention: see the module's text.
+        text_field: of records in local files; see `read_records`.
 
     Raises:
         DataError: unknown data set, unreadable text, no network, or less text than one window. Where the text
@@ -90,23 +91,19 @@ def load_windows(
     """
     if seqlen < 2 or (samples is not None and samples < 1):
         raise DataError(f"at least one window of two tokens is needed, not {samples} of {seqlen}")
+    _check_field(dataset, text_field)
     cut = _resolve(dataset, split, convention) if samples is not None else "consecutive"
-    bos = _bos(tokenizer)
+    bos = bos_token_id(tokenizer)
     body = seqlen if bos is None else seqlen - 1
     total: int | None = None
     label = dataset
     if dataset == "c4" and cut == "random" and samples is not None:
         rows = _from_long_documents(hub.c4(split), tokenizer, samples, body, seed)
     else:
-        documents, separator, label = _documents(dataset, split)
-        tokens = _encode(tokenizer, separator.join(documents))
-        total = len(tokens)
-        if total < body:
-            raise DataError(
-                f"{dataset} has {total} tokens, less than one window of {seqlen}; use a smaller --seqlen or more text"
-            )
-        starts = _starts(total, body, samples, seed, cut)
-        rows = np.stack([tokens[start : start + body] for start in starts])
+        documents, separator, label = _documents(dataset, split, tokenizer, text_field)
+        rows, total = _cut(encode(tokenizer, separator.join(documents)), body, samples, seed, cut)
+        if not len(rows):
+            raise _too_short(dataset, total, seqlen)
     if samples is not None and len(rows) < samples:
         _log.warning(
             "%s has %d windows of %d tokens, not the %d asked for", dataset, len(rows), seqlen, samples
@@ -126,19 +123,30 @@ def load_windows(
         "tokens": total,
         "sha256": hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest(),
     }
+    if text_field != DEFAULT_FIELD:
+        source["text_field"] = text_field
     return TokenWindows(torch.from_numpy(rows), source)
 
 
-def check_dataset(dataset: str) -> None:
-    """Refuse a data set that does not exist: cheap, to be called before a model is loaded.
+def check_dataset(dataset: str, text_field: str = DEFAULT_FIELD) -> None:
+    """Refuse a data set that cannot be used, as far as that shows without a tokenizer: before a model is loaded.
+
+    Args:
+        dataset, text_field: as `load_windows` takes them. Standard input is read here, and kept.
 
     Raises:
-        DataError: neither the name of a data set nor a path.
+        DataError: neither the name of a data set nor a path; or a file whose kind is unknown, that cannot be read, or
+            whose first record has no text under the field.
     """
-    if dataset not in _NAMES and not Path(dataset).expanduser().exists():
+    _check_field(dataset, text_field)
+    if dataset not in DATA_SETS:
+        check_documents(dataset, text_field)
+
+
+def _check_field(dataset: str, text_field: str) -> None:
+    if dataset in DATA_SETS and text_field != DEFAULT_FIELD:
         raise DataError(
-            f"no such data set or file: {dataset}; use {', '.join(_NAMES)}, or the path of a "
-            f"{', '.join(SUFFIXES)} file or of a folder of those"
+            f"--text-field is for records in files; {dataset} has a field of its own: leave it out"
         )
 
 
@@ -152,18 +160,32 @@ def _resolve(
     return "random" if dataset in ("wikitext2", "c4") else "spread"
 
 
-def _documents(dataset: str, split: Split) -> tuple[Iterable[str], str, str]:
+def _documents(dataset: str, split: Split, tokenizer: Any, text_field: str) -> tuple[Iterable[str], str, str]:
     """Return documents, what stands between them when joined, and the name for the record."""
+    if dataset not in DATA_SETS:
+        return read_documents(dataset, tokenizer, text_field), "\n\n", local_label(dataset)
     if dataset == "wikitext2":
         return hub.wikitext2(split), "\n\n", dataset
     if dataset == "c4":
         documents = (text for text, _ in zip(hub.c4(split), range(hub.C4_EVALUATION_DOCUMENTS), strict=False))
         return documents, " ", dataset
-    if dataset == "python-docs":
-        return python_docs(split), "\n\n", f"{dataset} {python_docs_version()}"
-    check_dataset(dataset)
-    path = Path(dataset).expanduser()
-    return read_documents(path), "\n\n", path.resolve().name
+    return python_docs(split), "\n\n", f"{dataset} {python_docs_version()}"
+
+
+def _cut(
+    tokens: Ids, body: int, samples: int | None, seed: int, cut: Literal["consecutive", "random", "spread"]
+) -> tuple[Ids, int]:
+    """Return windows `[N, body]` of a text, none where it is too short, and how many tokens the text has."""
+    total = len(tokens)
+    starts = _starts(total, body, samples, seed, cut) if total >= body else []
+    return np.stack([tokens[start : start + body] for start in starts]) if starts else tokens[:0, None], total
+
+
+def _too_short(dataset: str, total: int, seqlen: int) -> DataError:
+    tokens = "1 token" if total == 1 else f"{total} tokens"
+    return DataError(
+        f"{dataset} has {tokens}, less than one window of {seqlen}; use a smaller --seqlen or more text"
+    )
 
 
 def _starts(
@@ -183,16 +205,14 @@ def _starts(
     return [window * body for window in chosen]
 
 
-def _from_long_documents(
-    documents: Iterable[str], tokenizer: Any, samples: int, body: int, seed: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _from_long_documents(documents: Iterable[str], tokenizer: Any, samples: int, body: int, seed: int) -> Ids:
     """Draw one window from each of the first documents that have enough tokens."""
     draw = random.Random(seed)
     rows = []
     for text in documents:
         if len(text) < body:  # a token is hardly ever less than a character
             continue
-        tokens = _encode(tokenizer, text)
+        tokens = encode(tokenizer, text)
         if len(tokens) < body:
             continue
         start = draw.randint(0, len(tokens) - body)
@@ -202,23 +222,3 @@ def _from_long_documents(
     if not rows:
         raise DataError(f"c4 has no document of {body} tokens; use shorter windows")
     return np.stack(rows)
-
-
-def _encode(tokenizer: Any, text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the tokens of a text of any length, without special tokens."""
-    limit = tokenizer.model_max_length
-    tokenizer.model_max_length = int(1e30)  # no warning that the text is longer than the model's context
-    try:
-        return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    finally:
-        tokenizer.model_max_length = limit
-
-
-def _bos(tokenizer: Any) -> int | None:
-    """Return the id of the token that the tokenizer puts before a text, None where it puts none."""
-    bos: int | None = tokenizer.bos_token_id
-    with_special = tokenizer("a")["input_ids"]
-    without = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if bos is not None and with_special[:1] == [bos] and without[:1] != [bos]:
-        return bos
-    return None

@@ -12,10 +12,13 @@ from torch import Tensor
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate import pareto
-from kvq_calib.evaluate.perplexity import ArtifactContender, Contender, PerplexityResult, Progress, measure
+from kvq_calib.evaluate.contenders import artifact_contenders
+from kvq_calib.evaluate.perplexity import PerplexityResult, measure
 from kvq_calib.evaluate.rivals import Rival
-from kvq_calib.model.geometry import model_geometry
+from kvq_calib.evaluate.text_pass import Contender, Mode
 from kvq_calib.model.hub import first_line
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.progress import Progress
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.recipe import EvalConfig
 
@@ -35,7 +38,6 @@ class ComparedResult:
         result: the figures.
         origin: ``artifact``, or a rival's ``library``, ``reference`` or ``in the style of``.
         source, settings: what it is.
-        mode: how it was measured, ``prefill`` or ``decode``.
         bits_at: bits per element at other contexts.
         on_frontier: nothing measured in the same run has less divergence in as few bits.
     """
@@ -44,7 +46,6 @@ class ComparedResult:
     origin: str
     source: str
     settings: str
-    mode: str
     bits_at: Mapping[int, float]
     on_frontier: bool
 
@@ -55,7 +56,6 @@ class ComparedResult:
             "origin": self.origin,
             "source": self.source,
             "settings": self.settings,
-            "mode": self.mode,
             "bits_at": {str(context): bits for context, bits in self.bits_at.items()},
             "on_frontier": self.on_frontier,
         }
@@ -116,7 +116,7 @@ def runnable(
     Returns:
         The first, and names and reasons of the others.
     """
-    geometry = model_geometry(model)
+    geometry = inspect_model(model)
     reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
     return (
         [rival for rival, reason in reasons if reason is None],
@@ -138,13 +138,25 @@ def _failure(rival: Rival, model: Any) -> str | None:
 
 
 class _RivalContender:
+    """A rival as what a text pass measures; it puts its own hooks on the model for each text."""
+
+    hooks = None
+    remedy = "name the others with --rival to leave it out"
+
     def __init__(self, rival: Rival, geometry: KVGeometry) -> None:
         self.rival, self.geometry = rival, geometry
 
+    @property
+    def mode(self) -> Mode:
+        """As the rival's exact window asks for."""
+        return self.rival.mode
+
     def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
         return self.rival.logits(model, ids)
 
     def bits_per_element(self, context: int) -> float:
+        """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
         return self.rival.bits_per_element(self.geometry, context)
 
 
@@ -164,20 +176,22 @@ def compare(
         artifacts: by name. They must fit the model (checked by the caller).
         rivals: that can run here, see :func:`runnable`.
         windows: token ids int64 ``[N, T]``.
-        config: mode of the artifacts, and the context at which bits are stated.
+        config: mode of the artifacts, and the context at which bits are stated; see
+            :func:`~kvq_calib.evaluate.perplexity.measure_perplexity`.
         calibration: text of rivals that are calibrated, int64 ``[N, T]``.
-        progress: told after every forward pass.
+        progress: told after every pass over a window.
 
     Raises:
-        KVQError: the model's predictions are not finite.
+        NotFiniteError: predictions of the model, of an artifact or of a rival are not finite.
+        RuntimeMismatchError: an artifact to be measured in decode mode cannot be streamed.
     """
-    geometry = model_geometry(model)
+    geometry = inspect_model(model)
     calibrated = [rival for rival in rivals if rival.calibrated]
     for done, rival in enumerate(calibrated, 1):
         rival.prepare(model, calibration)
         if progress is not None:
             progress("calibrated rivals", done, len(calibrated))
-    ours = {name: ArtifactContender(artifact, config) for name, artifact in artifacts.items()}
+    ours = artifact_contenders(model, artifacts, config)
     theirs = {rival.name: _RivalContender(rival, geometry) for rival in rivals}
     # Prefixes keep an artifact and a rival of one name apart.
     contenders: dict[str, Contender] = {f"artifact {name}": one for name, one in ours.items()}
@@ -200,7 +214,6 @@ def compare(
                 origin="artifact",
                 source="kvq-calib",
                 settings=str(one.artifact.calibration.get("recipe", "")),
-                mode=config.mode,
             )
             for name, one in ours.items()
         ),
@@ -212,7 +225,6 @@ def compare(
                 origin=rival.origin,
                 source=rival.source,
                 settings=rival.settings,
-                mode=rival.mode,
             )
             for rival in rivals
         ),

@@ -1,45 +1,50 @@
-"""Logits of a text that goes through the packed cache: what is measured is what the runtime does."""
+"""A text that goes through a cache, a few tokens at a time: what is measured is what is used."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.model.load import with_cache
-from kvq_calib.runtime import KVQCache, attached
+from kvq_calib.model.compat import with_cache
+from kvq_calib.runtime import attached
 
-__all__ = ["decode_logits"]
+__all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through"]
+
+#: Tokens per pass where a window of recent exact tokens matters: short, so that what is exact is the window and not
+#: the chunk. A block of the packed cache has as many.
+SHORT_CHUNK = 32
 
 
 @torch.no_grad()
-def decode_logits(
-    model: Any,
-    artifact: KVArtifact,
-    ids: Tensor,
-    *,
-    chunk: int = 256,
-    recent_tokens: int | None = None,
-) -> Tensor:
-    """Teacher-forced logits through a :class:`~kvq_calib.runtime.KVQCache`.
+def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK) -> Tensor:
+    """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through an empty cache.
 
-    Whole blocks of 32 tokens are packed as soon as their last token is stored, before attention of the same
-    call reads them; the newest tokens that fill no block are still exact. So a smaller ``chunk`` leaves a
-    little more exact: with ``chunk=1`` every token sees up to 31 exact neighbours, as in generation.
+    The packed cache packs whole blocks of 32 tokens as soon as their last token is stored, before attention of the same
+    pass reads them; the newest tokens that fill no block are still exact. So a smaller ``chunk`` leaves a little more
+    exact: with ``chunk=1`` every token sees up to 31 exact neighbours, as in generation.
 
     Args:
-        model: the unquantized causal language model; left as it was.
-        artifact: what packs the cache.
-        ids: int64 ``[B, T]``.
-        chunk: tokens per call.
-        recent_tokens: exact window; the artifact's by default.
-
-    Returns:
-        ``[B, T, vocabulary]`` in the dtype of the model.
+        model: the unquantized causal language model, attached where ``cache`` is packed.
+        cache: any cache of transformers.
+        ids: the text.
+        chunk: tokens per pass.
     """
-    with attached(model):
-        cache = KVQCache(artifact, model, recent_tokens=recent_tokens)
-        parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
     return torch.cat(parts, dim=1)
+
+
+class AttachedHooks:
+    """What a packed cache needs on the model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Attach the model for a while."""
+        with attached(self._model):
+            yield

@@ -1,112 +1,34 @@
 """Bytes of a packed cache at any context, for an artifact or for nothing but a model's shape and a recipe.
 
-The formula is that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes of filled caches. Sizes in GB are
-2 ** 30 bytes, as in the KVQuant paper.
+There is one formula, :func:`stored_bytes`, over that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes of
+filled caches. Sizes in GB are 2 ** 30 bytes, as in the KVQuant paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.packing import PAGE_TOKENS, PageLayout, packed_tokens, shared_bytes, storage_bytes
-from kvq_calib.errors import ConfigError
+from kvq_calib.codec.packing import PAGE_TOKENS
+from kvq_calib.codec.registry import codec_of
+from kvq_calib.codec.size import CacheShape, TensorShape, cache_bytes
+from kvq_calib.evaluate.shapes import SHAPES, ModelShape, stages
 from kvq_calib.schema.geometry import LayerGeometry, cache_elements
-from kvq_calib.schema.spec import IMPORTANCE_CLASSES, KINDS, Kind, KVCacheSpec, QuantSpec
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, QuantSpec
 
 __all__ = [
     "PAPER_GB",
-    "SHAPES",
     "MemoryReport",
-    "ModelShape",
     "artifact_report",
+    "layer_bits",
     "longest_context",
-    "model_shape",
     "paper_comparison",
     "per_gpu_report",
     "shape_report",
 ]
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What decides the size of a cache, and of the model beside it.
-
-    Attributes:
-        name: as users write it.
-        layers: shapes of the attention layers.
-        parameters: number of weights.
-    """
-
-    name: str
-    layers: tuple[LayerGeometry, ...]
-    parameters: float
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of the weights in 16 bits."""
-        return 2 * self.parameters
-
-
-def _shape(
-    name: str,
-    layers: int,
-    query_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    billions: float,
-    window: int | None = None,
-    full_every: int = 0,
-) -> ModelShape:
-    """A model of equal layers; with ``full_every`` only each such layer sees beyond ``window``."""
-
-    def layer(index: int) -> LayerGeometry:
-        full = window is None or (full_every > 0 and (index + 1) % full_every == 0)
-        return LayerGeometry(
-            num_query_heads=query_heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            sliding_window=None if full else window,
-        )
-
-    return ModelShape(name, tuple(layer(index) for index in range(layers)), 1e9 * billions)
-
-
-SHAPES: dict[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        _shape("llama-7b", 32, 32, 32, 128, 6.738),
-        _shape("llama-13b", 40, 40, 40, 128, 13.016),
-        _shape("llama-30b", 60, 52, 52, 128, 32.529),
-        _shape("llama-65b", 80, 64, 64, 128, 65.286),
-        _shape("llama-2-7b", 32, 32, 32, 128, 6.738),
-        _shape("llama-2-13b", 40, 40, 40, 128, 13.016),
-        _shape("llama-2-70b", 80, 64, 8, 128, 68.977),
-        _shape("llama-3-8b", 32, 32, 8, 128, 8.030),
-        _shape("llama-3-70b", 80, 64, 8, 128, 70.554),
-        _shape("mistral-7b", 32, 32, 8, 128, 7.242),  # without the window of its first release
-        _shape("qwen3-8b", 36, 32, 8, 128, 8.191),
-        _shape("gemma-3-27b", 62, 32, 16, 128, 27.009, window=1024, full_every=6),
-        _shape("smollm2-135m", 30, 9, 3, 64, 0.1345),
-    )
-}
-"""Published models by name."""
-
-
-def model_shape(name: str) -> ModelShape:
-    """A shape by name.
-
-    Raises:
-        ConfigError: no such shape; the message lists them.
-    """
-    shape = SHAPES.get(name.lower())
-    if shape is None:
-        raise ConfigError(f"unknown shape {name!r}; use one of {', '.join(SHAPES)}")
-    return shape
 
 
 @dataclass(frozen=True)
@@ -152,6 +74,9 @@ class MemoryReport:
         }
 
 
+# ------------------------------------------------------------------------------------------- an artifact
+
+
 def artifact_report(
     artifact: KVArtifact,
     context: int,
@@ -163,117 +88,56 @@ def artifact_report(
     return MemoryReport(context, batch, sizes, artifact.elements(context, batch))
 
 
-def _expected_outliers(spec: QuantSpec, channels: int) -> float:
-    """Outliers of a token: exact for token thresholds, the stated share for channel thresholds."""
-    if spec.granularity == "token":
-        return float(min(2 * spec.outliers.per_side(channels), spec.outliers.cap("token", channels)))
-    return min(spec.outliers.fraction * channels, float(spec.outliers.cap("channel", channels)))
+def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:
+    """Bits per element of the keys and of the values of each layer, everything counted but what layers share.
 
-
-def _parameter_bytes(spec: QuantSpec, geometry: LayerGeometry) -> int:
-    """What the artifact holds for one layer's keys or values, all channels of one width with one codebook.
-
-    Rotary pairs are taken to cover the head, which decides the number of phases.
+    Args:
+        artifact: its outliers count as measured at calibration.
+        context: tokens of one sequence.
     """
-    channels = geometry.channels
-    # Widths and codebook indices are bytes; where all are the same, one of each is held.
-    size = 2 * channels if spec.variable_bits else 2
-    size += (2 if spec.variable_bits else 4) * spec.level_count(spec.bits)
-    if spec.static_channels:
-        size += 2 * (2 if spec.variable_bits else 4) * channels
-    if spec.phase:
-        size += 2 * (channels // 2)
-    if spec.rotation:
-        size += 4 * channels * geometry.head_dim
-    if spec.feedback:
-        size += geometry.num_kv_heads * (spec.feedback_entries(geometry.head_dim) + 4)
-    if spec.sweeps or spec.feedback_rank:
-        size += 2 * channels
-    if spec.importance:
-        size += geometry.num_kv_heads * (2 * IMPORTANCE_CLASSES + 4)
-    return size
+    bits: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
+    cache = artifact.cache_shape(context)
+    for geometry, layer in zip(artifact.geometry.layers, artifact.sizes(), strict=True):
+        for kind, tensor in layer.items():
+            numbers = geometry.shape(kind).channels * geometry.held_tokens(context)
+            bits[kind].append(8 * sum(tensor.bytes(cache).values()) / numbers)
+    return bits
+
+
+# ------------------------------------------------------------------------------------- a shape and a recipe
+
+
+def _nominal(spec: QuantSpec, geometry: LayerGeometry, kind: Kind) -> TensorShape:
+    """Keys or values of an artifact that is not there; RoPE pairs are taken to cover the head."""
+    codec, shape = codec_of(spec), geometry.shape(kind)
+    pairs = shape.head_dim // 2 if kind == "key" else 0
+    return TensorShape(
+        codec.nominal_layout(spec, shape),
+        geometry.sliding_window,
+        codec.nominal_outliers(spec, shape),
+        codec.nominal_bytes(spec, shape, pairs),
+    )
 
 
 def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1) -> MemoryReport:
     """What a recipe would need for a model, no artifact at hand.
 
     Channels take the nominal width (with variable widths the true average is below it), outliers their nominal
-    share. Static thresholds are fitted to other text, so what an artifact measures may differ a little.
+    share. Thresholds of calibration are fitted to other text, so what an artifact measures may differ a little.
     """
-    total: dict[str, float] = {}
-    resolved = spec.resolved(len(shape.layers))
-    for layer, geometry in zip(resolved, shape.layers, strict=True):
-        window = geometry.sliding_window
-        first, stop = packed_tokens(context, spec.recent_tokens, window)
-        for kind in KINDS:
-            quant = layer.of(kind)
-            layout = PageLayout(
-                widths=(quant.bits,) * geometry.channels,
-                heads=geometry.num_kv_heads,
-                head_dim=geometry.head_dim,
-                token_params=quant.granularity == "token",
-                outlier_cap=quant.outliers.cap(quant.granularity, geometry.channels),
-            )
-            sizes = storage_bytes(
-                layout,
-                context=context,
-                batch=batch,
-                sink_tokens=spec.sink_tokens,
-                recent_tokens=spec.recent_tokens,
-                sliding_window=window,
-                outliers=_expected_outliers(quant, geometry.channels) * (stop - first) * batch,
-            )
-            sizes["parameters"] = _parameter_bytes(quant, geometry)
-            for name, size in sizes.items():
-                total[name] = total.get(name, 0.0) + size
-    total.update(shared_bytes(context, batch, spec.sink_tokens, spec.recent_tokens))
-    return MemoryReport(context, batch, total, cache_elements(shape.layers, context, batch))
-
-
-def stages(shape: ModelShape, gpus: int) -> tuple[int, list[ModelShape]]:
-    """How engines divide a model over GPUs: heads over as many as they can, layers over the rest.
-
-    Args:
-        shape: of the whole model.
-        gpus: to divide it over.
-
-    Returns:
-        GPUs that share each layer (tensor parallel: the largest divisor of ``gpus`` that divides the query heads
-        and the key-value heads of every layer), and what one GPU holds in each stage of the pipeline: runs of
-        layers as even as possible, the longer ones first.
-
-    Raises:
-        ConfigError: there are more stages than layers.
-    """
-    counts = {n for layer in shape.layers for n in (layer.num_kv_heads, layer.num_query_heads)}
-    tensor = max(n for n in range(1, gpus + 1) if gpus % n == 0 and not any(count % n for count in counts))
-    depth = gpus // tensor
-    if depth > len(shape.layers):
-        raise ConfigError(
-            f"{gpus} GPUs cannot divide {len(shape.layers)} layers whose heads go to {tensor} GPUs at most; use fewer"
-        )
-    split = [
-        layer.model_copy(
-            update={
-                "num_kv_heads": layer.num_kv_heads // tensor,
-                "num_query_heads": layer.num_query_heads // tensor,
-            }
-        )
-        for layer in shape.layers
+    tensors = [
+        _nominal(layer.of(kind), geometry, kind)
+        for layer, geometry in zip(spec.resolved(len(shape.layers)), shape.layers, strict=True)
+        for kind in KINDS
     ]
-    size, longer = divmod(len(split), depth)
-    ends = [number * size + min(number, longer) for number in range(depth + 1)]
-    parts = [
-        ModelShape(shape.name, tuple(split[first:stop]), shape.parameters / gpus)
-        for first, stop in pairwise(ends)
-    ]
-    return tensor, parts
+    sizes = cache_bytes(tensors, CacheShape(context, batch, spec.sink_tokens, spec.recent_tokens))
+    return MemoryReport(context, batch, sizes, cache_elements(shape.layers, context, batch))
 
 
 def per_gpu_report(
     shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1, gpus: int = 1
 ) -> MemoryReport:
-    """The cache on the GPU that holds most of it; see :func:`stages` and :func:`shape_report`.
+    """The cache on the GPU that holds most of it; see :func:`~kvq_calib.evaluate.shapes.stages` and :func:`shape_report`.
 
     Overrides of single layers count as in the whole model.
     """
@@ -337,7 +201,7 @@ def paper_comparison(
     for name in ("fp16", *specs):
         for context in contexts:
             if name == "fp16":
-                size, bits = 2.0 * sum(2 * layer.channels for layer in shape.layers) * context, 16.0
+                size, bits = 2.0 * cache_elements(shape.layers, context), 16.0
             else:
                 report = shape_report(shape, specs[name], context)
                 size, bits = report.total, report.bits_per_element

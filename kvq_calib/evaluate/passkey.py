@@ -7,7 +7,7 @@ unquantized model can do, so an artifact is judged on the trials that the unquan
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,12 @@ from transformers import DynamicCache
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
-from kvq_calib.model.load import with_cache
+from kvq_calib.model.compat import with_cache
 from kvq_calib.model.placement import input_device
+from kvq_calib.progress import Progress
 from kvq_calib.runtime import KVQCache, attached
 
-__all__ = ["PasskeyCell", "Trial", "make_trial", "measure_passkey"]
+__all__ = ["PasskeyCell", "PasskeyConfig", "Trial", "make_trial", "measure_passkey"]
 
 _FILLER = (
     "The river runs past the mill and the old stone bridge. Farmers bring apples and bread to the market. "
@@ -30,7 +31,24 @@ _FILLER = (
 _NEEDLE = "Remember this: the pass key is {key}. The pass key is {key}, do not forget it. "
 _QUESTION = "What is the pass key that you were told to remember? The pass key is"
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class PasskeyConfig:
+    """What texts are tried.
+
+    Attributes:
+        lengths: tokens of the prompt.
+        depths: where the number stands, 0 (beginning) to 1 (end).
+        trials: texts per length and depth, each with a number of five digits of its own.
+        seed: of the numbers.
+        chunk: tokens per call.
+    """
+
+    lengths: Sequence[int] = (512, 1024, 2048)
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    trials: int = 5
+    seed: int = 0
+    chunk: int = 256
 
 
 @dataclass(frozen=True)
@@ -117,12 +135,7 @@ def measure_passkey(
     model: Any,
     tokenizer: Any,
     artifacts: Mapping[str, KVArtifact],
-    *,
-    lengths: Sequence[int] = (512, 1024, 2048),
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    trials: int = 5,
-    seed: int = 0,
-    chunk: int = 256,
+    config: PasskeyConfig,
     progress: Progress | None = None,
 ) -> list[PasskeyCell]:
     """Test retrieval over lengths and depths, through the packed cache.
@@ -131,11 +144,7 @@ def measure_passkey(
         model: the unquantized causal language model; left as it was.
         tokenizer: its tokenizer.
         artifacts: by name.
-        lengths: tokens of the prompt.
-        depths: 0 (beginning) to 1 (end).
-        trials: texts per length and depth, each with a number of five digits of its own.
-        seed: of the numbers.
-        chunk: tokens per call.
+        config: the texts.
         progress: told after every text and cache.
 
     Returns:
@@ -143,32 +152,47 @@ def measure_passkey(
 
     Raises:
         ConfigError: a length the model does not allow or that is too short.
+        RuntimeMismatchError: an artifact cannot be streamed.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    numbers = random.Random(seed)
-    planned = []
-    for length in lengths:
-        for depth in depths:
-            texts = [
-                make_trial(tokenizer, length, depth, numbers.randint(10_000, 99_999)) for _ in range(trials)
-            ]
-            if limit is not None and length + texts[0].answer.shape[1] > limit:
-                raise ConfigError(f"{length} tokens and the answer are more than the model's {limit}")
-            planned.append((PasskeyCell(length, depth, trials, 0, dict.fromkeys(artifacts, 0)), texts))
+    planned = _plan(model, tokenizer, artifacts, config)
+    total, done = len(planned) * config.trials * (len(artifacts) + 1), 0
 
-    total, done = len(planned) * trials * (len(artifacts) + 1), 0
-    for cell, texts in planned:
-        for trial in texts:
-            known = passes(model, DynamicCache(), trial, chunk)
-            cell.baseline += known
-            done += 1
-            if progress is not None:
-                progress("baseline", done, total)
-            for name, artifact in artifacts.items():
-                if known:
-                    with attached(model):
-                        cell.passed[name] += passes(model, KVQCache(artifact, model), trial, chunk)
-                done += 1
-                if progress is not None:
-                    progress(name, done, total)
+    def step(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(what, done, total)
+
+    with attached(model):
+        caches = {name: KVQCache(artifact, model) for name, artifact in artifacts.items()}
+        for cell, texts in planned:
+            for trial in texts:
+                known = passes(model, DynamicCache(), trial, config.chunk)
+                cell.baseline += known
+                step("baseline")
+                for name, cache in caches.items():
+                    if known:
+                        cell.passed[name] += passes(model, cache, trial, config.chunk)
+                        cache.reset()
+                    step(name)
     return [cell for cell, _ in planned]
+
+
+def _plan(
+    model: Any, tokenizer: Any, artifacts: Mapping[str, KVArtifact], config: PasskeyConfig
+) -> list[tuple[PasskeyCell, list[Trial]]]:
+    """Empty cells, and the texts of each."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    numbers = random.Random(config.seed)
+    planned = []
+    for length in config.lengths:
+        for depth in config.depths:
+            keys = [numbers.randint(10_000, 99_999) for _ in range(config.trials)]
+            texts = [make_trial(tokenizer, length, depth, key) for key in keys]
+            if limit is not None and length + texts[0].answer.shape[1] > limit:
+                raise ConfigError(
+                    f"{length} tokens and the answer are more than the model's {limit}; use a shorter --length"
+                )
+            cell = PasskeyCell(length, depth, config.trials, 0, dict.fromkeys(artifacts, 0))
+            planned.append((cell, texts))
+    return planned

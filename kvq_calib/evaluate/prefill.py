@@ -1,8 +1,12 @@
-"""Quantization inside one forward pass: what the literature measures perplexity with."""
+"""Quantization inside one forward pass: what the literature measures perplexity with.
+
+Sink tokens stay exact (rounded to the storage dtype). A window of recent exact tokens has no meaning where all queries
+run at once: artifacts that have one are measured in decode mode (:mod:`kvq_calib.evaluate.contenders`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +14,24 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.quantizer import roundtrip_storage
-from kvq_calib.model.intercept import LayerKV, intercept
+from kvq_calib.codec.quantizer import Quantizer, roundtrip_storage
+from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.placement import input_device
-from kvq_calib.schema.spec import KINDS, Kind
+from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
+
+__all__ = ["OutlierCounts", "Place", "PrefillHooks", "PrefillQuantizer", "coded_after_rope", "coded_tensor"]
 
 Place = tuple[int, Kind]
 """Layer and kind."""
 
 
 class OutlierCounts:
-    """Outliers found while quantizing, per layer and kind."""
+    """Outliers found while quantizing.
+
+    Attributes:
+        found: by kind and layer.
+        tokens: that were quantized, by layer.
+    """
 
     def __init__(self, layers: int) -> None:
         self.found: dict[Kind, list[int]] = {kind: [0] * layers for kind in KINDS}
@@ -35,55 +46,88 @@ class OutlierCounts:
             for kind in KINDS
         }
 
-    def plus(self, other: OutlierCounts) -> OutlierCounts:
-        """The counts of both together."""
-        total = OutlierCounts(len(self.tokens))
-        total.found = {
-            kind: [a + b for a, b in zip(self.found[kind], other.found[kind], strict=True)] for kind in KINDS
-        }
-        total.tokens = [a + b for a, b in zip(self.tokens, other.tokens, strict=True)]
-        return total
+
+def coded_after_rope(quantizer: Quantizer, kind: Kind) -> bool:
+    """Whether what is coded are keys as the model rotated them."""
+    return kind == "key" and not quantizer.spec.pre_rope
 
 
-@contextmanager
-def quantized_prefill(
-    model: Any, artifact: KVArtifact, only: Collection[Place] | None = None
-) -> Iterator[OutlierCounts]:
-    """Every key and value of every forward pass in this context goes through the artifact's quantizers.
+def coded_tensor(kv: LayerKV, kind: Kind, quantizer: Quantizer) -> Tensor:
+    """The tensor that ``quantizer`` codes, ``[B, H, T, D]``."""
+    if kind == "value":
+        return kv.values
+    return kv.rotated_keys if coded_after_rope(quantizer, kind) else kv.keys
 
-    With ``only``, the keys and values of other places stay as the model computed them.
 
-    Sink tokens stay exact (rounded to the storage dtype). A recent window has no meaning when all queries run at
-    once, and is left out: figures hold for ``recent_tokens = 0``.
+class PrefillQuantizer:
+    """What a reader of the packed cache sees of a layer's keys and values; a transform for ``intercept``.
 
-    Yields:
-        Outliers as they are counted.
+    Args:
+        quantizers: by layer and kind, on the model's device.
+        spec: of the whole cache.
+        only: layers and kinds to quantize, all by default. Others stay as the model computed them.
+
+    Attributes:
+        counts: outliers met so far.
     """
-    quantizers = artifact.quantizers(input_device(model))
-    counts = OutlierCounts(len(quantizers))
-    sinks = artifact.spec.sink_tokens
 
-    def through(x: Tensor, kv: LayerKV, kind: Kind) -> Tensor:
-        quantizer = quantizers[kv.layer][kind]
+    def __init__(
+        self,
+        quantizers: Sequence[dict[Kind, Quantizer]],
+        spec: KVCacheSpec,
+        only: Collection[Place] | None = None,
+    ) -> None:
+        self.quantizers, self.spec, self.only = quantizers, spec, only
+        self.counts = OutlierCounts(len(quantizers))
+
+    @classmethod
+    def of(cls, artifact: KVArtifact, model: Any) -> PrefillQuantizer:
+        """For everything of an artifact, where ``model`` takes its input."""
+        return cls(artifact.quantizers(input_device(model)), artifact.spec)
+
+    def __call__(self, kv: LayerKV) -> tuple[Tensor, Tensor] | None:
+        """Pre-RoPE keys and values as a reader sees them; ``None`` where the layer stays as it is."""
+        chosen = {kind: self.only is None or (kv.layer, kind) in self.only for kind in KINDS}
+        if not any(chosen.values()):
+            return None
+        sinks = self.spec.sink_tokens
+        self.counts.tokens[kv.layer] += kv.values.shape[0] * max(kv.values.shape[2] - sinks, 0)
+        keys = kv.keys
+        if chosen["key"]:
+            keys = self._through(kv, "key")
+            if coded_after_rope(self.quantizers[kv.layer]["key"], "key"):
+                keys = kv.rotation.unrotate(keys)
+        return keys, self._through(kv, "value") if chosen["value"] else kv.values
+
+    def _through(self, kv: LayerKV, kind: Kind) -> Tensor:
+        quantizer, sinks = self.quantizers[kv.layer][kind], self.spec.sink_tokens
+        x = coded_tensor(kv, kind, quantizer)
         first = 0 if quantizer.codes_in_blocks else sinks  # a block is coded as a whole, sinks included
         quantized = quantizer.quantize(x[:, :, first:])
         if quantized.outliers is not None:
-            counts.found[kind][kv.layer] += int(quantized.outliers.sum())
-        exact = roundtrip_storage(x[:, :, :sinks], artifact.spec).float()
+            self.counts.found[kind][kv.layer] += int(quantized.outliers.sum())
+        exact = roundtrip_storage(x[:, :, :sinks], self.spec.storage_dtype).float()
         return torch.cat([exact, quantizer.dequantize(quantized)[:, :, sinks - first :]], dim=2)
 
-    def transform(kv: LayerKV) -> tuple[Tensor, Tensor] | None:
-        chosen = {kind: only is None or (kv.layer, kind) in only for kind in KINDS}
-        if not any(chosen.values()):
-            return None
-        counts.tokens[kv.layer] += kv.values.shape[0] * max(kv.values.shape[2] - sinks, 0)
-        if not chosen["key"]:
-            keys = kv.keys
-        elif quantizers[kv.layer]["key"].spec.pre_rope:
-            keys = through(kv.keys, kv, "key")
-        else:
-            keys = kv.rotation.unrotate(through(kv.rotated_keys, kv, "key"))
-        return keys, through(kv.values, kv, "value") if chosen["value"] else kv.values
 
-    with intercept(model, transform):
-        yield counts
+class PrefillHooks:
+    """One interception of a model for any number of quantizers; a pass goes through the one chosen, or none."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._chosen: Callable[[LayerKV], tuple[Tensor, Tensor] | None] | None = None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Intercept the model's passes, which stay what they are until a quantizer is chosen."""
+        with intercept(self._model, lambda kv: None if self._chosen is None else self._chosen(kv)):
+            yield
+
+    def logits(self, quantizer: PrefillQuantizer, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through ``quantizer``; only while in place."""
+        self._chosen = quantizer
+        try:
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            self._chosen = None
+        return logits

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.quantizer import codebook_table
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.evaluate.perplexity import PerplexityResult
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.recipe import EvalConfig
@@ -38,17 +38,23 @@ def print_table(table: Table) -> None:
 
 
 def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) -> Table:
-    """One row per artifact under the unquantized model."""
+    """One row per artifact under the unquantized model; the modes where not all are as asked."""
     tokens = f"{results[0].tokens:,} tokens in windows of {config.seqlen}" if results else ""
-    table = Table(title=f"{config.dataset}, {config.mode} mode, {tokens}, bits at {config.context} tokens")
+    mixed = any(result.mode != config.mode for result in results)
+    mode = "" if mixed else f"{config.mode} mode, "
+    table = Table(title=f"{config.dataset}, {mode}{tokens}, bits at {config.context} tokens")
     table.add_column("artifact")
+    if mixed:
+        table.add_column("mode")
     for heading in ("bits/element", "perplexity", "KL mean", "KL p99", "top-1"):
         table.add_column(heading, justify="right")
     if results:
-        table.add_row("unquantized", "", f"{results[0].baseline_perplexity:.3f}", "", "", "")
+        blank = [""] if mixed else []
+        table.add_row("unquantized", *blank, "", f"{results[0].baseline_perplexity:.3f}", "", "", "")
     for result in results:
         table.add_row(
             result.name,
+            *([result.mode] if mixed else []),
             f"{result.bits_per_element:.3f}",
             f"{result.perplexity:.3f}",
             f"{result.kl_mean:.5f}",
@@ -76,7 +82,7 @@ def compare_table(comparison: Comparison, config: EvalConfig) -> Table:
         table.add_row(
             result.name,
             one.origin,
-            one.mode,
+            result.mode,
             f"{result.bits_per_element:.3f}",
             f"{result.perplexity:.3f}",
             f"{result.kl_mean:.5f}",
@@ -190,7 +196,6 @@ def _version(package: str) -> str:
 
 def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, Any]:
     """Content of an artifact as plain data."""
-    specs = artifact.spec.resolved(len(artifact.layers))
     return {
         "spec": artifact.spec.model_dump(mode="json"),
         "model": dict(artifact.model),
@@ -198,21 +203,21 @@ def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, A
         "layers": [
             {
                 kind: {
-                    "bits": _width_counts(artifact, index, kind),
-                    "codebook": codebook_table(specs[index].of(kind), params.of(kind)).tolist(),
+                    "bits": _width_counts(quantizer),
+                    "codebook": quantizer.table.tolist(),
                     "outliers_per_token": artifact.outliers_per_token[kind][index],
                 }
-                for kind in KINDS
+                for kind, quantizer in quantizers.items()
             }
-            for index, params in enumerate(artifact.layers)
+            for index, quantizers in enumerate(artifact.quantizers())
         ],
         "bits_per_element": {str(context): artifact.bits_per_element(context) for context in contexts},
         "bytes": {str(context): artifact.storage(context) for context in contexts},
     }
 
 
-def _width_counts(artifact: KVArtifact, layer: int, kind: Any) -> dict[str, int]:
-    counts = Counter(artifact.layers[layer].of(kind).bits.tolist())
+def _width_counts(quantizer: Quantizer) -> dict[str, int]:
+    counts = Counter(quantizer.layout.widths)
     return {str(width): counts[width] for width in sorted(counts)}
 
 
@@ -258,7 +263,7 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
         layers.add_column(heading)
     for index, quantizers in enumerate(artifact.quantizers()):
         for kind in KINDS:
-            widths = _width_counts(artifact, index, kind)
+            widths = _width_counts(quantizers[kind])
             levels = quantizers[kind].table[0].tolist()
             shown = " ".join(f"{level:+.2f}" for level in levels[:16])
             layers.add_row(
@@ -275,23 +280,10 @@ def describe(artifact: KVArtifact, kind: Any) -> str:
     """How keys or values are quantized, in words; as in most layers where they differ."""
     specs = Counter(layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers)))
     ((spec, count),) = specs.most_common(1)
-    parts = [
-        f"{'up to ' if spec.variable_bits else ''}{spec.bits} bits per element",
-        spec.datatype,
-        f"{'dynamic' if spec.dynamic else 'static'} per {spec.granularity}",
-    ]
+    parts = [spec.width_words]
     if kind == "key":
         parts.append("before RoPE" if spec.pre_rope else "after RoPE")
-    if spec.outliers.fraction:
-        parts.append(f"{spec.outliers.fraction:.1%} outliers")
-    parts += [
-        name
-        for name in (
-            *("phase", "rotation", "feedback", "sweeps", "trellis", "importance"),
-            *("q_norm", "channel_normalized"),
-        )
-        if getattr(spec, name)
-    ]
+    parts += spec.features()
     if others := specs.total() - count:
         parts.append(f"{others} of {specs.total()} layers differ")
     return ", ".join(parts)

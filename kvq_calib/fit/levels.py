@@ -1,6 +1,7 @@
-"""A codebook from weighted statistics: one function per datatype, and Q-Norm.
+"""A table of levels from weighted statistics: one function for each way to choose them, and Q-Norm.
 
-To add a datatype: write a function here, name it in :data:`kvq_calib.schema.spec.Datatype` and in :func:`fit_levels`.
+To add one: write a function here, name it in :data:`kvq_calib.schema.spec.Levels` and in :func:`fit_levels`,
+and in :data:`DATA_FREE` if its levels do not depend on the data.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import Literal
 import numpy as np
 
 from kvq_calib.fit.kmeans import Floats, exact_kmeans, lloyd_kmeans
-from kvq_calib.schema.spec import Datatype
+from kvq_calib.schema.spec import Levels
 
 Solver = Literal["exact", "lloyd"]
+
+#: Levels that do not depend on the data.
+DATA_FREE: tuple[Levels, ...] = ("uniform", "normal_float")
 
 
 def uniform_levels(bits: int) -> Floats:
@@ -65,7 +69,7 @@ def q_norm(levels: Floats, points: Floats, counts: Floats, rounds: int = 8) -> F
 
 
 def fit_levels(
-    datatype: Datatype,
+    kind: Levels,
     bits: int,
     points: Floats,
     weights: Floats,
@@ -76,7 +80,7 @@ def fit_levels(
     """Levels of one codebook.
 
     Args:
-        datatype: ``uniform`` and ``normal_float`` ignore the statistics; the others are fitted by k-means.
+        kind: ``uniform`` and ``normal_float`` ignore the statistics; the others are fitted by k-means.
         bits: width; ``2 ** bits`` levels.
         points, weights: ``[n]``, the distribution of normalised values. Where nothing has weight (a layer that
             does not influence the output) the levels are uniform.
@@ -86,9 +90,9 @@ def fit_levels(
     Returns:
         float64 ``[2 ** bits]``, sorted, representable in float16.
     """
-    if datatype == "uniform":
+    if kind == "uniform":
         levels = uniform_levels(bits)
-    elif datatype == "normal_float":
+    elif kind == "normal_float":
         levels = normal_float_levels(bits)
     elif not weights.sum() > 0:
         levels = uniform_levels(bits)

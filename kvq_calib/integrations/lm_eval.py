@@ -1,15 +1,20 @@
 """A model of lm-evaluation-harness whose keys and values are quantized by an artifact.
 
 Log likelihoods come from one forward pass with every key and value through the artifact's quantizers
-(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). The harness pads
-a batch on the right where it scores and on the left where it generates. Neither changes the codes of a real token, but
-blocks of 32 count padding, so a batch decides which of the newest tokens are still exact while generating.
+(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). An artifact with a
+window of recent exact tokens is scored through the packed cache too, a few tokens per step, since one pass would quantize
+what the window keeps exact. The harness pads a batch on the right where it scores and on the left where it generates.
+Neither changes the codes of a real token, but blocks of 32 count padding, so a batch decides which of the newest tokens
+are still exact while generating.
 
 Importing this module needs lm_eval, and registers the model under the name ``kvq``. The command ``kvq-lm-eval`` does so.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +23,17 @@ from lm_eval.models.huggingface import HFLM
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
-from kvq_calib.evaluate.prefill import quantized_prefill
-from kvq_calib.model.load import load_model, model_fingerprint, with_cache
+from kvq_calib.evaluate.decode import logits_through
+from kvq_calib.evaluate.prefill import PrefillQuantizer
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
 
 __all__ = ["KVQuantLM"]
+
+_log = logging.getLogger("kvq_calib.integrations")
 
 #: Arguments of HFLM that mean something with a model that is loaded already; the others say how to load one.
 _PASSED_ON = frozenset(
@@ -50,7 +61,8 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: hub id, local folder or ``.gguf`` file, as for the other commands.
         artifact: the artifact's file.
-        device: "auto" or a torch device; what ``--device`` gives.
+        device: "auto" or a torch device; what ``--device`` gives. The harness hands on ``cuda:0`` where nobody names one, so
+            without a GPU that means the CPU, as it does for ``--model hf``.
         dtype, device_map, trust_remote_code: as in :func:`kvq_calib.model.load.load_model`.
         options: arguments of ``HFLM`` that do not concern loading, such as ``batch_size`` and ``max_length``.
 
@@ -81,31 +93,70 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
         self.artifact = KVArtifact.load(str(artifact))
         loaded = load_model(
             str(pretrained),
-            device=device or "auto",
+            device=_available(device),
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
         self.artifact.check_model(model_fingerprint(loaded.model))
         with attached(loaded.model):  # what cannot be streamed is refused before hours of work
-            KVQCache(self.artifact, loaded.model)
+            self._packed = KVQCache(self.artifact, loaded.model)
+        self._quantizer = PrefillQuantizer.of(self.artifact, loaded.model)
         self._names = {"kvq_model": loaded.name, "kvq_artifact": str(artifact)}
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", **options)
 
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """What must be on the model while it scores; put there once for all requests of a task."""
+        scoring = attached(self.model) if self._streams else intercept(self.model, self._quantizer)
+        with scoring:
+            yield
+
+    @property
+    def _streams(self) -> bool:
+        """Whether log likelihoods come through the packed cache."""
+        return self.artifact.spec.recent_tokens > 0
+
+    def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
+        """Log likelihoods of continuations, with the cache quantized."""
+        with self._scoring():
+            return super().loglikelihood(*args, **kwargs)
+
+    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
+        """Log likelihoods of whole texts, with the cache quantized."""
+        with self._scoring():
+            return super().loglikelihood_rolling(*args, **kwargs)
+
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Logits ``[B, T, V]`` of token ids ``[B, T]``, quantized as in prefill mode."""
-        with quantized_prefill(self.model, self.artifact):
+        """Logits ``[B, T, V]`` of token ids ``[B, T]``; called while scoring."""
+        if not self._streams:
             logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-        return logits
+            return logits
+        precision = self.mixed_precision_dtype
+        try:
+            with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+                return logits_through(self.model, self._packed, inps)
+        finally:
+            self._packed.reset()
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Token ids ``[B, T + new]``, generated through a packed cache."""
-        with attached(self.model):
-            cache = KVQCache(self.artifact, self.model)
-            tokens: torch.Tensor = super()._model_generate(*args, **with_cache(cache), **kwargs)
+        """Token ids ``[B, T + new]``, generated through the packed cache."""
+        try:
+            with attached(self.model):
+                tokens: torch.Tensor = super()._model_generate(*args, **with_cache(self._packed), **kwargs)
+        finally:
+            self._packed.reset()
         return tokens
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: also the artifact, and its bits at 4,096 tokens."""
         bits = self.artifact.bits_per_element(4096)
         return {**super().get_model_info(), **self._names, "kvq_bits_per_element_4096": bits}
+
+
+def _available(device: str | None) -> str:
+    """The device to load on: the harness's default where there is one, else what there is."""
+    if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
+        _log.warning("there is no GPU here: the model runs on the CPU")
+        return "auto"
+    return device or "auto"

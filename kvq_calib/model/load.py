@@ -1,10 +1,8 @@
-"""Loading of language models, and the fingerprint that ties an artifact to one."""
+"""Loading of language models."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -15,17 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvq_calib.errors import ModelError
+from kvq_calib.model.compat import softcap_implementation
 from kvq_calib.model.hub import first_line, hub_reachable, quiet
 
-__all__ = ["LoadedModel", "cache_of", "load_model", "model_fingerprint", "with_cache"]
+__all__ = ["LoadedModel", "check_length", "load_model"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# transformers 5.24 renamed the argument of models and of `generate`, and the field of their outputs.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,26 +69,8 @@ def load_model(
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ModelError("spreading a model over devices needs one more package: pip install accelerate")
     target = _device(device)
-    source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    path = Path(name).expanduser()
-    location, label = name, name
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such file: {name}")
-        if importlib.util.find_spec("gguf") is None:
-            raise ModelError("reading a .gguf file needs two more packages: pip install gguf accelerate")
-        location, label = str(path.parent), path.name
-        source["gguf_file"] = path.name
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name} holds no config.json, so it is not a transformers model folder")
-        location, label = str(path), path.resolve().name
-    elif path.exists():
-        raise ModelError(f"{name} is neither a model folder nor a .gguf file")
-    elif name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise ModelError(f"no such folder: {name}")
-    else:
-        source["local_files_only"] = not hub_reachable()
+    location, label, source = _find(name)
+    source["trust_remote_code"] = trust_remote_code
 
     spread: dict[str, Any] = {}
     if device_map is not None:
@@ -107,9 +84,8 @@ def load_model(
             arguments = dict(source)
             if "gguf_file" not in source:
                 arguments["use_safetensors"] = True  # never unpickle a checkpoint
-            if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-                # Releases before 5.23 choose sdpa for such models, which leaves the softcap out silently.
-                arguments["attn_implementation"] = "eager"
+            if implementation := softcap_implementation(config):
+                arguments["attn_implementation"] = implementation
             on_cpu = device_map is None and target.type == "cpu"
             arguments["dtype"] = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -131,14 +107,24 @@ def load_model(
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, label)
 
 
-def with_cache(cache: Any) -> dict[str, Any]:
-    """The argument that gives a model, or its `generate`, a cache, by its name in the transformers installed."""
-    return {_CACHE: cache}
-
-
-def cache_of(output: Any) -> Any:
-    """The cache in the output of a model that was called with `use_cache=True`."""
-    return getattr(output, _CACHE)
+def _find(name: str) -> tuple[str, str, dict[str, Any]]:
+    """Where `name` is loaded from, what it is called, and the arguments of `from_pretrained` that follow."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("reading a .gguf file needs two more packages: pip install gguf accelerate")
+        return str(path.parent), path.name, {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json, so it is not a transformers model folder")
+        return str(path), path.resolve().name, {}
+    if path.exists():
+        raise ModelError(f"{name} is neither a model folder nor a .gguf file")
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise ModelError(f"no such folder: {name}")
+    return name, name, {"local_files_only": not hub_reachable()}
 
 
 def _device(device: str) -> torch.device:
@@ -169,25 +155,6 @@ def _explain(name: str, source: dict[str, Any], error: Exception) -> str:
     return f"cannot load {name} from the hub, and there is no such folder here: {reason}"
 
 
-_ROPE_FIELDS = (
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "short_factor",
-    "long_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "truncate",
-)
-
-
 def check_length(model: nn.Module, seqlen: int) -> None:
     """Refuse windows longer than the model was made for: statistics of text it cannot read are of no use.
 
@@ -201,62 +168,3 @@ def check_length(model: nn.Module, seqlen: int) -> None:
             f"windows of {seqlen} tokens are longer than the {limit} positions this model was trained for, and its "
             f"keys and values there mean nothing; use --seqlen {limit} or less"
         )
-
-
-def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return the configuration fields that decide what a model caches, and their digest.
-
-    Defaults are filled in and spellings unified, so that one checkpoint has one fingerprint under every
-    supported release of transformers. Weights do not enter.
-
-    Returns:
-        JSON-able fields `model_type`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
-        `head_dim`, `hidden_size`, `vocab_size`, `layer_types`, `sliding_window`, `rope`, `no_rope_layers`,
-        and `sha256` (hex) over the others as canonical JSON.
-    """
-    whole: Any = model.config
-    config = whole.get_text_config()
-    heads = int(config.num_attention_heads)
-    layers = int(config.num_hidden_layers)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * layers
-    without_rope = getattr(config, "no_rope_layers", None)
-    fields: dict[str, Any] = {
-        "model_type": str(config.model_type),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(getattr(config, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        "hidden_size": int(config.hidden_size),
-        "vocab_size": int(config.vocab_size),
-        "layer_types": list(kinds),
-        "sliding_window": int(window) if window and "sliding_attention" in kinds else None,
-        "rope": _rope_fields(getattr(config, "rope_parameters", None) or {}, kinds),
-        # 1 where a layer has RoPE, in spite of the name
-        "no_rope_layers": [int(flag) for flag in without_rope] if without_rope else None,
-    }
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return {**fields, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
-
-
-def _rope_fields(parameters: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """Normalise `rope_parameters`; layer kinds with parameters of their own are kept apart where they
-    differ."""
-    nested = {kind: value for kind, value in parameters.items() if isinstance(value, dict)}
-    if nested:
-        each = {kind: _rope_fields(nested[kind], []) for kind in sorted(set(kinds) & set(nested))}
-        distinct = list(each.values())
-        return distinct[0] if distinct and all(one == distinct[0] for one in distinct) else each
-    fields: dict[str, Any] = {}
-    for key in _ROPE_FIELDS:
-        value = parameters.get(key)
-        if value is None or (key == "partial_rotary_factor" and value == 1.0):
-            continue
-        if isinstance(value, list | tuple):
-            value = [float(x) for x in value]
-        elif not isinstance(value, bool | str):
-            value = float(value)
-        fields[key] = value
-    return fields

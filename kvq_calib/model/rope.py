@@ -1,10 +1,11 @@
-"""Rotary position embeddings, undone and described by means of the model's own functions.
+"""Rotary position embeddings: undone and described by means of the model's own functions, and as a table.
 
 transformers' attention modules rotate keys with an `apply_rotary_pos_emb(q, k, cos, sin)` that stands in the
 Python module that defines them. Its layout (half-split, interleaved, partial) and its scaling differ between
 families, but it is always linear in the vector and, channel pair by channel pair, a rotation times a scale.
 So calling the same function with other cosines and sines gives its inverse and its adjoint, with no per-model
-code.
+code. `Rotation` is what one pass did; `discover_rope` finds the numbers behind it (a `RopeSpec`, which is stored),
+and `RopeTable` is these as tensors, for code that runs without the model.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ApplyRotary", "RopeLayout", "RopeLayoutError", "Rotation", "discover_rope", "find_apply_rotary"]
+from kvq_calib.schema.geometry import RopeSpec
+
+__all__ = ["ApplyRotary", "RopeLayoutError", "RopeTable", "Rotation", "discover_rope", "find_apply_rotary"]
 
 ApplyRotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`apply(q, k, cos, sin) -> (q', k')`, heads in dimension 1, `cos` and `sin` of shape [B or 1, T, width]."""
@@ -29,20 +31,16 @@ class RopeLayoutError(ValueError):
     """A rotary embedding that no fixed table of frequencies describes; the message is the reason."""
 
 
-def defining_attribute(module: nn.Module, name: str) -> Any:
-    """Return the attribute `name` of the Python module that defines the class of `module` (or a base), or
-    None."""
-    for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), name, None)
-        if found is not None:
-            return found
-    return None
-
-
 def find_apply_rotary(attention_module: nn.Module) -> ApplyRotary | None:
-    """Return the `apply_rotary_pos_emb` that an attention module uses, or None where its family has none."""
-    apply: ApplyRotary | None = defining_attribute(attention_module, "apply_rotary_pos_emb")
-    return apply
+    """Return the `apply_rotary_pos_emb` that an attention module uses, or None where its family has none.
+
+    It stands in the Python module that defines the class or one of its bases.
+    """
+    for cls in type(attention_module).__mro__:
+        apply: ApplyRotary | None = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+        if apply is not None:
+            return apply
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -83,11 +81,6 @@ class Rotation:
     cos: Tensor | None = None
     sin: Tensor | None = None
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the layer has no RoPE."""
-        return self.apply is None
-
     def rotate(self, keys: Tensor) -> Tensor:
         """Return keys as the model hands them to attention: `R k`."""
         if self.cos is None or self.sin is None:
@@ -126,68 +119,58 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@dataclass(frozen=True, eq=False)
-class RopeLayout:
-    """A rotary embedding as a table, for code that cannot call the model: all that a kernel needs.
+class RopeTable:
+    """A rotary embedding as tensors: all that attention without the model's own code needs.
 
-    For channels `(a, b) = pairs[p]` of a head and a token at `position`, with `angle = position *
-    inv_freq[p]`::
+    Angles are the float32 product of position and frequency, which is what models compute: far into a text
+    its rounding is larger than that of any other step here.
 
-        rotated[a] = attention_scaling * (cos(angle) * x[a] - sin(angle) * x[b])
-        rotated[b] = attention_scaling * (sin(angle) * x[a] + cos(angle) * x[b])
-
-    Channels in no pair are left as they are.
-
-    Attributes:
-        pairs: int64 [P, 2].
-        inv_freq: float64 [P], radians per position, all of it as the model holds it in float32 where that is
-            known.
-        attention_scaling: factor of scaled RoPE (YaRN, longrope), else 1.
+    Args:
+        rope: the rotary embedding.
+        device: of the tensors.
     """
 
-    pairs: Tensor
-    inv_freq: Tensor
-    attention_scaling: float
+    def __init__(self, rope: RopeSpec, device: torch.device) -> None:
+        self.inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
+        self.scaling = rope.attention_scaling
+        self._first = _as_slice([pair[0] for pair in rope.pairs], device)
+        self._second = _as_slice([pair[1] for pair in rope.pairs], device)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float64 cosines and sines [..., P] of integer `positions` [...], attention scaling
-        included."""
-        angle = positions.to(torch.float64)[..., None] * self.inv_freq.to(positions.device)
-        return self.attention_scaling * angle.cos(), self.attention_scaling * angle.sin()
+        """Cosines and sines of int32 ``[B, S]`` positions, each float32 ``[B, 1, P, S]``, without scaling."""
+        angle = positions[:, None, None].float() * self.inv_freq[:, None]
+        return angle.cos(), angle.sin()
 
-    def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """Return `keys` [B, H, T, D] rotated to `positions` [B or 1, T] (or [T])."""
-        return self._turn(keys, positions, 1.0)
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn ``x [..., D, S]`` in place by angles given as broadcastable ``[..., P, S]``; no scaling."""
+        a, b = x[..., self._first, :], x[..., self._second, :]
+        a_sin = a * sin
+        a.mul_(cos).addcmul_(b, sin, value=-1)
+        b.mul_(cos).add_(a_sin)
+        if isinstance(self._first, Tensor):
+            x[..., self._first, :] = a
+        if isinstance(self._second, Tensor):
+            x[..., self._second, :] = b
+        return x
 
-    def unrotate(self, rotated: Tensor, positions: Tensor) -> Tensor:
-        """Undo `rotate`."""
-        return self._turn(rotated, positions, -1.0) / self._scale(rotated)
+    def scale_(self, x: Tensor) -> Tensor:
+        """Multiply the rotated channels of ``x [..., D, S]`` by the attention scaling, in place."""
+        if self.scaling != 1.0:
+            for channels in (self._first, self._second):
+                x[..., channels, :] *= self.scaling
+        return x
 
-    def _scale(self, like: Tensor) -> Tensor:
-        scale = torch.ones(like.shape[-1], dtype=_wide(like[..., :0]).dtype, device=like.device)
-        scale[self.pairs.flatten().to(like.device)] = self.attention_scaling**2
-        return scale
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [t for t in (self.inv_freq, self._first, self._second) if isinstance(t, Tensor)]
 
-    def _turn(self, x: Tensor, positions: Tensor, sign: float) -> Tensor:
-        x = _wide(x)
-        cos, sin = self.cos_sin(positions.to(x.device))
-        if positions.ndim > 1:
-            cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        cos, sin = cos.to(x.dtype), (sign * sin).to(x.dtype)
-        first, second = self.pairs.to(x.device).unbind(1)
-        a, b = x[..., first], x[..., second]
-        out = x.clone()
-        out[..., first] = cos * a - sin * b
-        out[..., second] = sin * a + cos * b
-        return out
 
-    def same_as(self, other: RopeLayout) -> bool:
-        """Whether both describe the same rotation."""
-        return (
-            torch.equal(self.pairs, other.pairs)
-            and torch.equal(self.inv_freq, other.inv_freq)
-            and self.attention_scaling == other.attention_scaling
-        )
+def _as_slice(channels: list[int], device: torch.device) -> slice | Tensor:
+    """Channel numbers as a slice where they are evenly spaced: slices are views."""
+    step = channels[1] - channels[0] if len(channels) > 1 else 1
+    if channels and step > 0 and channels == list(range(channels[0], channels[-1] + 1, step)):
+        return slice(channels[0], channels[-1] + 1, step)
+    return torch.tensor(channels, dtype=torch.int64, device=device)
 
 
 def discover_rope(
@@ -196,8 +179,8 @@ def discover_rope(
     head_dim: int,
     *,
     candidates: Iterable[Tensor] = (),
-) -> RopeLayout:
-    """Derive a layer's `RopeLayout` from the rotation that its model applied at known positions.
+) -> RopeSpec:
+    """Derive a layer's `RopeSpec` from the rotation that its model applied at known positions.
 
     Args:
         rotation: of a forward pass over one sequence; `cos` and `sin` are [1, T, width].
@@ -212,16 +195,41 @@ def discover_rope(
     """
     if rotation.apply is None or rotation.cos is None or rotation.sin is None:
         raise RopeLayoutError("the layer has no rotary embedding")
-    cos, sin = _wide(rotation.cos.detach().cpu()), _wide(rotation.sin.detach().cpu())
     positions = positions.cpu()
     rounding = float(torch.finfo(rotation.cos.dtype).eps)
+    pairs = _rotated_pairs(rotation, head_dim)
+    x, y, scaling = _turned(rotation, pairs, positions, head_dim)  # scaled cosine and sine of every angle
+    slack = 4 * max(rounding, 1e-7) * scaling
+    # The factor is 1 for unscaled RoPE; snapping removes the rounding of cos² + sin².
+    scaling = 1.0 if abs(scaling - 1.0) <= slack else scaling
+    inv_freq = _frequencies(torch.atan2(y, x), positions, rounding, candidates)
+    angle = positions.double()[:, None] * inv_freq
+    # The model rounds angle = position * inv_freq to float32 before it takes cosines.
+    allowed = slack + scaling * positions.double()[:, None] * inv_freq.abs() * 2.4e-7
+    if bool(((x - scaling * angle.cos()).abs() > allowed).any()) or bool(
+        ((y - scaling * angle.sin()).abs() > allowed).any()
+    ):
+        raise RopeLayoutError("its angles are not proportional to the position")
+    return RopeSpec(
+        pairs=tuple((int(first), int(second)) for first, second in pairs.tolist()),
+        inv_freq=tuple(inv_freq.tolist()),
+        attention_scaling=scaling,
+    )
+
+
+def _images(rotation: Rotation, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """What every unit vector becomes, float32 [D, D], at one token's `cos` and `sin` [1, 1, width]."""
     unit = torch.eye(head_dim)[None, None]  # token i holds the i-th unit vector
+    cos, sin = cos.expand(1, head_dim, -1), sin.expand(1, head_dim, -1)
+    return Rotation(rotation.apply, cos, sin).rotate(unit)[0, 0]
 
-    def image(cosine: Tensor, sine: Tensor) -> Tensor:
-        return Rotation(rotation.apply, cosine, sine).rotate(unit)[0, 0]
 
+def _rotated_pairs(rotation: Rotation, head_dim: int) -> Tensor:
+    """Channels that are turned together, int64 [P, 2]."""
+    assert rotation.cos is not None
     # A quarter turn everywhere maps x[a] to +x[b] and x[b] to -x[a], and leaves the unrotated channels alone.
-    quarter = image(torch.zeros(1, head_dim, cos.shape[-1]), torch.ones(1, head_dim, cos.shape[-1]))
+    table = torch.zeros(1, 1, rotation.cos.shape[-1])
+    quarter = _images(rotation, table, torch.ones_like(table), head_dim)
     rotated = ~torch.isclose(quarter, torch.eye(head_dim)).all(dim=1)
     pairs = torch.nonzero(quarter > 0.5)
     pairs = pairs[rotated[pairs[:, 0]]]
@@ -230,28 +238,36 @@ def discover_rope(
     expected[first, second], expected[second, first] = 1.0, -1.0
     if len(pairs) == 0 or not torch.allclose(quarter, expected):
         raise RopeLayoutError("its rotary function does not turn pairs of channels")
+    return pairs
 
+
+def _turned(
+    rotation: Rotation, pairs: Tensor, positions: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, float]:
+    """Scaled cosines and sines of all pairs at all positions, float64 [T, P] each, and the scale."""
+    assert rotation.cos is not None
+    assert rotation.sin is not None
+    cos, sin = _wide(rotation.cos.detach().cpu()), _wide(rotation.sin.detach().cpu())
+    first, second = pairs.unbind(1)
     turned = torch.stack(
-        [
-            image(cos[:, t : t + 1].expand(1, head_dim, -1), sin[:, t : t + 1].expand(1, head_dim, -1))
-            for t in range(len(positions))
-        ]
+        [_images(rotation, cos[:, t : t + 1], sin[:, t : t + 1], head_dim) for t in range(len(positions))]
     ).double()  # [T, D, D]
     x, y = turned[:, first, first], turned[:, first, second]
     scale = torch.hypot(x, y)
     scaling = float(scale[positions == 0].mean())
-    slack = 4 * max(rounding, 1e-7) * scaling
     mismatch = max(
         float((turned[:, second, second] - x).abs().max()),
         float((turned[:, second, first] + y).abs().max()),
         float((scale - scaling).abs().max()),
     )
-    if mismatch > 4 * slack:
+    rounding = float(torch.finfo(rotation.cos.dtype).eps)
+    if mismatch > 16 * max(rounding, 1e-7) * scaling:
         raise RopeLayoutError("its pairs of channels are not all rotated and scaled alike")
-    # The factor is 1 for unscaled RoPE; snapping removes the rounding of cos² + sin².
-    scaling = 1.0 if abs(scaling - 1.0) <= slack else scaling
+    return x, y, scaling
 
-    angle = torch.atan2(y, x)
+
+def _frequencies(angle: Tensor, positions: Tensor, rounding: float, candidates: Iterable[Tensor]) -> Tensor:
+    """Radians per position, float64 [P], from `angle` [T, P] modulo a turn; `rounding` is that of the cosines."""
     index = {int(p): t for t, p in enumerate(positions)}
     power = 1
     if power not in index:
@@ -267,13 +283,5 @@ def discover_rope(
         if exact.shape == inv_freq.shape and torch.allclose(
             exact, inv_freq, rtol=1e-6, atol=8 * rounding / power
         ):
-            inv_freq = exact
-            break
-
-    layout = RopeLayout(pairs, inv_freq, scaling)
-    want_cos, want_sin = layout.cos_sin(positions)
-    # The model rounds angle = position * inv_freq to float32 before it takes cosines.
-    allowed = slack + scaling * positions.double()[:, None] * inv_freq.abs() * 2.4e-7
-    if bool(((x - want_cos).abs() > allowed).any()) or bool(((y - want_sin).abs() > allowed).any()):
-        raise RopeLayoutError("its angles are not proportional to the position")
-    return layout
+            return exact
+    return inv_freq

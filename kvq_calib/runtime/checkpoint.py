@@ -12,7 +12,7 @@ import json
 import os
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,12 +22,11 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.files import write_atomically
-from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page, SlotTable
+from kvq_calib.runtime.contents import CacheContents
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
-if TYPE_CHECKING:
-    from kvq_calib.runtime.cache import KVQCache
-
-__all__ = ["load_cache", "save_cache"]
+__all__ = ["load_contents", "save_contents"]
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "kvq_cache"
@@ -38,9 +37,13 @@ def _artifact_digest(artifact: KVArtifact) -> str:
     return hashlib.sha256(artifact.to_bytes()).hexdigest()
 
 
-def save_cache(cache: KVQCache, path: str | os.PathLike[str]) -> None:
-    """Write a filled cache; see :meth:`KVQCache.save`."""
-    table = cache.table
+def save_contents(contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str]) -> None:
+    """Write what a cache of ``artifact`` holds to one file: whole, or not at all.
+
+    Raises:
+        RuntimeMismatchError: the cache is empty.
+    """
+    table = contents.table
     if table is None:
         raise RuntimeMismatchError("the cache is empty: there is nothing to save")
     tensors: dict[str, Tensor] = {"sink_slots": table.sink_slots}
@@ -48,21 +51,21 @@ def save_cache(cache: KVQCache, path: str | os.PathLike[str]) -> None:
     tensors["block_fill"] = torch.tensor(table.fill, dtype=torch.int32)
     for number, positions in enumerate(table.position_pages):
         tensors[f"positions.{number}"] = positions
-    for layer in cache.layers:
-        prefix = f"layers.{layer.index}."
+    for index, storage in enumerate(contents.storages):
+        prefix = f"layers.{index}."
         for name in _EXACT:
-            tensors[prefix + name] = getattr(layer.storage, name)
+            tensors[prefix + name] = getattr(storage, name)
         for kind in ("key", "value"):
-            for number, page in enumerate(getattr(layer.storage, kind).pages):
+            for number, page in enumerate(getattr(storage, kind).pages):
                 for name, tensor in page.tensors().items():
                     tensors[f"{prefix}{kind}.{number}.{name}"] = tensor
     metadata = {
         "format_version": FORMAT_VERSION,
-        "artifact": _artifact_digest(cache.artifact),
+        "artifact": _artifact_digest(artifact),
         "batch": table.batch,
         "length": table.length,
         "recent_tokens": table.recent_tokens,
-        "dropped_pages": [layer.storage.key.dropped_pages for layer in cache.layers],
+        "dropped_pages": [storage.key.dropped_pages for storage in contents.storages],
     }
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(
@@ -107,35 +110,43 @@ class _Reader:
         return tensor.to(self.device)
 
 
-def load_cache(cache: KVQCache, path: str | os.PathLike[str]) -> None:
-    """Fill an empty cache from a file; see :meth:`KVQCache.load`. On an error the cache stays empty."""
-    reader = _Reader(Path(path), cache.device)
+def load_contents(
+    contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str], max_tokens: int | None
+) -> None:
+    """Fill an empty cache of ``artifact`` with what a file holds. On an error it stays empty.
+
+    Args:
+        contents: of the cache.
+        artifact: what the cache was made with.
+        path: the file.
+        max_tokens: most tokens that the cache takes.
+
+    Raises:
+        RuntimeMismatchError: the file is damaged, belongs to another artifact, or holds too many tokens.
+    """
+    reader = _Reader(Path(path), contents.device)
     if reader.metadata.get("format_version") != FORMAT_VERSION:
         raise reader.problem(
             f"it has format version {reader.metadata.get('format_version')!r}, not {FORMAT_VERSION}"
         )
-    # Caches saved before the artifact's format changed name the older file.
-    names = {_artifact_digest(cache.artifact), cache.artifact.older_sha256}
-    if reader.metadata.get("artifact") not in names - {None}:
+    if reader.metadata.get("artifact") != _artifact_digest(artifact):
         raise reader.problem("it was filled with another artifact")
     dropped = reader.metadata.get("dropped_pages")
-    if not isinstance(dropped, list) or len(dropped) != len(cache.layers):
+    if not isinstance(dropped, list) or len(dropped) != len(contents.stored):
         raise reader.problem("dropped_pages does not fit the layers")
-    table = _read_table(reader, cache)
-    storages = [_read_layer(reader, cache, index, table, count) for index, count in enumerate(dropped)]
+    table = _read_table(reader, contents, max_tokens)
+    storages = [_read_layer(reader, contents, index, table, count) for index, count in enumerate(dropped)]
     if reader.tensors:
         raise reader.problem(f"tensor {sorted(reader.tensors)[0]} is unknown")
-    cache.recent_tokens, cache.table = table.recent_tokens, table
-    for layer, storage in zip(cache.layers, storages, strict=True):
-        layer.storage = storage
+    contents.recent_tokens, contents.table, contents.storages = table.recent_tokens, table, storages
 
 
-def _read_table(reader: _Reader, cache: KVQCache) -> SlotTable:
+def _read_table(reader: _Reader, contents: CacheContents, max_tokens: int | None) -> SlotTable:
     batch, length = reader.count("batch", 1), reader.count("length", 1)
-    if cache.max_tokens is not None and length > cache.max_tokens:
-        raise reader.problem(f"its {length} tokens are more than the model's {cache.max_tokens}")
+    if max_tokens is not None and length > max_tokens:
+        raise reader.problem(f"its {length} tokens are more than the model's {max_tokens}")
     recent = reader.count("recent_tokens", 0)
-    sinks = cache.artifact.spec.sink_tokens
+    sinks = contents.sink_tokens
     first = reader.take("block_first", (None,), torch.int32).tolist()
     fill = reader.take("block_fill", (len(first),), torch.int32).tolist()
     expected = 0
@@ -145,7 +156,7 @@ def _read_table(reader: _Reader, cache: KVQCache) -> SlotTable:
         expected += count
     if expected > length:
         raise reader.problem("its block table is longer than the text")
-    table = SlotTable(batch, sinks, recent, cache.device)
+    table = SlotTable(batch, sinks, recent, contents.device)
     pages = [
         reader.take(f"positions.{number}", (batch, PAGE_TOKENS), torch.int32)
         for number in range(-(-length // PAGE_TOKENS))
@@ -157,9 +168,10 @@ def _read_table(reader: _Reader, cache: KVQCache) -> SlotTable:
     return table
 
 
-def _read_layer(reader: _Reader, cache: KVQCache, index: int, table: SlotTable, dropped: Any) -> LayerStorage:
-    ops = cache.layers[index].ops
-    storage = LayerStorage(ops.key, ops.value, table.batch, table.sink_slots.shape[1], cache.device)
+def _read_layer(
+    reader: _Reader, contents: CacheContents, index: int, table: SlotTable, dropped: Any
+) -> LayerStorage:
+    storage = contents.new_storage(index, table.batch)
     pages = -(-table.blocks // PAGE_BLOCKS)
     if (
         not isinstance(dropped, int)
@@ -167,14 +179,14 @@ def _read_layer(reader: _Reader, cache: KVQCache, index: int, table: SlotTable, 
         or not 0 <= dropped <= table.blocks // PAGE_BLOCKS
     ):
         raise reader.problem(f"dropped_pages of layer {index} is {dropped!r}")
-    if dropped and cache.layers[index].sliding_window is None:
+    if dropped and contents.windows[index] is None:
         raise reader.problem(f"layer {index} sees all tokens, but pages of it are missing")
-    heads, size = ops.geometry.num_kv_heads, ops.geometry.head_dim
     tail = table.length - table.packed_slots
     for name in _EXACT:
-        tokens = tail if name.startswith("tail") else table.sink_slots.shape[1]
-        shape = (table.batch, heads, tokens, size)
-        setattr(storage, name, reader.take(f"layers.{index}.{name}", shape, ops.key.storage))
+        tokens = tail if name.startswith("tail") else contents.sink_tokens
+        batch, heads, _, size = getattr(storage, name).shape
+        shape = (batch, heads, tokens, size)
+        setattr(storage, name, reader.take(f"layers.{index}.{name}", shape, getattr(storage, name).dtype))
     for kind, packed in (("key", storage.key), ("value", storage.value)):
         packed.dropped_pages, packed.blocks = dropped, table.blocks
         for number in range(pages - dropped):
@@ -184,7 +196,7 @@ def _read_layer(reader: _Reader, cache: KVQCache, index: int, table: SlotTable, 
 
 
 def _read_page(reader: _Reader, prefix: str, packed: PackedTensor) -> Page:
-    layout, storage, batch = packed.layout, packed.quantizer.storage, packed.batch
+    layout, storage, batch = packed.layout, packed.dtype, packed.batch
     page = Page(reader.take(prefix + "codes", (batch, PAGE_BLOCKS * layout.words_per_block), torch.int32))
     if layout.token_params:
         page.token_params = reader.take(prefix + "token_params", (batch, PAGE_TOKENS, 2), storage)

@@ -1,202 +1,40 @@
-"""What a packed cache holds, and nothing else: no attention, no model.
+"""What one layer of a packed cache holds: packed blocks, exact tail, exact sinks. It stores and never quantizes.
 
-A **slot** is one column of the batch, padding included; all sequences and layers share their slots. The
-oldest slots are packed in blocks of 32, the others are exact (the *tail*)::
+Blocks are packed with codes that somebody else found: ``pack``, which :meth:`LayerStorage.append` is given, codes whole
+blocks and stores them by :meth:`PackedTensor.append_codes`. Which slots a block holds is the same for every layer and
+sequence and is kept once, in :class:`~kvq_calib.runtime.slots.SlotTable`.
 
-    slot      0 ........ packed_slots ........ length
-              blocks 0 .. n-1         tail
-
-A block holds 32 slots, or fewer where :meth:`SlotTable.crop` cut into it: nothing is ever re-quantized, and
-the next tokens start a new block. Block ``k`` stands in page ``k // 8`` at place ``k % 8``, whatever its
-fill. Which slots a block holds is the same for every layer and sequence and is kept once, in
-:class:`SlotTable`.
-
-Every token passes the storage dtype before it is quantized, also where it never rests there, and a token is
-quantized by itself. So the codes of a text do not depend on how it was divided into calls (but for the last
-bit of a matrix product where values are rotated).
+Every token passes the storage dtype before it is quantized, also where it never rests there, and blocks are quantized
+by themselves. So the codes of a text do not depend on how it was divided into calls.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout, pack_outliers
-from kvq_calib.codec.quantizer import Quantized, Quantizer
+from kvq_calib.codec.quantizer import Quantized
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.schema.geometry import RopeSpec
+from kvq_calib.runtime.slots import SlotTable
 
-__all__ = ["LayerStorage", "PackedTensor", "Page", "SlotTable", "StorageMark"]
+__all__ = ["LayerStorage", "PackedTensor", "Page", "StorageMark", "Stored"]
 
 
-class SlotTable:
-    """Which token stands where: blocks, positions and sinks, shared by all layers of a cache.
-
-    Args:
-        batch: sequences ``B``.
-        sink_tokens: first real tokens of every sequence that stay exact, ``n``.
-        recent_tokens: newest slots that stay exact.
-        device: of the tensors.
-
-    Attributes:
-        length: slots in use.
-        first, fill: int32 arrays, first slot and number of slots of each block.
-        position_pages: int32 ``[B, 256]`` each: the RoPE position of every slot, in order of slots.
-        sink_slots: int32 ``[B, n]``: the slot of each sequence's sinks, -1 where that token is not there yet.
-    """
-
-    def __init__(self, batch: int, sink_tokens: int, recent_tokens: int, device: torch.device) -> None:
-        self.batch = batch
-        self.recent_tokens = recent_tokens
-        self.device = device
-        self.length = 0
-        self.first = array("i")
-        self.fill = array("i")
-        self.position_pages: list[Tensor] = []
-        self.sink_slots = torch.full((batch, sink_tokens), -1, dtype=torch.int32, device=device)
-        #: ``length`` before the append that last added to ``sink_slots``.
-        self.sinks_found_at = -1
-        #: First slot of a sink and last plus one, over all sequences; ``(0, 0)`` where there is none.
-        self.sink_range = (0, 0)
-        #: Whether some sequence has fewer real tokens than sinks.
-        self.missing_sinks = sink_tokens > 0
-        #: Counts what changes slots already there: who keeps something derived from them compares it.
-        self.version = 0
-        #: Cosines and sines of packed places by (RoPE, first slot, last slot + 1), each float32
-        #: ``[B, 1, P, S]``: kept from the first layer of a forward pass to the last, never between passes.
-        self.angles: dict[tuple[RopeSpec | None, int, int], tuple[Tensor, Tensor]] = {}
-        self._ragged = False
+class Stored(Protocol):
+    """What a storage knows of a quantizer: where its codes stand, and the dtype of what is not coded."""
 
     @property
-    def blocks(self) -> int:
-        """Packed blocks."""
-        return len(self.first)
+    def layout(self) -> PageLayout:
+        """Where everything stands in a page, and the shape of a token."""
 
     @property
-    def packed_slots(self) -> int:
-        """Slots in blocks: the tail starts here."""
-        return self.first[-1] + self.fill[-1] if self.first else 0
-
-    @property
-    def ragged(self) -> bool:
-        """Whether any block but the last holds fewer than 32 slots, so that place and slot differ."""
-        return self._ragged
-
-    def append(self, positions: Tensor, real: Tensor | None) -> None:
-        """Add ``T`` slots.
-
-        Args:
-            positions: integer ``[B or 1, T]``.
-            real: bool ``[B, T]``, false where the slot is padding; ``None`` where there is none.
-        """
-        self.angles.clear()
-        positions = positions.to(self.device, torch.int32).expand(self.batch, -1)
-        tokens = positions.shape[1]
-        if self.missing_sinks:
-            self._find_sinks(tokens, real)
-        done = 0
-        while done < tokens:
-            place = (self.length + done) % PAGE_TOKENS
-            if place == 0:
-                self.position_pages.append(
-                    torch.zeros(self.batch, PAGE_TOKENS, dtype=torch.int32, device=self.device)
-                )
-            count = min(PAGE_TOKENS - place, tokens - done)
-            self.position_pages[-1][:, place : place + count] = positions[:, done : done + count]
-            done += count
-        self.length += tokens
-        while self.length - self.recent_tokens - self.packed_slots >= BLOCK_TOKENS:
-            self._ragged |= bool(self.fill) and self.fill[-1] < BLOCK_TOKENS
-            self.first.append(self.packed_slots)
-            self.fill.append(BLOCK_TOKENS)
-
-    def _find_sinks(self, tokens: int, real: Tensor | None) -> None:
-        sinks = self.sink_slots.shape[1]
-        if real is None:
-            real = torch.ones(self.batch, tokens, dtype=torch.bool, device=self.device)
-        known = (self.sink_slots >= 0).sum(1, keepdim=True)
-        rank = real.cumsum(1) - 1 + known
-        row, token = (real & (rank < sinks)).nonzero(as_tuple=True)
-        self.sink_slots[row, rank[row, token]] = (token + self.length).to(torch.int32)
-        self.sinks_found_at = self.length
-        self._update_sink_range()
-
-    def _update_sink_range(self) -> None:
-        found = self.sink_slots[self.sink_slots >= 0]
-        self.sink_range = (int(found.min()), int(found.max()) + 1) if len(found) else (0, 0)
-        self.missing_sinks = found.numel() < self.sink_slots.numel()
-
-    def restore(
-        self,
-        length: int,
-        first: array[int],
-        fill: array[int],
-        position_pages: list[Tensor],
-        sink_slots: Tensor,
-    ) -> None:
-        """Become the table with these attributes."""
-        self.version += 1
-        self.length, self.first, self.fill = length, first, fill
-        self.position_pages, self.sink_slots = position_pages, sink_slots
-        self._ragged = any(count < BLOCK_TOKENS for count in fill[:-1])
-        self._update_sink_range()
-
-    def positions(self, start: int, stop: int) -> Tensor:
-        """Positions of slots ``start`` to ``stop - 1``, int32 ``[B, stop - start]``."""
-        pages = range(start // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
-        parts = [self.position_pages[page] for page in pages]
-        if not parts:
-            return torch.empty(self.batch, 0, dtype=torch.int32, device=self.device)
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        offset = pages[0] * PAGE_TOKENS
-        return joined[:, start - offset : stop - offset]
-
-    def block_slots(self, start: int, stop: int) -> Tensor:
-        """The slot of every place of blocks ``start`` to ``stop - 1``: int64 ``[32 * n]``, -1 for none."""
-        first = torch.tensor(self.first[start:stop], dtype=torch.int64)[:, None]
-        fill = torch.tensor(self.fill[start:stop], dtype=torch.int64)[:, None]
-        within = torch.arange(BLOCK_TOKENS)
-        return torch.where(within < fill, first + within, -1).flatten().to(self.device)
-
-    def crop(self, length: int, blocks: int | None = None) -> None:
-        """Forget all slots from ``length`` on, and all blocks from ``blocks`` on, if given.
-
-        Slots of a forgotten block that stay are slots of the tail again.
-        """
-        self.version += 1
-        self.angles.clear()
-        if blocks is not None:
-            del self.first[blocks:], self.fill[blocks:]
-        while self.first and self.first[-1] >= length:
-            self.first.pop()
-            self.fill.pop()
-        if self.first:
-            self.fill[-1] = min(self.fill[-1], length - self.first[-1])
-        self._ragged = any(fill < BLOCK_TOKENS for fill in self.fill[:-1])
-        self.length = length
-        del self.position_pages[-(-length // PAGE_TOKENS) :]
-        self.sink_slots[self.sink_slots >= length] = -1
-        self._update_sink_range()
-
-    def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder sequences: row ``i`` becomes what row ``rows[i]`` was."""
-        self.version += 1
-        self.batch = len(rows)
-        self.position_pages = [page[rows] for page in self.position_pages]
-        self.sink_slots = self.sink_slots[rows]
-        self._update_sink_range()
-
-    def memory(self) -> dict[str, int]:
-        """Bytes held, by kind."""
-        return {
-            "positions": sum(page.nbytes for page in self.position_pages),
-            "block_table": (len(self.first) + len(self.fill)) * self.first.itemsize,
-            "sink_slots": self.sink_slots.nbytes,
-        }
+    def storage(self) -> torch.dtype:
+        """Of exact tokens, residuals and scales of tokens."""
 
 
 @dataclass
@@ -251,19 +89,22 @@ class PackedTensor:
     """The packed keys or values of one layer.
 
     Args:
-        quantizer: what packs them.
+        stored: the quantizer whose codes these are, as far as a storage knows it.
         batch: sequences ``B``.
         device: of the tensors.
 
     Attributes:
+        layout: where everything stands in a page.
+        dtype: of residuals and scales of tokens.
         pages: the pages still held, oldest first.
         dropped_pages: how many older pages a sliding window has left behind; ``pages[i]`` is page
             ``dropped_pages + i`` of the block table.
         blocks: blocks written, those in dropped pages included.
     """
 
-    def __init__(self, quantizer: Quantizer, batch: int, device: torch.device) -> None:
-        self.quantizer = quantizer
+    def __init__(self, stored: Stored, batch: int, device: torch.device) -> None:
+        self.layout = stored.layout
+        self.dtype = stored.storage
         self.batch = batch
         self.device = device
         self.pages: list[Page] = []
@@ -271,28 +112,15 @@ class PackedTensor:
         self.blocks = 0
 
     @property
-    def layout(self) -> PageLayout:
-        """Where everything stands in a page."""
-        return self.quantizer.layout
-
-    def append(self, x: Tensor) -> None:
-        """Quantize and pack whole blocks; earlier pages are not touched.
-
-        Args:
-            x: ``[B, H, 32 * n, D]`` in the storage dtype. Pre-RoPE keys where the spec says so.
-        """
-        done, tokens = 0, x.shape[2]
-        while done < tokens:  # page by page: the work space does not grow with the prompt
-            room = PAGE_TOKENS - self.blocks % PAGE_BLOCKS * BLOCK_TOKENS
-            count = min(room, tokens - done)
-            self.append_codes(self.quantizer.quantize(x[:, :, done : done + count]))
-            done += count
+    def room(self) -> int:
+        """Blocks that fit the open page; 8 where a new one begins."""
+        return PAGE_BLOCKS - self.blocks % PAGE_BLOCKS
 
     def append_codes(self, q: Quantized) -> None:
-        """Pack whole blocks that are quantized already, no more than the open page has room for."""
+        """Pack whole blocks, no more than the open page has room for; earlier pages are not touched."""
         layout, place = self.layout, self.blocks % PAGE_BLOCKS
         if place == 0:
-            self.pages.append(self._new_page())
+            self.pages.append(self.new_page())
         page = self.pages[-1]
         layout.write(page.codes, q.codes, place)
         if page.token_params is not None:
@@ -316,8 +144,9 @@ class PackedTensor:
             page.outlier_residual = torch.cat((page.outlier_residual, lists.residual))
         self.blocks += q.codes.shape[1] // BLOCK_TOKENS
 
-    def _new_page(self) -> Page:
-        layout, storage = self.layout, self.quantizer.storage
+    def new_page(self) -> Page:
+        """An empty page of this tensor; it is not yet one of :attr:`pages`."""
+        layout, storage = self.layout, self.dtype
         page = Page(layout.new_page(self.batch, self.device))
         if layout.token_params:
             page.token_params = torch.zeros(self.batch, PAGE_TOKENS, 2, dtype=storage, device=self.device)
@@ -407,10 +236,11 @@ class StorageMark:
 class LayerStorage:
     """Keys and values of one layer: packed blocks, exact tail, exact sinks.
 
-    Keys are un-rotated where the layer's spec says ``pre_rope``, else as attention uses them.
+    Keys are un-rotated where attention turns them on every read, else as attention uses them. Keys and values have
+    as many heads, of sizes of their own.
 
     Args:
-        key, value: the quantizers.
+        key, value: the quantizers, as far as a storage knows them.
         batch: sequences ``B``.
         sink_tokens: ``n``.
         device: of the tensors.
@@ -424,32 +254,26 @@ class LayerStorage:
     """
 
     def __init__(
-        self, key: Quantizer, value: Quantizer, batch: int, sink_tokens: int, device: torch.device
+        self, key: Stored, value: Stored, batch: int, sink_tokens: int, device: torch.device
     ) -> None:
         self.key = PackedTensor(key, batch, device)
         self.value = PackedTensor(value, batch, device)
-        shape = (batch, key.geometry.num_kv_heads, 0, key.geometry.head_dim)
-        self.tail_key = torch.empty(shape, dtype=key.storage, device=device)
-        self.tail_value = torch.empty(shape, dtype=value.storage, device=device)
-        sinks = (*shape[:2], sink_tokens, shape[3])
-        self.sink_key = torch.zeros(sinks, dtype=key.storage, device=device)
-        self.sink_value = torch.zeros(sinks, dtype=value.storage, device=device)
+
+        def zeros(packed: PackedTensor, tokens: int) -> Tensor:
+            shape = (batch, packed.layout.heads, tokens, packed.layout.head_dim)
+            return torch.zeros(shape, dtype=packed.dtype, device=device)
+
+        self.tail_key, self.tail_value = zeros(self.key, 0), zeros(self.value, 0)
+        self.sink_key, self.sink_value = zeros(self.key, sink_tokens), zeros(self.value, sink_tokens)
         self.length = 0
 
-    def append(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        table: SlotTable,
-        pack: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> None:
+    def append(self, keys: Tensor, values: Tensor, table: SlotTable, pack: Pack) -> None:
         """Add the tokens that ``table`` already knows, and pack the blocks it lists.
 
         Args:
             keys, values: ``[B, H, T, D]``, any float dtype.
             table: of the cache; its last ``T`` slots are these tokens.
-            pack: what to pack whole blocks with, ``[B, H, 32 * n, D]`` each; :meth:`PackedTensor.append` of
-                both by default.
+            pack: what codes whole blocks, ``[B, H, 32 * n, D]`` each in the storage dtype, and stores them here.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype; :meth:`restore` undoes what was stored.
@@ -471,11 +295,7 @@ class LayerStorage:
         keys = torch.cat((self.tail_key, keys), dim=2)
         values = torch.cat((self.tail_value, values), dim=2)
         if packed:
-            if pack is None:
-                self.key.append(keys[:, :, :packed])
-                self.value.append(values[:, :, :packed])
-            else:
-                pack(keys[:, :, :packed], values[:, :, :packed])
+            pack(self, keys[:, :, :packed], values[:, :, :packed])
             keys, values = keys[:, :, packed:].clone(), values[:, :, packed:].clone()
         self.tail_key, self.tail_value = keys, values
         self.length = table.length
@@ -533,3 +353,7 @@ class LayerStorage:
         yield from self.value.memory().items()
         yield "exact_recent", self.tail_key.nbytes + self.tail_value.nbytes
         yield "exact_sinks", self.sink_key.nbytes + self.sink_value.nbytes
+
+
+#: Codes whole blocks of keys and values, ``[B, H, 32 * n, D]`` each, and stores them.
+Pack = Callable[[LayerStorage, Tensor, Tensor], None]

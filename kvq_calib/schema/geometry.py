@@ -99,7 +99,7 @@ class LayerGeometry(Frozen):
 
 
 def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
-    """Numbers that an unquantized cache holds of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
+    """Numbers in an unquantized cache of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
     return batch * sum(
         layer.shape(kind).channels * layer.held_tokens(context) for layer in layers for kind in KINDS
     )

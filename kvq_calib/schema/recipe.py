@@ -93,7 +93,7 @@ class AllocationConfig(_Settings):
 
 
 class LearnConfig(_Settings):
-    """Gradient descent on levels, scales, zero points and phases (``docs/method.md``, learning).
+    """Gradient descent on levels, scales, zero points and angles of RoPE pairs (``docs/method.md``, learning).
 
     Attributes:
         steps: updates, one piece of text each.

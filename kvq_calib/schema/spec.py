@@ -11,7 +11,7 @@ scale and a zero point; *levels* are the values that codes stand for, in the nor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -36,8 +36,9 @@ __all__ = [
 ]
 
 #: Where scale and zero point come from. ``channel``: of each channel, from calibration. ``token``: of each token, over
-#: all channels of the layer. ``token_normalized``: of each token, after a normalisation of each channel from calibration.
-#: ``channel_online``: of each channel, from the text itself; for evaluation only, since a stream has no such statistics.
+#: all channels of the layer. ``token_normalized``: of each token, after a normalisation of each channel from
+#: calibration. ``channel_online``: of each channel, from the text itself; for evaluation only, since a stream has no
+#: such statistics.
 Thresholds = Literal["channel", "token", "token_normalized", "channel_online"]
 #: How a table of levels is chosen.
 Levels = Literal["uniform", "normal_float", "kmeans"]
@@ -242,26 +243,24 @@ class TrellisSpec(QuantSpec):
         return words
 
 
-class _Registry:
-    """Spec classes by the name of their codec."""
-
-    classes: ClassVar[dict[str, type[QuantSpec]]] = {"scalar": ScalarSpec, "trellis": TrellisSpec}
+#: Spec classes by the name of their codec.
+_SPECS: dict[str, type[QuantSpec]] = {"scalar": ScalarSpec, "trellis": TrellisSpec}
 
 
 def register_spec(spec: type[QuantSpec]) -> type[QuantSpec]:
     """Make the spec of a further codec known; a decorator. Its ``codec`` must have a default, the codec's name."""
-    _Registry.classes[spec.model_fields["codec"].default] = spec
+    _SPECS[spec.model_fields["codec"].default] = spec
     return spec
 
 
 def _of_codec(value: Any) -> Any:
-    """A spec of the class that belongs to its codec, ``scalar`` where none is named."""
+    """The spec that ``value`` describes, of the class of its codec; of ``scalar`` where it names none."""
     if not isinstance(value, dict):
         return value
     name = value.get("codec", "scalar")
-    spec = _Registry.classes.get(name) if isinstance(name, str) else None
+    spec = _SPECS.get(name) if isinstance(name, str) else None
     if spec is None:
-        raise ValueError(f"unknown codec {name!r}; use one of {', '.join(sorted(_Registry.classes))}")
+        raise ValueError(f"unknown codec {name!r}; use one of {', '.join(sorted(_SPECS))}")
     return spec.model_validate(value)
 
 

@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from kvq_calib.runtime.cuda.ops import kernel_folder
+from kvq_calib.runtime.cuda.build import kernel_folder
 
 SHIM = Path(__file__).parent
 KERNELS = {

@@ -17,15 +17,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvq_calib.data import TokenWindows
+from kvq_calib.evaluate.decode import logits_through
+from kvq_calib.evaluate.text_pass import Mode
 from kvq_calib.model.intercept import AttentionCall, intercept_calls
-from kvq_calib.model.load import with_cache
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, cache_elements
 from kvq_calib.schema.spec import KINDS, Kind
 
-__all__ = ["QuantizerRival", "Rival", "decode_in_chunks", "hadamard", "uniform_roundtrip"]
+__all__ = ["QuantizerRival", "Rival", "hadamard", "uniform_roundtrip"]
 
-#: Tokens per forward pass in decode mode. Short, so that exact tokens are those of the window and not of the chunk.
-CHUNK = 32
 #: Bits of an exact number, of a scale and of a zero point, as in a half-precision model.
 HALF = 16
 
@@ -53,7 +52,7 @@ class Rival(ABC):
     recent = 0
 
     @property
-    def mode(self) -> Literal["prefill", "decode"]:
+    def mode(self) -> Mode:
         """How it is measured; see the module's text."""
         return "decode" if self.recent else "prefill"
 
@@ -102,11 +101,12 @@ class Rival(ABC):
         for index, layer in enumerate(geometry.layers):
             tokens = layer.held_tokens(context)
             for kind in KINDS:
+                channels = layer.shape(kind).channels
                 if self.keeps(index, len(geometry.layers)):
-                    stored += HALF * layer.channels * tokens
+                    stored += HALF * channels * tokens
                     continue
                 exact = self.exact_tokens(kind, tokens)
-                stored += exact * HALF * layer.channels + (tokens - exact) * self.token_bits(layer, kind)
+                stored += exact * HALF * channels + (tokens - exact) * self.token_bits(layer, kind)
                 stored += self.constant_bits(layer, kind)
         return stored / cache_elements(geometry.layers, context)
 
@@ -136,7 +136,7 @@ class QuantizerRival(Rival):
         self._layers = int(model.config.get_text_config().num_hidden_layers)
         if self.mode == "decode":
             layers = [_WindowLayer(self, index) for index in range(self._layers)]
-            return decode_in_chunks(model, Cache(layers=layers), ids)
+            return logits_through(model, Cache(layers=layers), ids)
         with intercept_calls(model, self._replace):
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
@@ -178,12 +178,6 @@ class _WindowLayer(DynamicLayer):  # type: ignore[misc]
             self.done[kind] = until
         sinks = exact[:, :, : self.rival.sinks]
         return torch.cat([sinks, *self.quantized[kind], exact[:, :, self.done[kind] :]], dim=2)
-
-
-def decode_in_chunks(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through a cache, a few tokens at a time."""
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, CHUNK, dim=1)]
-    return torch.cat(parts, dim=1)
 
 
 def uniform_roundtrip(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class FP8(QuantizerRival):
 
     def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
         """As :class:`Rival` says."""
-        return 8.0 * layer.channels
+        return 8.0 * layer.shape(kind).channels
 
     def constant_bits(self, layer: LayerGeometry, kind: Kind) -> float:
         """The scales."""

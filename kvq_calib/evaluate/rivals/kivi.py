@@ -60,4 +60,4 @@ class KIVI(QuantizerRival):
     def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
         """Codes, and a scale and a zero point per group."""
         group = self.group if kind == "key" else min(self.group, layer.head_dim)
-        return layer.channels * (self.bits + 2 * HALF / group)
+        return layer.shape(kind).channels * (self.bits + 2 * HALF / group)

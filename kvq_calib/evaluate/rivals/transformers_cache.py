@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import QuantizedCache
 
-from kvq_calib.evaluate.rivals.base import HALF, Rival, decode_in_chunks
+from kvq_calib.evaluate.decode import logits_through
+from kvq_calib.evaluate.rivals.base import HALF, Rival
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import Kind
 
@@ -55,7 +56,7 @@ class TransformersCache(Rival):
             q_group_size=self.group,
             residual_length=self.recent,
         )
-        return decode_in_chunks(model, cache, ids)
+        return logits_through(model, cache, ids)
 
     def exact_tokens(self, kind: Kind, context: int) -> float:
         """The mean of 0 to 127 tokens in the residual."""
@@ -63,4 +64,4 @@ class TransformersCache(Rival):
 
     def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
         """Codes, and a scale and a zero point per group."""
-        return layer.channels * (self.bits + 2 * HALF / self.group)
+        return layer.shape(kind).channels * (self.bits + 2 * HALF / self.group)

@@ -1,1 +1,1 @@
-"""Attention over packed pages on CUDA devices."""
+"""Packing and attention by CUDA kernels; ``docs/kernels.md`` says what they do and how."""

@@ -1,0 +1,128 @@
+"""The state of a run on disk, so that an interrupted one can go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from kvq_calib.calibrate.plan import Key, Table
+from kvq_calib.errors import CalibrationError
+from kvq_calib.files import write_atomically
+from kvq_calib.schema.geometry import KVGeometry
+
+__all__ = ["CHECKPOINT_SECONDS", "VERSION", "Checkpoint", "RunState"]
+
+#: Seconds between checkpoints: little work is lost, and writing the state stays negligible.
+CHECKPOINT_SECONDS = 30.0
+#: Raised when statistics change their meaning: what an earlier version saved is then refused.
+VERSION = 3
+_METADATA_KEY = "kvq_checkpoint"
+
+
+@dataclass
+class RunState:
+    """How far this rank has come.
+
+    Attributes:
+        statistics: of what this rank has seen.
+        done: steps of each part that are finished.
+    """
+
+    statistics: Table = field(default_factory=Table)
+    done: dict[str, int] = field(default_factory=dict)
+
+
+class Checkpoint:
+    """One file that keeps a run's state; its tensors are named by the position of their key among the plan's.
+
+    Args:
+        file: of this rank; ``None`` to keep nothing.
+        identity: what a checkpoint must share with the run, as a digest.
+        keys: of all statistics that the run can have, in a fixed order.
+    """
+
+    def __init__(self, file: Path | None, identity: str, keys: Sequence[Key[Any]]) -> None:
+        self._file, self._identity, self._keys = file, identity, tuple(keys)
+        self._saved_at = time.monotonic()
+        self._saving = 0.0
+
+    def load(self, geometry: KVGeometry) -> RunState:
+        """The state of an interrupted run; an empty one where there is no file.
+
+        Args:
+            geometry: of the model.
+
+        Raises:
+            CalibrationError: the file is no checkpoint, or of another run.
+        """
+        state = RunState()
+        if self._file is None or not self._file.exists():
+            return state
+        try:
+            with safetensors.safe_open(self._file, "pt") as opened:
+                header = json.loads((opened.metadata() or {})[_METADATA_KEY])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise CalibrationError(
+                f"{self._file} is not a checkpoint; remove it, or run without --resume"
+            ) from error
+        if header["identity"] != self._identity:
+            raise CalibrationError(
+                f"{self._file} belongs to a run with other settings, data, model or version; remove it, "
+                "or run without --resume"
+            )
+        state.done.update(header["done"])
+        for position in header["positions"]:
+            key = self._keys[position]
+            statistics = key.empty(geometry)
+            statistics.load({name: tensors[_name(position, name)] for name in statistics.reductions})
+            state.statistics.put(key, statistics)
+        return state
+
+    def save(self, state: RunState, at_once: bool = False) -> None:
+        """Write the state, if the last time is long enough ago.
+
+        Args:
+            state: of this rank.
+            at_once: write it in any case.
+        """
+        started = time.monotonic()
+        # Large states are written less often: saving takes a thirtieth of the time at most.
+        wait = 0.0 if at_once else CHECKPOINT_SECONDS * max(1.0, self._saving)
+        if self._file is None or started - self._saved_at < wait:
+            return
+        position = {key: number for number, key in enumerate(self._keys)}
+        tensors = {
+            _name(position[key], name): tensor.detach().cpu().contiguous()
+            for key, statistics in state.statistics.items()
+            for name, tensor in statistics.state().items()
+        }
+        header = {
+            "identity": self._identity,
+            "done": state.done,
+            "positions": [position[key] for key, _ in state.statistics.items()],
+        }
+        write_atomically(self._file, safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(header)}))
+        self._saved_at = time.monotonic()
+        self._saving = self._saved_at - started
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+def _name(position: int, tensor: str) -> str:
+    return f"{position}/{tensor}"
+
+
+def file_of_rank(file: Path, rank: int, ranks: int) -> Path:
+    """The checkpoint of one rank."""
+    return file if ranks == 1 else file.with_name(f"{file.name}.rank{rank}")

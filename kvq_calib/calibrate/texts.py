@@ -1,0 +1,125 @@
+"""The windows of text that statistics look at, by where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.calibrate.self_generated import SelfGeneratedText
+from kvq_calib.calibrate.vocabulary_samples import with_vocabulary_samples
+from kvq_calib.data import TokenWindows
+
+
+class Source(Enum):
+    """Where a window comes from; passes take them in this order."""
+
+    CALIBRATION = "calibration"
+    SELF_GENERATED = "self-generated"
+    SELF_GENERATED_REPEATING = "self-generated, with repeats"
+    #: The calibration text with every second token drawn from the vocabulary.
+    VOCABULARY_SAMPLES = "vocabulary samples"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of text: the first so many of each source.
+
+    Attributes:
+        parts: pairs of source and count, sources in order and counts positive; made by :func:`text_of`.
+    """
+
+    parts: tuple[tuple[Source, int], ...]
+
+    def takes(self, window: Window) -> bool:
+        """Whether a window is one of these."""
+        return any(window.source is source and window.number < count for source, count in self.parts)
+
+    def count(self, source: Source) -> int:
+        """Windows of this source."""
+        return dict(self.parts).get(source, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One window.
+
+    Attributes:
+        source: where it comes from.
+        number: of the window among those of its source.
+        ids: int64 ``[1, T]``.
+    """
+
+    source: Source
+    number: int
+    ids: Tensor
+
+
+def text_of(counts: Mapping[Source, int]) -> Text:
+    """A text of so many windows of each source; sources without windows are left out."""
+    return Text(tuple((source, counts[source]) for source in Source if counts.get(source)))
+
+
+def united(texts: Iterable[Text]) -> Text:
+    """All windows that any of these texts has."""
+    every = list(texts)
+    return text_of({source: max((text.count(source) for text in every), default=0) for source in Source})
+
+
+class TextLibrary:
+    """The windows of a run.
+
+    Args:
+        windows: of the calibration text.
+        model: whose vocabulary is sampled.
+        seed: of what is drawn.
+
+    Attributes:
+        generated: the text that the model wrote, once it has.
+    """
+
+    def __init__(self, windows: TokenWindows, model: Any, seed: int) -> None:
+        self.calibration = windows.ids
+        self.source = windows.source
+        self.seed = seed
+        self.generated: SelfGeneratedText | None = None
+        self._model = model
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def _sampled(self) -> Tensor:
+        return with_vocabulary_samples(self.calibration, self.vocabulary, self.seed)
+
+    def rows(self, text: Text) -> Tensor:
+        """The windows of a text one after the other, int64 ``[N, T]``.
+
+        Raises:
+            ValueError: the text has self-generated windows, and the model has not written yet.
+        """
+        return torch.cat([self.calibration[:0], *(self._rows(source, count) for source, count in text.parts)])
+
+    def windows(self, text: Text) -> list[Window]:
+        """The same, one by one."""
+        return [
+            Window(source, number, row[None])
+            for source, count in text.parts
+            for number, row in enumerate(self._rows(source, count))
+        ]
+
+    def _rows(self, source: Source, count: int) -> Tensor:
+        if source is Source.CALIBRATION:
+            return self.calibration[:count]
+        if source is Source.VOCABULARY_SAMPLES:
+            return self._sampled[:count]
+        if self.generated is None:
+            raise ValueError("the model has not written its text yet")
+        return self.generated.windows(count, repeats=source is Source.SELF_GENERATED_REPEATING)

@@ -1,0 +1,163 @@
+"""``kvq-artifact``: look at artifacts and convert them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kvq_calib.cli.options import SETTINGS, FilePath, debug_option, json_option, write_json
+from kvq_calib.errors import ConfigError
+
+__all__ = ["artifact_group"]
+
+
+@click.group("kvq-artifact", context_settings=SETTINGS)
+@debug_option
+def artifact_group() -> None:
+    """Look at artifacts and convert them; no model is loaded."""
+
+
+@artifact_group.command("inspect")
+@click.argument("file", type=FilePath(), metavar="ARTIFACT")
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(2048, 4096, 32768, 131072),
+    show_default=True,
+    help="Context lengths at which bits are stated.",
+)
+@click.option("--layers", is_flag=True, help="Also a line per layer.")
+@json_option
+@debug_option
+def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None) -> None:
+    """Content of ARTIFACT, and its bits per element at chosen context lengths."""
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
+    from kvq_calib.files import check_writable
+
+    loaded = KVArtifact.load(file)
+    if json_file is not None:
+        check_writable(json_file)
+    for table in artifact_tables(loaded, contexts, per_layer=layers):
+        print_table(table)
+    write_json(json_file, artifact_facts(loaded, contexts))
+
+
+@artifact_group.command("shard")
+@click.argument("file", type=FilePath(), metavar="ARTIFACT")
+@click.option("--ranks", type=click.IntRange(2), required=True, help="Ranks that divide the key-value heads.")
+@click.option(
+    "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="With {rank} in its name."
+)
+@debug_option
+def shard_command(file: str, ranks: int, output: str) -> None:
+    """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.artifact.shard import shard
+    from kvq_calib.files import check_writable
+
+    if "{rank}" not in output:
+        raise click.UsageError("-o needs {rank} in the name, for example model.{rank}.kvq.safetensors")
+    whole = KVArtifact.load(file)
+    parts = [shard(whole, rank, ranks) for rank in range(ranks)]
+    targets = [output.replace("{rank}", str(rank)) for rank in range(ranks)]
+    for target in targets:
+        check_writable(target)
+    for part, target in zip(parts, targets, strict=True):
+        part.save(target)
+        click.echo(target)
+
+
+@artifact_group.command("import-kvquant")
+@click.argument("file", type=FilePath(), metavar="PICKLE")
+@click.option("-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The artifact to write.")
+@click.option(
+    "--model",
+    type=FilePath(),
+    required=True,
+    metavar="MODEL",
+    help="Model it was made for; its configuration is read.",
+)
+@click.option(
+    "--outliers",
+    type=click.FloatRange(0, 0.05),
+    default=0.01,
+    show_default=True,
+    help="Share of elements kept exact, which the pickle does not say.",
+)
+@click.option("--sink-tokens", type=click.IntRange(0, 1024), default=0, show_default=True)
+@debug_option
+def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
+    """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
+    from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant
+    from kvq_calib.files import check_writable
+
+    check_writable(output)
+    geometry, config = geometry_of(model)
+    made = import_kvquant(
+        file, geometry, {"id": model, "config": config}, outliers=outliers, sink_tokens=sink_tokens
+    )
+    made.save(output)
+    click.echo(f"{output}: {made.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
+
+
+@artifact_group.command("export")
+@click.argument("file", type=FilePath(), metavar="ARTIFACT")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["fp8-scales", "modelopt", "sglang"]),
+    required=True,
+    help="FP8 cache scales for vLLM (compressed-tensors), TensorRT-LLM (ModelOpt) or SGLang.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=FilePath(),
+    required=True,
+    metavar="FOLDER",
+    help="Where the files go; made if it is not there.",
+)
+@click.option(
+    "--amax",
+    type=FilePath(),
+    metavar="FILE",
+    help='JSON: {"key": [...], "value": [...]}, measured magnitudes per layer.',
+)
+@click.option(
+    "--prefix",
+    help="Name of the attention modules in the checkpoint, default model.layers.{layer}.self_attn.",
+)
+@click.option(
+    "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks (sglang)."
+)
+@click.option("--force", is_flag=True, help="Write although an FP8 cache cannot express all of the artifact.")
+@debug_option
+def export_command(
+    file: str,
+    format_name: Any,
+    output: str,
+    amax: str | None,
+    prefix: str | None,
+    ranks: int,
+    force: bool,
+) -> None:
+    """Write FP8 key-value scales that other runtimes read, from the ranges that ARTIFACT holds."""
+    from kvq_calib.artifact import export_fp8 as fp8
+    from kvq_calib.artifact.artifact import KVArtifact
+
+    loaded = KVArtifact.load(file)
+    measured = None if amax is None else fp8.read_amax(amax, len(loaded.layers))
+    files = fp8.export(loaded, format_name, amax=measured, prefix=prefix or fp8.DEFAULT_PREFIX, ranks=ranks)
+    lost = fp8.losses(loaded, measured)
+    if not force:
+        raise ConfigError(
+            f"an FP8 cache has one scale for the keys and one for the values of a layer, so {file} would lose: "
+            f"{'; '.join(lost)}; repeat with --force to write the scales all the same"
+        )
+    for written in fp8.write(files, output):
+        click.echo(str(written))
+    click.echo(f"lost: {'; '.join(lost)}", err=True)

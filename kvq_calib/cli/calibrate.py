@@ -1,0 +1,238 @@
+"""``kvq-calibrate``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq_calib.cli.options import SETTINGS, FilePath, ModelOptions, collected, debug_option, model_options
+
+if TYPE_CHECKING:
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.calibrate.run import Calibrated
+    from kvq_calib.model.load import LoadedModel
+    from kvq_calib.progress import ProgressReporter
+    from kvq_calib.schema.recipe import CalibrationConfig
+
+__all__ = ["calibrate_command"]
+
+
+@dataclass(frozen=True)
+class RecipeChanges:
+    """What the command line says otherwise than the recipes.
+
+    Attributes:
+        dataset, samples, seqlen, seed, recompute: settings of the run; ``None`` where they were not given.
+        weights: short for ``fit.weights``.
+        assignments: ``KEY=VALUE`` each.
+    """
+
+    dataset: str | None
+    samples: int | None
+    seqlen: int | None
+    seed: int | None
+    weights: str | None
+    recompute: bool | None
+    assignments: tuple[str, ...]
+
+    def config(self, recipe: str) -> CalibrationConfig:
+        """A recipe with these changes.
+
+        Raises:
+            ConfigError: in one line, which key is wrong and why.
+        """
+        from kvq_calib.schema.recipe import calibration_config
+
+        names = ("dataset", "samples", "seqlen", "seed", "recompute")
+        weights = () if self.weights is None else (f"fit.weights={self.weights}",)
+        return calibration_config(
+            recipe,
+            command_line={name: getattr(self, name) for name in names},
+            assignments=(*weights, *self.assignments),
+        )
+
+
+_changes = collected(
+    RecipeChanges,
+    "changes",
+    click.option(
+        "--dataset",
+        metavar="NAME|PATH",
+        help="wikitext2, c4, python-docs, or a text or .jsonl file or folder.",
+    ),
+    click.option("--samples", type=click.IntRange(1), help="Windows of text, default 16."),
+    click.option("--seqlen", type=click.IntRange(8), help="Tokens of a window, default 2048."),
+    click.option("--seed", type=click.IntRange(0), help="Of every random choice, default 0."),
+    click.option("--weights", type=click.Choice(["fisher", "uniform"]), help="Weights of the codebook fit."),
+    click.option(
+        "--recompute", is_flag=True, default=None, help="Recompute layers in the backward pass: less memory."
+    ),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe."
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A calibration that is about to start.
+
+    Attributes:
+        outputs: file of each recipe, by its short name.
+        configs: settings of each recipe.
+        run: the settings that all recipes share.
+        resume: whether to go on from a checkpoint.
+    """
+
+    outputs: Mapping[str, Path]
+    configs: Mapping[str, CalibrationConfig]
+    run: Mapping[str, Any]
+    resume: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that an interrupted run leaves."""
+        first = next(iter(self.outputs.values()))
+        return first.with_name(f"{first.name}.checkpoint")
+
+
+@click.command("kvq-calibrate", context_settings=SETTINGS)
+@model_options
+@click.option(
+    "-o",
+    "--output",
+    type=FilePath(),
+    required=True,
+    metavar="ARTIFACT",
+    help="File to write; {recipe} stands for the recipe's name.",
+)
+@click.option(
+    "--config",
+    "recipes",
+    type=FilePath(),
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
+)
+@_changes
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
+@click.option("--profile", is_flag=True, help="Say where time and memory went.")
+@click.option(
+    "--max-memory",
+    metavar="DEVICE=SIZE,...",
+    help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read from disk.",
+)
+@debug_option
+def calibrate_command(
+    model: ModelOptions,
+    output: str,
+    recipes: tuple[str, ...],
+    changes: RecipeChanges,
+    resume: bool,
+    profile: bool,
+    max_memory: str | None,
+) -> None:
+    """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
+    from kvq_calib.files import check_writable
+    from kvq_calib.schema.recipe import DEFAULT_RECIPE
+
+    recipes = recipes or (DEFAULT_RECIPE,)
+    outputs = _outputs(output, recipes)
+    limits = _max_memory(max_memory)
+    configs = {name: changes.config(recipe) for name, recipe in zip(outputs, recipes, strict=True)}
+    for file in outputs.values():
+        check_writable(file)
+
+    from kvq_calib.calibrate.distributed import local_device, process_group
+    from kvq_calib.calibrate.run import shared_setting
+    from kvq_calib.data import check_dataset
+    from kvq_calib.progress import ProgressReporter
+
+    run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
+    check_dataset(run["dataset"])
+    job = _Job(outputs, configs, run, resume)
+    with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
+        if ranks > 1:
+            progress.say(f"{ranks} ranks; progress and --profile are those of rank 0")
+        started = time.monotonic()
+        loaded = model.load(device=local_device(model.device), max_memory=limits)
+        before = {"loading the model": time.monotonic() - started}
+        result = _calibrate(job, loaded, progress, before)
+    if rank > 0:  # one rank writes and speaks
+        return
+    for name, file in outputs.items():
+        bits = result.artifacts[name].bits_per_element(4096)
+        click.echo(f"{file}: {bits:.3f} bits per element at 4096 tokens of context")
+    if profile:
+        from kvq_calib.calibrate.profiling import profile_lines
+
+        click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
+
+
+def _calibrate(
+    job: _Job, loaded: LoadedModel, progress: ProgressReporter, before: dict[str, float]
+) -> Calibrated:
+    """Read the text, calibrate, and save the artifacts; seconds of reading go to ``before``."""
+    from kvq_calib.calibrate.run import calibrate
+    from kvq_calib.data import load_windows
+    from kvq_calib.model.fingerprint import model_fingerprint
+    from kvq_calib.model.load import check_length
+
+    check_length(loaded.model, job.run["seqlen"])
+    started = time.monotonic()
+    windows = load_windows(**job.run, tokenizer=loaded.tokenizer, split="calibration")
+    before["reading the text"] = time.monotonic() - started
+
+    def save(artifacts: Mapping[str, KVArtifact]) -> None:
+        for name, file in job.outputs.items():
+            artifacts[name].save(file)
+
+    try:
+        return calibrate(
+            loaded.model,
+            windows,
+            job.configs,
+            model_id=loaded.name,
+            model_config=model_fingerprint(loaded.model),
+            checkpoint=job.checkpoint,
+            resume=job.resume,
+            progress=progress,
+            deliver=save,
+        )
+    except KeyboardInterrupt as stop:
+        if job.checkpoint.exists():
+            stop.add_note("the same command with --resume goes on from its checkpoint")
+        raise
+
+
+def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
+    """Where the artifact of each recipe goes, by the recipe's short name."""
+    names = [Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe for recipe in recipes]
+    if len(set(names)) != len(names):
+        raise click.UsageError("a recipe is named twice")
+    if len(names) > 1 and "{recipe}" not in output:
+        raise click.UsageError(
+            "several recipes need {recipe} in the output, e.g. -o 'model-{recipe}.kvq.safetensors'"
+        )
+    return {name: Path(output.replace("{recipe}", name)) for name in names}
+
+
+def _max_memory(text: str | None) -> dict[int | str, str] | None:
+    """``0=20GiB,cpu=64GiB`` as accelerate takes it."""
+    if text is None:
+        return None
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        device, equals, size = (word.strip() for word in part.partition("="))
+        if not (equals and (device == "cpu" or device.isdigit()) and re.fullmatch(r"[\d.]+[KMG]i?B", size)):
+            raise click.UsageError(
+                f"--max-memory {text}: write it as DEVICE=SIZE,..., for example 0=20GiB,cpu=64GiB"
+            )
+        limits[int(device) if device.isdigit() else device] = size
+    return limits

@@ -1,0 +1,307 @@
+"""Options that commands share: each group arrives as one object.
+
+A command that is decorated with :func:`model_options`, say, gets the argument ``model`` of the class
+:class:`ModelOptions`. Imports of torch and transformers take seconds: they wait until an object is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq_calib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.data import TokenWindows
+    from kvq_calib.model.load import LoadedModel
+
+__all__ = [
+    "SETTINGS",
+    "FilePath",
+    "Invocation",
+    "ModelOptions",
+    "TextOptions",
+    "artifact_options",
+    "collected",
+    "context_option",
+    "debug_option",
+    "json_option",
+    "load_artifacts",
+    "mode_type",
+    "model_options",
+    "require_extra",
+    "text_options",
+    "write_json",
+]
+
+Decorator = Callable[[Any], Any]
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+"""Of every command."""
+
+
+class FilePath(click.Path):
+    """A path, or a name where paths are allowed too; shells leave ``~`` alone in ``--output=~/x``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path with ``~`` replaced."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+@dataclass
+class Invocation:
+    """What holds for a whole command line; the object of click's context.
+
+    Attributes:
+        debug: whether ``--debug`` was given, before or after the subcommand.
+    """
+
+    debug: bool = False
+
+
+def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Invocation).debug = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show a traceback on errors."
+)
+json_option = click.option(
+    "--json", "json_file", type=FilePath(), metavar="FILE", help="Write the result as JSON."
+)
+context_option = click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Context at which bits are stated.",
+)
+mode_type = click.Choice(["prefill", "decode"])
+
+
+def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
+    """Options whose values a command gets as one object.
+
+    Args:
+        cls: a dataclass with a field for the value of each option, by the option's name.
+        name: of the command's argument.
+        options: in the order of the help.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(cls)}
+            return function(*args, **{name: cls(**values)}, **kwargs)
+
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def artifact_options(required: bool = True) -> Decorator:
+    """``--artifact``, by which several artifacts are named."""
+    return click.option(
+        "--artifact", "artifacts", type=FilePath(), multiple=True, required=required, metavar="FILE",
+        help="May be given several times.",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded.
+
+    Attributes:
+        model: hub id, folder or ``.gguf`` file.
+        device, dtype, device_map, trust_remote_code: as in :func:`kvq_calib.model.load.load_model`.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    device_map: str | None
+    trust_remote_code: bool
+
+    def load(
+        self, *, device: str | None = None, max_memory: Mapping[int | str, str] | None = None
+    ) -> LoadedModel:
+        """Load the model, on ``device`` where it is given."""
+        from kvq_calib.model.load import load_model
+
+        return load_model(
+            self.model,
+            device=device or self.device,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            max_memory=max_memory,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def load_for(self, artifacts: Mapping[str, KVArtifact]) -> LoadedModel:
+        """Load the model, which every artifact must be for."""
+        from kvq_calib.model.fingerprint import model_fingerprint
+
+        loaded = self.load()
+        fingerprint = model_fingerprint(loaded.model)
+        for artifact in artifacts.values():
+            artifact.check_model(fingerprint)
+        return loaded
+
+
+model_options = collected(
+    ModelOptions,
+    "model",
+    click.argument("model"),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto is float32 on a CPU, else the checkpoint's.",
+    ),
+    click.option(
+        "--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
+)
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text that something is measured on.
+
+    Attributes:
+        dataset: name or path.
+        seqlen: tokens of a window.
+        windows: at most this many, ``None`` for all.
+        seed: of the data, where it is sampled.
+    """
+
+    dataset: str
+    seqlen: int
+    windows: int | None
+    seed: int
+
+    def check(self) -> None:
+        """Refuse a text that does not exist, before a model is loaded.
+
+        Raises:
+            DataError: neither the name of a data set nor a path.
+        """
+        from kvq_calib.data import check_dataset
+
+        check_dataset(self.dataset)
+
+    def load(self, loaded: LoadedModel) -> TokenWindows:
+        """Cut the text into windows.
+
+        Raises:
+            ModelError: windows are longer than the model was trained for.
+            DataError: the text is missing, unreadable or too short.
+        """
+        from kvq_calib.data import load_windows
+        from kvq_calib.model.load import check_length
+
+        check_length(loaded.model, self.seqlen)
+        return load_windows(
+            self.dataset,
+            loaded.tokenizer,
+            samples=self.windows,
+            seqlen=self.seqlen,
+            seed=self.seed,
+            split="evaluation",
+        )
+
+
+def text_options(
+    *, seqlen: int = 2048, windows: int | None = None, help: str = "Text that is measured on."
+) -> Decorator:
+    """Options of :class:`TextOptions`, with their defaults; the argument is ``text``."""
+    all_of_them = {"help": "At most this many windows; all by default."}
+    return collected(
+        TextOptions,
+        "text",
+        click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH", help=help),
+        click.option(
+            "--seqlen", type=click.IntRange(8), default=seqlen, show_default=True, help="Tokens of a window."
+        ),
+        click.option(
+            "--windows",
+            type=click.IntRange(1),
+            **(all_of_them if windows is None else {"default": windows, "show_default": True}),
+        ),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    )
+
+
+# ---------------------------------------------------------------------------------- artifacts and files
+
+
+def load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
+    """Artifacts by a short name: the file's, as far as it is unique.
+
+    Raises:
+        ConfigError: one is named twice.
+        ArtifactError: a file is no artifact.
+    """
+    from kvq_calib.artifact.artifact import KVArtifact
+
+    short = [Path(file).name.removesuffix(".safetensors").removesuffix(".kvq") for file in files]
+    names = short if len(set(short)) == len(short) else list(files)
+    if len(set(names)) != len(names):
+        raise ConfigError("the same artifact is named twice")
+    return {name: KVArtifact.load(file) for name, file in zip(names, files, strict=True)}
+
+
+def write_json(file: str | None, content: Mapping[str, Any]) -> None:
+    """Write a result where ``--json`` asks for it; the file never holds what JSON has no word for.
+
+    Raises:
+        ConfigError: the content has a number that is infinite or not a number.
+        WriteError: the file cannot be written.
+    """
+    if file is None:
+        return
+    from kvq_calib.files import write_atomically
+
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"{file} is not written: a result is not a finite number") from error
+    write_atomically(file, (text + "\n").encode())
+
+
+def require_extra(purpose: str, extra: str, *modules: str) -> None:
+    """Say what to install before any work is done.
+
+    Args:
+        purpose: what needs it, the subject of the message.
+        extra: of this package.
+        modules: that it brings.
+
+    Raises:
+        ConfigError: a module is not there.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"{purpose} needs {' and '.join(missing)}: pip install 'kvq-calib[{extra}]'")

@@ -1,0 +1,126 @@
+"""Artifacts as what :func:`~kvq_calib.evaluate.text_pass.text_pass` measures, in the mode that serves each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.evaluate.decode import SHORT_CHUNK, AttachedHooks, logits_through
+from kvq_calib.evaluate.prefill import PrefillHooks, PrefillQuantizer
+from kvq_calib.evaluate.text_pass import Mode
+from kvq_calib.runtime import KVQCache
+from kvq_calib.schema.recipe import EvalConfig
+
+__all__ = [
+    "ArtifactContender",
+    "DecodeContender",
+    "PrefillContender",
+    "artifact_contenders",
+    "forced_to_decode",
+    "mode_of",
+]
+
+_REMEDY = "where its keys or values are larger than float16 holds, calibrate with --set cache.storage_dtype=bfloat16"
+
+
+def mode_of(artifact: KVArtifact, config: EvalConfig) -> Mode:
+    """How an artifact is measured: as asked, but through the packed cache where it keeps recent tokens exact.
+
+    In one forward pass every query would read quantized what the bits count as exact.
+    """
+    return "decode" if artifact.spec.recent_tokens else config.mode
+
+
+def forced_to_decode(artifacts: Mapping[str, KVArtifact], config: EvalConfig) -> list[str]:
+    """One line for every artifact that is not measured in the mode asked for."""
+    return [
+        f"{name}: measured in decode mode, {min(config.chunk, SHORT_CHUNK)} tokens per step: its newest "
+        f"{artifact.spec.recent_tokens} tokens are exact, which prefill mode would quantize"
+        for name, artifact in artifacts.items()
+        if mode_of(artifact, config) != config.mode
+    ]
+
+
+class PrefillContender:
+    """An artifact inside one forward pass; counts the outliers that it meets.
+
+    Args:
+        artifact: what is measured.
+        hooks: those of the model.
+        quantizer: made of ``artifact``.
+    """
+
+    mode: Mode = "prefill"
+    remedy = _REMEDY
+
+    def __init__(self, artifact: KVArtifact, hooks: PrefillHooks, quantizer: PrefillQuantizer) -> None:
+        self.artifact, self.hooks, self.quantizer = artifact, hooks, quantizer
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
+        return self.hooks.logits(self.quantizer, ids)
+
+    def bits_per_element(self, context: int) -> float:
+        """With the outliers that were met."""
+        return self.artifact.bits_per_element(context, outliers_per_token=self.quantizer.counts.per_token())
+
+
+class DecodeContender:
+    """An artifact as its packed cache holds it.
+
+    Args:
+        artifact: what is measured.
+        hooks: those of the model.
+        model: the model; what cannot be streamed is refused here, before anything is measured.
+        chunk: tokens per step; an artifact with a window of recent exact tokens takes at most
+            :data:`~kvq_calib.evaluate.decode.SHORT_CHUNK`.
+    """
+
+    mode: Mode = "decode"
+    remedy = _REMEDY
+
+    def __init__(self, artifact: KVArtifact, hooks: AttachedHooks, model: Any, chunk: int) -> None:
+        self.artifact, self.hooks = artifact, hooks
+        self._chunk = min(chunk, SHORT_CHUNK) if artifact.spec.recent_tokens else chunk
+        with hooks.in_place():
+            self._cache = KVQCache(artifact, model)
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
+        try:
+            return logits_through(model, self._cache, ids, self._chunk)
+        finally:
+            self._cache.reset()
+
+    def bits_per_element(self, context: int) -> float:
+        """With the outliers of the calibration."""
+        return self.artifact.bits_per_element(context)
+
+
+ArtifactContender = PrefillContender | DecodeContender
+
+
+def artifact_contenders(
+    model: Any, artifacts: Mapping[str, KVArtifact], config: EvalConfig
+) -> dict[str, ArtifactContender]:
+    """A contender for each artifact; quantizers and caches are made here, once.
+
+    Args:
+        model: the unquantized causal language model.
+        artifacts: by name; they must fit the model (checked by the caller).
+        config: the mode asked for, and the tokens per step of decode mode.
+
+    Raises:
+        RuntimeMismatchError: an artifact to be measured in decode mode cannot be streamed.
+    """
+    prefill, attached_model = PrefillHooks(model), AttachedHooks(model)
+
+    def contender(artifact: KVArtifact) -> ArtifactContender:
+        if mode_of(artifact, config) == "decode":
+            return DecodeContender(artifact, attached_model, model, config.chunk)
+        return PrefillContender(artifact, prefill, PrefillQuantizer.of(artifact, model))
+
+    return {name: contender(artifact) for name, artifact in artifacts.items()}

@@ -1,0 +1,1 @@
+"""The report of ``kvq-eval report``: what was measured before, what is measured for it, and the page."""

@@ -1,0 +1,145 @@
+"""The codebooks of an artifact over the distributions that they code, weighted as calibration weighs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate.gradients import fisher_pass
+from kvq_calib.calibrate.statistics import LEVEL_BINS, LevelHistogram
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.evaluate.prefill import coded_after_rope, coded_tensor
+from kvq_calib.model.capture import LayerKV
+from kvq_calib.model.placement import input_device
+from kvq_calib.progress import Progress
+from kvq_calib.schema.spec import KINDS, Kind
+
+__all__ = ["SHOWN_BINS", "CodebookUse", "codebook_uses", "fit_weights"]
+
+#: Bins that a chart shows of the ``LEVEL_BINS`` that are counted.
+SHOWN_BINS = 64
+
+
+@dataclass
+class CodebookUse:
+    """A codebook and the distribution of what it codes.
+
+    Attributes:
+        levels: sorted, in the normalised range ``[-1, 1]``.
+        bits: width of its codes.
+        channels, of: channels that use it, of all channels of the layer.
+        counts: normalised values in each of ``SHOWN_BINS`` equal bins over ``[-1, 1]``.
+        weights: the same, each value weighted; equal to ``counts`` where the fit has no weights.
+        weighted: whether it has.
+        compensated: whether what is coded carries errors of other numbers (error compensation).
+    """
+
+    levels: list[float]
+    bits: int
+    channels: int
+    of: int
+    weighted: bool
+    compensated: bool
+    counts: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+class _Collector:
+    """Collects the distribution over the codebook that most channels of a layer's keys or values share."""
+
+    def __init__(self, quantizer: Quantizer, weighted: bool) -> None:
+        self.quantizer = quantizer
+        index, widths = quantizer.table_index, quantizer.layout.widths
+        coded = torch.tensor(widths, device=index.device) > 0
+        rows = index[coded] if bool(coded.any()) else index
+        row = int(torch.bincount(rows).argmax())
+        self.channels = (index == row).nonzero()[:, 0]
+        bits = widths[int(self.channels[0])]
+        self.use = CodebookUse(
+            levels=quantizer.table[row, : quantizer.level_count(bits)].tolist(),
+            bits=bits,
+            channels=len(self.channels),
+            of=len(index),
+            weighted=weighted,
+            compensated=quantizer.compensates,
+        )
+        self.histogram = LevelHistogram(weighted)
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add keys or values ``[B, H, T, D]`` and the gradients of the loss with respect to them."""
+        values = self.quantizer.normalise(x)
+        weights = None
+        if self.use.weighted:
+            # As calibration weighs: the gradient on the codebook's scale, squared.
+            weights = (self.quantizer.transform(gradient) * values.scale).square()
+            if self.quantizer.channel_normalised:
+                weights = weights * self.quantizer.scale.square()
+            weights = weights[..., self.channels].flatten(0, 1)
+        outliers = None if values.outliers is None else values.outliers[..., self.channels].flatten(0, 1)
+        self.histogram.update(values.normalised[..., self.channels].flatten(0, 1), outliers, weights)
+
+    def finish(self) -> CodebookUse:
+        """With the bins that a chart shows."""
+        for name in ("counts", "weights"):
+            bins: Tensor = getattr(self.histogram, name)
+            setattr(self.use, name, bins.view(SHOWN_BINS, LEVEL_BINS // SHOWN_BINS).sum(1).tolist())
+        return self.use
+
+
+def codebook_uses(
+    model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
+) -> dict[str, dict[Kind, list[CodebookUse]]]:
+    """Collect the distribution under the most used codebook of each layer and kind, as calibration weighs it.
+
+    Args:
+        model: a causal language model in eval mode.
+        artifacts: by name; they must fit the model.
+        ids: int64 ``[N, T]``.
+        progress: told after every window.
+    """
+    collectors = {
+        name: [
+            {
+                kind: _Collector(quantizer, fit_weights(artifact) == "fisher")
+                for kind, quantizer in layer.items()
+            }
+            for layer in artifact.quantizers(input_device(model))
+        ]
+        for name, artifact in artifacts.items()
+    }
+
+    def observe(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
+        rotated = None
+        for name, artifact in artifacts.items():
+            sinks = artifact.spec.sink_tokens
+            for kind, collector in collectors[name][kv.layer].items():
+                gradient = grad_values
+                if kind == "key":
+                    gradient = grad_keys
+                    if coded_after_rope(collector.quantizer, kind):
+                        rotated = kv.rotation.rotate(grad_keys) if rotated is None else rotated
+                        gradient = rotated
+                x = coded_tensor(kv, kind, collector.quantizer)
+                collector.add(x[:, :, sinks:], gradient[:, :, sinks:])
+
+    for index in range(len(ids)):
+        fisher_pass(model, ids[index : index + 1].to(input_device(model)), observe)
+        if progress is not None:
+            progress("distributions", index + 1, len(ids))
+    return {
+        name: {kind: [layer[kind].finish() for layer in layers] for kind in KINDS}
+        for name, layers in collectors.items()
+    }
+
+
+def fit_weights(artifact: KVArtifact) -> str:
+    """How the artifact's levels were weighed in the fit: ``fisher``, ``uniform``, or ``unknown`` where it does not say."""
+    settings = artifact.calibration.get("settings")
+    fit = settings.get("fit") if isinstance(settings, Mapping) else None
+    weights = fit.get("weights") if isinstance(fit, Mapping) else None
+    return weights if isinstance(weights, str) else "unknown"

@@ -1,0 +1,137 @@
+"""Everything that a report measures itself: per layer, on a little text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.data import TokenWindows, load_windows
+from kvq_calib.errors import DataError
+from kvq_calib.evaluate.report.codebooks import CodebookUse, codebook_uses
+from kvq_calib.evaluate.report.outliers import TokenOutliers, count_outliers
+from kvq_calib.evaluate.report.results import fact_of
+from kvq_calib.evaluate.report.sensitivity import Sensitivity, measure_sensitivity
+from kvq_calib.progress import Progress
+from kvq_calib.schema.spec import Kind
+
+if TYPE_CHECKING:
+    from kvq_calib.model.load import LoadedModel
+
+__all__ = ["Measured", "ReportText", "measure"]
+
+#: Tokens of the calibration text that distributions are collected on, in whole windows.
+FIT_TOKENS = 8192
+#: Most calibration tokens that are cut again to compare hashes: what an artifact says of itself may be anything.
+_MOST_TOKENS = 1 << 26
+
+
+@dataclass(frozen=True)
+class ReportText:
+    """What text a report measures on.
+
+    Attributes:
+        dataset: of the sensitivity and of the outliers.
+        calibration_dataset: of the distributions. Where it yields the windows that an artifact was calibrated on, the first
+            of those are used, else those of ``dataset``.
+        windows, seqlen, seed: of ``dataset``.
+    """
+
+    dataset: str
+    calibration_dataset: str
+    windows: int
+    seqlen: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured for the report, by the artifacts' names.
+
+    Attributes:
+        text: the windows of the sensitivity and of the outliers.
+        fit_text: those of the distributions.
+        calibrated_on: artifacts whose own calibration windows ``fit_text`` begins with.
+        sensitivity, outliers, codebooks: see :mod:`kvq_calib.evaluate.layers`.
+    """
+
+    text: TokenWindows
+    fit_text: Mapping[str, TokenWindows]
+    calibrated_on: frozenset[str]
+    sensitivity: Mapping[str, Sensitivity]
+    outliers: Mapping[str, TokenOutliers]
+    codebooks: Mapping[str, Mapping[Kind, Sequence[CodebookUse]]]
+
+
+def measure(
+    loaded: LoadedModel,
+    artifacts: Mapping[str, KVArtifact],
+    text: ReportText,
+    progress: Progress | None = None,
+) -> Measured:
+    """Run the model for everything that the report shows per layer.
+
+    Args:
+        loaded: the model that the artifacts are for.
+        artifacts: by name.
+        text: what to measure on.
+        progress: told after every step.
+
+    Raises:
+        DataError: the text is missing or too short.
+        NotFiniteError: predictions are not finite.
+    """
+    model = loaded.model
+    windows = load_windows(
+        text.dataset,
+        loaded.tokenizer,
+        samples=text.windows,
+        seqlen=text.seqlen,
+        seed=text.seed,
+        split="evaluation",
+    )
+    fit_text: dict[str, TokenWindows] = {}
+    calibrated_on = set()
+    known: dict[str, TokenWindows | None] = {}
+    for name, artifact in artifacts.items():
+        record = json.dumps(artifact.calibration.get("data"), sort_keys=True)
+        if record not in known:
+            known[record] = _calibration_windows(loaded, artifact, text.calibration_dataset)
+        found = known[record]
+        fit_text[name] = windows if found is None else found
+        if found is not None:
+            calibrated_on.add(name)
+    codebooks: dict[str, dict[Kind, list[CodebookUse]]] = {}
+    for shared in {id(each): each for each in fit_text.values()}.values():
+        same = {name: artifacts[name] for name, each in fit_text.items() if each is shared}
+        codebooks |= codebook_uses(model, same, shared.ids, progress)
+    return Measured(
+        windows,
+        fit_text,
+        frozenset(calibrated_on),
+        measure_sensitivity(model, artifacts, windows.ids, progress),
+        count_outliers(model, artifacts, windows.ids),
+        codebooks,
+    )
+
+
+def _calibration_windows(loaded: LoadedModel, artifact: KVArtifact, dataset: str) -> TokenWindows | None:
+    """The first windows that an artifact was calibrated on, if ``dataset`` yields them."""
+    data = artifact.calibration.get("data")
+    samples, seqlen, digest = (fact_of(data, key) for key in ("requested", "seqlen", "sha256"))
+    seed = fact_of(artifact.calibration, "settings", "seed")
+    if not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in (samples, seqlen, seed)):
+        return None
+    if samples * seqlen > _MOST_TOKENS:
+        return None
+    try:
+        found = load_windows(
+            dataset, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed, split="calibration"
+        )
+    except DataError:
+        return None
+    if found.source["sha256"] != digest:
+        return None
+    return TokenWindows(found.ids[: max(1, FIT_TOKENS // seqlen)], found.source)

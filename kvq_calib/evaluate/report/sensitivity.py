@@ -1,0 +1,91 @@
+"""What each layer's keys or values cost when they alone are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.evaluate.contenders import PrefillContender
+from kvq_calib.evaluate.prefill import Place, PrefillHooks, PrefillQuantizer
+from kvq_calib.evaluate.text_pass import text_pass
+from kvq_calib.model.placement import input_device
+from kvq_calib.progress import Progress
+from kvq_calib.schema.spec import KINDS, Kind
+
+__all__ = ["Sensitivity", "measure_sensitivity"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """KL divergence from the unquantized model, nats per predicted token.
+
+    Attributes:
+        layers: by kind, when only this layer's keys or values are quantized.
+        whole: when everything is.
+        tokens: predicted tokens it was measured on.
+    """
+
+    layers: Mapping[Kind, Sequence[float]]
+    whole: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What of an artifact is quantized: one place, or all of them."""
+
+    artifact: str
+    place: Place | None
+
+    def __str__(self) -> str:
+        return (
+            self.artifact
+            if self.place is None
+            else f"{self.artifact} (layer {self.place[0]}, {self.place[1]}s)"
+        )
+
+
+def measure_sensitivity(
+    model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
+) -> dict[str, Sensitivity]:
+    """Quantize one layer's keys or values at a time and compare the model's predictions.
+
+    Takes two forward passes per layer, artifact and window, and a few more. All are in prefill mode, so a window of recent
+    exact tokens is quantized too.
+
+    Args:
+        model: the unquantized causal language model.
+        artifacts: by name; they must fit the model.
+        ids: int64 ``[N, T]``.
+        progress: told after every forward pass.
+
+    Raises:
+        NotFiniteError: predictions are not finite.
+    """
+    hooks = PrefillHooks(model)
+    contenders = {}
+    for name, artifact in artifacts.items():
+        quantizers = artifact.quantizers(input_device(model))
+        places: list[Place | None] = [
+            None, *((layer, kind) for layer in range(len(artifact.layers)) for kind in KINDS)
+        ]  # fmt: skip
+        for place in places:
+            only = None if place is None else {place}
+            quantizer = PrefillQuantizer(quantizers, artifact.spec, only)
+            contenders[_Part(name, place)] = PrefillContender(artifact, hooks, quantizer)
+    scores = text_pass(model, contenders, ids, progress=progress, label="layer by layer")
+    return {
+        name: Sensitivity(
+            {
+                kind: [scores[_Part(name, (layer, kind))].kl_mean for layer in range(len(artifact.layers))]
+                for kind in KINDS
+            },
+            scores[_Part(name, None)].kl_mean,
+            scores[_Part(name, None)].tokens,
+        )
+        for name, artifact in artifacts.items()
+    }

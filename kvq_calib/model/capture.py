@@ -1,0 +1,177 @@
+"""Capture of pre-RoPE keys, values and their gradients while a model runs; nothing is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from kvq_calib.model.compat import in_backward
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.intercept import AttentionCall, intercept_calls
+from kvq_calib.model.rope import Rotation
+from kvq_calib.schema.geometry import KVGeometry
+
+__all__ = ["LayerKV", "OnBackward", "OnForward", "Transform", "capture", "intercept"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKV:
+    """Keys and values of one layer in one forward pass.
+
+    Attributes:
+        layer: index of the layer.
+        rotated_keys: keys as the model handed them to attention [B, Hkv, T, D], in the model's dtype.
+        values: [B, Hkv, T, Dv].
+        queries: rotated queries [B, Hq, T, D].
+        rotation: this layer's RoPE at these tokens' positions.
+        module: the attention module.
+        scaling: factor of the attention scores, where the model hands it over.
+        sliding_window: width in tokens, None where the layer sees all.
+    """
+
+    layer: int
+    rotated_keys: Tensor
+    values: Tensor
+    queries: Tensor
+    rotation: Rotation
+    module: nn.Module
+    scaling: float | None = None
+    sliding_window: int | None = None
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Pre-RoPE keys [B, Hkv, T, D], at least float32 where un-rotated; computed on first use."""
+        return self.rotation.unrotate(self.rotated_keys)
+
+    def detach(self) -> LayerKV:
+        """Return the same without its part in the autograd graph."""
+        return replace(
+            self,
+            rotated_keys=self.rotated_keys.detach(),
+            values=self.values.detach(),
+            queries=self.queries.detach(),
+        )
+
+
+def _layer_kv(call: AttentionCall, has_rope: bool) -> LayerKV:
+    return LayerKV(
+        call.layer,
+        call.key,
+        call.value,
+        call.query,
+        call.rotation() if has_rope else Rotation(),
+        call.module,
+        call.kwargs.get("scaling"),
+        call.kwargs.get("sliding_window"),
+    )
+
+
+Transform = Callable[[LayerKV], "tuple[Tensor, Tensor] | None"]
+"""Returns new (pre-RoPE keys, values) for a layer, or None to leave it as it is."""
+
+
+@contextmanager
+def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
+    """Show the pre-RoPE keys and values of every layer to `transform`, which may replace them.
+
+    Replaced keys are rotated by the model's own function before attention sees them; gradients pass. Call the
+    model with `use_cache=False`: keys of earlier calls cannot be un-rotated with this call's angles.
+
+    Yields:
+        The model's geometry, from `inspect_model`.
+
+    Raises:
+        ModelError: the model cannot be captured (see `inspect_model`), or was called with a filled cache.
+    """
+    geometry = inspect_model(model)
+
+    def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+        kv = _layer_kv(call, geometry.layers[call.layer].rope is not None)
+        changed = transform(kv)
+        if changed is None:
+            return None
+        keys, values = changed
+        return kv.rotation.rotate(keys).to(call.key.dtype), values.to(call.value.dtype)
+
+    with intercept_calls(model, handler):
+        yield geometry
+
+
+OnForward = Callable[[LayerKV], None]
+"""Sees one layer, detached, during the forward pass."""
+
+OnBackward = Callable[[LayerKV, Tensor, Tensor], None]
+"""Sees one layer, detached, with the gradients of its pre-RoPE keys [B, Hkv, T, D] and its values [B, Hkv, T, Dv]."""
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    on_forward: OnForward | None = None,
+    on_backward: OnBackward | None = None,
+    *,
+    recompute: bool = False,
+) -> Iterator[KVGeometry]:
+    """Report every layer's keys and values, and their gradients, to callbacks; change nothing.
+
+    Inside the context, call the model with `use_cache=False`. `on_forward` is called once per layer and
+    forward pass. `on_backward` is called during `loss.backward()`, in the order of the backward pass, once
+    per layer, as soon as both gradients of the layer exist; they are then let go. Both hold where layers are
+    recomputed (activation checkpointing) too. Callbacks run without autograd and must not change the tensors
+    they see.
+
+    Args:
+        model: the model to watch.
+        on_forward: sees each layer in the forward pass.
+        on_backward: sees each layer in the backward pass.
+        recompute: all layers are checkpointed, and one forward pass is followed by its backward pass: take
+            the tensors for `on_backward` from the recomputation, so that none is held in between.
+
+    Yields:
+        The model's geometry.
+
+    Raises:
+        ModelError: the model cannot be captured.
+    """
+    awaiting: dict[int, list[LayerKV]] = {}
+
+    def observe(kv: LayerKV) -> None:
+        # While a layer is recomputed the backward pass is running; the layer was reported before that.
+        recomputed = in_backward()
+        if on_forward is not None and not recomputed:
+            with torch.no_grad():
+                on_forward(kv.detach())
+        if on_backward is None or not (kv.rotated_keys.requires_grad and kv.values.requires_grad):
+            return
+        if recomputed and kv.layer in awaiting:
+            awaiting.pop(kv.layer).append(kv.detach())
+        elif recompute and not recomputed:
+            awaiting[kv.layer] = []
+            _report_gradients(kv, awaiting[kv.layer], on_backward)
+        else:
+            _report_gradients(kv, [kv.detach()], on_backward)
+
+    with intercept(model, observe) as geometry:
+        yield geometry
+
+
+def _report_gradients(kv: LayerKV, held: list[LayerKV], on_backward: OnBackward) -> None:
+    """Call `on_backward` with the layer in `held` once both gradients of `kv` have been computed."""
+    gradients: dict[str, Tensor] = {}
+
+    def arrive(name: str, grad: Tensor) -> None:
+        gradients[name] = grad
+        if len(gradients) < 2:
+            return
+        with torch.no_grad():
+            layer = held.pop()
+            grad_values = gradients.pop("values")
+            on_backward(layer, layer.rotation.adjoint(gradients.pop("keys")), grad_values)
+
+    kv.rotated_keys.register_hook(lambda grad: arrive("keys", grad))
+    kv.values.register_hook(lambda grad: arrive("values", grad))

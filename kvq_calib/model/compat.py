@@ -1,0 +1,141 @@
+"""Every private name of transformers and torch that the package uses, and every place where their releases differ.
+
+One function for each, which says from which release to which. Nothing else in the package asks for a version.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = [
+    "attention_entries",
+    "attention_implementation",
+    "cache_of",
+    "crop_takes_removed",
+    "in_backward",
+    "layer_attribute",
+    "new_tokens",
+    "softcap_implementation",
+    "tensor_rebuilder",
+    "uncompiled",
+    "with_cache",
+]
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The argument that gives a model, or its `generate`, a cache.
+
+    It is named `past_key_values` to transformers 5.23 and `cache` from 5.24 on.
+    """
+    return {_CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in the output of a model that was called with `use_cache=True`; names as in `with_cache`."""
+    return getattr(output, _CACHE)
+
+
+def crop_takes_removed() -> bool:
+    """Whether 0 given to `Cache.crop` keeps all tokens.
+
+    To transformers 5.14 the argument is the length to keep, or minus the number of tokens to remove; from 5.15 on it
+    is the latter only.
+    """
+    return _CROP_TAKES_REMOVED
+
+
+def new_tokens(query: int | Tensor) -> int:
+    """The number of new tokens that a cache layer's `get_mask_sizes` is told.
+
+    To transformers 5.3 that method gets the new tokens' positions, from 5.5 on their number.
+    """
+    return query if isinstance(query, int) else int(query.shape[0])
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The name of the attention implementation in a configuration ("sdpa", "eager", ...); `None` where there is none.
+
+    `_attn_implementation` is private in every release from 5.2 to 5.24, and there is no public name for it.
+    """
+    name = getattr(config, "_attn_implementation", None)
+    return name if isinstance(name, str) else None
+
+
+def layer_attribute(config: Any, name: str) -> Any:
+    """An attribute of a configuration: `None` where there is none, a list with one entry per layer where layers differ.
+
+    From transformers 5.15 on a configuration can differ by layer (`per_layer_config`), and then has no such attribute
+    of its own: asking for it is an error.
+    """
+    layers = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", None) or ()]
+    if not layers:
+        return getattr(config, name, None)
+    return layers[0] if all(value == layers[0] for value in layers) else layers
+
+
+def softcap_implementation(config: Any) -> str | None:
+    """The attention implementation to ask for where the default would be wrong.
+
+    To transformers 5.22 the default for a model that caps its attention scores is sdpa, which leaves the cap out
+    without a word.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+@lru_cache(maxsize=64)
+def _families_own(
+    cls: type,
+) -> tuple[tuple[AttentionInterface, ...], tuple[tuple[dict[str, Any], str], ...]]:
+    """Interfaces, and (namespace, name) of eager functions, in the files that define an attention class."""
+    interfaces: dict[int, AttentionInterface] = {}
+    eager: list[tuple[dict[str, Any], str]] = []
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        namespace = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+        for name, value in list(namespace.items()):
+            if isinstance(value, AttentionInterface):
+                interfaces[id(value)] = value
+            elif name.endswith("eager_attention_forward") and callable(value):
+                eager.append((namespace, name))
+    return tuple(interfaces.values()), tuple(eager)
+
+
+def attention_entries(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Every dictionary and key under which an attention module may find the function that it calls.
+
+    These are `AttentionInterface`'s mapping for all models, a family's own mapping where it overrides single
+    implementations, and the name of a family's eager function in the file that defines it. The two mappings are
+    private (`_global_mapping`, `_local_mapping`) in every release from 5.2 to 5.24.
+    """
+    cls: Any = type(module)
+    interfaces, eager = _families_own(cls)
+    mappings = [AttentionInterface._global_mapping, *(interface._local_mapping for interface in interfaces)]
+    return [*((mapping, name) for mapping in mappings for name in list(mapping)), *eager]
+
+
+def in_backward() -> bool:
+    """Whether this thread computes a part of a backward pass; private in every release of torch from 2.6 to 2.13."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside the wrapper that `torch.compile` returns; its name is private in torch 2.6 to 2.13."""
+    return getattr(model, "_orig_mod", model)
+
+
+def tensor_rebuilder() -> Callable[..., Tensor]:
+    """The function that pickles of tensors name; private, and the same in every release of torch from 1.0 to 2.13."""
+    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+    return rebuild

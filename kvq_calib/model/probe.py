@@ -1,0 +1,222 @@
+"""Whether a model can use a cache whose attention is its own: tried with an exact one, on a few tokens.
+
+A packed cache gives attention the new keys and values only, and takes attention over. A model that uses keys or values
+elsewhere, changes them on the way or wants more of attention than its result can be calibrated and then generates
+nonsense. So before anything long is done with a model, the same few tokens go through it twice: through a cache of
+`ExactLayer`, which differs from a packed one in nothing but that it keeps everything exactly, and without.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kvq_calib.errors import ModelError
+from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.compat import cache_of, uncompiled, with_cache
+from kvq_calib.model.hub import first_line
+from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
+from kvq_calib.model.placement import input_device
+from kvq_calib.schema.geometry import KVGeometry
+
+__all__ = ["ExactLayer", "check_generation"]
+
+#: Tokens of the passes: some at once, some more, and one alone, which needs no mask.
+_PASSES = (6, 4, 1)
+
+
+class ExactLayer(AttendingLayer):
+    """Keeps keys and values as they are and attends with the function that the model would have called.
+
+    Args:
+        sliding_window: as for the model's own cache.
+    """
+
+    def __init__(self, sliding_window: int | None) -> None:
+        super().__init__(sliding_window)
+        self.stored: tuple[Tensor, Tensor] | None = None
+        self.updates = 0
+        self._handed: tuple[Tensor, Tensor] | None = None
+        #: Whether attention got other tensors than ``update`` returned.
+        self.changed = False
+
+    @property
+    def length(self) -> int:
+        """Slots held."""
+        return 0 if self.stored is None else self.stored[0].shape[2]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether keys and values came that never came to attention."""
+        return self._handed is not None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values on to attention."""
+        self.updates += 1
+        self._handed = super().update(key_states, value_states)
+        return self._handed
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attend to everything stored; see :class:`AttendingLayer`."""
+        assert self._handed is not None
+        new = (call.key, call.value)
+        self.changed |= any(
+            ours.data_ptr() != theirs.data_ptr() for ours, theirs in zip(self._handed, new, strict=True)
+        )
+        self._handed = None
+        _, first = self.get_mask_sizes(call.key.shape[2])
+        old = (call.key[:, :, :0], call.value[:, :, :0]) if self.stored is None else self.stored
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self.stored = (keys, values)
+        result, _ = call.attend(keys[:, :, first:], values[:, :, first:])
+        return result
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def check_generation(model: nn.Module, geometry: KVGeometry) -> None:
+    """Refuse a model that a packed cache cannot serve. What was found is kept per model object.
+
+    Args:
+        model: a causal language model, or the model inside one; left as it was.
+        geometry: of the model.
+
+    Raises:
+        ModelError: the model would give other output than its own, in one line that says why.
+    """
+    model = uncompiled(model)
+    obstacle = _KNOWN.get(model)
+    if obstacle is None:
+        with torch.no_grad(), _evaluating(model):
+            obstacle = _KNOWN[model] = _Trial(model, geometry).obstacle()
+    if obstacle:
+        raise ModelError(f"{type(model).__name__} cannot generate with a packed cache: {obstacle}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which would make any two passes differ."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Trial:
+    """The passes of one model.
+
+    Args:
+        model, geometry: as for :func:`check_generation`.
+    """
+
+    def __init__(self, model: Any, geometry: KVGeometry) -> None:
+        self.model = model
+        self.layers = [ExactLayer(layer.sliding_window) for layer in geometry.layers]
+        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(_PASSES) + 1)
+        ids = torch.arange(1, sum(_PASSES) + 1) % vocabulary
+        self.ids = ids[None].to(input_device(model))
+
+    def obstacle(self) -> str:
+        """Why a packed cache cannot serve the model; empty where it can."""
+        wanted = _scores(self._call(0, len(self.ids[0]), use_cache=False))
+        got, failure = self._through_exact()
+        if got is not None and self._close(got, wanted):
+            return ""
+        # Rounding may tell these passes from a single one; the model's own cache makes the same passes.
+        try:
+            own = self._through(None)
+        except Exception as error:
+            return f"it fails with its own cache ({first_line(error)})"
+        first = _PASSES[0]
+        if not self._alike(own[:, :first], wanted[:, :first]):
+            return "what it computes for a token depends on later tokens, so it is no causal model"
+        faithful = self._alike(own[:, first:], wanted[:, first:])
+        if faithful and got is not None and self._close(got, own):
+            return ""
+        return self._reason(faithful, failure)
+
+    def _reason(self, faithful: bool, failure: Exception | None) -> str:
+        """Why the exact cache did not do; ``faithful`` says whether the model's own does."""
+        detail = "" if failure is None else f" ({first_line(failure)})"
+        if isinstance(failure, TypeError | AttributeError) and "None" in str(failure):
+            return f"it uses the weights of attention, which are not computed{detail}"
+        for index, layer in enumerate(self.layers):
+            if not layer.updates:
+                return f"it does not give the keys and values of layer {index} to the cache{detail}"
+            if layer.waiting:
+                return f"the keys that layer {index} gets back from the cache do not come to attention as they are"
+            if layer.changed:
+                return f"it changes the keys or values of layer {index} between the cache and attention"
+        if not faithful:
+            return "it gives other output with its own cache than without"
+        return (
+            "it uses keys or values outside the attention call, where a packed cache has none of earlier tokens"
+            f"{detail}"
+        )
+
+    def _through_exact(self) -> tuple[Tensor | None, Exception | None]:
+        """What the model gives with layers that attend themselves, or how it failed."""
+        holds = [Hold(module) for module in attention_modules(self.model)]
+        try:
+            return self._through(Cache(layers=list(self.layers))), None
+        except Exception as error:  # whatever a family's forward makes of it
+            return None, error
+        finally:
+            for hold in holds:
+                hold.close()
+
+    def _through(self, cache: Any) -> Tensor:
+        """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the model's own for ``None``."""
+        scores, start = [], 0
+        for tokens in _PASSES:
+            output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))
+            cache = cache_of(output) if cache is None else cache
+            scores.append(_scores(output))
+            start += tokens
+        return torch.cat(scores, dim=1)
+
+    def _call(self, start: int, stop: int, **arguments: Any) -> Any:
+        """Run tokens ``start`` to ``stop - 1``."""
+        mask = torch.ones_like(self.ids[:, :stop])
+        return self.model(input_ids=self.ids[:, start:stop], attention_mask=mask, **arguments)
+
+    def _rounding(self, scores: Tensor) -> float:
+        """What rounding can make of two results, relative to the largest number in them."""
+        dtypes = {scores.dtype, *(layer.stored[0].dtype for layer in self.layers if layer.stored is not None)}
+        return max(1e-4, *(8 * float(torch.finfo(dtype).eps) for dtype in dtypes))
+
+    def _close(self, got: Tensor, wanted: Tensor) -> bool:
+        """Whether two results agree up to rounding; what is not finite in both says nothing."""
+        known = wanted.isfinite()
+        if got.shape != wanted.shape or not bool((got.isfinite() == known).all()):
+            return False
+        error = (got - wanted).where(known, 0).abs().max()
+        return bool(error <= self._rounding(wanted) * wanted.where(known, 0).abs().max())
+
+    def _alike(self, got: Tensor, wanted: Tensor) -> bool:
+        """Whether most tokens of ``[1, T, V]`` agree; a near tie between experts can fall either way for one."""
+        error, size = (got - wanted).abs().amax(-1), wanted.abs().amax(-1)
+        return not bool((error / size).median() > 2 * self._rounding(wanted))
+
+
+def _scores(output: Any) -> Tensor:
+    """Logits ``[1, T, V]``, or the hidden states of a model without a head."""
+    if isinstance(output, tuple):
+        scores = output[0]
+    else:
+        scores = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    assert isinstance(scores, Tensor)
+    return scores

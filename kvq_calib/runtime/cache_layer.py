@@ -1,0 +1,138 @@
+"""One layer of a packed cache, as transformers sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.intercept import AttentionCall
+from kvq_calib.model.rope import RopeTable, Rotation, find_apply_rotary
+from kvq_calib.runtime.attention import readable_mask
+from kvq_calib.runtime.forward_pass import ForwardPass
+from kvq_calib.runtime.ops import Ops
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
+
+__all__ = ["KVQCacheLayer"]
+
+
+class KVQCacheLayer(AttendingLayer):
+    """One layer of a :class:`~kvq_calib.runtime.cache.KVQCache`.
+
+    Args:
+        index: the layer's number.
+        ops: what packs and attends.
+        forward_pass: of the cache; it knows what the cache holds.
+        checks_rope: compare the model's angles with the artifact's in every pass.
+    """
+
+    def __init__(self, index: int, ops: Ops, forward_pass: ForwardPass, checks_rope: bool) -> None:
+        super().__init__(forward_pass.contents.windows[index])
+        self.index = index
+        self.ops = ops
+        self.forward_pass = forward_pass
+        self.checks_rope = checks_rope
+
+    @property
+    def storage(self) -> LayerStorage | None:
+        """What is stored; ``None`` while the cache is empty."""
+        storages = self.forward_pass.contents.storages
+        return storages[self.index] if storages else None
+
+    @property
+    def length(self) -> int:
+        """Slots held."""
+        return self.forward_pass.contents.length_of(self.index)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values on to attention, once that of the layer before has come."""
+        self.forward_pass.announce(self.index)
+        return super().update(key_states, value_states)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Store the new tokens and attend to all; called by the attention function.
+
+        Args:
+            call: queries ``[B, Hq, T, D]``, keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, queries and keys
+                rotated, and a mask as :class:`~kvq_calib.runtime.visibility.Visibility` takes it.
+
+        Returns:
+            ``[B, T, Hq, Dv]``.
+
+        Raises:
+            RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
+                pass.
+        """
+        with self.forward_pass.attention(self.index, call.module):
+            batch, _, tokens, size = call.query.shape
+            options = call.kwargs
+            window = options.get("sliding_window")
+            visibility = Visibility(readable_mask(call), self.length + tokens, tokens, window)
+            rope, keys = self.ops.rope, call.key
+            if rope is not None:
+                keys = self._rotation(call).unrotate(call.key)
+            positions = options.get("position_ids")
+            storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
+            if rope is not None and self.checks_rope:
+                newest = table.positions(table.length - tokens, table.length)
+                self._check_rope(rope, keys, call.key, newest)
+            self.store(storage, keys, call.value, table)
+            scaling = options.get("scaling")
+            request = AttentionRequest(
+                call.query,
+                visibility,
+                size**-0.5 if scaling is None else float(scaling),
+                options.get("softcap"),
+                options.get("s_aux"),
+            )
+            return self.ops.attend(request, storage, table)
+
+    def store(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
+        """Store the newest tokens, which have their slots already, and free what a sliding window has passed.
+
+        Args:
+            storage: of this layer.
+            keys, values: ``[B, H, T, D]``, keys un-rotated where they are turned on every read.
+            table: of the cache.
+        """
+        if self.sliding_window is not None:
+            storage.drop_before(storage.length + 1 - self.sliding_window, table)
+        storage.append(keys, values, table, self.ops.pack)
+
+    def _rotation(self, call: AttentionCall) -> Rotation:
+        if call.position_embeddings is None:
+            raise RuntimeMismatchError(
+                f"layer {self.index} was called without position_embeddings; "
+                "calibrate with pre_rope: false for this model"
+            )
+        return Rotation(find_apply_rotary(call.module), *call.position_embeddings)
+
+    def _check_rope(self, rope: RopeTable, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
+        """Refuse angles other than those of the artifact: they would be wrong on every later read."""
+        again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))
+        error = (rope.scale_(again).mT - rotated).abs().amax()
+        slack = max(1e-3, 8 * torch.finfo(rotated.dtype).eps)
+        if not bool(error <= slack * rotated.abs().amax()):
+            raise RuntimeMismatchError(
+                f"layer {self.index} rotates keys by other angles than at calibration (RoPE that depends on "
+                "the length of the text?); calibrate with pre_rope: false, or this model anew"
+            )
+
+    def crop(self, *args: Any) -> None:
+        """Layers share their slots, so only the cache can be cropped."""
+        raise NotImplementedError("crop the cache, not one layer of it")
+
+    def reset(self) -> None:
+        """Layers share their slots, so only the cache can be reset."""
+        raise NotImplementedError("reset the cache, not one layer of it")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Layers share their slots, so only the cache can be reordered."""
+        raise NotImplementedError("reorder the cache, not one layer of it")

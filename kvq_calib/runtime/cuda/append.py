@@ -1,0 +1,225 @@
+"""Quantizing and packing of whole blocks: the kernels of ``append.cu``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.runtime.cuda.launcher import Launcher
+from kvq_calib.runtime.cuda.pages import page_rows
+from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, AppendParams, AppendSide, PlaceParams, pointer
+from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor
+
+__all__ = ["append_blocks"]
+
+#: Pages that one launch of the append kernel fills: bounds its work space.
+APPEND_PAGES = 64
+_THREADS, _WARPS = 512, 16
+_SOURCE = "append.cu"
+
+
+def append_blocks(
+    launcher: Launcher,
+    key: KernelTables,
+    value: KernelTables,
+    storage: LayerStorage,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Quantize and pack whole blocks, keys and values in one launch.
+
+    The outliers go to a work space first. One small read by the host then tells how many each page holds, once
+    per 32 tokens; their place is allocated exactly and a second kernel moves them there.
+
+    Args:
+        launcher: runs the kernels.
+        key, value: the layer's tables; heads are of one size.
+        storage: gets the blocks.
+        keys, values: storage dtype ``[B, H, 32 * n, D]`` with contiguous ``D``; as the quantizers take them.
+
+    Raises:
+        RuntimeMismatchError: a shape, dtype, stride or device is not as promised.
+    """
+    blocks = keys.shape[2] // BLOCK_TOKENS
+    done = 0
+    while done < blocks:
+        place = storage.key.blocks % PAGE_BLOCKS
+        count = min(APPEND_PAGES * PAGE_BLOCKS - place, blocks - done)
+        here = slice(done * BLOCK_TOKENS, (done + count) * BLOCK_TOKENS)
+        sides = (_Side(key, storage.key, keys[:, :, here]), _Side(value, storage.value, values[:, :, here]))
+        _append(launcher, sides)
+        done += count
+
+
+class _Side:
+    """New blocks of keys or of values, on their way into pages.
+
+    Attributes:
+        outliers: the work space: indices ``[n, B, 32 * cap]``, residuals, and how many of each list, ``[n, B, H]``;
+            or ``None``.
+    """
+
+    def __init__(self, table: KernelTables, packed: PackedTensor, x: Tensor) -> None:
+        self.table, self.packed, self.x = table, packed, x
+        self.batch, self.blocks = x.shape[0], x.shape[2] // BLOCK_TOKENS
+        self._check()
+        #: Place of the first new block in its page, and pages that get some.
+        self.place = packed.blocks % PAGE_BLOCKS
+        self.pages = -(-(self.place + self.blocks) // PAGE_BLOCKS)
+        self.outliers: _Outliers | None = None
+        self._rows = torch.empty(0)
+
+    def _check(self) -> None:
+        table, x = self.table, self.x
+        expected = (self.batch, table.heads, self.blocks * BLOCK_TOKENS, table.head_dim)
+        if self.batch > MAX_GRID:
+            raise RuntimeMismatchError(
+                f"{self.batch} sequences are more than one launch takes; use smaller batches"
+            )
+        if x.device != table.device or x.shape != expected:
+            raise RuntimeMismatchError(
+                f"new {table.kind}s are {tuple(x.shape)} on {x.device}, expected {expected} on {table.device}"
+            )
+        if x.stride(3) != 1 or x.dtype not in TYPES:
+            raise RuntimeMismatchError(
+                f"new {table.kind}s are {x.dtype} with strides {x.stride()}; make them contiguous"
+            )
+
+    def open_pages(self) -> None:
+        """Make the pages that the blocks need, and the work space of their outliers."""
+        packed, table = self.packed, self.table
+        new = self.pages if self.place == 0 else self.pages - 1
+        packed.pages.extend(packed.new_page() for _ in range(new))
+        self._rows = page_rows(packed.pages[len(packed.pages) - self.pages :]).to(table.device)
+        if table.cap:
+            shape = (self.blocks, self.batch, BLOCK_TOKENS * table.cap)
+            self.outliers = _Outliers(
+                torch.empty(shape, dtype=torch.int16, device=table.device),
+                torch.empty(shape, dtype=table.storage, device=table.device),
+                torch.empty(*shape[:2], table.heads, dtype=torch.int32, device=table.device),
+            )
+
+    def params(self) -> AppendSide:
+        """As the kernel takes them."""
+        table, x = self.table, self.x
+        side = AppendSide(
+            x=x.data_ptr(),
+            pages=self._rows.data_ptr(),
+            scale=pointer(table.scale),
+            reciprocal=pointer(table.reciprocal),
+            zero_point=pointer(table.zero_point),
+            levels=table.levels.data_ptr(),
+            boundaries=pointer(table.boundaries),
+            bits=table.bits.data_ptr(),
+            word_offset=table.word_offset.data_ptr(),
+            compensation=pointer(table.compensation),
+            refinement=pointer(table.refinement),
+            token_weight=pointer(table.token_weight),
+            weight_edge=pointer(table.weight_edges),
+            refinements=table.refinements,
+            type=TYPES[x.dtype],
+            words=table.words,
+            level_count=table.levels.shape[1],
+            level_stride=table.level_stride,
+            token=int(table.token),
+            channel_normalized=int(table.channel_normalized),
+            per_side=table.per_side,
+            cap=table.cap,
+            capacity=BLOCK_TOKENS * table.cap,
+            storage_bfloat=int(table.storage_bfloat),
+            trellis=int(table.trellis),
+            boundary_count=table.boundaries.shape[1],
+        )
+        side.stride[:] = x.stride()[:3]
+        if table.pair_rotation is not None:
+            side.cosine, side.sine, side.partner = (part.data_ptr() for part in table.pair_rotation)
+        if self.outliers is not None:
+            side.outlier_index = self.outliers.index.data_ptr()
+            side.outlier_residual = self.outliers.residual.data_ptr()
+            side.outlier_count = self.outliers.count.data_ptr()
+        return side
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """The work space of a launch; see :class:`_Side`."""
+
+    index: Tensor
+    residual: Tensor
+    count: Tensor
+
+
+def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
+    """One launch, and one for the outliers of each side."""
+    key = sides[0]
+    for side in sides:
+        side.open_pages()
+    head_warps, shared = _shared_memory(launcher, sides)
+    params = AppendParams(
+        batch=key.batch,
+        heads=key.table.heads,
+        head_dim=key.table.head_dim,
+        first_block=key.place,
+        head_warps=head_warps,
+    )
+    params.side[:] = [side.params() for side in sides]
+    grid = (key.blocks, key.batch, 2)
+    launcher.launch(_SOURCE, (), "append_blocks", grid, _THREADS, shared, params)
+    counts = [(side, side.outliers) for side in sides if side.outliers is not None]
+    if counts:
+        totals = torch.stack([outliers.count.flatten(1).sum(1) for _, outliers in counts])
+        for (side, outliers), of_blocks in zip(counts, totals.tolist(), strict=True):  # the host reads
+            _place_outliers(launcher, side, outliers, of_blocks)
+    for side in sides:
+        side.packed.blocks += side.blocks
+
+
+def _shared_memory(launcher: Launcher, sides: tuple[_Side, _Side]) -> tuple[int, int]:
+    """Heads whose errors are compensated side by side, and bytes of a thread block: ``Work`` and ``HeadWork`` there."""
+    table = sides[0].table
+    heads, size = table.heads, table.head_dim
+    chunks = -(-size // 32)
+    shared = 4 * 5 * BLOCK_TOKENS + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks
+    if all(side.table.compensation is None for side in sides):
+        return 0, shared
+    of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
+    head_warps = min(heads, _WARPS, max(launcher.shared_limit // of_head, 1))
+    return head_warps, max(shared, head_warps * of_head)
+
+
+def _place_outliers(launcher: Launcher, side: _Side, outliers: _Outliers, totals: list[int]) -> None:
+    """Give the pages room for the outliers of new blocks, whose numbers are ``totals``, and move them there."""
+    packed, rows = side.packed, []
+    for number, page in enumerate(packed.pages[len(packed.pages) - side.pages :]):
+        first = max(number * PAGE_BLOCKS - side.place, 0)
+        entries = sum(totals[first : (number + 1) * PAGE_BLOCKS - side.place])
+        assert page.outlier_index is not None
+        assert page.outlier_residual is not None
+        # At most the seven blocks before are copied: bounded by the page, not by the cache.
+        page.outlier_index = torch.cat((page.outlier_index, page.outlier_index.new_empty(entries)))
+        page.outlier_residual = torch.cat((page.outlier_residual, page.outlier_residual.new_empty(entries)))
+        buffers = (page.outlier_index, page.outlier_residual, page.outlier_start)
+        rows.append([pointer(buffer) or 0 for buffer in buffers])
+    pointers = torch.tensor(rows, dtype=torch.int64).mT.contiguous().to(packed.device)
+    heads = side.table.heads
+    params = PlaceParams(
+        index=outliers.index.data_ptr(),
+        residual=outliers.residual.data_ptr(),
+        count=outliers.count.data_ptr(),
+        page_index=pointers[0].data_ptr(),
+        page_residual=pointers[1].data_ptr(),
+        page_start=pointers[2].data_ptr(),
+        capacity=BLOCK_TOKENS * side.table.cap,
+        heads=heads,
+        blocks=side.blocks,
+        first_block=side.place,
+        batch=side.batch,
+        start_bytes=packed.layout.start_dtype(side.batch).itemsize,
+    )
+    shared = 4 * (PAGE_BLOCKS * side.batch * (heads + 1) + 1)
+    launcher.launch(_SOURCE, (), "place_outliers", (side.pages, 1, 1), _THREADS, shared, params)

@@ -1,0 +1,118 @@
+"""Kernel sources to machine code: nvcc, and the folder where its results are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.files import WriteError, shipped_folder, write_atomically
+
+__all__ = ["cache_folder", "compile_cubin", "kernel_folder"]
+
+_log = logging.getLogger("kvq_calib.runtime")
+
+
+def kernel_folder() -> Path:
+    """Where the sources stand: inside the wheel, or beside the package in a checkout."""
+    return shipped_folder("kernels") / "cuda"
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: ``$KVQ_CALIB_CACHE``, or the user's cache folder; ``None`` without a home."""
+    named = os.environ.get("KVQ_CALIB_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "kvq-calib" / "kernels"
+    except RuntimeError:
+        return None
+
+
+def compile_cubin(
+    source: str,
+    defines: tuple[str, ...],
+    arch: str,
+    cache: Path | None,
+    nvcc: str = "nvcc",
+    fresh: bool = False,
+) -> bytes:
+    """Machine code of ``kernels/cuda/<source>``, from the cache or from ``nvcc``.
+
+    The key of the cache is everything that changes the result: all sources, options, compiler version and
+    architecture. Nobody ever reads half of a file. A folder that cannot be read or written costs time, no more.
+
+    Args:
+        source: name of the file.
+        defines: of the preprocessor, ``NAME=VALUE`` each.
+        arch: such as ``sm_90``.
+        cache: folder of the results, or ``None``: none is kept.
+        nvcc: the compiler.
+        fresh: compile also what the cache has.
+
+    Raises:
+        RuntimeMismatchError: no compiler, or it refuses.
+    """
+    found = shutil.which(nvcc)
+    if found is None:
+        raise RuntimeMismatchError("no nvcc on the PATH; install the CUDA toolkit to use the kernels")
+    folder = kernel_folder()
+    options = ["-std=c++17", "-arch", arch, "-cubin", *(f"-D{define}" for define in defines)]
+    digest = hashlib.sha256()
+    for part in (_run([found, "--version"]).stdout, source, *options):
+        digest.update(part.encode() + b"\0")
+    for path in sorted([*folder.glob("*.cuh"), folder / source]):
+        digest.update(path.read_bytes() + b"\0")
+    target = None if cache is None else cache / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
+    if target is not None and not fresh and (kept := _read(target)) is not None:
+        return kept
+    code = _compile([found, *options, f"-I{folder}"], folder / source, arch)
+    if target is not None:
+        _keep(target, code)
+    return code
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeMismatchError(f"{command[0]} cannot be run: {error.strerror or error}") from error
+
+
+def _compile(command: list[str], source: Path, arch: str) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "built.cubin"
+        done = _run([*command, str(source), "-o", str(built)])
+        code = _read(built)
+    if done.returncode or code is None:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no output")
+        raise RuntimeMismatchError(f"nvcc could not compile {source.name} for {arch}: {first.strip()}")
+    return code
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _keep(target: Path, code: bytes) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, code)
+    except (OSError, WriteError) as error:
+        _say_not_kept(target.parent, str(error))
+
+
+@lru_cache(maxsize=8)
+def _say_not_kept(folder: Path, reason: str) -> None:
+    _log.warning("kernels are compiled anew in every process: %s cannot keep them (%s)", folder, reason)

@@ -1,0 +1,70 @@
+"""Where a tensor's pages stand on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_calib.runtime.cuda.structs import pointer
+from kvq_calib.runtime.storage import PackedTensor, Page
+
+__all__ = ["PageTable", "page_rows"]
+
+
+def page_rows(pages: Sequence[Page]) -> Tensor:
+    """Addresses of the buffers of pages and bytes of a list start: ``PagePointers`` in ``common.cuh``, int64 ``[n, 6]``."""
+    rows = [
+        [
+            *(
+                pointer(buffer) or 0
+                for buffer in (
+                    page.codes,
+                    page.token_params,
+                    page.outlier_index,
+                    page.outlier_residual,
+                    page.outlier_start,
+                )
+            ),
+            0 if page.outlier_start is None else page.outlier_start.element_size(),
+        ]
+        for page in pages
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+
+
+class PageTable:
+    """Device pointers of a tensor's pages, int64 ``[n, 6]``, kept up to date page by page."""
+
+    def __init__(self, packed: PackedTensor) -> None:
+        self.packed = packed
+        self._pages: list[Page] = []
+        self._host = torch.empty(0, 6, dtype=torch.int64)
+        self._state: tuple[Any, ...] = ()
+        self.tensor = self._host
+
+    def refresh(self) -> Tensor:
+        """The table, int64 ``[pages, 6]`` on the device."""
+        pages = self.packed.pages
+        last = pages[-1] if pages else None
+        state = (
+            len(pages),
+            self.packed.blocks,
+            self.packed.dropped_pages,
+            pages,
+            last,
+            last and last.outlier_index,
+        )
+        if len(self._state) == len(state) and all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(state, self._state, strict=True)
+        ):
+            return self.tensor
+        same = 0
+        while same < min(len(pages), len(self._pages)) - 1 and pages[same] is self._pages[same]:
+            same += 1
+        self._host = torch.cat((self._host[:same], page_rows(pages[same:])))
+        self._pages, self._state = list(pages), state
+        self.tensor = self._host.to(self.packed.device)
+        return self.tensor

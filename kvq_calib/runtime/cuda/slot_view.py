@@ -1,0 +1,142 @@
+"""Slots and masks as the decode kernel reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
+from kvq_calib.runtime.exact_tokens import ExactTokens
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.visibility import Visibility
+
+__all__ = ["DecodeContext", "SlotView"]
+
+#: Stands for "not attended" among positions.
+_MASKED = -(2**31)
+
+
+@dataclass(frozen=True)
+class DecodeContext:
+    """What a decode step reads besides packed pages; the same for all layers that see the same slots.
+
+    Attributes:
+        blocks: int32 ``[B, 8 * n, 2]``: position of each block's first token, bits of its attended tokens.
+        exact_positions: int32 ``[B, S]``: positions of the exact tokens, -2^31 where not attended.
+        first_token: tokens of blocks before it, counted from block 0 with 32 to a block, have left the window.
+    """
+
+    blocks: Tensor
+    exact_positions: Tensor
+    first_token: int = 0
+
+
+class SlotView:
+    """Turns a cache's slots and a step's mask into what the decode kernel reads; one for all layers.
+
+    Without a mask the table of blocks grows with the cache and is never made anew; with one it follows the mask.
+    """
+
+    def __init__(self) -> None:
+        self._table: tuple[Any, ...] = ()
+        self._blocks: Tensor | None = None
+        self._regular = True
+        self._step: tuple[Any, ...] = ()
+        self._context: DecodeContext | None = None
+
+    def context(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
+        """What to read for one new token per sequence, or ``None`` where the kernel cannot express it: a mask
+        per head, one that adds more than "visible" and "hidden", or positions that jump within a block."""
+        step = (visibility.mask, visibility.window, table, table.version, table.length)
+        if len(self._step) == len(step) and all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(step, self._step, strict=True)
+        ):
+            return self._context
+        self._step, self._context = step, self._make(visibility, table)
+        return self._context
+
+    def _make(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
+        mask = visibility.mask
+        if mask is not None and mask.ndim == 4:
+            if mask.shape[1] != 1:
+                return None
+            if mask.dtype != torch.bool and not bool(
+                ((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()
+            ):
+                return None
+        first_token = 0
+        if mask is None and not table.ragged:
+            if visibility.window is not None:
+                first_token = max(visibility.length - visibility.window, 0)
+            blocks, regular = self._grown(table)
+        else:
+            blocks, regular = self._block_range(table, 0, table.blocks, visibility)
+        if not regular:
+            return None
+        return DecodeContext(_whole_pages(blocks), _exact_positions(visibility, table), first_token)
+
+    def _grown(self, table: SlotTable) -> tuple[Tensor, bool]:
+        """All blocks without a mask; only those that came since the last call are looked at."""
+        state = (table, table.version)
+        known = 0
+        if (
+            self._blocks is None
+            or not self._table
+            or self._table[0] is not table
+            or self._table[1] != table.version
+        ):
+            self._blocks, self._regular = None, True
+        else:
+            known = self._table[2]
+        if self._blocks is None or known < table.blocks:
+            new, regular = self._block_range(table, known, table.blocks, None)
+            self._blocks = new if self._blocks is None else torch.cat((self._blocks, new), dim=1)
+            self._regular &= regular
+            self._table = (*state, table.blocks)
+        return self._blocks, self._regular
+
+    def _block_range(
+        self, table: SlotTable, start: int, stop: int, visibility: Visibility | None
+    ) -> tuple[Tensor, bool]:
+        """Blocks ``start`` to ``stop - 1``, int32 ``[B, n, 2]``, and whether positions run on in each."""
+        batch, device = table.batch, table.device
+        if start == stop:
+            return torch.empty(batch, 0, 2, dtype=torch.int32, device=device), True
+        low, high = table.first[start], table.first[stop - 1] + table.fill[stop - 1]
+        slots = table.block_slots(start, stop)
+        within = (slots - low).clamp(min=0)
+        keep = (slots >= 0).expand(batch, -1)
+        if visibility is not None:
+            keep = keep & visibility.of_one_token(slots)
+        sinks = table.sink_slots.to(torch.int64) - low
+        inside = (sinks >= 0) & (sinks < high - low)
+        is_sink = torch.zeros(batch, high - low + 1, dtype=torch.bool, device=device)
+        is_sink.scatter_(1, torch.where(inside, sinks, high - low), True)
+        keep = keep & ~is_sink[:, within]
+        token = torch.arange(BLOCK_TOKENS, device=device)
+        origin = (table.positions(low, high)[:, within].to(torch.int64)).unflatten(
+            1, (-1, BLOCK_TOKENS)
+        ) - token
+        keep = keep.unflatten(1, (-1, BLOCK_TOKENS))
+        highest = origin.masked_fill(~keep, _MASKED).amax(-1)
+        lowest = origin.masked_fill(~keep, -_MASKED).amin(-1)
+        seen = keep.any(-1)
+        bits = (keep.to(torch.int64) << token).sum(-1)
+        bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
+        blocks = torch.stack((torch.where(seen, highest, 0), bits), dim=-1).to(torch.int32)
+        return blocks, bool((~seen | (highest == lowest)).all())
+
+
+def _exact_positions(visibility: Visibility, table: SlotTable) -> Tensor:
+    exact = ExactTokens(table)
+    hidden = ~visibility.of_one_token(exact.slots)
+    return exact.positions.masked_fill(hidden, _MASKED).contiguous()
+
+
+def _whole_pages(blocks: Tensor) -> Tensor:
+    """``[B, n, 2]`` with unattended blocks up to a whole number of pages."""
+    missing = -blocks.shape[1] % PAGE_BLOCKS
+    return nn.functional.pad(blocks, (0, 0, 0, missing)).contiguous() if missing else blocks.contiguous()

@@ -1,0 +1,151 @@
+"""Parameters of the kernels as the sources declare them, and the checks that they all need.
+
+Sizes are compared with those of the sources by the tests, so a field that is missing here is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kvq_calib.errors import RuntimeMismatchError
+
+__all__ = [
+    "MAX_GRID",
+    "TYPES",
+    "AppendParams",
+    "AppendSide",
+    "DecodeParams",
+    "DequantizeParams",
+    "PlaceParams",
+    "ReduceParams",
+    "check",
+    "pointer",
+]
+
+#: Second and third dimension of a grid.
+MAX_GRID = 65535
+#: Numbers that the kernels know dtypes by.
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class DecodeParams(ctypes.Structure):
+    """Of ``decode_attention``."""
+
+    _fields_ = (
+        *(
+            (name, _P)
+            for name in ("query", "key_pages", "value_pages", "blocks", "key_channels", "value_channels")
+        ),
+        *(
+            (name, _P)
+            for name in ("key_levels", "value_levels", "key_angles", "key_pair_scale", "value_affine")
+        ),
+        ("exact_key", _P * 2),
+        ("exact_value", _P * 2),
+        *(
+            (name, _P)
+            for name in ("exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
+        ),
+        ("exact_stride", _L * 4),
+        *((name, _I) for name in ("key_words", "value_words", "kv_heads", "query_heads", "subgroups")),
+        *((name, _I) for name in ("first_page", "pages", "packed_splits", "splits")),
+        ("exact_count", _I * 2),
+        ("first_token", _I),
+        ("scaling", _F),
+        ("softcap", _F),
+        ("rope_scaling", _F),
+        ("key_rope", _I),
+        ("block_stride", _I),
+        ("group", _I),
+    )
+
+
+class ReduceParams(ctypes.Structure):
+    """Of ``reduce_splits``."""
+
+    _fields_ = (
+        *((name, _P) for name in ("partial", "partial_sum", "sink_logits", "out")),
+        *((name, _I) for name in ("packed_splits", "splits")),
+    )
+
+
+class AppendSide(ctypes.Structure):
+    """Keys or values in :class:`AppendParams`."""
+
+    _fields_ = (
+        *(
+            (name, _P)
+            for name in ("x", "pages", "cosine", "sine", "partner", "scale", "reciprocal", "zero_point")
+        ),
+        *((name, _P) for name in ("levels", "boundaries", "bits", "word_offset")),
+        *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge")),
+        *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
+        ("stride", _L * 3),
+        *(
+            (name, _I)
+            for name in ("type", "words", "level_count", "level_stride", "token", "channel_normalized")
+        ),
+        *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat")),
+        *((name, _I) for name in ("trellis", "boundary_count", "refinements", "padding")),
+    )
+
+
+class AppendParams(ctypes.Structure):
+    """Of ``append_blocks``."""
+
+    _fields_ = (
+        ("side", AppendSide * 2),
+        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "head_warps", "padding")),
+    )
+
+
+class PlaceParams(ctypes.Structure):
+    """Of ``place_outliers``."""
+
+    _fields_ = (
+        *((name, _P) for name in ("index", "residual", "count", "page_index", "page_residual", "page_start")),
+        *((name, _I) for name in ("capacity", "heads", "blocks", "first_block", "batch", "start_bytes")),
+    )
+
+
+class DequantizeParams(ctypes.Structure):
+    """Of ``dequantize_blocks``."""
+
+    _fields_ = (
+        *((name, _P) for name in ("pages", "levels", "scale", "zero_point", "bits", "word_offset")),
+        *((name, _P) for name in ("angles", "pairs", "positions", "out")),
+        ("rope_scaling", _F),
+        *(
+            (name, _I)
+            for name in ("level_count", "level_stride", "heads", "head_dim", "words", "first_block")
+        ),
+        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "trellis", "type")),
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers stand; ``None`` where there are none."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a tensor that is not what a kernel was promised.
+
+    Raises:
+        RuntimeMismatchError: says in what it differs.
+    """
+    if tensor.device != device:
+        raise RuntimeMismatchError(f"{name} is on {tensor.device}, the cache on {device}; move it there")
+    if tensor.dtype != dtype:
+        raise RuntimeMismatchError(f"{name} is {tensor.dtype}, expected {dtype}; convert it")
+    if tuple(tensor.shape) != shape:
+        raise RuntimeMismatchError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_contiguous():
+        raise RuntimeMismatchError(f"{name} has strides {tensor.stride()}; make it contiguous")

@@ -1,0 +1,70 @@
+"""Sinks and tail: the tokens that attention reads as they were stored."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage
+from kvq_calib.runtime.visibility import Visibility
+
+__all__ = ["ExactTokens"]
+
+
+class ExactTokens:
+    """Sinks whose slots are packed, then the tail: ``S`` columns, the same for all layers of a cache.
+
+    Args:
+        table: of the cache, as it is now.
+
+    Attributes:
+        sinks: columns of sinks, which stand first; 0 where no sink is packed.
+    """
+
+    def __init__(self, table: SlotTable) -> None:
+        self._table = table
+        self._start = table.packed_slots
+        first, stop = table.sink_range
+        self.sinks = table.sink_slots.shape[1] if first < min(stop, self._start) else 0
+
+    def parts(self, storage: LayerStorage) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Keys and values of sinks, then those of the tail, in the storage dtype: ``[B, H, t, D]`` each."""
+        sinks = storage.sink_key[:, :, : self.sinks], storage.sink_value[:, :, : self.sinks]
+        return sinks, (storage.tail_key, storage.tail_value)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of every column: int64 ``[B, S]``, -1 for none; ``[1, S]`` where all sequences have the same."""
+        tail = torch.arange(self._start, self._table.length, device=self._table.device)[None]
+        if not self.sinks:
+            return tail
+        sinks = self._table.sink_slots.to(torch.int64)
+        sinks = sinks.masked_fill(sinks >= self._start, -1)  # those are in the tail
+        return torch.cat((sinks, tail.expand(len(sinks), -1)), dim=1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """RoPE positions, int32 ``[B, S]``; anything where there is no such token."""
+        table = self._table
+        tail = table.positions(self._start, table.length)
+        if not self.sinks:
+            return tail
+        first, stop = table.sink_range
+        slots = table.sink_slots.to(torch.int64)
+        of_sinks = table.positions(first, stop).gather(1, (slots - first).clamp(min=0))
+        return torch.cat((of_sinks, tail), dim=1)
+
+    def mask(self, visibility: Visibility) -> Tensor | None:
+        """What hides columns: additive, broadcastable to ``[B, Hq, T, S]``; ``None`` where every query sees all."""
+        table = self._table
+        first, stop = table.sink_range
+        if self.sinks:
+            complete = stop <= self._start and not table.missing_sinks
+        else:
+            first, complete = self._start, True
+        if complete and visibility.sees_all(first, table.length):
+            return None
+        return visibility.additive(self.slots)

@@ -1,0 +1,172 @@
+"""One forward pass of a model through a cache: whether it fits, and what it takes to undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.runtime.contents import CacheContents
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.storage import LayerStorage, StorageMark
+from kvq_calib.runtime.visibility import Visibility
+
+__all__ = ["ForwardPass"]
+
+
+class ForwardPass:
+    """The forward pass that a cache is in, if it is in one; shared by its layers, which come in order.
+
+    Args:
+        contents: of the cache.
+        modules: the attention modules of its model.
+        max_tokens: tokens after which a pass is refused, or ``None``.
+    """
+
+    def __init__(self, contents: CacheContents, modules: Set[nn.Module], max_tokens: int | None) -> None:
+        self.contents = contents
+        self.modules = modules
+        self.max_tokens = max_tokens
+        #: The layer whose attention is to come.
+        self._announced: int | None = None
+        #: Slots and packed blocks before the pass; ``None`` outside one.
+        self._before: tuple[int, int] | None = None
+        #: Storages that have tokens of the pass, and where they stood.
+        self._marks: list[tuple[LayerStorage, StorageMark]] = []
+
+    def announce(self, layer: int) -> None:
+        """The model hands keys and values to ``layer``, whose attention comes next.
+
+        Raises:
+            RuntimeMismatchError: attention of the layer announced before never came.
+        """
+        missing, self._announced = self._announced, None
+        if missing is not None:
+            raise RuntimeMismatchError(
+                f"layer {missing} updated the cache, but its attention never came: this cache is for "
+                "another model, or the model was detached; make KVQCache(artifact, model) for this model"
+            )
+        self._announced = layer
+
+    @contextmanager
+    def attention(self, layer: int, module: nn.Module) -> Iterator[None]:
+        """Around the attention of one layer: where it fails, the cache becomes what it was before the pass.
+
+        Args:
+            layer: its number.
+            module: the attention module that calls.
+
+        Raises:
+            RuntimeMismatchError: the module is not one of the cache's model.
+        """
+        self._announced = None
+        with self.undone_on_failure():
+            if module not in self.modules:
+                raise RuntimeMismatchError(
+                    "this cache was made for another model; make KVQCache(artifact, model) for each"
+                )
+            yield
+            if layer == len(self.contents.stored) - 1:
+                self.end()
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Become what the cache was before the pass, should anything be raised."""
+        try:
+            yield
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def enter(
+        self, layer: int, batch: int, visibility: Visibility, position_ids: Tensor | None = None
+    ) -> tuple[LayerStorage, SlotTable]:
+        """Make room for the new tokens of a layer; the first layer of a pass gives them their slots.
+
+        Args:
+            layer: its number.
+            batch: sequences ``B``.
+            visibility: of the new tokens.
+            position_ids: integer ``[B or 1, T]``; they follow the slots in use by default.
+
+        Returns:
+            The layer's storage, and the table that knows the new tokens.
+
+        Raises:
+            RuntimeMismatchError: the pass does not fit the cache.
+        """
+        contents = self.contents
+        if self._begins(layer, batch, visibility.tokens):
+            positions = _positions(position_ids, contents.length, visibility.tokens, contents.device)
+            self._before = (0, 0) if contents.table is None else (contents.length, contents.table.blocks)
+            self._marks = []
+            table = contents.start(batch) if contents.table is None else contents.table
+            real = visibility.real()
+            table.append(positions, real if real is None else real.expand(batch, -1))
+        assert contents.table is not None
+        storage = contents.storages[layer]
+        self._marks.append((storage, storage.mark()))
+        return storage, contents.table
+
+    def _begins(self, layer: int, batch: int, tokens: int) -> bool:
+        """Whether ``layer`` is the first of a pass; checks that the pass fits."""
+        table, held = self.contents.table, self.contents.length_of(layer)
+        known = self.contents.length
+        if table is not None and batch != table.batch:
+            raise RuntimeMismatchError(
+                f"the cache holds {table.batch} sequences and was given {batch}; "
+                "reset() it, or use batch_select_indices or batch_repeat_interleave"
+            )
+        if table is not None and held + tokens == known:
+            return False
+        # A pass that ended early left layers behind; one that begins after it finds its record.
+        if held != known or self._marks:
+            raise RuntimeMismatchError(
+                "the layers of the cache hold different numbers of tokens (a forward pass failed midway); "
+                "what it stored is undone now, so run it again"
+            )
+        if self.max_tokens is not None and known + tokens > self.max_tokens:
+            raise RuntimeMismatchError(
+                f"{known + tokens} tokens are more than the model's {self.max_tokens}; "
+                "shorten the text, or pass max_tokens if the model can do more"
+            )
+        return True
+
+    def end(self) -> None:
+        """The last layer is done: from now on the pass stays."""
+        if self.contents.table is not None:
+            self.contents.table.angles.clear()
+        self._before, self._marks = None, []
+
+    def roll_back(self) -> None:
+        """Become what the cache was before the pass under way, if there is one."""
+        before, marks = self._before, self._marks
+        self._before, self._marks = None, []
+        table = self.contents.table
+        if before is None or table is None:
+            return
+        length, blocks = before
+        if length == 0:
+            self.contents.reset()
+            self._announced = None
+            return
+        table.crop(length, blocks)
+        for storage, mark in marks:
+            storage.restore(mark)
+
+    def forget(self) -> None:
+        """No pass is under way: the cache is empty."""
+        self._announced, self._before, self._marks = None, None, []
+
+
+def _positions(position_ids: Tensor | None, start: int, tokens: int, device: torch.device) -> Tensor:
+    if position_ids is None:
+        return torch.arange(start, start + tokens, device=device)[None]
+    if position_ids.ndim != 2 or position_ids.shape[1] != tokens:
+        raise RuntimeMismatchError(
+            f"position_ids of shape {list(position_ids.shape)} for {tokens} tokens; give one row per sequence"
+        )
+    return position_ids

@@ -1,0 +1,372 @@
+"""Calibration end to end on tiny models: determinism, resuming, sharing, and every switch of the method."""
+
+import logging
+
+import pytest
+import torch
+from models_zoo import FAMILIES, tiny_model, token_ids
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.calibrate import checkpoint as checkpoints
+from kvq_calib.calibrate import run as run_module
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import CalibrationError, ConfigError
+from kvq_calib.model.capture import intercept
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
+from kvq_calib.schema.spec import QuantSpec
+
+pytestmark = pytest.mark.model
+
+
+def windows(samples=3, seqlen=24, seed=0):
+    return TokenWindows(token_ids(samples, seqlen, seed), {"dataset": "random", "sha256": str(seed)})
+
+
+def config(recipe="nuq3-1p", *assignments):
+    return calibration_config(recipe, assignments=assignments)
+
+
+def run(model, configs, data=None, **options):
+    result = calibrate(
+        model,
+        windows() if data is None else data,
+        {"only": configs} if isinstance(configs, CalibrationConfig) else configs,
+        model_id="tiny",
+        model_config=model_fingerprint(model),
+        **options,
+    )
+    return result.artifacts["only"] if isinstance(configs, CalibrationConfig) else result.artifacts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_calibrated_and_quantized(family):
+    model = tiny_model(family)
+    artifact = run(model, config())
+    KVArtifact.from_bytes(artifact.to_bytes()).check_model(model_fingerprint(model))
+    assert len(artifact.layers) == len(artifact.geometry.layers)
+    for layer, params in zip(artifact.quantizers(), artifact.layers, strict=True):
+        assert bool((params.key.scale > 0).all())
+        assert layer["value"].spec.thresholds == "token"
+        for kind in ("key", "value"):
+            levels = params.of(kind).codebook[0]
+            assert bool((levels.diff() >= 0).all())
+            assert levels.abs().max() <= 1
+
+
+def test_the_same_inputs_give_the_same_bytes(model):
+    assert run(model, config()).to_bytes() == run(model, config()).to_bytes()
+    other = run(model, config(), windows(seed=1))
+    assert other.to_bytes() != run(model, config()).to_bytes()
+
+
+def test_recipes_calibrated_together_are_those_calibrated_alone(model):
+    configs = {name: config(name) for name in ("nuq4-1p", "nuq2-1p", "nuq3", "nf3", "uniform2")}
+    together = run(model, configs)
+    for name, settings in configs.items():
+        alone = run(model, {name: settings})[name]
+        assert alone.to_bytes() == together[name].to_bytes(), name
+
+
+def test_recipes_share_their_passes(model, monkeypatch):
+    seen = []
+    configs = {name: config(name) for name in ("nuq4-1p", "nuq3-1p", "nuq2-1p")}
+    run(model, configs, progress=lambda *step: seen.append(step))
+    assert seen == [(what, done, 3) for what in ("thresholds", "codebooks") for done in (1, 2, 3)]
+
+
+def test_learning_is_told_apart_by_recipe(model):
+    seen = []
+    configs = {
+        name: config(name, "learn={steps: 2, seqlen: 16}", "allocation.context=65536")
+        for name in ("kvq3", "kvq2")
+    }
+    run(model, configs, progress=lambda *step: seen.append(step))
+    learning = [step for step in seen if step[0].startswith("learning")]
+    assert learning == [(f"learning {name}", done, 2) for name in configs for done in (1, 2)]
+
+
+def test_data_free_levels_need_one_pass(model):
+    seen = []
+    run(model, config("nf3"), progress=lambda what, *_: seen.append(what))
+    assert set(seen) == {"thresholds"}
+
+
+def test_thresholds_are_quantiles_of_pre_rope_keys(model):
+    collected = {}
+
+    def observe(kv):
+        collected.setdefault(kv.layer, []).append(kv.keys[:, :, 1:].transpose(1, 2).flatten(2)[0])
+
+    data = windows(samples=8, seqlen=64)
+    with torch.no_grad(), intercept(model, observe):
+        for row in data.ids:
+            model(input_ids=row[None], use_cache=False)
+    artifact = run(model, config("nuq3"), data)
+    for layer, parts in collected.items():
+        keys = torch.cat(parts)
+        low, high = keys.amin(0), keys.amax(0)
+        torch.testing.assert_close(artifact.layers[layer].key.scale, (high - low) / 2, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            artifact.layers[layer].key.zero_point, (high + low) / 2, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("recipe", ["nuq3-1p", "uniform3", "kvq3-lean"])
+def test_magnitudes_are_those_of_rotated_keys_and_values(model, recipe):
+    largest = {"key": [0.0] * 2, "value": [0.0] * 2}
+
+    def observe(kv):
+        for kind, x in (("key", kv.rotated_keys), ("value", kv.values)):
+            largest[kind][kv.layer] = max(largest[kind][kv.layer], float(x.abs().max()))
+
+    data = windows(samples=4, seqlen=64)
+    with torch.no_grad(), intercept(model, observe):
+        for row in data.ids:
+            model(input_ids=row[None], use_cache=False)
+    recorded = run(model, config(recipe), data).calibration["amax"]
+    assert recorded["key"] == pytest.approx(largest["key"], rel=1e-6)
+    assert recorded["value"] == pytest.approx(largest["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("cache.key.thresholds=token",),
+        ("cache.key.pre_rope=false",),
+        ("cache.key.thresholds=channel_online",),
+        ("cache.value.thresholds=channel",),
+        ("cache.value.thresholds=token_normalized",),
+        ("cache.key.levels=uniform", "cache.value.levels=normal_float"),
+        ("fit.weights=uniform",),
+        ("fit.solver=lloyd",),
+        ("cache.key.outliers.fraction=0.05", "cache.value.outliers.fraction=0"),
+        ("cache.key.outliers.max_per_token=1",),
+        ("cache.sink_tokens=4",),
+        ("cache.sink_tokens=0",),
+        ("cache.key.q_norm=true", "cache.value.q_norm=true"),
+        ("cache.key.bits=4", "cache.value.bits=2"),
+        ("cache.layers={-1: {key: {bits: 8}, value: {bits: 8}}}",),
+        ("cache.storage_dtype=bfloat16",),
+        ("recompute=true",),
+    ],
+    ids=lambda assignments: ",".join(assignments),
+)
+def test_every_switch_makes_a_usable_artifact(model, assignments):
+    artifact = KVArtifact.from_bytes(run(model, config("nuq3-1p", *assignments)).to_bytes())
+    x = torch.randn(1, 2, 9, artifact.geometry.layers[0].head_dim, generator=torch.Generator().manual_seed(0))
+    for layer in artifact.quantizers():
+        for quantizer in layer.values():
+            quantized = quantizer.quantize(x)
+            assert torch.isfinite(quantizer.dequantize(quantized)).all()
+            if quantized.outliers is not None:
+                assert int(quantized.outliers.sum(-1).max()) <= quantizer.outlier_cap
+
+
+def test_recomputing_layers_changes_nothing(model):
+    plain = run(model, config("nuq3-1p", "seed=1"))
+    again = run(model, config("nuq3-1p", "seed=1", "recompute=true"))
+    for a, b in zip(plain.layers, again.layers, strict=True):
+        torch.testing.assert_close(a.key.codebook, b.key.codebook, atol=1e-3, rtol=0)
+
+
+def test_fisher_weights_matter(model):
+    weighted = run(model, config("nuq2"))
+    plain = run(model, config("nuq2", "fit.weights=uniform"))
+    assert not torch.equal(weighted.layers[0].key.codebook, plain.layers[0].key.codebook)
+    assert torch.equal(weighted.layers[0].key.scale, plain.layers[0].key.scale)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_work_is_not_lost_when_the_artifact_cannot_be_saved(model, tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+
+    def full(artifacts):
+        assert list(artifacts) == ["only"]
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        run(model, config(), checkpoint=checkpoint, deliver=full)
+    steps, delivered = [], {}
+    resumed = run(
+        model,
+        config(),
+        checkpoint=checkpoint,
+        resume=True,
+        progress=lambda *step: steps.append(step),
+        deliver=delivered.update,
+    )
+    assert not steps
+    assert delivered["only"].to_bytes() == resumed.to_bytes() == run(model, config()).to_bytes()
+    assert not checkpoint.exists()
+
+
+UNLEARNED = ("kvq3", "learn=null", "allocation.context=65536")
+#: Steps of each part for four windows of text and two that the model writes, in one batch.
+PASSES = {"generating text": 1, "thresholds": 6, "vocabulary samples": 4, "codebooks": 6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stop_at"),
+    [
+        (("nuq3-1p",), ("thresholds", 2)),
+        (("nuq3-1p",), ("thresholds", 3)),
+        (("nuq3-1p",), ("codebooks", 1)),
+        (("nuq3-1p",), ("codebooks", 3)),
+        (UNLEARNED, ("generating text", 1)),
+        (UNLEARNED, ("thresholds", 6)),
+        (UNLEARNED, ("vocabulary samples", 1)),
+        (UNLEARNED, ("vocabulary samples", 3)),
+        (UNLEARNED, ("codebooks", 2)),
+        (UNLEARNED, ("codebooks", 5)),
+    ],
+)
+def test_resuming_gives_the_identical_artifact(model, tmp_path, monkeypatch, settings, stop_at):
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "run.checkpoint"
+    data, settings = windows(samples=4), config(*settings)
+
+    def interrupt(what, done, total):
+        if (what, done) == stop_at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, settings, data, checkpoint=checkpoint, progress=interrupt)
+    steps = []
+    resumed = run(
+        model,
+        settings,
+        data,
+        checkpoint=checkpoint,
+        resume=True,
+        progress=lambda *step: steps.append(step[:2]),
+    )
+    assert resumed.to_bytes() == run(model, settings, data).to_bytes()
+    assert not checkpoint.exists()
+    # The checkpoint is written after the callback, so the window at which the run stopped is done again.
+    passes = PASSES if settings.allocation else {"thresholds": 4, "codebooks": 4}
+    every = [(what, done + 1) for what, count in passes.items() for done in range(count)]
+    assert [step for step in steps if step[0] in passes] == every[every.index(stop_at) :]
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    checkpoint = tmp_path / "run.checkpoint"
+
+    def interrupt(what, done, total):
+        if what == "codebooks":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, config(), checkpoint=checkpoint, progress=interrupt)
+    kept = checkpoint.read_bytes()
+    half = tiny_model("llama").bfloat16()
+    for other, settings, data in (
+        (model, config("nuq2-1p"), None),
+        (model, config(), windows(seed=1)),
+        (half, config(), None),
+    ):
+        with pytest.raises(CalibrationError, match="other settings, data, model or version"):
+            run(other, settings, data, checkpoint=checkpoint, resume=True)
+        assert checkpoint.read_bytes() == kept
+    with monkeypatch.context() as later:
+        later.setattr(run_module, "VERSION", checkpoints.VERSION + 1)
+        with pytest.raises(CalibrationError, match="other settings, data, model or version"):
+            run(model, config(), checkpoint=checkpoint, resume=True)
+    assert checkpoint.read_bytes() == kept
+    checkpoint.write_bytes(b"nonsense")
+    with pytest.raises(CalibrationError, match="not a checkpoint"):
+        run(model, config(), checkpoint=checkpoint, resume=True)
+
+
+def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, monkeypatch):
+    """Saving takes a thirtieth of the time at most, however large the statistics are, but for the end of a part."""
+    now, writes = [0.0], []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+
+    def write(*_):
+        writes.append(now[0])
+        now[0] += 10.0
+
+    def step(*_):
+        now[0] += 20.0
+
+    monkeypatch.setattr(checkpoints, "write_atomically", write)
+    settings = config("nuq3-1p", "fit.weights=uniform", "cache.key.thresholds=channel_online")
+    run(model, settings, windows(samples=40), checkpoint=tmp_path / "run.checkpoint", progress=step)
+    assert writes == [40.0, 350.0, 660.0, 830.0]
+
+
+def test_a_run_says_where_time_and_memory_went(model):
+    result = calibrate(
+        model,
+        windows(),
+        {"kvq3": config("kvq3", "learn={steps: 1, seqlen: 16}", "allocation.context=65536")},
+        model_id="",
+        model_config={},
+    )
+    assert set(result.seconds) == {*PASSES, "learning", "fit"}
+    assert min(result.seconds.values()) > 0
+    assert set(result.statistics_seconds) == {"thresholds", "vocabulary samples", "codebooks"}
+    for part, seconds in result.statistics_seconds.items():
+        assert 0 < seconds < result.seconds[part]
+    channels = 2 * 2 * model.config.head_dim  # of two layers
+    # Histograms of keys and values, of the text's tokens and of those drawn from the vocabulary, moments, and gradient covariances of keys.
+    assert result.statistics_bytes == pytest.approx(2 * 2 * channels * 4 * 512 * 8, rel=0.05)
+    again = calibrate(model, windows(samples=9), {"r": config("nuq3-1p")}, model_id="", model_config={})
+    assert again.statistics_bytes == pytest.approx(channels * 1024 * 8 + 2 * 2 * 2 * 4096 * 8, rel=0.01)
+    assert list(again.peak_bytes.values()) == sorted(again.peak_bytes.values())
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
+    with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite"):
+        run(model, config("nuq3-1p", "cache.value.thresholds=channel"))
+    for settings in (config(), config("nuq3-1p", "fit.weights=uniform"), config("kvq3")):
+        with pytest.raises(CalibrationError, match="layer 1 gives values that are not finite; try --dtype"):
+            run(model, settings)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("k", "inf"), ("v", "nan"), ("v", "-inf")])
+def test_the_first_layer_that_is_not_finite_is_named_and_not_those_that_follow(kind, value):
+    model = tiny_model("llama", num_hidden_layers=3)
+
+    def spoil(module, args, output):  # on real text only, not on the few tokens that look the model over
+        return output.index_fill(1, torch.tensor(20), float(value)) if output.shape[1] > 20 else output
+
+    getattr(model.model.layers[1].self_attn, f"{kind}_proj").register_forward_hook(spoil)
+    name = {"k": "keys", "v": "values"}[kind]
+    with pytest.raises(CalibrationError, match=f"layer 1 gives {name} that are not finite"):
+        run(model, config())
+
+
+def test_settings_that_do_not_fit_are_refused(model):
+    with pytest.raises(ConfigError, match="at least one recipe"):
+        run(model, {})
+    with pytest.raises(ConfigError, match="agree on recompute"):
+        run(model, {"a": config(), "b": config("nuq3-1p", "recompute=true")})
+    with pytest.raises(ConfigError, match="layer override 99"):
+        run(model, config("nuq3-1p", "cache.layers={99: {key: {bits: 8}, value: {bits: 8}}}"))
+
+
+def test_what_the_artifact_records(model, caplog):
+    caplog.set_level(logging.WARNING)
+    artifact = run(model, config())
+    assert artifact.model["id"] == "tiny"
+    assert artifact.calibration["recipe"] == "only"
+    assert artifact.calibration["data"]["sha256"] == "0"
+    assert artifact.calibration["settings"]["fit"] == {"weights": "fisher", "solver": "exact"}
+    assert "time" not in str(artifact.calibration).lower().replace("runtime", "")
+    assert all(rate > 0 for rate in artifact.outliers_per_token["key"])
+    assert isinstance(artifact.spec.key, QuantSpec)
