@@ -17,7 +17,8 @@ inline bool is_sound(const KvqTrellis& codec) {
     if (codec.head_dim < 1 || codec.head_dim > kMostSize) return false;
     if (codec.states != 1 && codec.states != 4) return false;
     if (codec.level_count == nullptr || codec.levels == nullptr) return false;
-    if (codec.refinement_passes < 0 || (codec.refinement_passes > 0 && codec.refinement_shares == nullptr)) return false;
+    if (codec.refinement_passes < 0) return false;
+    if (codec.refinement_passes > 0 && codec.refinement_shares == nullptr) return false;
     if (codec.refinement_shares != nullptr && codec.shares == nullptr) return false;
     const bool normalises = codec.scale != nullptr;
     if ((codec.zero_point != nullptr) != normalises || (codec.inverse != nullptr) != normalises) return false;
