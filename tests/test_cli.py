@@ -136,6 +136,22 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     assert json.loads(facts.read_text())["bits_per_element"]["4096"] == loaded.bits_per_element(4096)
 
 
+def test_the_field_of_the_text_is_an_option_of_both_commands(place, tmp_path):
+    (place / "own.jsonl").write_text(
+        "".join(json.dumps({"body": TEXT[i : i + 500]}) + "\n" for i in range(0, 4000, 500))
+    )
+    status, _, err = calibrate(place, dataset="own.jsonl", output="own.kvq.safetensors")
+    assert status == 1
+    assert_one_line(err, "body", "--text-field")
+    assert calibrate(place, "--text-field", "body", dataset="own.jsonl", output="own.kvq.safetensors")[0] == 0
+    artifact, result = place / "own.kvq.safetensors", tmp_path / "result.json"
+    assert KVArtifact.load(artifact).calibration["settings"]["text_field"] == "body"
+    assert call("evaluate", "perplexity", str(place / "model"), "--artifact", str(artifact), "--dataset",
+                str(place / "own.jsonl"), "--text-field", "body", "--seqlen", "32", "--windows", "1",
+                "--json", str(result))[0] == 0  # fmt: skip
+    assert json.loads(result.read_text())["config"]["data"]["text_field"] == "body"
+
+
 def test_the_same_seed_gives_the_same_bytes(place):
     assert calibrate(place, output="c.kvq.safetensors")[0] == 0
     assert (place / "a.kvq.safetensors").read_bytes() == (place / "c.kvq.safetensors").read_bytes()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvq_calib import KVArtifact
-from kvq_calib.artifact.artifact import ArtifactError
+from kvq_calib.artifact.errors import ArtifactError
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq_calib.cli.options import SETTINGS, FilePath, ModelOptions, collected, debug_option, model_options
+from kvq_calib.cli.options import (
+    SETTINGS,
+    TEXT_FIELD_HELP,
+    FilePath,
+    ModelOptions,
+    collected,
+    debug_option,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from kvq_calib.artifact.artifact import KVArtifact
@@ -28,12 +36,13 @@ class RecipeChanges:
     """What the command line says otherwise than the recipes.
 
     Attributes:
-        dataset, samples, seqlen, seed, recompute: settings of the run; ``None`` where they were not given.
+        dataset, text_field, samples, seqlen, seed, recompute: settings of the run; ``None`` where they were not given.
         weights: short for ``fit.weights``.
         assignments: ``KEY=VALUE`` each.
     """
 
     dataset: str | None
+    text_field: str | None
     samples: int | None
     seqlen: int | None
     seed: int | None
@@ -49,7 +58,7 @@ class RecipeChanges:
         """
         from kvq_calib.schema.recipe import calibration_config
 
-        names = ("dataset", "samples", "seqlen", "seed", "recompute")
+        names = ("dataset", "text_field", "samples", "seqlen", "seed", "recompute")
         weights = () if self.weights is None else (f"fit.weights={self.weights}",)
         return calibration_config(
             recipe,
@@ -64,8 +73,9 @@ _changes = collected(
     click.option(
         "--dataset",
         metavar="NAME|PATH",
-        help="wikitext2, c4, python-docs, or a text or .jsonl file or folder.",
+        help="wikitext2, c4, python-docs, a file or folder of text or records, a glob, or - for standard input.",
     ),
+    click.option("--text-field", metavar="NAME", help=TEXT_FIELD_HELP),
     click.option("--samples", type=click.IntRange(1), help="Windows of text, default 16."),
     click.option("--seqlen", type=click.IntRange(8), help="Tokens of a window, default 2048."),
     click.option("--seed", type=click.IntRange(0), help="Of every random choice, default 0."),
@@ -154,8 +164,10 @@ def calibrate_command(
     from kvq_calib.data import check_dataset
     from kvq_calib.progress import ProgressReporter
 
-    run = {name: shared_setting(configs, name) for name in ("dataset", "samples", "seqlen", "seed")}
-    check_dataset(run["dataset"])
+    run = {
+        name: shared_setting(configs, name) for name in ("dataset", "text_field", "samples", "seqlen", "seed")
+    }
+    check_dataset(run["dataset"], run["text_field"])
     job = _Job(outputs, configs, run, resume)
     with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
         if ranks > 1:

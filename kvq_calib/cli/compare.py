@@ -141,7 +141,7 @@ def compare_command(
     files.check()
     text.check()
 
-    from kvq_calib.data import load_windows
+    from kvq_calib.data import DATA_SETS, DEFAULT_FIELD, load_windows
     from kvq_calib.evaluate.compare import compare, runnable
     from kvq_calib.evaluate.contenders import forced_to_decode
     from kvq_calib.evaluate.tables import compare_table, print_table, run_facts
@@ -158,6 +158,7 @@ def compare_command(
             seqlen=text.seqlen,
             seed=text.seed,
             split="calibration",
+            text_field=DEFAULT_FIELD if beside.calibration in DATA_SETS else text.text_field,
         )
     with ProgressReporter() as progress:
         running, skipped = runnable(chosen, loaded.model, calibration is not None)

@@ -173,7 +173,12 @@ def report_command(
     loaded = model.load_for(loaded_artifacts)
     check_length(loaded.model, text.seqlen)
     measured_on = ReportText(
-        text.dataset, calibration_dataset or text.dataset, text.windows or 1, text.seqlen, text.seed
+        text.dataset,
+        calibration_dataset or text.dataset,
+        text.windows or 1,
+        text.seqlen,
+        text.seed,
+        text.text_field,
     )
     with ProgressReporter() as progress:
         measured = measure(loaded, loaded_artifacts, measured_on, progress)

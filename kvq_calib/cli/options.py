@@ -192,12 +192,14 @@ class TextOptions:
 
     Attributes:
         dataset: name or path.
+        text_field: where records in a file of one's own have their text.
         seqlen: tokens of a window.
         windows: at most this many, ``None`` for all.
         seed: of the data, where it is sampled.
     """
 
     dataset: str
+    text_field: str
     seqlen: int
     windows: int | None
     seed: int
@@ -210,7 +212,7 @@ class TextOptions:
         """
         from kvq_calib.data import check_dataset
 
-        check_dataset(self.dataset)
+        check_dataset(self.dataset, self.text_field)
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
         """Cut the text into windows.
@@ -230,7 +232,11 @@ class TextOptions:
             seqlen=self.seqlen,
             seed=self.seed,
             split="evaluation",
+            text_field=self.text_field,
         )
+
+
+TEXT_FIELD_HELP = "Where records in files of your own (.jsonl, .parquet, .csv) have their text."
 
 
 def text_options(
@@ -242,6 +248,7 @@ def text_options(
         TextOptions,
         "text",
         click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH", help=help),
+        click.option("--text-field", default="text", show_default=True, metavar="NAME", help=TEXT_FIELD_HELP),
         click.option(
             "--seqlen", type=click.IntRange(8), default=seqlen, show_default=True, help="Tokens of a window."
         ),

@@ -29,6 +29,7 @@ class _TextSettings(_Settings):
     """Settings of a run over a text."""
 
     dataset: str = "wikitext2"
+    text_field: Annotated[str, Field(min_length=1)] = "text"
 
     def record(self) -> dict[str, Any]:
         """The settings as artifacts (which have the spec of the cache elsewhere) and results keep them.
@@ -116,6 +117,7 @@ class CalibrationConfig(_TextSettings):
         allocation: widths per channel from one budget; for the trellis codec.
         learn: training of what is stored, after the fit; for the trellis codec.
         dataset: name or path of the calibration text.
+        text_field: where records in a file of one's own have their text.
         samples: windows of ``seqlen`` tokens.
         seed: of every random choice.
         recompute: recompute layers in the backward pass instead of keeping their activations.
@@ -165,6 +167,7 @@ class EvalConfig(_TextSettings):
 
     Attributes:
         dataset: name or path of the evaluation text.
+        text_field: where records in a file of one's own have their text.
         windows: at most this many windows; ``None`` for all.
         seqlen: tokens of a window.
         mode: ``prefill`` quantizes inside one forward pass; ``decode`` sends the text through the packed cache.

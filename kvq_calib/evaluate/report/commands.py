@@ -15,6 +15,9 @@ from kvq_calib.evaluate.report.results import Results, eval_command, fact_of
 from kvq_calib.evaluate.report.subjects import Subject
 from kvq_calib.schema.recipe import calibration_config, recipe_names
 
+#: A setting that is not worth an option: records have their text where it is looked for first.
+_NO_FIELD = ("text_field", "text")
+
 __all__ = ["MadeBy", "calibration_command", "evaluation_command", "shell_lines"]
 
 
@@ -42,7 +45,7 @@ def calibration_command(model: str, subject: Subject) -> MadeBy | None:
     if not isinstance(settings, Mapping):
         return None
     wanted = {**settings, "cache": subject.artifact.spec.model_dump(mode="json")}
-    run = {name: wanted.pop(name, None) for name in ("dataset", "samples", "seqlen", "seed")}
+    run = {name: wanted.pop(name, None) for name in ("dataset", "text_field", "samples", "seqlen", "seed")}
     recipe = str(record.get("recipe"))
     command = ["kvq-calibrate", model, "-o", subject.file]
     content = file = ""
@@ -56,8 +59,8 @@ def calibration_command(model: str, subject: Subject) -> MadeBy | None:
         content = yaml.safe_dump(wanted, sort_keys=False)
         command += ["--config", file]
     for name, value in run.items():
-        if value is not None:
-            command += [f"--{name}", str(value)]
+        if value is not None and (name, value) != _NO_FIELD:
+            command += [f"--{name.replace('_', '-')}", str(value)]
     return MadeBy(shell_lines(command), content, file)
 
 
@@ -88,12 +91,12 @@ def evaluation_command(model: str, chosen: Sequence[Subject], results: Results) 
     files = {id(result): subject.file for subject in chosen for _, result in subject.results}
     named = [files.get(id(result), f"{result.name}.kvq.safetensors") for result in results.artifacts]
     options: list[str] = []
-    for name in ("dataset", "seqlen", "windows", "seed", "mode", "context"):
+    for name in ("dataset", "text_field", "seqlen", "windows", "seed", "mode", "context"):
         value = results.fact(name)
         if name == "windows":  # of a run that was stopped, those that it measured
             value = results.fact("windows_measured") or value
-        if value is not None:
-            options += [f"--{name}", str(value)]
+        if value is not None and (name, value) != _NO_FIELD:
+            options += [f"--{name.replace('_', '-')}", str(value)]
     if results.rivals is None:
         decoded = "decode" in (results.fact("mode"), *(result.mode for result in results.artifacts))
         if decoded and results.fact("chunk") is not None:

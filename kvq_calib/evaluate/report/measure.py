@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.data import TokenWindows, load_windows
+from kvq_calib.data import DEFAULT_FIELD, TokenWindows, load_windows
 from kvq_calib.errors import DataError
 from kvq_calib.evaluate.report.codebooks import CodebookUse, codebook_uses
 from kvq_calib.evaluate.report.outliers import TokenOutliers, count_outliers
@@ -36,7 +36,7 @@ class ReportText:
         dataset: of the sensitivity and of the outliers.
         calibration_dataset: of the distributions. Where it yields the windows that an artifact was calibrated on, the first
             of those are used, else those of ``dataset``.
-        windows, seqlen, seed: of ``dataset``.
+        windows, seqlen, seed, text_field: of ``dataset``.
     """
 
     dataset: str
@@ -44,6 +44,7 @@ class ReportText:
     windows: int
     seqlen: int
     seed: int
+    text_field: str = DEFAULT_FIELD
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def measure(
         seqlen=text.seqlen,
         seed=text.seed,
         split="evaluation",
+        text_field=text.text_field,
     )
     fit_text: dict[str, TokenWindows] = {}
     calibrated_on = set()
@@ -121,6 +123,7 @@ def _calibration_windows(loaded: LoadedModel, artifact: KVArtifact, dataset: str
     """The first windows that an artifact was calibrated on, if ``dataset`` yields them."""
     data = artifact.calibration.get("data")
     samples, seqlen, digest = (fact_of(data, key) for key in ("requested", "seqlen", "sha256"))
+    field = fact_of(data, "text_field") or DEFAULT_FIELD
     seed = fact_of(artifact.calibration, "settings", "seed")
     if not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in (samples, seqlen, seed)):
         return None
@@ -128,7 +131,13 @@ def _calibration_windows(loaded: LoadedModel, artifact: KVArtifact, dataset: str
         return None
     try:
         found = load_windows(
-            dataset, loaded.tokenizer, samples=samples, seqlen=seqlen, seed=seed, split="calibration"
+            dataset,
+            loaded.tokenizer,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            split="calibration",
+            text_field=str(field),
         )
     except DataError:
         return None
