@@ -339,7 +339,7 @@ def test_inspect_describes_what_most_layers_have(place):
     assert calibrate(place, "--set", override, output="o.kvq.safetensors")[0] == 0
     status, out, _ = call("artifact", "inspect", str(place / "o.kvq.safetensors"))
     assert status == 0
-    assert "3 bits per element, kmeans, dynamic per token, 1.0% outliers" in out
+    assert "3 bits per element, kmeans levels, thresholds for each token, 1.0% exact outliers" in out
     assert "1 of 2 layers differ" in out
 
 

@@ -6,6 +6,7 @@ from test_attention_capture import snapshot
 from kvq_calib.calibrate import gradients as passes
 from kvq_calib.calibrate.gradients import fisher_pass
 from kvq_calib.errors import CalibrationError, ModelError
+from kvq_calib.model import backward
 
 pytestmark = pytest.mark.model
 
@@ -62,7 +63,7 @@ def test_matches_the_models_own_loss_with_logits_in_pieces(family, monkeypatch):
     before = snapshot(model)
     loss, gradients, forward = run(model, ids)
     layers = list(range(model.config.num_hidden_layers))
-    assert passes._SPLITTABLE[model]  # no family falls back to whole logits
+    assert backward._SPLITTABLE[model]  # no family falls back to whole logits
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert worst(gradients, want) < 1e-4
     assert forward == layers
@@ -100,7 +101,7 @@ def test_falls_back_to_whole_logits_where_a_body_cannot_be_called_alone(monkeypa
     monkeypatch.setattr(type(model.base_model), "forward", body)
     other = tiny_model("llama")
     other_loss, other_gradients, _ = run(other, ids)
-    assert passes._SPLITTABLE[other] is False
+    assert backward._SPLITTABLE[other] is False
     assert other_loss == pytest.approx(loss, rel=1e-6)
     assert worst(other_gradients, gradients) < 1e-5
 

@@ -16,8 +16,8 @@ from models_zoo import tiny_model, token_ids
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from kvq_calib.calibrate.gradients import recomputed_layers
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.backward import recomputed_layers
 from kvq_calib.model.capture import capture, intercept
 from kvq_calib.model.compat import attention_entries, with_cache
 from kvq_calib.model.intercept import attention_modules, carried, intercept_calls, mark

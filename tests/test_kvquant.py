@@ -11,9 +11,10 @@ from models_zoo import tiny_model
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.errors import ArtifactFileError
-from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant, load_pickle
+from kvq_calib.artifact.import_kvquant import import_kvquant, load_pickle
 from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.errors import ConfigError
+from kvq_calib.model.configuration import geometry_of_configuration
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
@@ -187,7 +188,7 @@ def test_what_does_not_fit_is_named(tmp_path, content, error, message):
 def test_command_reads_the_configuration_alone(tmp_path):
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path / "model")
-    geometry, fingerprint = geometry_of(str(tmp_path / "model"))
+    geometry, fingerprint = geometry_of_configuration(str(tmp_path / "model"))
     assert geometry == inspect_model(model)
     assert fingerprint == model_fingerprint(model)
     shape = geometry.layers[0]

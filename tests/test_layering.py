@@ -149,6 +149,22 @@ def test_nothing_unpickles():
         assert not called & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, name
 
 
+#: Outside model/: caches, which transformers only takes where they are classes of its own.
+CACHES = ("runtime.cache", "evaluate.passkey", "evaluate.rivals.")
+
+
+def test_transformers_is_known_to_one_folder():
+    for name, file in modules().items():
+        part = name.removeprefix("kvq_calib.")
+        if part.startswith(("model.", *CACHES)):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "transformers" for alias in node.names), name
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] != "transformers", name
+
+
 #: Private names of transformers and torch; all that is used of them stands in one module.
 FOREIGN = {
     "_global_mapping",

@@ -27,15 +27,13 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
-from kvq_calib.errors import ConfigError, ModelError
+from kvq_calib.errors import ConfigError
 from kvq_calib.fit.levels import storable
 from kvq_calib.model.compat import tensor_rebuilder
-from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
-__all__ = ["geometry_of", "import_kvquant", "load_pickle"]
+__all__ = ["import_kvquant", "load_pickle"]
 
 #: Largest pickle that is read; that of a 65B model has some 10 MB.
 _MAX_BYTES = 1 << 30
@@ -116,47 +114,6 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     except Exception as error:  # a broken or hostile program can fail anywhere
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ArtifactFileError(f"{file} is not a readable pickle of quantizers: {reason}") from error
-
-
-def geometry_of(model: str) -> tuple[KVGeometry, dict[str, Any]]:
-    """Geometry and fingerprint from a model's configuration alone; no weights are read.
-
-    One layer is built with random weights to see what the attention interface sees, which tells about all of them
-    where all are alike, as in the families that KVQuant's code knows.
-
-    Args:
-        model: hub id or folder.
-
-    Raises:
-        ModelError: no such configuration, or layers that differ.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config: Any = AutoConfig.from_pretrained(model)
-        small: Any = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
-    layers = int(config.num_hidden_layers)
-    if len(set(getattr(config, "layer_types", None) or [""])) > 1:
-        raise ModelError(
-            f"the layers of {model!r} differ, which KVQuant's code does not know; calibrate it instead"
-        )
-    small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
-    found = inspect_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
-    fingerprint = model_fingerprint(_Configured(config))
-    return KVGeometry(layers=found.layers * layers, ropes=found.ropes), fingerprint
-
-
-class _Configured(torch.nn.Module):
-    """A configuration where a model is expected."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
 
 
 def import_kvquant(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_calib.calibrate.gradients import head_logits, is_splittable
 from kvq_calib.codec.quantizer import roundtrip_storage
 from kvq_calib.errors import CalibrationError
+from kvq_calib.model.backward import head_logits, is_splittable
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
 

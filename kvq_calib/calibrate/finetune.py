@@ -25,7 +25,6 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.clock import Progress
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence, unquantized
-from kvq_calib.calibrate.gradients import activations_only, recomputed_layers
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import (
     TrellisParams,
@@ -34,6 +33,7 @@ from kvq_calib.codec.trellis import (
     storable_levels,
     storable_thresholds,
 )
+from kvq_calib.model.backward import activations_only, recomputed_layers
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.recipe import LearnConfig
 from kvq_calib.schema.spec import Kind

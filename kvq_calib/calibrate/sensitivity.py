@@ -19,8 +19,8 @@ from torch import Tensor
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence
-from kvq_calib.calibrate.gradients import activations_only, recomputed_layers
 from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.model.backward import activations_only, recomputed_layers
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.cached import CachedTensor
 from kvq_calib.schema.spec import KINDS, Kind

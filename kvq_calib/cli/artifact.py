@@ -92,11 +92,12 @@ def shard_command(file: str, ranks: int, output: str) -> None:
 @debug_option
 def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
     """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
-    from kvq_calib.artifact.import_kvquant import geometry_of, import_kvquant
+    from kvq_calib.artifact.import_kvquant import import_kvquant
     from kvq_calib.files import check_writable
+    from kvq_calib.model.configuration import geometry_of_configuration
 
     check_writable(output)
-    geometry, config = geometry_of(model)
+    geometry, config = geometry_of_configuration(model)
     made = import_kvquant(
         file, geometry, {"id": model, "config": config}, outliers=outliers, sink_tokens=sink_tokens
     )

@@ -17,12 +17,10 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.quantizer import Quantizer, roundtrip_storage
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.placement import input_device
+from kvq_calib.schema.cached import CachedTensor
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
 
-__all__ = ["OutlierCounts", "Place", "PrefillHooks", "PrefillQuantizer", "coded_after_rope", "coded_tensor"]
-
-Place = tuple[int, Kind]
-"""Layer and kind."""
+__all__ = ["OutlierCounts", "PrefillHooks", "PrefillQuantizer", "coded_after_rope", "coded_tensor"]
 
 
 class OutlierCounts:
@@ -65,7 +63,7 @@ class PrefillQuantizer:
     Args:
         quantizers: by layer and kind, on the model's device.
         spec: of the whole cache.
-        only: layers and kinds to quantize, all by default. Others stay as the model computed them.
+        only: keys and values to quantize, all by default. Others stay as the model computed them.
 
     Attributes:
         counts: outliers met so far.
@@ -75,7 +73,7 @@ class PrefillQuantizer:
         self,
         quantizers: Sequence[dict[Kind, Quantizer]],
         spec: KVCacheSpec,
-        only: Collection[Place] | None = None,
+        only: Collection[CachedTensor] | None = None,
     ) -> None:
         self.quantizers, self.spec, self.only = quantizers, spec, only
         self.counts = OutlierCounts(len(quantizers))
@@ -87,7 +85,7 @@ class PrefillQuantizer:
 
     def __call__(self, kv: LayerKV) -> tuple[Tensor, Tensor] | None:
         """Pre-RoPE keys and values as a reader sees them; ``None`` where the layer stays as it is."""
-        chosen = {kind: self.only is None or (kv.layer, kind) in self.only for kind in KINDS}
+        chosen = {kind: self.only is None or CachedTensor(kv.layer, kind) in self.only for kind in KINDS}
         if not any(chosen.values()):
             return None
         sinks = self.spec.sink_tokens

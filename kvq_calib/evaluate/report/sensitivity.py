@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.evaluate.contenders import PrefillContender
-from kvq_calib.evaluate.prefill import Place, PrefillHooks, PrefillQuantizer
+from kvq_calib.evaluate.prefill import PrefillHooks, PrefillQuantizer
 from kvq_calib.evaluate.text_pass import text_pass
 from kvq_calib.model.placement import input_device
 from kvq_calib.progress import Progress
+from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = ["Sensitivity", "measure_sensitivity"]
@@ -36,17 +37,15 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Part:
-    """What of an artifact is quantized: one place, or all of them."""
+    """What of an artifact is quantized: the keys or values of one layer, or everything."""
 
     artifact: str
-    place: Place | None
+    part: CachedTensor | None
 
     def __str__(self) -> str:
-        return (
-            self.artifact
-            if self.place is None
-            else f"{self.artifact} (layer {self.place[0]}, {self.place[1]}s)"
-        )
+        if self.part is None:
+            return self.artifact
+        return f"{self.artifact} (layer {self.part.layer}, {self.part.kind}s)"
 
 
 def measure_sensitivity(
@@ -70,18 +69,19 @@ def measure_sensitivity(
     contenders = {}
     for name, artifact in artifacts.items():
         quantizers = artifact.quantizers(input_device(model))
-        places: list[Place | None] = [
-            None, *((layer, kind) for layer in range(len(artifact.layers)) for kind in KINDS)
-        ]  # fmt: skip
-        for place in places:
-            only = None if place is None else {place}
+        parts: list[CachedTensor | None] = [None, *cached_tensors(len(artifact.layers))]
+        for part in parts:
+            only = None if part is None else {part}
             quantizer = PrefillQuantizer(quantizers, artifact.spec, only)
-            contenders[_Part(name, place)] = PrefillContender(artifact, hooks, quantizer)
+            contenders[_Part(name, part)] = PrefillContender(artifact, hooks, quantizer)
     scores = text_pass(model, contenders, ids, progress=progress, label="layer by layer")
     return {
         name: Sensitivity(
             {
-                kind: [scores[_Part(name, (layer, kind))].kl_mean for layer in range(len(artifact.layers))]
+                kind: [
+                    scores[_Part(name, CachedTensor(layer, kind))].kl_mean
+                    for layer in range(len(artifact.layers))
+                ]
                 for kind in KINDS
             },
             scores[_Part(name, None)].kl_mean,

@@ -1,0 +1,54 @@
+"""The geometry of a model whose weights are not at hand, from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvq_calib.errors import ModelError
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import inspect_model
+from kvq_calib.schema.geometry import KVGeometry
+
+__all__ = ["geometry_of_configuration"]
+
+
+def geometry_of_configuration(model: str) -> tuple[KVGeometry, dict[str, Any]]:
+    """Geometry and fingerprint from a model's configuration alone; no weights are read.
+
+    One layer is built with random weights to see what the attention interface sees, which tells about all of them
+    where all are alike, as in the families of KVQuant's own code.
+
+    Args:
+        model: hub id or folder.
+
+    Raises:
+        ModelError: no such configuration, or layers that differ.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(model)
+        small: Any = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
+    layers = int(config.num_hidden_layers)
+    if len(set(getattr(config, "layer_types", None) or [""])) > 1:
+        raise ModelError(
+            f"the layers of {model!r} differ, so its configuration alone does not tell its geometry; calibrate it instead"
+        )
+    small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    found = inspect_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
+    fingerprint = model_fingerprint(_Configured(config))
+    return KVGeometry(layers=found.layers * layers, ropes=found.ropes), fingerprint
+
+
+class _Configured(torch.nn.Module):
+    """A configuration where a model is expected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
