@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from kvq_calib.calibrate.allocation import lloyd
 from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.evaluate.perplexity import Comparison
+from kvq_calib.evaluate.perplexity import measure
+from kvq_calib.evaluate.text_pass import Mode
 from kvq_calib.model.intercept import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
@@ -139,35 +139,51 @@ def rivals(head_dim: int) -> dict[str, tuple[str, float, Callable[[LayerKV], tup
     return rows
 
 
-@torch.no_grad()
+class RivalContender:
+    """A rival as what a text pass measures; the first token of every window stays exact, as for everything else here."""
+
+    mode: Mode = "prefill"
+    hooks = None
+    remedy = "name the others with --only"
+
+    def __init__(
+        self, model: Any, bits: float, transform: Callable[[LayerKV], tuple[Tensor, Tensor]]
+    ) -> None:
+        self.model, self.bits, self.transform = model, bits, transform
+
+    def _first_exact(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
+        keys, values = self.transform(kv)
+        return (
+            torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
+            torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
+        )
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) in one forward pass."""
+        with intercept(self.model, self._first_exact):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def bits_per_element(self, context: int) -> float:
+        """The same at every context: a rival's bits count codes and scales."""
+        return self.bits
+
+
 def measure_rivals(
     loaded: LoadedModel, windows: TokenWindows, names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Results of the rivals, the first token of every window exact, as for everything else here."""
+    """Results of the rivals."""
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     table = {name: row for name, row in rivals(head_dim).items() if name in names}
-    comparisons = {name: Comparison() for name in table}
-    for index in range(len(windows.ids)) if table else ():
-        ids = windows.ids[index : index + 1]
-        baseline = loaded.model(input_ids=ids, use_cache=False).logits[0]
-        for name, (_, _, transform) in table.items():
-            started = time.monotonic()
-
-            def first_exact(kv: LayerKV, transform: Any = transform) -> tuple[Tensor, Tensor]:
-                keys, values = transform(kv)
-                return (
-                    torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
-                    torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
-                )
-
-            with intercept(loaded.model, first_exact):
-                logits = loaded.model(input_ids=ids, use_cache=False).logits[0]
-            comparisons[name].add(baseline, logits, ids[0])
-            comparisons[name].seconds += time.monotonic() - started
+    if not table:
+        return {}
+    contenders = {
+        name: RivalContender(loaded.model, bits, transform) for name, (_, bits, transform) in table.items()
+    }
     return {
-        name: {**comparison.result(name, table[name][1]).to_json(), "switch": RIVALS, "text": table[name][0]}
-        for name, comparison in comparisons.items()
+        result.name: {**result.to_json(), "switch": RIVALS, "text": table[result.name][0]}
+        for result in measure(loaded.model, contenders, windows, CONTEXT)
     }
 
 

@@ -1,0 +1,188 @@
+"""``kvq-eval compare``: artifacts beside other ways to quantize a cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvq_calib.cli.options import (
+    FilePath,
+    ModelOptions,
+    TextOptions,
+    artifact_options,
+    collected,
+    debug_option,
+    json_option,
+    load_artifacts,
+    mode_type,
+    model_options,
+    require_extra,
+    text_options,
+    write_json,
+)
+from kvq_calib.errors import ConfigError
+
+__all__ = ["compare_command"]
+
+
+@dataclass(frozen=True)
+class RivalOptions:
+    """Which rivals run, and the text of those that are calibrated.
+
+    Attributes:
+        rivals: names, all where there are none.
+        calibration: name or path of that text.
+        calibration_samples: windows of it.
+    """
+
+    rivals: tuple[str, ...]
+    calibration: str | None
+    calibration_samples: int
+
+
+_rival_options = collected(
+    RivalOptions,
+    "beside",
+    click.option(
+        "--rival",
+        "rivals",
+        multiple=True,
+        metavar="NAME",
+        help="May be given several times; all by default, a wrong name lists them.",
+    ),
+    click.option("--calibration", metavar="NAME|PATH", help="Text of rivals that are calibrated."),
+    click.option(
+        "--calibration-samples",
+        type=click.IntRange(1),
+        default=16,
+        show_default=True,
+        help="Windows of that text.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class CompareFiles:
+    """Where a comparison goes beside the screen."""
+
+    json_file: str | None
+    chart_file: str | None
+
+    def check(self) -> None:
+        """Refuse before measuring what could not be written after it.
+
+        Raises:
+            ConfigError: a chart of another kind than .svg and .png, or no matplotlib.
+            WriteError: a folder cannot be written to.
+        """
+        from kvq_calib.files import check_writable
+
+        if self.json_file is not None:
+            check_writable(self.json_file)
+        if self.chart_file is not None:
+            if Path(self.chart_file).suffix.lower() not in (".svg", ".png"):
+                raise ConfigError(f"cannot draw {self.chart_file}: name a file that ends in .svg or .png")
+            require_extra("a chart", "report", "matplotlib")
+            check_writable(self.chart_file)
+
+
+_compare_files = collected(
+    CompareFiles,
+    "files",
+    json_option,
+    click.option(
+        "--chart",
+        "chart_file",
+        type=FilePath(),
+        metavar="FILE",
+        help="Draw divergence against bits, .svg or .png.",
+    ),
+)
+
+
+@click.command("compare")
+@model_options
+@artifact_options()
+@_rival_options
+@text_options()
+@click.option(
+    "--mode",
+    type=mode_type,
+    default="prefill",
+    show_default=True,
+    help="How artifacts are measured; rivals, and artifacts with recent exact tokens, as their windows ask for.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Context at which bits are stated; by default the windows' length, which is what was measured.",
+)
+@_compare_files
+@debug_option
+def compare_command(
+    model: ModelOptions,
+    artifacts: tuple[str, ...],
+    beside: RivalOptions,
+    text: TextOptions,
+    mode: Any,
+    context: int | None,
+    files: CompareFiles,
+) -> None:
+    """Artifacts beside other ways to quantize a cache: same model, text and windows, every bit counted."""
+    from kvq_calib.evaluate.rivals import make_rivals
+    from kvq_calib.schema.recipe import EvalConfig
+
+    config = EvalConfig(**asdict(text), mode=mode, context=context or text.seqlen)
+    chosen = make_rivals(beside.rivals)
+    loaded_artifacts = load_artifacts(artifacts)
+    files.check()
+    text.check()
+
+    from kvq_calib.data import load_windows
+    from kvq_calib.evaluate.compare import compare, runnable
+    from kvq_calib.evaluate.contenders import forced_to_decode
+    from kvq_calib.evaluate.tables import compare_table, print_table, run_facts
+    from kvq_calib.progress import ProgressReporter
+
+    loaded = model.load_for(loaded_artifacts)
+    windows = text.load(loaded)
+    calibration = None
+    if beside.calibration is not None:
+        calibration = load_windows(
+            beside.calibration,
+            loaded.tokenizer,
+            samples=beside.calibration_samples,
+            seqlen=text.seqlen,
+            seed=text.seed,
+            split="calibration",
+        )
+    with ProgressReporter() as progress:
+        running, skipped = runnable(chosen, loaded.model, calibration is not None)
+        for line in forced_to_decode(loaded_artifacts, config):
+            progress.say(line)
+        for name, reason in skipped:
+            progress.say(f"{name}: skipped, {reason}")
+        result = compare(loaded.model, loaded_artifacts, running, windows, config, calibration, progress)
+    print_table(compare_table(result, config))
+    for line in result.verdicts():
+        click.echo(line)
+    write_json(
+        files.json_file,
+        {
+            "artifacts": [one.to_json() for one in result.artifacts],
+            "rivals": [one.to_json() for one in result.rivals],
+            "skipped": dict(skipped),
+            "config": {
+                **config.record(),
+                **run_facts(loaded, windows, dict(zip(loaded_artifacts, artifacts, strict=True))),
+                "calibration_data": None if calibration is None else dict(calibration.source),
+            },
+        },
+    )
+    if files.chart_file is not None:
+        from kvq_calib.evaluate.charts.comparison import write_chart
+
+        write_chart(files.chart_file, result, f"{loaded.name}, {windows.source['dataset']}")
