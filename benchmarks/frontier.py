@@ -23,7 +23,6 @@ from torch import Tensor
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure
 from kvq_calib.evaluate.text_pass import Mode
-from kvq_calib.fit.density import lloyd
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
@@ -151,47 +150,45 @@ def rivals(head_dim: int) -> dict[str, tuple[str, float, Transform]]:
 
 
 class RivalContender:
-    """A rival's quantization inside one forward pass, the first token of every window exact, as for ours.
-
-    Args:
-        bits: per element, codes and scales.
-        transform: quantizes and dequantizes the keys and values of a layer.
-    """
+    """A rival as what a text pass measures; the first token of every window stays exact, as for everything else here."""
 
     mode: Mode = "prefill"
     hooks = None
-    remedy = "try --dtype float32"
+    remedy = "name the others with --only"
 
-    def __init__(self, bits: float, transform: Transform) -> None:
-        self._bits, self._transform = bits, transform
-
-    def logits(self, model: Any, ids: Tensor) -> Tensor:
-        """Logits of int64 ``[B, T]``."""
-        with intercept(model, self._first_exact):
-            return model(input_ids=ids, use_cache=False).logits
-
-    def bits_per_element(self, context: int) -> float:
-        """The same at every context."""
-        return self._bits
+    def __init__(self, model: Any, bits: float, transform: Transform) -> None:
+        self.model, self.bits, self.transform = model, bits, transform
 
     def _first_exact(self, kv: LayerKV) -> tuple[Tensor, Tensor]:
-        keys, values = self._transform(kv)
+        keys, values = self.transform(kv)
         return (
             torch.cat([kv.keys[:, :, :1], keys[:, :, 1:]], 2),
             torch.cat([kv.values[:, :, :1], values[:, :, 1:]], 2),
         )
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) in one forward pass."""
+        with intercept(self.model, self._first_exact):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def bits_per_element(self, context: int) -> float:
+        """The same at every context: a rival's bits count codes and scales."""
+        return self.bits
+
 
 def measure_rivals(
     loaded: LoadedModel, windows: TokenWindows, names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Results of the rivals ``names``, by name."""
+    """Results of the rivals."""
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     table = {name: row for name, row in rivals(head_dim).items() if name in names}
     if not table:
         return {}
-    contenders = {name: RivalContender(bits, transform) for name, (_, bits, transform) in table.items()}
+    contenders = {
+        name: RivalContender(loaded.model, bits, transform) for name, (_, bits, transform) in table.items()
+    }
     return {
         result.name: {**result.to_json(), "switch": RIVALS, "text": table[result.name][0]}
         for result in measure(loaded.model, contenders, windows, CONTEXT)

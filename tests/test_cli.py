@@ -1,5 +1,6 @@
 """The commands as users run them: results on stdout, one line and the right status on errors."""
 
+import ast
 import errno
 import json
 import os
@@ -10,12 +11,16 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from models_zoo import tiny_model, tiny_tokenizer
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.cli import main as cli
+from kvq_calib.cli.options import write_json
+from kvq_calib.errors import ConfigError
 
 pytestmark = pytest.mark.model
 
@@ -421,11 +426,11 @@ def test_an_interrupted_evaluation_leaves_what_was_measured(place, tmp_path, mon
     assert call(*command, str(whole))[0] == 0
     logits, passes = PrefillContender.logits, []
 
-    def interrupted(contender, model, ids):
+    def interrupted(contender, ids):
         passes.append(ids)
         if len(passes) == 3:
             raise KeyboardInterrupt
-        return logits(contender, model, ids)
+        return logits(contender, ids)
 
     monkeypatch.setattr(PrefillContender, "logits", interrupted)
     status, out, err = call(*command, str(partial))
@@ -442,6 +447,99 @@ def test_help_is_immediate():
         status, out, _ = call(command, "--help")
         assert status == 0
         assert "Usage" in out
+        assert "--debug" in out
+
+
+def test_help_imports_no_torch():
+    """Of a subcommand too; what it costs is seconds."""
+    code = (
+        "import sys; from kvq_calib.cli.main import evaluate; sys.argv = ['kvq-eval', 'perplexity', '--help']\n"
+        "try: evaluate()\n"
+        "finally: assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Usage: kvq-eval perplexity" in ran.stdout
+
+
+@pytest.mark.parametrize("place_of_it", [1, 2, None])
+def test_debug_is_known_before_and_after_the_subcommand(place, place_of_it):
+    command = ["evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "text.txt")]
+    if place_of_it is not None:
+        command.insert(place_of_it, "--debug")
+    status, _, err = call(*command)
+    assert status == 1
+    assert ("Traceback" in err) == (place_of_it is not None)
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_no_function_of_the_commands_takes_more_than_seven_parameters():
+    for file in Path(cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                count = len(node.args.args) + len(node.args.kwonlyargs)
+                assert count <= 7, f"{file.name}: {node.name} takes {count}"
+
+
+# ------------------------------------------------------------------------------ what the figures rest on
+
+
+@pytest.fixture(scope="module")
+def large_keys(place):
+    """A model whose keys are larger than float16 holds, and an artifact for it that stores exact tokens in float16."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight *= 1e6
+    model.save_pretrained(place / "large")
+    tiny_tokenizer().save_pretrained(place / "large")
+    status, _, err = calibrate(place, model="large", output="large.kvq.safetensors")
+    assert status == 0, err
+    return place
+
+
+def test_results_that_are_not_finite_end_with_one_line_and_no_json(large_keys, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = [
+        str(large_keys / "large"), "--artifact", str(large_keys / "large.kvq.safetensors"), "--dataset",
+        str(large_keys / "text.txt"), "--seqlen", "32", "--windows", "1", "--json", str(report),
+    ]  # fmt: skip
+    for command in ("perplexity", "compare"):
+        rival = ["--rival", "fp8-head"] if command == "compare" else []
+        status, out, err = call("evaluate", command, *arguments, *rival)
+        assert status == 1
+        assert_one_line(
+            err, "large gives predictions that are not finite", "--set cache.storage_dtype=bfloat16"
+        )
+        assert not out
+        assert not report.exists()
+
+
+def test_json_never_holds_what_is_no_number(tmp_path):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="not a finite number"):
+            write_json(str(tmp_path / "x.json"), {"artifacts": [{"kl_mean": value}]})
+    assert not files(tmp_path)
+
+
+def test_recent_exact_tokens_are_measured_in_decode_mode_and_all_say_so(place, tmp_path):
+    assert calibrate(place, "--set", "cache.recent_tokens=64", output="recent.kvq.safetensors")[0] == 0
+    report = tmp_path / "report.json"
+    status, out, err = call(
+        "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--artifact",
+        str(place / "recent.kvq.safetensors"), "--dataset", str(place / "text.txt"), "--seqlen", "32", "--windows", "1",
+        "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, err
+    content = json.loads(report.read_text())
+    assert [one["mode"] for one in content["artifacts"]] == ["prefill", "decode"]
+    assert content["config"]["mode"] == "prefill"  # what was asked for
+    plain, recent = content["artifacts"]
+    assert plain["kl_mean"] > 1e-3
+    assert recent["kl_mean"] < 1e-5  # the whole window is recent
+    assert re.search(r"a +│ prefill +│", out)
+    assert re.search(r"recent +│ decode +│", out)
+    assert "recent: measured in decode mode, 32 tokens per step: its newest 64 tokens are exact" in err
+    assert "a: measured" not in err
 
 
 def test_no_remote_code_runs_unless_asked(place, tmp_path):

@@ -16,6 +16,7 @@ from kvq_calib import KVQCache
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.cli import lm_eval as lm_eval_command
 from kvq_calib.errors import KVQError
+from kvq_calib.evaluate.decode import logits_through
 from kvq_calib.evaluate.prefill import PrefillQuantizer
 from kvq_calib.model.capture import intercept
 from kvq_calib.model.compat import with_cache
@@ -54,7 +55,8 @@ def place(tmp_path_factory):
     model = tiny_model("llama")
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    artifact_for(model, RECIPES["nuq3-exact"]).save(folder / "a.kvq.safetensors")
+    artifact_for(model, RECIPES["nuq3-exact"]).save(folder / "a.kvq.safetensors")  # with a recent window
+    artifact_for(model, RECIPES["nuq4-1p"]).save(folder / "plain.kvq.safetensors")
     dynamic = recipe(key={"thresholds": "channel_online"})
     artifact_for(model, dynamic).save(folder / "dynamic.kvq.safetensors")
     other = tiny_model("llama", num_key_value_heads=1)
@@ -75,46 +77,84 @@ def harness():
     return KVQuantLM
 
 
-def evaluate(place, task, batch_size):
+def evaluate(place, task, batch_size, artifact="a", device="cpu"):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     found = simple_evaluate(
         model="kvq",
-        model_args=f"pretrained={place / 'model'},artifact={place / 'a.kvq.safetensors'},dtype=float32",
+        model_args=f"pretrained={place / 'model'},artifact={place / artifact}.kvq.safetensors,dtype=float32",
         tasks=[task],
         batch_size=batch_size,
-        device="cpu",
+        device=device,
         task_manager=TaskManager(include_path=str(place), include_defaults=False),
         bootstrap_iters=0,
     )
     return found, sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
 
 
+def scores(loaded, context, choices, logits_of):
+    """Log likelihoods of the choices after the context; ``logits_of`` gives logits of token ids."""
+    found = []
+    for choice in choices:
+        ids = torch.tensor([loaded.tokenizer.encode(context + choice)])
+        logits = logits_of(ids[:, :-1]).log_softmax(-1)
+        found.append(float(logits.gather(-1, ids[:, 1:, None])[0, -len(choice) :].sum()))
+    return found
+
+
+def answers(sample):
+    return [float(answer[0][0]) for answer in sample["resps"]]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.filterwarnings("default")
 def test_log_likelihoods_are_those_of_prefill_mode(harness, place, batch_size):
-    found, samples = evaluate(place, "kvq_choice", batch_size)
+    found, samples = evaluate(place, "kvq_choice", batch_size, "plain")
     loaded = load_model(str(place / "model"), device="cpu")
-    artifact = KVArtifact.load(place / "a.kvq.safetensors")
+    artifact = KVArtifact.load(place / "plain.kvq.safetensors")
 
-    def score(context, choice):
-        ids = torch.tensor([loaded.tokenizer.encode(context + choice)])
-        logits = loaded.model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
-        return float(logits.gather(-1, ids[:, 1:, None])[0, -len(choice) :].sum())
+    def exact(ids):
+        return loaded.model(input_ids=ids).logits
 
     for sample, row in zip(samples, ROWS, strict=True):
-        got = [float(answer[0][0]) for answer in sample["resps"]]
-        with torch.no_grad(), intercept(loaded.model, PrefillQuantizer.of(artifact, loaded.model)):
-            want = [score(row["question"], choice) for choice in row["choices"]]
         with torch.no_grad():
-            exact = [score(row["question"], choice) for choice in row["choices"]]
-        assert got == pytest.approx(want, abs=1e-3)
-        assert max(abs(a - b) for a, b in zip(got, exact, strict=True)) > 0.01
+            with intercept(loaded.model, PrefillQuantizer.of(artifact, loaded.model)):
+                want = scores(loaded, row["question"], row["choices"], exact)
+            unquantized = scores(loaded, row["question"], row["choices"], exact)
+        assert answers(sample) == pytest.approx(want, abs=1e-3)
+        assert max(abs(a - b) for a, b in zip(answers(sample), unquantized, strict=True)) > 0.01
     right = [s["target"] == max(range(len(s["resps"])), key=lambda i: float(s["resps"][i][0][0])) for s in samples]  # fmt: skip
     assert found["results"]["kvq_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
-    assert found["config"]["kvq_artifact"] == str(place / "a.kvq.safetensors")
+    assert found["config"]["kvq_artifact"] == str(place / "plain.kvq.safetensors")
     assert found["config"]["kvq_bits_per_element_4096"] == pytest.approx(artifact.bits_per_element(4096))
+
+
+@pytest.mark.filterwarnings("default")
+def test_with_a_recent_window_they_come_through_the_packed_cache(harness, place):
+    _, samples = evaluate(place, "kvq_choice", 1)
+    loaded = load_model(str(place / "model"), device="cpu")
+    artifact = KVArtifact.load(place / "a.kvq.safetensors")
+    assert artifact.spec.recent_tokens
+
+    def through_the_cache(ids):
+        with attached(loaded.model):
+            return logits_through(loaded.model, KVQCache(artifact, loaded.model), ids)
+
+    for sample, row in zip(samples, ROWS, strict=True):
+        want = scores(loaded, row["question"], row["choices"], through_the_cache)
+        assert answers(sample) == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_harness_s_default_device_is_the_cpu_where_there_is_no_gpu(harness, place):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    _, samples = evaluate(place, "kvq_choice", 1, "plain", device="cuda:0")
+    _, on_cpu = evaluate(place, "kvq_choice", 1, "plain")
+    assert [answers(sample) for sample in samples] == [answers(sample) for sample in on_cpu]
+    with pytest.raises(KVQError, match="torch sees 0 GPUs"):
+        evaluate(place, "kvq_choice", 1, "plain", device="cuda:1")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -37,14 +37,14 @@ def windows(count=2, seqlen=40):
 
 
 class Known:
-    """A contender whose predictions are given; its model is whoever asks."""
+    """A contender whose predictions are given."""
 
     mode, hooks, remedy = "prefill", None, "try another"
 
     def __init__(self, *logits):
         self.rows = iter(logits)
 
-    def logits(self, model, ids):
+    def logits(self, ids):
         return next(self.rows)[None]
 
     def bits_per_element(self, context):
@@ -203,7 +203,7 @@ def test_decoding_reuses_one_cache_and_leaves_the_model_as_it_was():
     contender = DecodeContender(artifact, hooks, model, 17)
     assert model.config._attn_implementation == implementation
     with hooks.in_place():
-        once, again = contender.logits(model, ids), contender.logits(model, ids)
+        once, again = contender.logits(ids), contender.logits(ids)
     assert model.config._attn_implementation == implementation
     with attached(model):
         fresh = logits_through(model, KVQCache(artifact, model), ids, 17)
@@ -246,7 +246,7 @@ def test_the_last_queries_read_the_recent_window_exactly():
     contender = artifact_contenders(model, {"x": artifact}, EvalConfig(mode="prefill"))["x"]
     with torch.no_grad():
         with contender.hooks.in_place():
-            found = contender.logits(model, ids)[0, 96:]
+            found = contender.logits(ids)[0, 96:]
         errors = {packed: float((found - last_queries(packed)).abs().mean()) for packed in (0, 64, 96, 128)}
     # What is left is float16, in which tokens wait before they are packed.
     assert errors[96] < 0.1 * min(errors[packed] for packed in (0, 64, 128))

@@ -299,19 +299,6 @@ def test_bfloat16_models_work():
     assert (rounded.float() - exact).abs().mean() < 0.1 * exact.std()
 
 
-def test_decode_logits_leave_the_model_as_it_was():
-    from kvq_calib.evaluate.decode import decode_logits
-
-    model = tiny("llama")
-    artifact = artifact_for(model, RECIPES["nuq4-1p"])
-    ids = token_ids(2, 70)
-    implementation = model.config._attn_implementation
-    decoded = decode_logits(model, artifact, ids, chunk=17)
-    assert model.config._attn_implementation == implementation
-    cache = KVQCache(artifact, model)
-    assert torch.equal(decoded, logits_through(model, cache, ids, [17, 17, 17, 17, 2]))
-
-
 def test_work_space_does_not_grow_with_the_text():
     """Decoding allocates one group of pages at a time: the largest tensor made depends on the group only."""
     from kvq_calib.runtime import torch_ops

@@ -136,7 +136,8 @@ class _Job:
 @click.option(
     "--max-memory",
     metavar="DEVICE=SIZE,...",
-    help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read from disk.",
+    help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read "
+    "from disk.",
 )
 @debug_option
 def calibrate_command(

@@ -1,6 +1,6 @@
 """``kvq-lm-eval``: the command of lm-evaluation-harness, with the model ``kvq`` known to it.
 
-The harness looks models up in a registry of its own process and loads no plug-ins (its ``--include_path`` is for tasks), so
+The harness looks models up in a registry of its own process and loads no plug-ins (``--include_path`` is for tasks), so
 something must register the model and then hand over: this. Every argument is the harness's.
 """
 

@@ -14,7 +14,7 @@ import click
 
 from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.cli.calibrate import calibrate_command
-from kvq_calib.cli.evaluate import eval_group
+from kvq_calib.cli.evaluate.group import eval_group
 from kvq_calib.cli.options import Invocation
 from kvq_calib.errors import KVQError
 

@@ -75,9 +75,10 @@ class Comparison:
     context: int
 
     def verdicts(self) -> list[str]:
-        """One line for every rival on the frontier, and for every artifact that a rival beats in bits and divergence."""
+        """A line for every rival on the frontier, and for every artifact that a rival beats in bits and divergence."""
         lines = [
-            f"{rival.result.name} ({rival.origin}) is on the frontier: nothing measured here diverges less in as few bits"
+            f"{rival.result.name} ({rival.origin}) is on the frontier: nothing measured here diverges less in as few "
+            "bits"
             for rival in self.rivals
             if rival.on_frontier
         ]
@@ -143,17 +144,17 @@ class _RivalContender:
     hooks = None
     remedy = "name the others with --rival to leave it out"
 
-    def __init__(self, rival: Rival, geometry: KVGeometry) -> None:
-        self.rival, self.geometry = rival, geometry
+    def __init__(self, rival: Rival, model: Any, geometry: KVGeometry) -> None:
+        self.rival, self.model, self.geometry = rival, model, geometry
 
     @property
     def mode(self) -> Mode:
         """As the rival's exact window asks for."""
         return self.rival.mode
 
-    def logits(self, model: Any, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
-        return self.rival.logits(model, ids)
+        return self.rival.logits(self.model, ids)
 
     def bits_per_element(self, context: int) -> float:
         """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
@@ -192,7 +193,7 @@ def compare(
         if progress is not None:
             progress("calibrated rivals", done, len(calibrated))
     ours = artifact_contenders(model, artifacts, config)
-    theirs = {rival.name: _RivalContender(rival, geometry) for rival in rivals}
+    theirs = {rival.name: _RivalContender(rival, model, geometry) for rival in rivals}
     # Prefixes keep an artifact and a rival of one name apart.
     contenders: dict[str, Contender] = {f"artifact {name}": one for name, one in ours.items()}
     contenders |= {f"rival {name}": one for name, one in theirs.items()}

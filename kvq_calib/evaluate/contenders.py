@@ -23,7 +23,12 @@ __all__ = [
     "mode_of",
 ]
 
-_REMEDY = "where its keys or values are larger than float16 holds, calibrate with --set cache.storage_dtype=bfloat16"
+
+def _remedy(artifact: KVArtifact) -> str:
+    """What helps where predictions are not finite."""
+    if artifact.spec.storage_dtype == "float16":
+        return "where keys or values are larger than float16 holds, calibrate with --set cache.storage_dtype=bfloat16"
+    return "try --dtype float32, or calibrate this model anew"
 
 
 def mode_of(artifact: KVArtifact, config: EvalConfig) -> Mode:
@@ -54,12 +59,12 @@ class PrefillContender:
     """
 
     mode: Mode = "prefill"
-    remedy = _REMEDY
 
     def __init__(self, artifact: KVArtifact, hooks: PrefillHooks, quantizer: PrefillQuantizer) -> None:
         self.artifact, self.hooks, self.quantizer = artifact, hooks, quantizer
+        self.remedy = _remedy(artifact)
 
-    def logits(self, model: Any, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
         return self.hooks.logits(self.quantizer, ids)
 
@@ -80,18 +85,18 @@ class DecodeContender:
     """
 
     mode: Mode = "decode"
-    remedy = _REMEDY
 
     def __init__(self, artifact: KVArtifact, hooks: AttachedHooks, model: Any, chunk: int) -> None:
-        self.artifact, self.hooks = artifact, hooks
+        self.artifact, self.hooks, self._model = artifact, hooks, model
+        self.remedy = _remedy(artifact)
         self._chunk = min(chunk, SHORT_CHUNK) if artifact.spec.recent_tokens else chunk
         with hooks.in_place():
             self._cache = KVQCache(artifact, model)
 
-    def logits(self, model: Any, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """As :class:`~kvq_calib.evaluate.text_pass.Contender` says."""
         try:
-            return logits_through(model, self._cache, ids, self._chunk)
+            return logits_through(self._model, self._cache, ids, self._chunk)
         finally:
             self._cache.reset()
 

@@ -1,7 +1,7 @@
 """Bytes of a packed cache at any context, for an artifact or for nothing but a model's shape and a recipe.
 
-There is one formula, :func:`stored_bytes`, over that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes of
-filled caches. Sizes in GB are 2 ** 30 bytes, as in the KVQuant paper.
+There is one formula, :func:`stored_bytes`, over that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes
+of filled caches. Sizes in GB are 2 ** 30 bytes, as in the KVQuant paper.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int 
 def per_gpu_report(
     shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1, gpus: int = 1
 ) -> MemoryReport:
-    """The cache on the GPU that holds most of it; see :func:`~kvq_calib.evaluate.shapes.stages` and :func:`shape_report`.
+    """The cache on the GPU that holds most of it; see :func:`shape_report` and
+    :func:`~kvq_calib.evaluate.shapes.stages`.
 
     Overrides of single layers count as in the whole model.
     """

@@ -38,7 +38,7 @@ class Hooks(Protocol):
 
 
 class Contender(Protocol):
-    """A quantized cache that can be measured."""
+    """A quantized cache of one model that can be measured."""
 
     @property
     def mode(self) -> Mode:
@@ -52,7 +52,7 @@ class Contender(Protocol):
     def remedy(self) -> str:
         """What helps where its predictions are not finite; the end of a message."""
 
-    def logits(self, model: Any, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
 
     def bits_per_element(self, context: int) -> float:
@@ -205,7 +205,7 @@ def text_pass(
                 started = time.monotonic()
                 switch.to(contender.hooks)
                 try:
-                    scores[name].add(baseline, contender.logits(model, ids)[0])
+                    scores[name].add(baseline, contender.logits(ids)[0])
                 except NotFiniteError as error:
                     raise NotFiniteError(f"{name} gives {error}; {contender.remedy}") from error
                 scores[name].seconds += time.monotonic() - started

@@ -1,13 +1,13 @@
 """A model of lm-evaluation-harness whose keys and values are quantized by an artifact.
 
 Log likelihoods come from one forward pass with every key and value through the artifact's quantizers
-(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). An artifact with a
-window of recent exact tokens is scored through the packed cache too, a few tokens per step, since one pass would quantize
-what the window keeps exact. The harness pads a batch on the right where it scores and on the left where it generates.
-Neither changes the codes of a real token, but blocks of 32 count padding, so a batch decides which of the newest tokens
-are still exact while generating.
+(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). An artifact
+with a window of recent exact tokens is scored through the packed cache too, a few tokens per step, since one pass would
+quantize what the window keeps exact. The harness pads a batch on the right where it scores and on the left where it
+generates. Neither changes the codes of a real token, but blocks of 32 count padding, so in the packed cache a batch
+decides which of the newest tokens are still exact.
 
-Importing this module needs lm_eval, and registers the model under the name ``kvq``. The command ``kvq-lm-eval`` does so.
+Importing this module needs lm_eval, and registers the model under the name ``kvq``; ``kvq-lm-eval`` does it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: hub id, local folder or ``.gguf`` file, as for the other commands.
         artifact: the artifact's file.
-        device: "auto" or a torch device; what ``--device`` gives. The harness hands on ``cuda:0`` where nobody names one, so
-            without a GPU that means the CPU, as it does for ``--model hf``.
+        device: "auto" or a torch device; what ``--device`` gives. The harness hands on ``cuda:0`` where nobody names
+            one, so without a GPU that means the CPU, as it does for ``--model hf``.
         dtype, device_map, trust_remote_code: as in :func:`kvq_calib.model.load.load_model`.
         options: arguments of ``HFLM`` that do not concern loading, such as ``batch_size`` and ``max_length``.
 

@@ -38,7 +38,7 @@ def plain(value: float, _: object = None) -> str:
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Ticks at 1, 2 and 5 times powers of ten between two positive numbers; at the powers alone where those are many."""
+    """Ticks at 1, 2 and 5 times powers of ten between two numbers, or at the powers alone where those are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps in ((1, 2, 5), (1,)):
         found = [step * 10.0**power for power in range(first, last + 1) for step in steps]

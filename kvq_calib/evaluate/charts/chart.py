@@ -1,7 +1,7 @@
 """Charts: matplotlib figures that become files, or inline SVG that takes its colours from a page's style sheet.
 
-For a page a figure is drawn in colours that stand for names; :meth:`Chart.inline` puts ``var(--name)`` in their place, so
-one drawing serves a light and a dark page. Text stays text, set in the page's font. Needs matplotlib (the extra
+For a page a figure is drawn in colours that stand for names; :meth:`Chart.inline` puts ``var(--name)`` in their place,
+so one drawing serves a light and a dark page. Text stays text, set in the page's font. Needs matplotlib (the extra
 ``report``).
 """
 

@@ -22,8 +22,8 @@ def density(
 ) -> Chart:
     """Levels of a codebook over the distribution that they serve, on the normalised range.
 
-    The area is the weighted distribution, the thin line the unweighted one, both scaled to one height; peaks at the ends
-    of the range are cut off.
+    The area is the weighted distribution, the thin line the unweighted one, both scaled to one height; peaks at the
+    ends of the range are cut off.
 
     Args:
         title: for those who cannot see it.

@@ -138,7 +138,7 @@ def codebook_uses(
 
 
 def fit_weights(artifact: KVArtifact) -> str:
-    """How the artifact's levels were weighed in the fit: ``fisher``, ``uniform``, or ``unknown`` where it does not say."""
+    """How numbers were weighted in the fit: ``fisher``, ``uniform``, or ``unknown`` where the artifact does not say."""
     settings = artifact.calibration.get("settings")
     fit = settings.get("fit") if isinstance(settings, Mapping) else None
     weights = fit.get("weights") if isinstance(fit, Mapping) else None

@@ -34,8 +34,8 @@ class ReportText:
 
     Attributes:
         dataset: of the sensitivity and of the outliers.
-        calibration_dataset: of the distributions. Where it yields the windows that an artifact was calibrated on, the first
-            of those are used, else those of ``dataset``.
+        calibration_dataset: of the distributions. Where it yields the windows that an artifact was calibrated on, the
+            first of those are used, else those of ``dataset``.
         windows, seqlen, seed, text_field: of ``dataset``.
     """
 
@@ -55,7 +55,7 @@ class Measured:
         text: the windows of the sensitivity and of the outliers.
         fit_text: those of the distributions.
         calibrated_on: artifacts whose own calibration windows ``fit_text`` begins with.
-        sensitivity, outliers, codebooks: see :mod:`kvq_calib.evaluate.layers`.
+        sensitivity, outliers, codebooks: see the modules of these names.
     """
 
     text: TokenWindows

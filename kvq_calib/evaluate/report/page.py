@@ -1,8 +1,9 @@
 """One self-contained HTML page about some artifacts of one model: what they cost, where, why, and how to repeat it.
 
-What is measured for it is measured per layer, on a little text (:mod:`kvq_calib.evaluate.report.measure`); divergence and bits
-of whole artifacts come from the JSON files of ``kvq-eval perplexity`` and its like. The page loads nothing: style and
-charts stand in it. Everything that comes from outside is escaped, by Jinja or where charts become SVG.
+What is measured for it is measured per layer, on a little text (:mod:`kvq_calib.evaluate.report.measure`); divergence
+and bits of whole artifacts come from the JSON files of ``kvq-eval perplexity`` and ``kvq-eval compare``. The page loads
+nothing: style and charts stand in it. Everything that comes from outside is escaped, by Jinja or where charts become
+SVG.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def measure_sensitivity(
 ) -> dict[str, Sensitivity]:
     """Quantize one layer's keys or values at a time and compare the model's predictions.
 
-    Takes two forward passes per layer, artifact and window, and a few more. All are in prefill mode, so a window of recent
-    exact tokens is quantized too.
+    Takes two forward passes per layer, artifact and window, and a few more. All are in prefill mode, so a window of
+    recent exact tokens is quantized too.
 
     Args:
         model: the unquantized causal language model.

@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750): keys per channel, values per token, in small groups, with a window of recent exact tokens."""
+"""KIVI (arXiv 2402.02750): keys per channel, values per token, in small groups, with a recent exact window."""
 
 from __future__ import annotations
 

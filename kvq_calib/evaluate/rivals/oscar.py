@@ -43,8 +43,8 @@ class OscarStyle(QuantizerRival):
         published = (sinks, recent) == (64, 256)
         self.name = "oscar-2bit" if published else "oscar-2bit-lean"
         self.settings = (
-            "2 bits asymmetric per token and head after a rotation per layer, keys clipped to quantiles 0.96 and values "
-            f"to 0.92, float16 scale and zero point, {sinks} sink and {recent} recent exact tokens"
+            "2 bits asymmetric per token and head after a rotation per layer, keys clipped to quantiles 0.96 and "
+            f"values to 0.92, float16 scale and zero point, {sinks} sink and {recent} recent exact tokens"
             + ("" if published else " (fewer exact tokens than published)")
         )
         self._rotations: list[dict[Kind, Tensor]] = []
@@ -109,8 +109,8 @@ def attention_moments(query: Tensor, key: Tensor, value: Tensor) -> dict[Kind, T
         key, value: ``[B, H, T, D]``.
 
     Returns:
-        For keys the mean of ``q qᵀ``; for values the mean of ``w v vᵀ`` with ``w = kᵀ E[q qᵀ] k`` of the head, scaled to
-        a mean of 1. Both are averaged over key-value heads.
+        For keys the mean of ``q qᵀ``; for values the mean of ``w v vᵀ`` with ``w = kᵀ E[q qᵀ] k`` of the head, scaled
+        to a mean of 1. Both are averaged over key-value heads.
     """
     heads, width = key.shape[1], key.shape[-1]
     q = query.double().unflatten(1, (heads, -1)).permute(1, 0, 2, 3, 4).reshape(heads, -1, width)
@@ -122,10 +122,10 @@ def attention_moments(query: Tensor, key: Tensor, value: Tensor) -> dict[Kind, T
 
 
 def calibrated_rotation(moment: Tensor) -> Tensor:
-    """Orthogonal float32 ``[D, D]``: eigenvectors of ``moment``, a Hadamard matrix, bit-reversed order of the eigenvalues.
+    """Orthogonal float32 ``[D, D]``: eigenvectors of ``moment``, a Hadamard matrix, bit-reversed order of eigenvalues.
 
-    The Hadamard matrix spreads every eigenvector over all coordinates; the order matters only to groups smaller than the
-    head and is kept for likeness.
+    The Hadamard matrix spreads every eigenvector over all coordinates; the order matters only to groups smaller than
+    the head and is kept for likeness.
     """
     size = len(moment)
     values, vectors = torch.linalg.eigh(moment.cpu())

@@ -34,8 +34,8 @@ class TransformersCache(Rival):
         self.package = _PACKAGES[backend]
         self.source = f"transformers QuantizedCache, backend {backend}"
         self.settings = (
-            f"{bits} bits, groups of 64 channels of a token (axis {_AXES[backend]}), 16-bit scale and zero point, residual "
-            "of 128 exact tokens"
+            f"{bits} bits, groups of 64 channels of a token (axis {_AXES[backend]}), 16-bit scale and zero point, "
+            "residual of 128 exact tokens"
         )
 
     def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:

@@ -37,8 +37,8 @@ class TurboQuant(QuantizerRival):
     """vLLM's presets ``turboquant_4bit_nc`` and ``turboquant_3bit_nc``.
 
     A key is divided by its norm, rotated by a Hadamard matrix and rounded to a codebook for coordinates of
-    variance ``1 / D``; the rounded vector gets unit norm again (norm correction), is rotated back and scaled. Values are
-    uniform per token and head. The first and last two layers stay exact; ``kept_layers=0`` quantizes them too.
+    variance ``1 / D``; the rounded vector gets unit norm again (norm correction), is rotated back and scaled. Values
+    are uniform per token and head. The first and last two layers stay exact; ``kept_layers=0`` quantizes them too.
     """
 
     origin = "reference"

@@ -1,4 +1,4 @@
-"""``kvq-eval compare``: artifacts beside the caches that users have now."""
+"""``kvq-eval compare``: artifacts beside other ways to quantize a cache."""
 
 from __future__ import annotations
 

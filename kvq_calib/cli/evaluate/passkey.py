@@ -1,4 +1,4 @@
-"""``kvq-eval passkey``: a key hidden in a long text."""
+"""``kvq-eval passkey``: retrieval of a hidden number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvq-eval memory``: bytes of the packed cache at any context."""
+"""``kvq-eval memory``: bytes of the packed cache."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""``kvq-eval report``: one HTML page about artifacts."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from kvq_calib.cli.options import (
+    FilePath,
+    ModelOptions,
+    TextOptions,
+    artifact_options,
+    context_option,
+    debug_option,
+    load_artifacts,
+    model_options,
+    require_extra,
+    text_options,
+)
+
+__all__ = ["report_command"]
+
+
+@click.command("report")
+@model_options
+@artifact_options()
+@click.option(
+    "--results",
+    "result_files",
+    type=FilePath(),
+    multiple=True,
+    metavar="FILE",
+    help="JSON of kvq-eval perplexity (or compare) on these artifacts; may be given several times.",
+)
+@click.option(
+    "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The HTML file to write."
+)
+@text_options(seqlen=512, windows=1, help="Text of the charts by layer and by token.")
+@click.option(
+    "--calibration-dataset",
+    metavar="NAME|PATH",
+    help="Text the artifacts were calibrated on, for the distributions under their codebooks; --dataset by default.",
+)
+@context_option
+@debug_option
+def report_command(
+    model: ModelOptions,
+    artifacts: tuple[str, ...],
+    result_files: tuple[str, ...],
+    output: str,
+    text: TextOptions,
+    calibration_dataset: str | None,
+    context: int,
+) -> None:
+    """One HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
+    from kvq_calib.files import check_writable, write_atomically
+
+    require_extra("a report", "report", "jinja2", "matplotlib")
+    loaded_artifacts = load_artifacts(artifacts)
+    check_writable(output)
+    text.check()
+
+    from kvq_calib.evaluate.report.measure import ReportText, measure
+    from kvq_calib.evaluate.report.page import render
+    from kvq_calib.evaluate.report.results import read_results
+    from kvq_calib.evaluate.report.subjects import subjects
+    from kvq_calib.model.load import check_length
+    from kvq_calib.progress import ProgressReporter
+
+    results = read_results(result_files)
+    files = dict(zip(loaded_artifacts, artifacts, strict=True))
+    chosen = subjects(model.model, loaded_artifacts, files, results)
+    loaded = model.load_for(loaded_artifacts)
+    check_length(loaded.model, text.seqlen)
+    measured_on = ReportText(
+        text.dataset,
+        calibration_dataset or text.dataset,
+        text.windows or 1,
+        text.seqlen,
+        text.seed,
+        text.text_field,
+    )
+    with ProgressReporter() as progress:
+        measured = measure(loaded, loaded_artifacts, measured_on, progress)
+    command = ["kvq-eval", *(word for word in sys.argv[1:] if word != "--debug")]
+    page = render(loaded, model.model, chosen, results, measured, context=context, command=command)
+    write_atomically(output, page.encode())
+    click.echo(output)
