@@ -263,11 +263,19 @@ def rename_tensor(draw: Draw, parts: Parts) -> None:
 
 
 def add_tensor(draw: Draw, parts: Parts) -> None:
-    entry = dict(parts.header[draw.choice(parts.tensors)])
-    data = parts.body[slice(*entry["data_offsets"])]
-    entry["data_offsets"] = [len(parts.body), len(parts.body) + len(data)]
+    """One more: like another, or of a shape that none has."""
+    like = parts.header[draw.choice(parts.tensors)]
+    dtype, shape, data = draw.choice((
+        (like["dtype"], like["shape"], bytes(parts.body[slice(*like["data_offsets"])])),
+        ("F32", [], b"\0" * 4), ("F32", [0], b""), ("F16", [1, 0, 3], b""), ("BOOL", [1], b"\2"), ("F64", [1], b"\xff" * 8),
+    ))  # fmt: skip
+    name = draw.choice(parts.tensors) + draw.choice((".more", "2", " "))
+    parts.header[name] = {
+        "dtype": dtype,
+        "shape": shape,
+        "data_offsets": [len(parts.body), len(parts.body) + len(data)],
+    }
     parts.body += data
-    parts.header[draw.choice(parts.tensors) + draw.choice((".more", "2", " "))] = entry
 
 
 def change_values(draw: Draw, parts: Parts) -> None:
