@@ -23,6 +23,7 @@ from torch import Tensor
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.perplexity import measure
 from kvq_calib.evaluate.text_pass import Mode
+from kvq_calib.fit.density import lloyd
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
