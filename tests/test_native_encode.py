@@ -199,10 +199,10 @@ def test_the_quantizer_uses_it_and_gets_what_torch_gives(
         with variables(KVQ_CALIB_OPS=ops):
             normalised = quantizer.normalise(x)
             found.append((quantizer.quantize(x).codes, normalised.y, normalised.normalised))
-        used = "native_tables" in quantizer.__dict__
-        assert used == (ops == "native")
-        held = 5 + 2 * weighting + 3 * rotation if used else 0
-        assert len(quantizer.derived()) == held + (0 if not compensation else 1 + (compensation[1] > 0))
+            used = "native_tables" in quantizer.__dict__
+            assert used == (ops == "native")
+            held = 5 + 2 * weighting + 3 * rotation if used else 0
+            assert len(quantizer.derived()) == held + (0 if not compensation else 1 + (compensation[1] > 0))
     for mine, theirs in zip(*found, strict=True):
         assert torch.equal(mine, theirs)
 
