@@ -1,8 +1,9 @@
 """Safetensors files as damage or an attacker would leave them, for robustness.py.
 
-What the files hold is not known here: tensors are taken by their names in the header, and metadata as any JSON, so that a
-change of format needs no change of this. Only a digest is: where the metadata has one that is made as docs/format.md says,
-an attacker can make it too, and half of what changes the header is signed again, so that it reaches what checks values.
+What the files hold is not known here: tensors are taken by their names in the header, and metadata as any JSON, so that
+a change of format needs no change of this. Only a digest is: where the metadata has one that is made as docs/format.md
+says, an attacker can make it too, and half of what changes the header is signed again, so that it reaches what checks
+values.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ _RAW_TEXTS = (
     '"\\ud800"',
 )
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 7, 255, 256, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**300, 0.5, 1e-320, "", "x" * 100_000,
-    "../../etc/passwd", "\0", "key", [], [[]], {}, {"a": 1}, [None], list(range(10_000)), [[0] * 300] * 300,
+    None, True, False, 0, 1, -1, 7, 255, 256, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**300, 0.5, 1e-320, "",
+    "x" * 100_000, "../../etc/passwd", "\0", "key", [], [[]], {}, {"a": 1}, [None], list(range(10_000)),
+    [[0] * 300] * 300,
 )  # fmt: skip
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -204,9 +206,9 @@ def change_offsets(draw: Draw, parts: Parts) -> None:
     first, stop = entry["data_offsets"]
     size, end = stop - first, len(parts.body)
     entry["data_offsets"] = draw.choice((
-        [stop, first], [first, end], [0, size], [end - size, end], [first + 1, stop + 1], [first, stop - 1], [first, stop + 8],
-        [end, end + size], [-size, 0], [first, 2**63], [2**64 - size, 2**64], [first], [first, stop, stop], _hostile(draw),
-        [_hostile(draw), _hostile(draw)], [first, first],
+        [stop, first], [first, end], [0, size], [end - size, end], [first + 1, stop + 1], [first, stop - 1],
+        [first, stop + 8], [end, end + size], [-size, 0], [first, 2**63], [2**64 - size, 2**64], [first],
+        [first, stop, stop], _hostile(draw), [_hostile(draw), _hostile(draw)], [first, first],
     ))  # fmt: skip
 
 
@@ -217,8 +219,8 @@ def change_shape_or_dtype(draw: Draw, parts: Parts) -> None:
         entry["dtype"] = draw.choice((*_DTYPES, _hostile(draw)))
     else:
         entry["shape"] = draw.choice((
-            shape[::-1], [1, *shape], [*shape, 1], shape[1:], [0], [], [2**32, 2**32], [2**63], [-1], [-2, -2], [1.0], ["1"],
-            [0, 2**62], [1] * 1000, _hostile(draw), [_hostile(draw)],
+            shape[::-1], [1, *shape], [*shape, 1], shape[1:], [0], [], [2**32, 2**32], [2**63], [-1], [-2, -2],
+            [1.0], ["1"], [0, 2**62], [1] * 1000, _hostile(draw), [_hostile(draw)],
         ))  # fmt: skip
 
 
@@ -266,8 +268,8 @@ def add_tensor(draw: Draw, parts: Parts) -> None:
     """One more: like another, or of a shape that none has."""
     like = parts.header[draw.choice(parts.tensors)]
     dtype, shape, data = draw.choice((
-        (like["dtype"], like["shape"], bytes(parts.body[slice(*like["data_offsets"])])),
-        ("F32", [], b"\0" * 4), ("F32", [0], b""), ("F16", [1, 0, 3], b""), ("BOOL", [1], b"\2"), ("F64", [1], b"\xff" * 8),
+        (like["dtype"], like["shape"], bytes(parts.body[slice(*like["data_offsets"])])), ("F32", [], b"\0" * 4),
+        ("F32", [0], b""), ("F16", [1, 0, 3], b""), ("BOOL", [1], b"\2"), ("F64", [1], b"\xff" * 8),
     ))  # fmt: skip
     name = draw.choice(parts.tensors) + draw.choice((".more", "2", " "))
     parts.header[name] = {
@@ -342,8 +344,8 @@ def replace_metadata(draw: Draw, parts: Parts) -> None:
         "\0",
     )
     parts.header["__metadata__"] = draw.choice((
-        *({key: text} for text in (*texts, *_RAW_TEXTS, json.dumps({"format_version": 1e3}))), {}, {key + "x": text}, None, [text],
-        {key: text, "other": text}, {key: 5}, {key: None}, text,
+        *({key: text} for text in (*texts, *_RAW_TEXTS, json.dumps({"format_version": 1e3}))), {},
+        {key + "x": text}, None, [text], {key: text, "other": text}, {key: 5}, {key: None}, text,
     ))  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Pickles that try to run something, to fill the memory or to take forever, for robustness.py.
 
-Each is a good ``quantizers.pickle`` with an attack somewhere in it, or an attack alone. An attack that runs leaves a file, the
-marker, or calls something that robustness.py listens for.
+Each is a good ``quantizers.pickle`` with an attack somewhere in it, or an attack alone. An attack that runs leaves a
+file, the marker, or calls something that robustness.py listens for.
 """
 
 from __future__ import annotations
@@ -63,27 +63,34 @@ def _programs(marker: str) -> tuple[Call, ...]:
     """Calls that would leave the marker, or could lead to one that does."""
     code = f"open({marker!r}, 'w')"
     return (
-        ("os", "system", (f"touch {marker}",)), ("posix", "system", (f"touch {marker}",)), ("nt", "system", (code,)),
-        ("os", "popen", (f"touch {marker}",)), ("os", "mkdir", (marker,)), ("os", "remove", (marker,)),
-        ("builtins", "eval", (code,)), ("builtins", "exec", (code,)), ("__builtin__", "eval", (code,)),
-        ("builtins", "open", (marker, "w")), ("io", "open", (marker, "w")), ("_io", "FileIO", (marker, "w")),
-        ("builtins", "__import__", ("antigravity",)), ("builtins", "getattr", ("text", "upper")), ("builtins", "compile", (code, "", "exec")),
-        ("importlib", "import_module", ("this",)), ("runpy", "run_path", (marker,)), ("runpy", "run_module", ("this",)),
-        ("subprocess", "call", (["touch", marker],)), ("subprocess", "Popen", (["touch", marker],)),
-        ("subprocess", "check_output", (["touch", marker],)), ("pty", "spawn", (["touch", marker],)),
-        ("shutil", "copyfile", ("/etc/hostname", marker)), ("shutil", "rmtree", (marker,)), ("pathlib", "Path.touch", (marker,)),
-        ("timeit", "timeit", (code,)), ("cProfile", "run", (code,)), ("pdb", "run", (code,)), ("bdb", "Bdb", ()), ("code", "interact", ()),
-        ("operator", "attrgetter", ("x",)), ("functools", "partial", (print, 1)), ("types", "FunctionType", ()), ("marshal", "loads", (b"x",)),
-        ("pickle", "loads", (pickle.dumps(1),)), ("_pickle", "loads", (b".",)), ("ctypes", "CDLL", (marker,)), ("socket", "create_connection", ()),
-        ("urllib.request", "urlopen", ("file:///etc/hostname",)), ("webbrowser", "open", (marker,)), ("logging", "FileHandler", (marker,)),
-        ("numpy", "load", (marker,)), ("numpy", "save", (marker, [1])), ("numpy", "savetxt", (marker, [1])), ("numpy", "memmap", (marker,)),
-        ("numpy", "fromfile", ("/dev/zero",)), ("numpy", "ndarray.tofile", (marker,)), ("numpy.testing", "rundocs", (marker,)),
+        ("os", "system", (f"touch {marker}",)), ("posix", "system", (f"touch {marker}",)),
+        ("nt", "system", (code,)), ("os", "popen", (f"touch {marker}",)), ("os", "mkdir", (marker,)),
+        ("os", "remove", (marker,)), ("builtins", "eval", (code,)), ("builtins", "exec", (code,)),
+        ("__builtin__", "eval", (code,)), ("builtins", "open", (marker, "w")), ("io", "open", (marker, "w")),
+        ("_io", "FileIO", (marker, "w")), ("builtins", "__import__", ("antigravity",)),
+        ("builtins", "getattr", ("text", "upper")), ("builtins", "compile", (code, "", "exec")),
+        ("importlib", "import_module", ("this",)), ("runpy", "run_path", (marker,)),
+        ("runpy", "run_module", ("this",)), ("subprocess", "call", (["touch", marker],)),
+        ("subprocess", "Popen", (["touch", marker],)), ("subprocess", "check_output", (["touch", marker],)),
+        ("pty", "spawn", (["touch", marker],)), ("shutil", "copyfile", ("/etc/hostname", marker)),
+        ("shutil", "rmtree", (marker,)), ("pathlib", "Path.touch", (marker,)), ("timeit", "timeit", (code,)),
+        ("cProfile", "run", (code,)), ("pdb", "run", (code,)), ("bdb", "Bdb", ()), ("code", "interact", ()),
+        ("operator", "attrgetter", ("x",)), ("functools", "partial", (print, 1)), ("types", "FunctionType", ()),
+        ("marshal", "loads", (b"x",)), ("pickle", "loads", (pickle.dumps(1),)), ("_pickle", "loads", (b".",)),
+        ("ctypes", "CDLL", (marker,)), ("socket", "create_connection", ()),
+        ("urllib.request", "urlopen", ("file:///etc/hostname",)), ("webbrowser", "open", (marker,)),
+        ("logging", "FileHandler", (marker,)), ("numpy", "load", (marker,)), ("numpy", "save", (marker, [1])),
+        ("numpy", "savetxt", (marker, [1])), ("numpy", "memmap", (marker,)), ("numpy", "fromfile", ("/dev/zero",)),
+        ("numpy", "ndarray.tofile", (marker,)), ("numpy.testing", "rundocs", (marker,)),
         ("torch", "load", (marker,)), ("torch", "save", (1, marker)), ("torch.serialization", "load", (marker,)),
-        ("torch.hub", "load_state_dict_from_url", ("file:///x",)), ("torch.utils.cpp_extension", "load_inline", ("x",)),
-        ("torch.jit", "load", (marker,)), ("torch.package", "PackageImporter", (marker,)), ("torch.storage", "torch.load", (marker,)),
-        ("collections", "OrderedDict.__class__", ()), ("collections", "namedtuple", ("a", "b")), ("numpy", "dtype.__init__", ()),
-        ("torch._utils", "_rebuild_tensor_v2.__globals__", ()), ("numpy.core.multiarray", "scalar", ()), ("_codecs", "encode", ("x", "zip")),
-        ("_codecs", "lookup", ("x",)), ("copyreg", "_reconstructor", (object, object, None)), ("transformers", "AutoModel.from_pretrained", (marker,)),
+        ("torch.hub", "load_state_dict_from_url", ("file:///x",)),
+        ("torch.utils.cpp_extension", "load_inline", ("x",)), ("torch.jit", "load", (marker,)),
+        ("torch.package", "PackageImporter", (marker,)), ("torch.storage", "torch.load", (marker,)),
+        ("collections", "OrderedDict.__class__", ()), ("collections", "namedtuple", ("a", "b")),
+        ("numpy", "dtype.__init__", ()), ("torch._utils", "_rebuild_tensor_v2.__globals__", ()),
+        ("numpy.core.multiarray", "scalar", ()), ("_codecs", "encode", ("x", "zip")), ("_codecs", "lookup", ("x",)),
+        ("copyreg", "_reconstructor", (object, object, None)),
+        ("transformers", "AutoModel.from_pretrained", (marker,)),
     )  # fmt: skip
 
 
@@ -143,9 +150,10 @@ def _lies(draw: random.Random) -> bytes:
     huge = draw.choice((2**31 - 1, 2**40, 2**62)).to_bytes(8, "little")
     return draw.choice((
         b"\x8d" + huge + b"x", b"\x8e" + huge + b"x", b"\x96" + huge + b"x", b"\x95" + huge, b"X\xff\xff\xff\x7fx",
-        b"\x8b\xff\xff\xff\x7f1", b"\x8b\xff\xff\xff\xff1", b"L" + b"9" * 100_000 + b"L\n", b"I" + b"9" * 100_000 + b"\n",
-        b"j\xff\xff\xff\xff", b"r\xff\xff\xff\x7f", b"h\xf0", b"t", b"a", b"0" * 50, b"\x82\1", b"\x84\xff\xff\xff\x7f", b"Pname\n",
-        _ops("id") + b"Q", b"S'\\x'\n", b"V\\ud800\n", b"F1e999\n", b"\x98", b"\x97", b"\xff", b"\x80\x63", b".",
+        b"\x8b\xff\xff\xff\x7f1", b"\x8b\xff\xff\xff\xff1", b"L" + b"9" * 100_000 + b"L\n",
+        b"I" + b"9" * 100_000 + b"\n", b"j\xff\xff\xff\xff", b"r\xff\xff\xff\x7f", b"h\xf0", b"t", b"a", b"0" * 50,
+        b"\x82\1", b"\x84\xff\xff\xff\x7f", b"Pname\n", _ops("id") + b"Q", b"S'\\x'\n", b"V\\ud800\n", b"F1e999\n",
+        b"\x98", b"\x97", b"\xff", b"\x80\x63", b".",
     ))  # fmt: skip
 
 
@@ -184,8 +192,8 @@ def hostile_pickle(content: dict[str, Any], draw: random.Random, marker: str) ->
     program = draw.choice(_programs(marker))
     name, attack = draw.choice((
         ("program", _called(program, draw)), ("program", _called(program, draw)),
-        ("program inside a tensor", _inside_a_tensor(program, draw)), ("tensor", _tensor(draw)), ("array", _array(draw)),
-        ("nested", _nested(draw)), ("lying lengths", _lies(draw)),
+        ("program inside a tensor", _inside_a_tensor(program, draw)), ("tensor", _tensor(draw)),
+        ("array", _array(draw)), ("nested", _nested(draw)), ("lying lengths", _lies(draw)),
     ))  # fmt: skip
     good = pickle.dumps(content, protocol=2)[2:-1]
     known = _ops(draw.choice(list(content)))

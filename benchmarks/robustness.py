@@ -2,11 +2,11 @@
 
     python benchmarks/robustness.py [--artifacts 7000] [--caches 2500] [--checkpoints 500] [--pickles 1000] [--kills 50]
 
-Damaged and forged artifacts, saved caches and checkpoints of a calibration, and hostile pickles for ``import-kvquant``, of a
-tiny random model. Each must be refused with an error of the package or give what the good file gives. A file that was signed
-again by its forger may also be another valid one. Then ``kvq-calibrate``, ``kvq-eval --json`` and the saving of a cache are
-killed at random moments: what stands where a result was promised is whole, and ``--resume`` gives the bytes of a run that
-was not disturbed.
+Damaged and forged artifacts, saved caches and checkpoints of a calibration, and hostile pickles for
+``import-kvquant``, of a tiny random model. Each must be refused with an error of the package or give what the good file
+gives. A file that was signed again by its forger may also be another valid one. Then ``kvq-calibrate``,
+``kvq-eval --json`` and the saving of a cache are killed at random moments: what stands where a result was promised is
+whole, and ``--resume`` gives the bytes of a run that was not disturbed.
 
 ``--case artifacts:17`` repeats one case in this process and shows what it raises. Exit status 1 where anything failed.
 """

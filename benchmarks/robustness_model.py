@@ -1,4 +1,4 @@
-"""A tiny model with all that robustness.py needs of it, and the commands as it calls them: in a process of their own."""
+"""A tiny model with all that robustness.py needs of it, and the commands as it calls them, in their own processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ALLOCATION = {"context": 1_000_000, "corrections": 0}
 #: Tokens of the caches that are saved for every artifact.
 CACHE_TOKENS = (37, 300)
 _ROOT = Path(__file__).parent.parent
-#: Starts processes by fork from one that has imported everything, so that a run is killed at its work and not at imports.
+#: Processes are forked from one that has imported everything, so that a run is killed at its work and not at imports.
 _PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -234,6 +234,7 @@ def _calibrated(folder: Path) -> tuple[bytes, ...]:
 
 def load_model(place: Place) -> Any:
     """The model, ready for a cache."""
+    transformers.utils.logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(place.model, dtype=torch.float32).eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""A small part of benchmarks/robustness.py: hostile files are refused, and what is killed leaves nothing half written."""
+"""A small part of benchmarks/robustness.py: hostile files are refused, a killed run leaves nothing half written."""
 
 from __future__ import annotations
 
