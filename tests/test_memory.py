@@ -31,7 +31,7 @@ from kvq_calib.runtime import KVQCache
 from kvq_calib.runtime.storage import LayerStorage, SlotTable
 from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
-from kvq_calib.schema.recipe import read_recipe
+from kvq_calib.schema.recipe import calibration_config, read_recipe
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, ScalarSpec
 
 pytestmark = pytest.mark.model
@@ -191,11 +191,28 @@ def test_shape_report_is_the_formula_of_an_artifact_of_that_shape():
     ("name", "context"), [(name, context) for name, row in PAPER_GB.items() for context in row]
 )
 def test_the_papers_sizes_of_llama_7b(name, context):
-    specs = {name: KVCacheSpec.model_validate(read_recipe(name)["cache"])} if name != "fp16" else {}
-    rows = paper_comparison(specs, [context])
+    recipes = {name: calibration_config(name)} if name != "fp16" else {}
+    rows = paper_comparison(recipes, [context])
     (row,) = [row for row in rows if row["recipe"] == name]
     assert row["paper_gb"] == PAPER_GB[name][context]
     assert row["gb"] == pytest.approx(row["paper_gb"], abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("kvq4", 4.4), ("kvq3", 3.4), ("kvq2", 2.4)])
+def test_a_budget_is_what_a_shape_takes(name, bits):
+    config, shape = calibration_config(name), model_shape("llama-3-8b")
+    budget = config.allocation
+    report = shape_report(shape, config.cache, 4096, allocation=budget)
+    assert report.bits_per_element == pytest.approx(bits, abs=1e-9)
+    assert set(report.by_kind) == set(shape_report(shape, config.cache, 4096).by_kind)
+    # Beyond the budget's context the codes of a token take what they took, and the rest is spread over more tokens.
+    longer = shape_report(shape, config.cache, 8 * 4096, batch=2, allocation=budget)
+    assert longer.by_kind["codes"] == pytest.approx(16 * report.by_kind["codes"], rel=1e-3)
+    assert longer.bits_per_element < bits
+    one = per_gpu_report(shape, config.cache, 4096, gpus=8, allocation=budget)
+    assert one.by_kind["codes"] == pytest.approx(report.by_kind["codes"] / 8)
+    plain = longest_context(shape, config.cache)
+    assert longest_context(shape, config.cache, allocation=budget) > plain
 
 
 def test_longest_context_is_the_last_that_fits():

@@ -15,6 +15,7 @@ from kvq_calib.codec.registry import codec_of
 from kvq_calib.codec.size import CacheShape, TensorShape, cache_bytes
 from kvq_calib.evaluate.shapes import SHAPES, ModelShape, stages
 from kvq_calib.schema.geometry import LayerGeometry, cache_elements
+from kvq_calib.schema.recipe import AllocationConfig, CalibrationConfig
 from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec, QuantSpec
 
 __all__ = [
@@ -119,23 +120,52 @@ def _nominal(spec: QuantSpec, geometry: LayerGeometry, kind: Kind) -> TensorShap
     )
 
 
-def shape_report(shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1) -> MemoryReport:
+def shape_report(
+    shape: ModelShape,
+    spec: KVCacheSpec,
+    context: int,
+    batch: int = 1,
+    allocation: AllocationConfig | None = None,
+) -> MemoryReport:
     """What a recipe would need for a model, no artifact at hand.
 
-    Channels take the nominal width (with variable widths the true average is below it), outliers their nominal
-    share. Thresholds of calibration are fitted to other text, so what an artifact measures may differ a little.
+    Outliers take their nominal share. Thresholds of calibration are fitted to other text, so what an artifact measures
+    may differ a little. Channels take the width that the spec names; where a recipe has a budget, codes take what it
+    leaves them at its context.
     """
+    return _report(shape, spec, context, batch, _share_of_codes(shape, spec, allocation))
+
+
+def _share_of_codes(shape: ModelShape, spec: KVCacheSpec, allocation: AllocationConfig | None) -> float:
+    """What codes take under a budget, over what they would take if every channel had the largest width."""
+    if allocation is None or allocation.scope == "uniform":
+        return 1.0
+    widest = _report(shape, spec, allocation.context, 1, 1.0)
+    codes = widest.by_kind["codes"]
+    left = allocation.bits_per_element * widest.elements / 8 - (widest.total - codes)
+    return min(1.0, max(0.0, left / codes))
+
+
+def _report(
+    shape: ModelShape, spec: KVCacheSpec, context: int, batch: int, share_of_codes: float
+) -> MemoryReport:
     tensors = [
         _nominal(layer.of(kind), geometry, kind)
         for layer, geometry in zip(spec.resolved(len(shape.layers)), shape.layers, strict=True)
         for kind in KINDS
     ]
-    sizes = cache_bytes(tensors, CacheShape(context, batch, spec.sink_tokens, spec.recent_tokens))
+    sizes = dict(cache_bytes(tensors, CacheShape(context, batch, spec.sink_tokens, spec.recent_tokens)))
+    sizes["codes"] *= share_of_codes
     return MemoryReport(context, batch, sizes, cache_elements(shape.layers, context, batch))
 
 
 def per_gpu_report(
-    shape: ModelShape, spec: KVCacheSpec, context: int, batch: int = 1, gpus: int = 1
+    shape: ModelShape,
+    spec: KVCacheSpec,
+    context: int,
+    batch: int = 1,
+    gpus: int = 1,
+    allocation: AllocationConfig | None = None,
 ) -> MemoryReport:
     """The cache on the GPU that holds most of it; see :func:`shape_report` and
     :func:`~kvq_calib.evaluate.shapes.stages`.
@@ -143,15 +173,22 @@ def per_gpu_report(
     Overrides of single layers count as in the whole model.
     """
     _, parts = stages(shape, gpus)
+    share = _share_of_codes(shape, spec, allocation)
     resolved = iter(spec.resolved(len(shape.layers)))
     reports = []
     for part in parts:
         own = {number: next(resolved) for number in range(len(part.layers))}
-        reports.append(shape_report(part, spec.model_copy(update={"layers": own}), context, batch))
+        reports.append(_report(part, spec.model_copy(update={"layers": own}), context, batch, share))
     return max(reports, key=lambda report: report.total)
 
 
-def longest_context(shape: ModelShape, spec: KVCacheSpec, gpus: int = 1, gpu_bytes: int = 80 * GIB) -> int:
+def longest_context(
+    shape: ModelShape,
+    spec: KVCacheSpec,
+    gpus: int = 1,
+    gpu_bytes: int = 80 * GIB,
+    allocation: AllocationConfig | None = None,
+) -> int:
     """Most tokens, in whole pages, of one sequence that fit beside the 16-bit weights; 0 if none do.
 
     With several GPUs the one that holds most of the cache decides, weights divided evenly. Activations and work
@@ -160,7 +197,8 @@ def longest_context(shape: ModelShape, spec: KVCacheSpec, gpus: int = 1, gpu_byt
     room = gpu_bytes - shape.weight_bytes / gpus
 
     def fits(pages: int) -> bool:
-        return per_gpu_report(shape, spec, pages * PAGE_TOKENS, gpus=gpus).total <= room
+        report = per_gpu_report(shape, spec, pages * PAGE_TOKENS, gpus=gpus, allocation=allocation)
+        return report.total <= room
 
     if not fits(1):
         return 0
@@ -184,12 +222,12 @@ PAPER_GB: dict[str, dict[int, float]] = {
 
 
 def paper_comparison(
-    specs: Mapping[str, KVCacheSpec], contexts: Sequence[int] = (131_072, 1_048_576, 10_000_000)
+    recipes: Mapping[str, CalibrationConfig], contexts: Sequence[int] = (131_072, 1_048_576, 10_000_000)
 ) -> list[dict[str, object]]:
     """LLaMA-7B beside the paper: one row per recipe and context.
 
     Args:
-        specs: recipes by name; the names of :data:`PAPER_GB` find the paper's figures.
+        recipes: by name; the names of :data:`PAPER_GB` find the paper's figures.
         contexts: tokens.
 
     Returns:
@@ -199,12 +237,13 @@ def paper_comparison(
     """
     shape = SHAPES["llama-7b"]
     rows = []
-    for name in ("fp16", *specs):
+    for name in ("fp16", *recipes):
         for context in contexts:
             if name == "fp16":
                 size, bits = 2.0 * cache_elements(shape.layers, context), 16.0
             else:
-                report = shape_report(shape, specs[name], context)
+                recipe = recipes[name]
+                report = shape_report(shape, recipe.cache, context, allocation=recipe.allocation)
                 size, bits = report.total, report.bits_per_element
             with_weights = (size + shape.weight_bytes) / GIB
             row: dict[str, object] = {

@@ -100,13 +100,13 @@ def memory_table(
     gpus: int,
 ) -> Table:
     """One row per artifact or recipe and context; ``on_one`` are bytes on the fullest of ``gpus``."""
-    table = Table(title="key-value cache, everything counted (1 GB = 2^30 bytes)")
+    table = Table(title="key-value cache, everything counted (1 GB = 2^30 bytes, 1 MB = 2^20, 1 kB = 2^10)")
     table.add_column("cache")
-    for heading in ("context", "batch", "bits/element", "GB", "float16 GB", "smaller", "largest parts"):
+    for heading in ("context", "batch", "bits/element", "size", "in float16", "smaller", "largest parts"):
         table.add_column(heading, justify="left" if heading == "largest parts" else "right")
     if longest:
         if gpus > 1:
-            table.add_column("GB per GPU", justify="right")
+            table.add_column("per GPU", justify="right")
         table.add_column(f"longest on {gpus} x 80 GB", justify="right")
     for name, rows in reports.items():
         for number, report in enumerate(rows):
@@ -116,17 +116,25 @@ def memory_table(
                 f"{report.context:,}",
                 str(report.batch),
                 f"{report.bits_per_element:.3f}",
-                f"{report.total / 2**30:.3f}",
-                f"{report.fp16 / 2**30:.3f}",
+                _size(report.total),
+                _size(report.fp16),
                 f"{report.fp16 / report.total:.2f}x",
                 ", ".join(f"{kind.replace('_', ' ')} {size / report.total:.1%}" for kind, size in parts),
             ]
             if longest:
                 if gpus > 1:
-                    cells.append(f"{on_one[name][number] / 2**30:.3f}" if name in on_one else "")
+                    cells.append(_size(on_one[name][number]) if name in on_one else "")
                 cells.append(f"{longest[name]:,}" if name in longest else "")
             table.add_row(*cells)
     return table
+
+
+def _size(size: float) -> str:
+    """Bytes in the largest unit of which there is at least one, or in kB."""
+    unit, name = next(
+        ((2**power, name) for power, name in ((30, "GB"), (20, "MB")) if size >= 2**power), (2**10, "kB")
+    )
+    return f"{size / unit:.3f} {name}"
 
 
 def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:

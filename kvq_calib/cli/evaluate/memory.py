@@ -110,12 +110,13 @@ def memory_command(
     if alone.shape is not None:
         shape, gpus = model_shape(alone.shape), alone.gpus
         for recipe in alone.recipes:
-            spec = calibration_config(recipe).cache
+            config = calibration_config(recipe)
+            spec, budget = config.cache, config.allocation
             name = f"{shape.name} {recipe}"
-            reports[name] = [memory.shape_report(shape, spec, context, batch) for context in contexts]
-            longest[name] = memory.longest_context(shape, spec, gpus)
+            reports[name] = [memory.shape_report(shape, spec, context, batch, budget) for context in contexts]
+            longest[name] = memory.longest_context(shape, spec, gpus, allocation=budget)
             on_one[name] = [
-                memory.per_gpu_report(shape, spec, context, batch, gpus).total for context in contexts
+                memory.per_gpu_report(shape, spec, context, batch, gpus, budget).total for context in contexts
             ]
     if reports:
         print_table(memory_table(reports, longest, on_one, alone.gpus))
@@ -124,7 +125,7 @@ def memory_command(
         content["bytes_on_fullest_gpu"] = {"gpus": alone.gpus, **on_one}
     if alone.paper:
         names = dict.fromkeys((*alone.recipes, "nuq2"))
-        rows = memory.paper_comparison({recipe: calibration_config(recipe).cache for recipe in names})
+        rows = memory.paper_comparison({recipe: calibration_config(recipe) for recipe in names})
         print_table(paper_table(rows))
         content["paper"] = rows
     write_json(json_file, content)
