@@ -204,8 +204,14 @@ class TextOptions:
     windows: int | None
     seed: int
 
-    def check(self) -> None:
-        """Refuse a text that does not exist, before a model is loaded.
+    def field_of(self, dataset: str) -> str:
+        """``text_field``, but for a published data set, which has its own."""
+        from kvq_calib.data import DATA_SETS, DEFAULT_FIELD
+
+        return DEFAULT_FIELD if dataset in DATA_SETS else self.text_field
+
+    def check(self, calibration: str | None = None) -> None:
+        """Refuse a text that does not exist, before a model is loaded; that of the calibration too, where there is one.
 
         Raises:
             DataError: neither the name of a data set nor a path.
@@ -213,6 +219,8 @@ class TextOptions:
         from kvq_calib.data import check_dataset
 
         check_dataset(self.dataset, self.text_field)
+        if calibration is not None:
+            check_dataset(calibration, self.field_of(calibration))
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
         """Cut the text into windows.

@@ -139,9 +139,9 @@ def compare_command(
     chosen = make_rivals(beside.rivals)
     loaded_artifacts = load_artifacts(artifacts)
     files.check()
-    text.check()
+    text.check(beside.calibration)
 
-    from kvq_calib.data import DATA_SETS, DEFAULT_FIELD, load_windows
+    from kvq_calib.data import load_windows
     from kvq_calib.evaluate.compare import compare, runnable
     from kvq_calib.evaluate.contenders import forced_to_decode
     from kvq_calib.evaluate.tables import compare_table, print_table, run_facts
@@ -158,7 +158,7 @@ def compare_command(
             seqlen=text.seqlen,
             seed=text.seed,
             split="calibration",
-            text_field=DEFAULT_FIELD if beside.calibration in DATA_SETS else text.text_field,
+            text_field=text.field_of(beside.calibration),
         )
     with ProgressReporter() as progress:
         running, skipped = runnable(chosen, loaded.model, calibration is not None)

@@ -59,7 +59,7 @@ def report_command(
     require_extra("a report", "report", "jinja2", "matplotlib")
     loaded_artifacts = load_artifacts(artifacts)
     check_writable(output)
-    text.check()
+    text.check(calibration_dataset)
 
     from kvq_calib.evaluate.report.measure import ReportText, measure
     from kvq_calib.evaluate.report.page import render
