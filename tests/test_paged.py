@@ -108,8 +108,9 @@ def unit(words: np.ndarray, width: int, token: int) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_documented_layout_read_with_numpy_alone(kind):
-    packed, quantizer = stored("trellis-one-state", kind, count=32, batch=1)
+@pytest.mark.parametrize("name", ["trellis-one-state", "nuq4-1p"])
+def test_the_documented_layout_read_with_numpy_alone(name, kind):
+    packed, quantizer = stored(name, kind, count=32, batch=1)
     layout, codes = roomy(quantizer), codes_of(packed)
     page = layout.pack(codes)[0, 1].numpy().view(np.uint16)
     place = 0
@@ -117,6 +118,15 @@ def test_the_documented_layout_read_with_numpy_alone(kind):
         words, place = page[place : place + width], place + width
         got = [unit(words, width, token) if width else 0 for token in range(TOKENS)]
         assert got == codes.codes[0, TOKENS:, channel].tolist()
+    if name == "trellis-one-state":
+        assert codes.token_scale is None  # the codes are all there is
+        assert codes.outliers is None
+        return
+    if kind == "value":
+        pairs = page[place : place + 2 * TOKENS].view(np.float16).reshape(TOKENS, 2)
+        place += 2 * TOKENS
+        assert pairs[:, 0].tolist() == codes.token_scale[0, TOKENS:].tolist()
+        assert pairs[:, 1].tolist() == codes.token_zero_point[0, TOKENS:].tolist()
     starts = page[place : place + HEADS + 1]
     index = page[place + HEADS + 1 :][: layout.outlier_slots]
     residual = page[place + HEADS + 1 + layout.outlier_slots :][: layout.outlier_slots].view(np.float16)

@@ -9,8 +9,9 @@ import torch
 from artifact_factory import RECIPES, artifact_for
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.errors import ConfigError, RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
+from kvq_calib.native import loader
 from kvq_calib.runtime import KVQCache, ops
 from kvq_calib.runtime.cuda.ops import CudaOps
 from kvq_calib.runtime.torch_ops import TorchOps
@@ -96,6 +97,20 @@ def test_an_argument_wins_over_the_environment(toy, model, artifact, monkeypatch
     assert KVQCache(artifact, model, backend="auto").backend == "toy"
     monkeypatch.setenv("KVQ_CALIB_OPS", "")
     assert KVQCache(artifact, model).backend == "toy"
+
+
+def test_the_native_encoder_is_asked_for_without_a_backend_of_that_name(
+    toy, model, artifact, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("KVQ_CALIB_OPS", "native")
+    monkeypatch.setattr(ops, "library", lambda: None)
+    assert KVQCache(artifact, model).backend == "toy"
+    with pytest.raises(RuntimeMismatchError, match="unknown backend 'native'"):
+        KVQCache(artifact, model, backend="native")
+    monkeypatch.setattr(ops, "library", loader.library)
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    with pytest.raises(ConfigError, match="no native library is there"):
+        KVQCache(artifact, model)
 
 
 def test_a_name_from_the_environment_that_cannot_be_used_says_where_it_comes_from(

@@ -1,7 +1,7 @@
 """Finding, choosing and checking the library for this processor.
 
 ``KVQ_CALIB_OPS`` says what computes: ``torch`` leaves the libraries alone, ``native`` makes it an error that there is
-none; without it they are used where they are there. ``KVQ_CALIB_ISA`` names the instruction set, for tests.
+none. With any other backend of the cache, and without it, they are used where they are there. ``KVQ_CALIB_ISA`` names the instruction set, for tests.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from pathlib import Path
 
 from kvq_calib.errors import ConfigError
 
-__all__ = ["ABI", "FOLDER", "ISAS", "OPS", "KvqTrellis", "Library", "library", "library_of", "usable_isas"]
+__all__ = ["ABI", "FOLDER", "ISAS", "KvqTrellis", "Library", "library", "library_of", "usable_isas"]
 
 #: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
 ABI = 1
 #: Where the package's build puts the libraries.
 FOLDER = Path(__file__).parent.parent / "_native"
-#: What ``KVQ_CALIB_OPS`` may be.
-OPS = ("torch", "native", "cuda")
 #: Instruction sets by machine, the best first.
 _BY_MACHINE = {
     "x86_64": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
@@ -70,8 +68,6 @@ def library() -> Library | None:
         ConfigError: ``KVQ_CALIB_OPS`` or ``KVQ_CALIB_ISA`` asks for what is not there.
     """
     ops = os.environ.get("KVQ_CALIB_OPS", "")
-    if ops not in ("", *OPS):
-        raise ConfigError(f"KVQ_CALIB_OPS is {ops!r}; use one of {', '.join(OPS)}")
     if ops == "torch":
         return None
     found = _chosen(os.environ.get("KVQ_CALIB_ISA", ""), FOLDER)

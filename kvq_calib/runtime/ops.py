@@ -15,6 +15,7 @@ from torch import Tensor
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.rope import RopeTable
+from kvq_calib.native.loader import library
 from kvq_calib.runtime.cuda.ops import make_cuda_ops
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
@@ -27,6 +28,8 @@ __all__ = ["Backend", "LayerQuantizers", "Ops", "backends", "choose_ops", "regis
 #: Names a backend where no argument does.
 VARIABLE = "KVQ_CALIB_OPS"
 AUTO = "auto"
+#: Asks for the native encoder, which :mod:`kvq_calib.native` answers for; attention has no native operations.
+_NATIVE_ENCODER = "native"
 
 #: Of one layer, on the device of the model.
 LayerQuantizers = Mapping[Kind, Quantizer]
@@ -111,7 +114,10 @@ def choose_ops(
     Raises:
         RuntimeMismatchError: there is no such backend, or the one that is named cannot run.
     """
-    named = os.environ.get(VARIABLE) or AUTO if backend is None else backend
+    named = (os.environ.get(VARIABLE) or AUTO) if backend is None else backend
+    if backend is None and named == _NATIVE_ENCODER:
+        library()  # or a line on why there is none
+        named = AUTO
     if named != AUTO:
         return _named(named, quantizers, device, "" if backend is not None else f"{VARIABLE}: "), ""
     note = ""
