@@ -33,7 +33,7 @@ Transform = Callable[[LayerKV], tuple[Tensor, Tensor]]
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
 #: The recipe that the steps lead to.
-LEAN = "kvq3-lean"
+THREE_BITS = "kvq3-3bit"
 
 
 def variants() -> list[Variant]:
@@ -71,13 +71,13 @@ def variants() -> list[Variant]:
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
-        """kvq3-lean without what later steps switch on; after the last step, the recipe itself."""
+        """kvq3-3bit without what later steps switch on; after the last step, the recipe itself."""
         later = list(switches.values())[max(number - 3, 0) :]
         still_off = [
             setting for off in reversed(later) for setting in off
         ]  # the parts of a section before it
-        name, end = (f"step-{number}", "") if still_off else (LEAN, f" ({LEAN})")
-        return Variant(name, STEPS, text + end, (*more, *still_off), LEAN)
+        name, end = (f"step-{number}", "") if still_off else (THREE_BITS, f" ({THREE_BITS})")
+        return Variant(name, STEPS, text + end, (*more, *still_off), THREE_BITS)
 
     rows += [
         Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
@@ -85,7 +85,7 @@ def variants() -> list[Variant]:
         step(2, "and widths per channel, the same budget for every layer's keys and values", "allocation.scope=layer"),
         step(3, "and one budget for the model"),
         *(step(number, text) for number, text in enumerate(switches, start=4)),
-        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1",), LEAN),
+        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1",), THREE_BITS),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
     ]  # fmt: skip
     return rows
@@ -206,7 +206,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     lines = {
-        "kvq (this project)": ["kvq2", LEAN, "kvq3", "kvq4"],
+        "kvq (this project)": ["kvq2", THREE_BITS, "kvq3", "kvq4"],
         "KVQuant, 1% outliers": ["nuq2-1p", "nuq3-1p", "nuq4-1p"],
         "KIVI-style groups of 32": ["kivi-2", "kivi-3", "kivi-4"],
         "rotation + Lloyd-Max": ["rotation-2", "rotation-3", "rotation-4"],
@@ -249,7 +249,7 @@ def report(content: Mapping[str, Any]) -> list[str]:
     for switch, title in titles.items():
         table = [
             [
-                row["text"] if row["switch"] == switch else f"{LEAN}, where the steps lead",
+                row["text"] if row["switch"] == switch else f"{THREE_BITS}, where the steps lead",
                 f"{row['bits_per_element']:.3f}",
                 f"{row['kl_mean']:.5f}",
                 f"{row['kl_p99']:.3f}",
@@ -257,7 +257,7 @@ def report(content: Mapping[str, Any]) -> list[str]:
                 f"{row['top1_agreement']:.4f}",
             ]
             for row in content["rows"]
-            if row["switch"] == switch or (switch == OURS and row["name"] == LEAN)
+            if row["switch"] == switch or (switch == OURS and row["name"] == THREE_BITS)
         ]
         if table:
             head = ["", "bits/element", "KL", "KL p99", "perplexity", "top-1"]

@@ -158,14 +158,16 @@ def test_an_unknown_row_is_refused(
 def test_every_step_of_the_frontier_changes_the_one_before_and_the_last_is_the_recipe() -> None:
     import frontier
 
-    steps = [row for row in frontier.variants() if row.name.startswith("step-") or row.name == frontier.LEAN]
-    assert [row.name for row in steps] == [*(f"step-{number}" for number in range(14)), frontier.LEAN]
+    steps = [
+        row for row in frontier.variants() if row.name.startswith("step-") or row.name == frontier.THREE_BITS
+    ]
+    assert [row.name for row in steps] == [*(f"step-{number}" for number in range(14)), frontier.THREE_BITS]
     configs = [row.config() for row in steps]
     for before, after in pairwise(configs):
         assert before.model_dump(exclude={"description"}) != after.model_dump(exclude={"description"})
     for before, after in pairwise(steps[4:]):
         assert set(after.assignments) < set(before.assignments)
-    assert configs[-1] == calibration_config(frontier.LEAN)
+    assert configs[-1] == calibration_config(frontier.THREE_BITS)
 
 
 def test_the_frontier_measures_recipes_and_rivals(
@@ -547,7 +549,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("kvq4-kvq3-wikitext2-all", "smollm2-135m-wikitext2"),
         ("kvq2-wikitext2-all", "smollm2-135m-wikitext2"),
         ("compare-wikitext2", "smollm2-135m-wikitext2"),
-        ("kvq3-lean-wikitext2", "smollm2-135m-wikitext2"),
+        ("kvq3-3bit-wikitext2", "smollm2-135m-wikitext2"),
         ("kvq4-kvq3-nuq4-c4-all", "smollm2-135m-wikitext2"),
         ("kvq2-nuq3-c4-all", "smollm2-135m-wikitext2"),
         ("kvq4-kvq3-from-c4-wikitext2-all", "smollm2-135m-c4"),

@@ -350,6 +350,19 @@ def test_one_run_measures_both_kinds_against_one_baseline():
     assert by_name["fp8-head"] < by_name["turboquant-4bit-all"]
 
 
+def test_an_artifact_with_a_recent_window_is_compared_in_decode_mode():
+    model = tiny_model("llama")
+    artifacts = {
+        "recent": artifact_for(model, recipe(recent_tokens=64)),
+        "plain": artifact_for(model, recipe()),
+    }
+    found = compare(model, artifacts, make_rivals(["fp8-head"]), text(), EvalConfig(context=512))
+    recent, plain = found.artifacts
+    assert (recent.result.mode, plain.result.mode) == ("decode", "prefill")
+    assert recent.to_json()["mode"] == "decode"
+    assert recent.result.kl_mean < 1e-5 < plain.result.kl_mean  # the text is as long as the window
+
+
 def test_verdicts_name_winners_and_losers():
     model = tiny_model("llama")
     artifact = artifact_for(model, recipe(key={"bits": 8}, value={"bits": 8}))

@@ -393,7 +393,7 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
             assert use.counts != use.weights
 
 
-@pytest.mark.parametrize("recipe", ["trellis-one-state", "compensation", "post-rope-token"])
+@pytest.mark.parametrize("recipe", ["trellis-one-state", "compensation", "post-rope-token", "nuq3-exact"])
 def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     """Without any record of a calibration, too."""
     model = tiny_model("llama")
@@ -408,6 +408,8 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     assert_loads_nothing(text)
     assert "The artifact does not record how it was made." in text
     assert "another text than the artifact was calibrated on" in text
+    assert ("Here the newest 20 tokens are quantized too" in text) == (recipe == "nuq3-exact")
+    assert ("With error compensation" in text) == (recipe == "compensation")
     assert ("several codebooks" in text) == (recipe in ("trellis-one-state", "compensation"))
 
 

@@ -113,7 +113,6 @@ class _Job:
 
 
 @click.command("kvq-calibrate", context_settings=SETTINGS)
-@model_options
 @click.option(
     "-o",
     "--output",
@@ -139,6 +138,7 @@ class _Job:
     help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read "
     "from disk.",
 )
+@model_options
 @debug_option
 def calibrate_command(
     model: ModelOptions,

@@ -104,7 +104,6 @@ _compare_files = collected(
 
 
 @click.command("compare")
-@model_options
 @artifact_options()
 @_rival_options
 @text_options()
@@ -121,6 +120,7 @@ _compare_files = collected(
     help="Context at which bits are stated; by default the windows' length, which is what was measured.",
 )
 @_compare_files
+@model_options
 @debug_option
 def compare_command(
     model: ModelOptions,

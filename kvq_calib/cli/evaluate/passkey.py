@@ -61,10 +61,10 @@ _passkey_options = collected(
 
 
 @click.command("passkey")
-@model_options
 @artifact_options()
 @_passkey_options
 @json_option
+@model_options
 @debug_option
 def passkey_command(
     model: ModelOptions, artifacts: tuple[str, ...], texts: PasskeyOptions, json_file: str | None

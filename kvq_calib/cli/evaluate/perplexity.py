@@ -29,7 +29,6 @@ __all__ = ["perplexity_command"]
 
 
 @click.command("perplexity")
-@model_options
 @artifact_options()
 @text_options()
 @click.option(
@@ -48,6 +47,7 @@ __all__ = ["perplexity_command"]
 )
 @context_option
 @json_option
+@model_options
 @debug_option
 def perplexity_command(
     model: ModelOptions,

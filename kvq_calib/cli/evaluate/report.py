@@ -23,7 +23,6 @@ __all__ = ["report_command"]
 
 
 @click.command("report")
-@model_options
 @artifact_options()
 @click.option(
     "--results",
@@ -43,6 +42,7 @@ __all__ = ["report_command"]
     help="Text the artifacts were calibrated on, for the distributions under their codebooks; --dataset by default.",
 )
 @context_option
+@model_options
 @debug_option
 def report_command(
     model: ModelOptions,

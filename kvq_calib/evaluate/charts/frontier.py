@@ -55,7 +55,7 @@ def frontier(
     Args:
         points: artifacts are dots, others rings.
         labels: of the axes.
-        palette: see :class:`~kvq_calib.evaluate.chart.Chart`.
+        palette: see :class:`~kvq_calib.evaluate.charts.chart.Chart`.
         height, top: of the chart, and of the room above the plot.
     """
     low, high = span([point.kl for point in points], log=True, pad=0.14)

@@ -41,7 +41,7 @@ class OscarStyle(QuantizerRival):
     def __init__(self, sinks: int = 64, recent: int = 256) -> None:
         self.sinks, self.recent = sinks, recent
         published = (sinks, recent) == (64, 256)
-        self.name = "oscar-2bit" if published else "oscar-2bit-lean"
+        self.name = "oscar-2bit" if published else "oscar-2bit-4-sinks"
         self.settings = (
             "2 bits asymmetric per token and head after a rotation per layer, keys clipped to quantiles 0.96 and "
             f"values to 0.92, float16 scale and zero point, {sinks} sink and {recent} recent exact tokens"
