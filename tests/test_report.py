@@ -167,7 +167,11 @@ def test_the_page_shows_the_numbers_of_its_inputs(place, page):
     for context in (4096, 131072):
         smaller = 2 * artifact.elements(context) / sum(artifact.storage(context).values())
         assert f"{smaller:.2f}×" in memory
-    for expected in (artifact.calibration["data"]["sha256"], "thresholds for each channel", "first 2, last 0"):
+    for expected in (
+        artifact.calibration["data"]["sha256"],
+        "thresholds for each channel",
+        "first 2, last 0",
+    ):
         assert expected in section(text, "provenance")
     # two charts per artifact, each with a bar for keys and for values of both layers
     bar = r'<g class="bar"><title>[^<]*, keys:[^<]*</title><path [^>]*fill="var\(--key\)"'

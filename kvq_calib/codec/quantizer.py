@@ -301,7 +301,7 @@ class Quantizer(ABC):
             if largest > torch.finfo(self.storage).max:
                 return (
                     f"thresholds reach {largest:.3g}, more than {self.storage_dtype} holds; "
-                    "calibrate with storage_dtype: bfloat16"
+                    "calibrate with --set cache.storage_dtype=bfloat16"
                 )
         return None
 

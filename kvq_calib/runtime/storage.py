@@ -305,7 +305,7 @@ class LayerStorage:
         if not bool(x.isfinite().all()):
             raise RuntimeMismatchError(
                 f"keys or values are not finite in {str(x.dtype).removeprefix('torch.')}; "
-                "check the model's dtype, or calibrate with storage_dtype bfloat16"
+                "check the model's dtype, or calibrate with --set cache.storage_dtype=bfloat16"
             )
 
     def _store_sinks(self, keys: Tensor, values: Tensor, slots: Tensor, start: int) -> None:
