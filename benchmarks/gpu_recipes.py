@@ -11,7 +11,7 @@ from torch import Tensor
 from kvq_calib.codec.params import Params
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
-from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, Kind, OutlierSpec, QuantSpec, ScalarSpec, TrellisSpec
 

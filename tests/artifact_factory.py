@@ -18,7 +18,7 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.registry import codec_of
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
-from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvq_calib.codec.trellis import TrellisParams, TrellisQuantizer, pack_codebooks
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
 

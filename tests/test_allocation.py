@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from statistic_helpers import normal
 
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.codec.trellis import MAX_CODEBOOKS
+from kvq_calib.codec.trellis_params import MAX_CODEBOOKS
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.allocation import Curves, allocate, fit_curves, within_budget

@@ -25,7 +25,7 @@ from kvq_calib.artifact.errors import (
     ArtifactVersionError,
 )
 from kvq_calib.codec.scalar import ScalarParams
-from kvq_calib.codec.trellis import TrellisParams
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.errors import KVQError
 from kvq_calib.files import WriteError
 from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry, RopeSpec

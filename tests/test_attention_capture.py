@@ -316,10 +316,9 @@ def test_encoder_decoder_is_refused():
 def test_geometry_of_a_grouped_query_model_and_its_reuse():
     model = tiny_model("mistral")
     found = inspect_model(model)
-    assert found.geometry.layers[1] == LayerGeometry(
+    assert found.layers[1] == LayerGeometry(
         num_kv_heads=2, num_query_heads=4, head_dim=16, sliding_window=16, rope=0
     )
-    assert found.rope_problems == (None, None)
     calls = []
     with intercept_calls(model, lambda call: calls.append(call)):
         assert inspect_model(model) is found  # kept: no further pass

@@ -5,7 +5,8 @@ import torch
 from statistic_helpers import normal
 
 from kvq_calib.calibrate.codebooks import codebook_levels, level_curves, share_codebooks
-from kvq_calib.codec.trellis import TrellisQuantizer, codebook_table
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import codebook_table
 from kvq_calib.fit.density import weighted_error
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec

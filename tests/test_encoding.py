@@ -16,7 +16,8 @@ from kvq_calib.codec.error_compensation import (
 )
 from kvq_calib.codec.quantizer import Normalised
 from kvq_calib.codec.token_weighting import SIZE_CLASSES, size_classes, squared_size
-from kvq_calib.codec.trellis import TrellisParams, TrellisQuantizer, nearest_boundaries
+from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
 

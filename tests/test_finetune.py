@@ -8,7 +8,8 @@ from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.finetune import Trainable, learn
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.codec.params import LayerParams
-from kvq_calib.codec.trellis import TrellisParams, TrellisQuantizer, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.recipe import CalibrationConfig, LearnConfig

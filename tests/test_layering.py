@@ -28,24 +28,11 @@ def modules():
     }
 
 
-def for_types_only(tree):
-    """Imports that no running program makes."""
-    blocks = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-    ]
-    return {id(inner) for block in blocks for statement in block.body for inner in ast.walk(statement)}
-
-
 def imports(file, known):
-    """Modules of the package that a file names in any import, wherever it stands."""
+    """Modules of the package that a file names in any import, wherever it stands; those for types alone too."""
     found = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    skipped = for_types_only(tree)
     for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

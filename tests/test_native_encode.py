@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from native_factory import built_folder, compile_cpu, trellis_quantizer
 from torch import Tensor
 
-from kvq_calib.codec.native_encoding import trellis_tables
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.native import loader
 from kvq_calib.native.encode import Encoded, TrellisTables, encode_trellis
@@ -78,7 +77,7 @@ def by_torch(quantizer: TrellisQuantizer, y: Tensor, weight: Tensor | None) -> E
         if quantizer.compensation is not None:
             coded, codes = quantizer.compensate(y, weight)
             return Encoded(codes, coded)
-        tables = trellis_tables(quantizer)
+        tables = quantizer.native_tables
         return Encoded(quantizer.encode((y - tables.zero_point) * tables.inverse, weight), None)
 
 
@@ -88,7 +87,7 @@ def same(mine: Tensor | None, theirs: Tensor | None) -> bool:
 
 def check_equal(quantizer: TrellisQuantizer, y: Tensor, libraries: list[Library]) -> None:
     """All libraries, with weights given and weights found, against torch."""
-    tables, weight = trellis_tables(quantizer), quantizer.token_weights(y)
+    tables, weight = quantizer.native_tables, quantizer.token_weights(y)
     expected = by_torch(quantizer, y, weight)
     for library in libraries:
         found = [encode_trellis(library, tables, y, weight)]
@@ -209,7 +208,7 @@ def test_the_quantizer_uses_it_and_gets_what_torch_gives(
 
 def test_any_number_of_threads_gives_the_same(libraries: list[Library]) -> None:
     quantizer = trellis_quantizer(5, heads=3, size=12, compensation=(0, 1), weighting=True)
-    tables, y = trellis_tables(quantizer), tokens_of(quantizer, 3, 700, 5)
+    tables, y = quantizer.native_tables, tokens_of(quantizer, 3, 700, 5)
     for library in libraries:
         found = []
         for count in (1, 2, 3, 8):
@@ -225,7 +224,7 @@ def test_any_number_of_threads_gives_the_same(libraries: list[Library]) -> None:
 
 def test_threads_of_the_program_may_call_at_once(libraries: list[Library]) -> None:
     quantizer = trellis_quantizer(6, size=8, compensation=(0, 1))
-    tables, y = trellis_tables(quantizer), tokens_of(quantizer, 2, 500, 6)
+    tables, y = quantizer.native_tables, tokens_of(quantizer, 2, 500, 6)
     library = libraries[0]
     with threads(2):
         expected = encode_trellis(library, tables, y)
@@ -251,11 +250,10 @@ def test_a_forked_child_has_threads_of_its_own(folder: Path) -> None:
         "import os, sys, torch; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from native_factory import trellis_quantizer\n"
-        "from kvq_calib.codec.native_encoding import trellis_tables\n"
         "from kvq_calib.native.encode import encode_trellis\n"
         "from kvq_calib.native.loader import library_of, usable_isas\n"
         "folder = Path(sys.argv[2]); library = library_of(next(usable_isas(folder)), folder)\n"
-        "torch.set_num_threads(2); tables = trellis_tables(trellis_quantizer(0)); y = torch.randn(2, 400, 32)\n"
+        "torch.set_num_threads(2); tables = trellis_quantizer(0).native_tables; y = torch.randn(2, 400, 32)\n"
         "first = encode_trellis(library, tables, y).codes\n"
         "child = os.fork()\n"
         "same = torch.equal(encode_trellis(library, tables, y).codes, first)\n"
@@ -287,7 +285,7 @@ def test_what_is_no_number_is_left_to_torch(
 def test_numbers_of_any_size_give_what_torch_gives(libraries: list[Library], seed: int, tokens: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     quantizer = trellis_quantizer(seed, size=5, compensation=(0, 1))
-    tables = trellis_tables(quantizer)
+    tables = quantizer.native_tables
     shape = (1, tokens, quantizer.shape.channels)
     y = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-38, 38, shape, generator=generator)
     weight = 10.0 ** torch.randint(-45, 38, (1, tokens, 2), generator=generator)
@@ -307,12 +305,12 @@ def test_weights_that_are_none_are_left_to_torch(libraries: list[Library], bad: 
     y, weight = tokens_of(quantizer, 1, 40, 8), torch.ones(1, 40, 2)
     weight[0, 39, 1] = bad
     for library in libraries:
-        assert encode_trellis(library, trellis_tables(quantizer), y, weight) is None
+        assert encode_trellis(library, quantizer.native_tables, y, weight) is None
 
 
 def test_levels_beyond_what_it_knows_are_left_to_torch(libraries: list[Library]) -> None:
     quantizer = trellis_quantizer(9, bits=2)
-    tables, y = trellis_tables(quantizer), tokens_of(quantizer, 1, 40, 9)
+    tables, y = quantizer.native_tables, tokens_of(quantizer, 1, 40, 9)
     for levels in (tables.levels * 1e15, tables.levels.flip(1).contiguous(), tables.levels * torch.nan):
         assert encode_trellis(libraries[0], replace(tables, levels=levels), y) is None
 
@@ -334,7 +332,7 @@ def test_gradients_are_left_to_torch(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_no_tokens_have_no_codes(libraries: list[Library]) -> None:
     quantizer = trellis_quantizer(11, compensation=(0, 1))
     for shape in ((0, 5, 32), (2, 0, 32)):
-        found = encode_trellis(libraries[0], trellis_tables(quantizer), torch.empty(shape))
+        found = encode_trellis(libraries[0], quantizer.native_tables, torch.empty(shape))
         assert found is not None
         assert found.codes.shape == shape
 
@@ -375,7 +373,7 @@ def test_no_tokens_have_no_codes(libraries: list[Library]) -> None:
 )
 def test_tables_of_the_wrong_kind_are_refused(field: str, bad: object) -> None:
     quantizer = trellis_quantizer(12, max_bits=3, bits=3, compensation=(0, 1), weighting=True, rotation=True)
-    tables = trellis_tables(quantizer)
+    tables = quantizer.native_tables
     assert callable(bad)
     with pytest.raises(ValueError, match=f"{field}|states|shares|level|pair"):
         replace(tables, **{field: bad(getattr(tables, field))})
@@ -391,7 +389,7 @@ def test_tables_of_the_wrong_kind_are_refused(field: str, bad: object) -> None:
 def test_tensors_of_any_other_shape_are_refused(
     libraries: list[Library], shape: list[int], weight_shape: list[int], dtype: torch.dtype, by_size: bool
 ) -> None:
-    tables = trellis_tables(trellis_quantizer(13, size=3, weighting=True))
+    tables = trellis_quantizer(13, size=3, weighting=True).native_tables
     y, weight = torch.zeros(shape, dtype=dtype), torch.zeros(weight_shape)
     right = (len(shape) == 3 and shape[2] == 6) or (len(shape) == 4 and (shape[1], shape[3]) == (2, 3))
     right = right and dtype == torch.float32 and weight_shape == [shape[0], shape[-2], 2]

@@ -8,11 +8,10 @@ from artifact_factory import random_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.codec.trellis import (
+from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
+from kvq_calib.codec.trellis_params import (
     TrellisParams,
-    TrellisQuantizer,
     codebook_table,
-    nearest_boundaries,
     pack_codebooks,
     storable_levels,
     storable_thresholds,

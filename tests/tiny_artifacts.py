@@ -13,7 +13,7 @@ from torch import Tensor
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams
-from kvq_calib.codec.trellis import TrellisParams
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KVCacheSpec
 

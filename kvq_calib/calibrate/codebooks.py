@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS
 from kvq_calib.codec.paths import Subsets, best_path
-from kvq_calib.codec.trellis import TrellisParams, pack_codebooks, storable_levels, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_levels, storable_thresholds
 from kvq_calib.fit.allocation import Curves, PlaceLevels, fit_curves
 from kvq_calib.fit.density import evenly_weighted, lloyd, nearest, spread_levels
 from kvq_calib.schema.spec import TrellisSpec

@@ -26,13 +26,8 @@ from kvq_calib.calibrate.clock import Progress
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence, unquantized
 from kvq_calib.codec.params import LayerParams
-from kvq_calib.codec.trellis import (
-    TrellisParams,
-    TrellisQuantizer,
-    pack_codebooks,
-    storable_levels,
-    storable_thresholds,
-)
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_levels, storable_thresholds
 from kvq_calib.model.backward import activations_only, recomputed_layers
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.recipe import LearnConfig

@@ -19,7 +19,7 @@ from kvq_calib.calibrate.error_compensation import (
 from kvq_calib.calibrate.fitter import layer_params
 from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.codec.params import LayerParams
-from kvq_calib.codec.trellis import TrellisParams, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams, storable_thresholds
 from kvq_calib.fit.allocation import Curves, allocate, within_budget
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.geometry import KVGeometry, RopeSpec

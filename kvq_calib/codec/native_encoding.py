@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from kvq_calib.codec.error_compensation import Compensation
+from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.encode import TrellisTables
-
-if TYPE_CHECKING:
-    from kvq_calib.codec.trellis import TrellisQuantizer
 
 __all__ = ["trellis_tables"]
 
 
 @torch.no_grad()
-def trellis_tables(quantizer: TrellisQuantizer) -> TrellisTables:
-    """The tables; the quantizer's numbers must be on the CPU, and must not be changed in place from now on."""
-    params, compensation = quantizer.params, quantizer.compensation
+def trellis_tables(
+    quantizer: Quantizer, params: TrellisParams, states: int, compensation: Compensation | None
+) -> TrellisTables:
+    """The tables; the numbers must be on the CPU, and must not be changed in place from now on.
+
+    Args:
+        quantizer: of the trellis codec.
+        params, compensation: its own.
+        states: of the trellis.
+    """
     shares = None if compensation is None else compensation.shares.contiguous()
     refinement = None if compensation is None else compensation.refinement_shares
     weight, unit = params.token_weight, params.token_size_unit
@@ -37,7 +42,7 @@ def trellis_tables(quantizer: TrellisQuantizer) -> TrellisTables:
     return TrellisTables(
         heads=quantizer.shape.heads,
         size=quantizer.shape.head_dim,
-        states=quantizer.spec.states,
+        states=states,
         level_count=torch.tensor(counts, dtype=torch.int32),
         levels=quantizer.levels.contiguous(),
         scale=quantizer.scale.contiguous(),
