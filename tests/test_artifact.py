@@ -1,5 +1,6 @@
 """The artifact: the same bytes for the same content, golden bytes, and a named refusal for every damage."""
 
+import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -342,6 +343,52 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 2000)
     with pytest.raises(ArtifactFileError, match="too large to be an artifact"):
         KVArtifact.load(golden_file("scalar"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shown"),
+    [
+        (torch.tensor(1.0), r"float32 \[\]"),
+        (torch.tensor(True), r"bool \[\]"),
+        (torch.zeros(0, 3), r"float32 \[0, 3\]"),
+        (torch.zeros(1, 8), r"float32 \[1, 8\]"),
+    ],
+)
+def test_a_tensor_of_any_shape_has_a_digest_and_is_named(tensor, shown):
+    name = "layers.0.key.scale"
+    refused(
+        ArtifactTensorError,
+        f"{name} is {shown}, not",
+        tiny_trellis(),
+        change_tensors=lambda t: t.update({name: tensor}),
+    )
+    unknown = ArtifactTensorError, "tensor more is unknown", tiny_trellis()
+    refused(*unknown, change_tensors=lambda t: t.update({"more": tensor}))
+
+
+def test_the_digest_is_that_of_the_page_on_the_format():
+    metadata = {"b": [1, 0.5], "a": "\u00e9"}
+    tensors = {
+        "x": torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T,
+        "f": torch.tensor(1.5),
+        "none": torch.zeros(0, 2),
+    }
+    text = '{"a":"\\u00e9","b":[1,0.5]}'
+    text += "\nf torch.float32 []\n\0\0\xc0\x3f\nnone torch.float32 [0, 2]\n\nx torch.uint8 [2, 2]\n\1\3\2\4"
+    want = hashlib.sha256(text.encode("latin1")).hexdigest()
+    assert sealed.digest(metadata, tensors) == want
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = sealed.seal("any", metadata, plain)
+    found, again = sealed.unseal(data, "any")
+    assert found == metadata
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    with pytest.raises(sealed.SealError, match="no entry 'other'") as caught:
+        sealed.unseal(data, "other")
+    assert caught.value.fault == "kind"
+    with pytest.raises(sealed.SealError, match="does not match its digest") as caught:
+        sealed.unseal(data.replace(b"\0\0\xc0\x3f", b"\0\0\xc1\x3f"), "any")
+    assert caught.value.fault == "digest"
 
 
 def test_hostile_headers_are_refused():
