@@ -255,9 +255,8 @@ def _check_version(metadata: Mapping[str, Any], name: str) -> None:
         )
 
 
-#: What is wrong with a sealed file, as an error of artifacts.
+#: What is wrong with the content of a sealed file, as an error of artifacts.
 _FAULTS: Mapping[str, tuple[type[ArtifactError], str]] = {
-    "missing": (ArtifactFileError, "cannot read {name}: {problem}"),
     "file": (ArtifactFileError, "{name} is not a readable safetensors file: {problem}"),
     "kind": (ArtifactMetadataError, "{name} is a safetensors file, but not an artifact of kvq-calib"),
     "metadata": (ArtifactMetadataError, "{name}: {problem}"),
