@@ -12,9 +12,10 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.sealed import read_sealed, seal
 from kvq_calib.calibrate import checkpoint as checkpoints
 from kvq_calib.calibrate import run as run_module
+from kvq_calib.calibrate.distribution import WeightedHistogram
 from kvq_calib.calibrate.plan import magnitude_keys
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.calibrate.statistics import Magnitude
+from kvq_calib.calibrate.statistics import ChannelHistogram, Magnitude
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.model.capture import intercept
@@ -350,6 +351,12 @@ def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
             lambda m, t: t.update({"0/largest": torch.tensor([2])}),
             r"is torch.int64 \[1\], not torch.float32 \[1\]",
         ),
+        (
+            lambda m, t: t["0/largest"].fill_(-1),
+            "tensor '0/largest', or one beside it, has values of no text",
+        ),
+        (lambda m, t: t["0/largest"].fill_(torch.inf), "values of no text"),
+        (lambda m, t: t["0/largest"].fill_(torch.nan), "values of no text"),
         (lambda m, t: m.update(identity=["this run"]), "other settings, data, model or version"),
         (lambda m, t: m.pop("identity"), "other settings, data, model or version"),
     ],
@@ -369,6 +376,28 @@ def test_a_checkpoint_whose_header_is_no_json_object_is_refused(checkpoint, tmp_
     (tmp_path / "run.checkpoint").write_bytes(safetensors.torch.save({}, {"kvq_checkpoint": text}))
     with pytest.raises(CalibrationError, match=r"is not a checkpoint of this run .its metadata is not"):
         checkpoint.load(PLACE)
+
+
+def test_what_no_text_could_have_given_is_told_apart():
+    def changed(statistics, name, place, value):
+        state = {part: tensor.clone() for part, tensor in statistics.state().items()}
+        state[name][place] = value
+        return type(statistics)(3).is_possible(state)
+
+    y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    channels = ChannelHistogram(3)
+    assert channels.is_possible(channels.state())  # nothing seen yet: bounds are infinite
+    channels.update(y)
+    assert ChannelHistogram(3).is_possible(channels.state())
+    assert changed(channels, "low", 1, -(2.0**120))
+    for name, value in (("counts", -1), ("low", torch.nan), ("low", -torch.inf), ("high", torch.inf)):
+        assert not changed(channels, name, 1, value), (name, value)
+    weighted = WeightedHistogram(3)
+    weighted.update(y, y.square(), y.mean(0), y.std(0))
+    assert WeightedHistogram(3).is_possible(weighted.state())
+    for place, value in (((0, 0, 0), -1.0), ((2, 1, 0), -1.0), ((3, 1, 0), 1e-9), ((1, 2, 250), 1e99)):
+        assert not changed(weighted, "sums", place, value), place
+    assert not changed(weighted, "count", 0, torch.nan)
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):

@@ -119,6 +119,10 @@ class Checkpoint:
                     f"{list(like.shape)}"
                 )
             found[name] = tensor
+        if not empty.is_possible(found):
+            raise self._problem(
+                f"tensor {_name(position, min(found))!r}, or one beside it, has values of no text"
+            )
         return found
 
     def save(self, state: RunState, at_once: bool = False) -> None:
