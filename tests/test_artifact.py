@@ -1,5 +1,6 @@
 """The artifact: the same bytes for the same content, golden bytes, and a named refusal for every damage."""
 
+import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_artifacts import GEOMETRY, SCALAR, TINY, TRELLIS, golden_file, tiny_scalar, tiny_trellis
 
 from kvq_calib.artifact import artifact as module
+from kvq_calib.artifact import sealed
 from kvq_calib.artifact.artifact import FORMAT_VERSION, KVArtifact
 from kvq_calib.artifact.errors import (
     ArtifactDigestError,
@@ -43,14 +45,13 @@ def same(a: KVArtifact, b: KVArtifact) -> bool:
 
 def repacked(artifact, change_metadata=None, change_tensors=None, rehash=True) -> bytes:
     """The artifact's file with something changed, and the digest made right again."""
-    metadata, tensors = module._parse(artifact.to_bytes(), "tiny")
+    metadata, tensors = sealed.unseal(artifact.to_bytes(), "kvq")
+    stated = sealed.digest(metadata, tensors)
     if change_metadata:
         change_metadata(metadata)
     if change_tensors:
         change_tensors(tensors)
-    if rehash:
-        metadata.pop("digest", None)
-        metadata["digest"] = module._digest(metadata, tensors)
+    metadata["digest"] = sealed.digest(metadata, tensors) if rehash else stated
     return safetensors.torch.save(tensors, {"kvq": json.dumps(metadata)})
 
 
@@ -108,7 +109,7 @@ def test_the_page_on_the_format_names_every_key_and_tensor():
     )
     names = {name for model in declared for name in model.model_fields}
     names |= {field.name for params in (ScalarParams, TrellisParams) for field in fields(params)}
-    names |= module._parse(tiny_scalar().to_bytes(), "tiny")[0].keys()
+    names |= sealed.unseal(tiny_scalar().to_bytes(), "kvq").metadata.keys() | {"digest"}
     assert not [name for name in sorted(names) if f"`{name}`" not in text]
 
 
@@ -344,6 +345,52 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
         KVArtifact.load(golden_file("scalar"))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "shown"),
+    [
+        (torch.tensor(1.0), r"float32 \[\]"),
+        (torch.tensor(True), r"bool \[\]"),
+        (torch.zeros(0, 3), r"float32 \[0, 3\]"),
+        (torch.zeros(1, 8), r"float32 \[1, 8\]"),
+    ],
+)
+def test_a_tensor_of_any_shape_has_a_digest_and_is_named(tensor, shown):
+    name = "layers.0.key.scale"
+    refused(
+        ArtifactTensorError,
+        f"{name} is {shown}, not",
+        tiny_trellis(),
+        change_tensors=lambda t: t.update({name: tensor}),
+    )
+    unknown = ArtifactTensorError, "tensor more is unknown", tiny_trellis()
+    refused(*unknown, change_tensors=lambda t: t.update({"more": tensor}))
+
+
+def test_the_digest_is_that_of_the_page_on_the_format():
+    metadata = {"b": [1, 0.5], "a": "\u00e9"}
+    tensors = {
+        "x": torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T,
+        "f": torch.tensor(1.5),
+        "none": torch.zeros(0, 2),
+    }
+    text = '{"a":"\\u00e9","b":[1,0.5]}'
+    text += "\nf torch.float32 []\n\0\0\xc0\x3f\nnone torch.float32 [0, 2]\n\nx torch.uint8 [2, 2]\n\1\3\2\4"
+    want = hashlib.sha256(text.encode("latin1")).hexdigest()
+    assert sealed.digest(metadata, tensors) == want
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = sealed.seal("any", metadata, plain)
+    found, again = sealed.unseal(data, "any")
+    assert found == metadata
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    with pytest.raises(sealed.SealError, match="no entry 'other'") as caught:
+        sealed.unseal(data, "other")
+    assert caught.value.fault == "kind"
+    with pytest.raises(sealed.SealError, match="does not match its digest") as caught:
+        sealed.unseal(data.replace(b"\0\0\xc0\x3f", b"\0\0\xc1\x3f"), "any")
+    assert caught.value.fault == "digest"
+
+
 def test_hostile_headers_are_refused():
     def header(entries):
         text = json.dumps(entries).encode()
@@ -412,9 +459,9 @@ def test_what_is_held_is_what_the_file_has():
     assert scalar[1].value.held_bytes == 2 * 4 + 2 * 12 * 4
     assert trellis[0].key.held_bytes == 8 + 8 + 29 * 2 + 2 * 8 * 2 + 4 * 2
     assert trellis[0].key.to("cpu").held_bytes == trellis[0].key.held_bytes
-    for name, spec in RECIPES.items():
+    for spec in RECIPES.values():
         artifact = random_artifact(GEOMETRY, spec, codebooks=3)
-        _, tensors = module._parse(artifact.to_bytes(), name)
+        _, tensors = sealed.unseal(artifact.to_bytes(), "kvq")
         for number, layer in enumerate(artifact.layers):
             for kind in KINDS:
                 own = [t for key, t in tensors.items() if key.startswith(f"layers.{number}.{kind}.")]

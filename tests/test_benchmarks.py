@@ -535,6 +535,7 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 )
 def test_artifacts_are_what_their_names_say(file: Path) -> None:
     artifact = KVArtifact.load(file)
+    assert artifact.to_bytes() == file.read_bytes()
     recipe = file.name.removesuffix(".kvq.safetensors")
     assert artifact.calibration["recipe"] == recipe
     budget = calibration_config(recipe).allocation

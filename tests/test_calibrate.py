@@ -1,19 +1,26 @@
 """Calibration end to end on tiny models: determinism, resuming, sharing, and every switch of the method."""
 
+import json
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 from models_zoo import FAMILIES, tiny_model, token_ids
 
 from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.sealed import read_sealed, seal
 from kvq_calib.calibrate import checkpoint as checkpoints
 from kvq_calib.calibrate import run as run_module
+from kvq_calib.calibrate.distribution import WeightedHistogram
+from kvq_calib.calibrate.plan import magnitude_keys
 from kvq_calib.calibrate.run import calibrate
+from kvq_calib.calibrate.statistics import ChannelHistogram, Magnitude
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.model.capture import intercept
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
 from kvq_calib.schema.spec import QuantSpec
 
@@ -286,6 +293,130 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path, monkeypatch):
     checkpoint.write_bytes(b"nonsense")
     with pytest.raises(CalibrationError, match="not a checkpoint"):
         run(model, config(), checkpoint=checkpoint, resume=True)
+
+
+SHAPE = LayerGeometry(num_query_heads=2, num_kv_heads=1, head_dim=4)
+PLACE = KVGeometry(layers=(SHAPE,))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint that holds the magnitudes of keys, and not those of values."""
+    kept = checkpoints.Checkpoint(tmp_path / "run.checkpoint", "this run", magnitude_keys(1, 3))
+    state = checkpoints.RunState(done={"thresholds": 2})
+    magnitude = Magnitude()
+    magnitude.update(torch.tensor([1.0, -2.5]))
+    state.statistics.put(magnitude_keys(1, 3)[0], magnitude)
+    kept.save(state, at_once=True)
+    return kept
+
+
+def rewritten(tmp_path, change):
+    """Apply ``change(metadata, tensors)`` to the checkpoint and make its digest right again."""
+    file = tmp_path / "run.checkpoint"
+    metadata, tensors = read_sealed(file, "kvq_checkpoint")
+    change(metadata, tensors)
+    file.write_bytes(seal("kvq_checkpoint", metadata, tensors))
+
+
+def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
+    state = checkpoint.load(PLACE)
+    assert state.done == {"thresholds": 2}
+    ((key, magnitude),) = state.statistics.items()
+    assert key == magnitude_keys(1, 3)[0]
+    assert magnitude.largest.tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m, t: m.update(done=None), "'done' does not hold"),
+        (lambda m, t: m.update(done=[["thresholds", 1]]), "'done' does not hold"),
+        (lambda m, t: m["done"].update(thresholds="2"), "'done' does not hold"),
+        (lambda m, t: m["done"].update(thresholds=-1), "'done' does not hold"),
+        (lambda m, t: m["done"].update(thresholds=True), "'done' does not hold"),
+        (lambda m, t: m.pop("positions"), "'positions' does not name"),
+        (lambda m, t: m.update(positions={"0": 0}), "'positions' does not name"),
+        (lambda m, t: m.update(positions=[2]), "'positions' does not name"),
+        (lambda m, t: m.update(positions=[-1]), "'positions' does not name"),
+        (lambda m, t: m.update(positions=[[0]]), "'positions' does not name"),
+        (lambda m, t: m.update(positions=[0, 0]), "names statistics twice"),
+        (lambda m, t: m.update(positions=[]), "tensor '0/largest' is unknown"),
+        (lambda m, t: m.update(positions=[0, 1]), "tensor '1/largest' is missing"),
+        (
+            lambda m, t: t.update({"0/largest": torch.tensor(2.5)}),
+            r"is torch.float32 \[\], not torch.float32 \[1\]",
+        ),
+        (
+            lambda m, t: t.update({"0/largest": torch.tensor([2])}),
+            r"is torch.int64 \[1\], not torch.float32 \[1\]",
+        ),
+        (
+            lambda m, t: t["0/largest"].fill_(-1),
+            "tensor '0/largest', or one beside it, has values of no text",
+        ),
+        (lambda m, t: t["0/largest"].fill_(torch.inf), "values of no text"),
+        (lambda m, t: t["0/largest"].fill_(torch.nan), "values of no text"),
+        (lambda m, t: m.update(identity=["this run"]), "other settings, data, model or version"),
+        (lambda m, t: m.pop("identity"), "other settings, data, model or version"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_named(checkpoint, tmp_path, change, match):
+    rewritten(tmp_path, change)
+    with pytest.raises(CalibrationError, match=match) as caught:
+        checkpoint.load(PLACE)
+    assert "remove it, or run without --resume" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '"x"', "{", "[" * 100_000, '{"identity": NaN}', '{"a":' * 5000]
+)
+def test_a_checkpoint_whose_header_is_no_json_object_is_refused(checkpoint, tmp_path, text):
+    (tmp_path / "run.checkpoint").write_bytes(safetensors.torch.save({}, {"kvq_checkpoint": text}))
+    with pytest.raises(CalibrationError, match=r"is not a checkpoint of this run .its metadata is not"):
+        checkpoint.load(PLACE)
+
+
+def test_what_no_text_could_have_given_is_told_apart():
+    def changed(statistics, name, place, value):
+        state = {part: tensor.clone() for part, tensor in statistics.state().items()}
+        state[name][place] = value
+        return type(statistics)(3).is_possible(state)
+
+    y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    channels = ChannelHistogram(3)
+    assert channels.is_possible(channels.state())  # nothing seen yet: bounds are infinite
+    channels.update(y)
+    assert ChannelHistogram(3).is_possible(channels.state())
+    assert changed(channels, "low", 1, -(2.0**120))
+    for name, value in (("counts", -1), ("low", torch.nan), ("low", -torch.inf), ("high", torch.inf)):
+        assert not changed(channels, name, 1, value), (name, value)
+    weighted = WeightedHistogram(3)
+    weighted.update(y, y.square(), y.mean(0), y.std(0))
+    assert WeightedHistogram(3).is_possible(weighted.state())
+    for place, value in (((0, 0, 0), -1.0), ((2, 1, 0), -1.0), ((3, 1, 0), 1e-9), ((1, 2, 250), 1e99)):
+        assert not changed(weighted, "sums", place, value), place
+    assert not changed(weighted, "count", 0, torch.nan)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+    file = tmp_path / "run.checkpoint"
+    data = file.read_bytes()
+    for place in range(len(data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            state = checkpoint.load(PLACE)
+        except CalibrationError:
+            continue
+        assert data[place] in b' "'  # white space of the header, say
+        assert state.done == {"thresholds": 2}
+    tensors = safetensors.torch.load(data)
+    tensors["0/largest"] += 1
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    file.write_bytes(safetensors.torch.save(tensors, header))
+    with pytest.raises(CalibrationError, match="is damaged: its content does not match its digest"):
+        checkpoint.load(PLACE)
 
 
 def test_states_that_take_long_to_write_are_written_less_often(model, tmp_path, monkeypatch):

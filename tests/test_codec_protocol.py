@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_codec import ToyQuantizer, ToySpec, registered
 
-from kvq_calib.artifact import artifact as files
+from kvq_calib.artifact import sealed as files
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.errors import ArtifactMetadataError, ArtifactTensorError, ArtifactValueError
 from kvq_calib.artifact.export_fp8 import amax_of, losses
@@ -121,7 +121,7 @@ def test_an_artifact_holds_what_the_codec_says_and_nothing_else(name: str) -> No
     loaded = KVArtifact.from_bytes(made.to_bytes())
     assert loaded.to_bytes() == made.to_bytes()
     assert loaded.spec == made.spec
-    _, tensors = files._parse(made.to_bytes(), name)
+    _, tensors = files.unseal(made.to_bytes(), "kvq")
     for number, layer in enumerate(loaded.layers):
         pairs = 3 if number == 0 else 0
         for kind, quantizer in loaded.quantizers()[number].items():
@@ -146,14 +146,12 @@ def test_tensors_that_are_missing_or_of_another_shape_or_kind_are_named(name: st
     made = random_artifact(GEOMETRY, cache_spec(name))
 
     def refused(message: str) -> None:
-        metadata.pop("digest", None)
-        metadata["digest"] = files._digest(metadata, tensors)
-        data = files.safetensors.torch.save(tensors, {"kvq": files._canonical(metadata)})
+        data = files.seal("kvq", metadata, tensors)
         with pytest.raises(ArtifactTensorError, match=rf"tensor layers\.0\.key\.{part} {message}"):
             KVArtifact.from_bytes(data)
 
     for part in made.layers[0].key.tensors():
-        metadata, tensors = files._parse(made.to_bytes(), name)
+        metadata, tensors = files.unseal(made.to_bytes(), "kvq")
         whole = tensors.pop(f"layers.0.key.{part}")
         refused("is missing")
         tensors[f"layers.0.key.{part}"] = whole[None].clone()

@@ -46,32 +46,18 @@ def failures(kind: str, place: Any, count: int) -> list[str]:
     return [result.line() for result in results if result.failed]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the digest of a tensor without dimensions is not foreseen yet"
-)
 def test_artifacts(place: Any) -> None:
     assert not failures("artifacts", place, 300)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="saved caches have no digest yet: a flipped bit of a code is not noticed"
-)
 def test_saved_caches(place: Any) -> None:
     assert not failures("caches", place, 60)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="checkpoints have no digest yet, and some hostile headers are not foreseen"
-)
 def test_checkpoints_of_a_calibration(place: Any) -> None:
     assert not failures("checkpoints", place, 8)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="names that are no strings and nested tuples are not foreseen yet",
-)
 def test_hostile_pickles(place: Any) -> None:
     assert not failures("pickles", place, 40)
 

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import tiny_model, token_ids
-from safetensors import safe_open
 
 from kvq_calib.artifact.errors import ArtifactModelError
+from kvq_calib.artifact.sealed import read_sealed, seal
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
@@ -208,6 +208,10 @@ def test_crop_behind_what_a_window_has_freed():
     fill(model, cache, 1)
 
 
+def safetensors_metadata(data):
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
 class TestSavedCache:
     @pytest.fixture
     def saved(self, llama, artifact, tmp_path):
@@ -218,12 +222,10 @@ class TestSavedCache:
         return path
 
     def rewrite(self, path, change):
-        """Apply ``change(tensors, metadata)`` to the file."""
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["kvq_cache"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        """Apply ``change(tensors, metadata)`` to the file and make its digest right again."""
+        metadata, tensors = read_sealed(path, "kvq_cache")
         change(tensors, metadata)
-        safetensors.torch.save_file(tensors, path, {"kvq_cache": json.dumps(metadata)})
+        path.write_bytes(seal("kvq_cache", metadata, tensors))
 
     @pytest.mark.parametrize(
         ("change", "match"),
@@ -238,7 +240,17 @@ class TestSavedCache:
             (lambda t, m: t["layers.0.key.0.outlier_start"].__setitem__(3, 9999), "not sorted"),
             (lambda t, m: t["layers.0.key.0.outlier_index"].fill_(2047), "points outside a head"),
             (lambda t, m: t["sink_slots"].fill_(5000), "a sink lies outside"),
-            (lambda t, m: m.update(format_version=2), "format version 2"),
+            (
+                lambda t, m: t["layers.0.key.0.outlier_start"][1:3].copy_(
+                    torch.tensor([2**31 - 1, -(2**31)])
+                ),
+                "not sorted",  # although differences, which wrap around, are all positive
+            ),
+            (lambda t, m: t["sink_slots"].fill_(-2), "a sink lies outside"),
+            (lambda t, m: m.update(format_version=3), "format version 3, not 2"),
+            (lambda t, m: m.update(format_version=2.0), r"format version 2\.0"),
+            (lambda t, m: m.update(batch=2**40), r"positions\.0 is .*, which does not fit"),
+            (lambda t, m: m.update(length="x" * 10_000), "length is 'xxx"),
             (lambda t, m: m.update(artifact="0" * 64), "another artifact"),
             (lambda t, m: m.update(length=-1), "length is -1"),
             (lambda t, m: m.update(length=100000), "more than the model's"),
@@ -248,6 +260,32 @@ class TestSavedCache:
     def test_damage_is_named(self, saved, llama, artifact, change, match):
         self.rewrite(saved, change)
         with pytest.raises(RuntimeMismatchError, match=match):
+            KVQCache.load(saved, artifact, llama)
+
+    def test_a_flipped_bit_anywhere_is_noticed(self, saved, llama, artifact):
+        data = saved.read_bytes()
+        for place in torch.linspace(0, len(data) - 1, 60).int().tolist():
+            saved.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+            with pytest.raises(RuntimeMismatchError) as caught:
+                KVQCache.load(saved, artifact, llama)
+            assert "\n" not in str(caught.value)
+        tensors = safetensors.torch.load(data)
+        tensors["layers.0.key.0.codes"][0, 0] ^= 1
+        saved.write_bytes(safetensors.torch.save(tensors, safetensors_metadata(data)))
+        with pytest.raises(RuntimeMismatchError, match="is damaged: its content does not match its digest"):
+            KVQCache.load(saved, artifact, llama)
+
+    @pytest.mark.parametrize("text", ["[]", "null", "1", '"x"', "{", "[" * 100_000, '{"batch": NaN}'])
+    def test_metadata_that_is_no_json_object(self, saved, llama, artifact, text):
+        saved.write_bytes(safetensors.torch.save({"x": torch.zeros(1)}, {"kvq_cache": text}))
+        with pytest.raises(RuntimeMismatchError, match=r"cannot use .*: its metadata is not (a )?JSON"):
+            KVQCache.load(saved, artifact, llama)
+
+    def test_a_cache_of_the_version_before_is_named(self, saved, llama, artifact):
+        metadata, tensors = read_sealed(saved, "kvq_cache")
+        metadata["format_version"] = 1  # had no digest
+        saved.write_bytes(safetensors.torch.save(tensors, {"kvq_cache": json.dumps(metadata)}))
+        with pytest.raises(RuntimeMismatchError, match="it has format version 1, not 2"):
             KVQCache.load(saved, artifact, llama)
 
     def test_no_cache_at_all(self, llama, artifact, tmp_path):

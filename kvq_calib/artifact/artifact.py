@@ -8,16 +8,12 @@ bytes).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -30,6 +26,7 @@ from kvq_calib.artifact.errors import (
     ArtifactModelError,
     ArtifactVersionError,
 )
+from kvq_calib.artifact.sealed import SealError, seal, unseal
 from kvq_calib.artifact.validate import check_rates, check_tensors, prefix_of
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.quantizer import Quantizer
@@ -177,10 +174,9 @@ class KVArtifact:
         Raises:
             ArtifactError: this object breaks a rule that :meth:`load` checks.
         """
-        tensors, metadata = self._tensors(), self._metadata()
+        tensors = self._tensors()
         check_tensors(self.spec, self.geometry, tensors)
-        metadata["digest"] = _digest(metadata, tensors)
-        return safetensors.torch.save(tensors, {METADATA_KEY: _canonical(metadata)})
+        return seal(METADATA_KEY, self._metadata(), tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact: whole, or not at all."""
@@ -208,9 +204,10 @@ class KVArtifact:
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "artifact") -> KVArtifact:
         """Check and build an artifact from a file's content; ``name`` is used in messages."""
-        metadata, tensors = _parse(data, name)
-        _check_version(metadata, name)
-        _check_digest(metadata, tensors, name)
+        try:
+            metadata, tensors = unseal(data, METADATA_KEY, lambda found: _check_version(found, name))
+        except SealError as error:
+            raise _error_of(error, name) from error
         unknown = metadata.keys() - _SECTIONS
         if unknown:
             raise ArtifactMetadataError(f"{name}: unknown metadata {sorted(unknown)[0]!r}")
@@ -258,54 +255,18 @@ def _check_version(metadata: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _check_digest(metadata: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
-    """Hold the content against the digest, which is taken out of ``metadata``."""
-    stated = metadata.pop("digest", None)
-    try:
-        actual = _digest(metadata, tensors)
-    except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
-        raise ArtifactMetadataError(f"{name}: its metadata is not plain JSON ({_one_line(error)})") from error
-    if stated != actual:
-        raise ArtifactDigestError(f"{name} is damaged: its content does not match its digest; copy it again")
+#: What is wrong with the content of a sealed file, as an error of artifacts.
+_FAULTS: Mapping[str, tuple[type[ArtifactError], str]] = {
+    "file": (ArtifactFileError, "{name} is not a readable safetensors file: {problem}"),
+    "kind": (ArtifactMetadataError, "{name} is a safetensors file, but not an artifact of kvq-calib"),
+    "metadata": (ArtifactMetadataError, "{name}: {problem}"),
+    "digest": (
+        ArtifactDigestError,
+        "{name} is damaged: its content does not match its digest; copy it again",
+    ),
+}
 
 
-def _canonical(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the canonical metadata without its digest and, sorted by name, every tensor."""
-    state = hashlib.sha256(_canonical(metadata).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        state.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        state.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
-def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        tensors = safetensors.torch.load(data)
-        header_size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_size])
-    # A hostile header can fail anywhere between the parser and the tensor constructor.
-    except Exception as error:
-        raise ArtifactFileError(f"{name} is not a readable safetensors file: {_one_line(error)}") from error
-    text = (header.get("__metadata__") or {}).get(METADATA_KEY)
-    if text is None:
-        raise ArtifactMetadataError(f"{name} is a safetensors file, but not an artifact of kvq-calib")
-    try:
-        metadata = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactMetadataError(f"{name}: its metadata is not JSON ({_one_line(error)})") from error
-    if not isinstance(metadata, dict):
-        raise ArtifactMetadataError(f"{name}: its metadata is not a JSON object")
-    return metadata, tensors
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _error_of(fault: SealError, name: str) -> ArtifactError:
+    error, message = _FAULTS[fault.fault]
+    return error(message.format(name=name, problem=fault))

@@ -4,20 +4,15 @@ Such a file maps ``model.layers.N.self_attn.{k_proj,v_proj}`` to ``(upper, lower
 ``(..., scale, offset)``: thresholds of every channel and the centroids of the values normalised by them. Its values
 take their thresholds from each token at run time, so only centroids of theirs are used.
 
-A pickle is a program. This one is run by an unpickler that knows numpy arrays, torch tensors and plain containers;
-whatever else it names is refused before it is called.
+A pickle is a program. This one is not run, but read as data: see :mod:`kvq_calib.artifact.number_pickle`.
 """
 
 from __future__ import annotations
 
-import collections
-import io
 import os
-import pickle
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +20,11 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.errors import ArtifactFileError
+from kvq_calib.artifact.number_pickle import PickleProblem, read_pickle
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.levels import storable
-from kvq_calib.model.compat import tensor_rebuilder
 from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
@@ -37,66 +32,16 @@ __all__ = ["import_kvquant", "load_pickle"]
 
 #: Largest pickle that is read; that of a 65B model has some 10 MB.
 _MAX_BYTES = 1 << 30
+#: Most numbers in an array; a layer of a 405B model has 1024 channels of keys.
+_MAX_CHANNELS = 1 << 20
 _SMALLEST_SCALE = 1e-8
 
 
-def _storage_from_bytes(data: bytes) -> Any:
-    """What torch would load here with code allowed, loaded without."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _bytes(text: str, encoding: str) -> bytes:
-    """How protocols before 3 write bytes."""
-    if encoding != "latin1":
-        raise ValueError(f"unknown encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> Any:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
-
-
-def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
-    reconstruct: Any = np.zeros(1).__reduce__()[0]
-    found: dict[tuple[str, str], Callable[..., Any]] = {
-        ("_codecs", "encode"): _bytes,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-        ("torch._utils", "_rebuild_tensor_v2"): tensor_rebuilder(),
-        ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
-    }
-
-    for core in ("core", "_core"):  # numpy 1 and 2 name it differently
-        found[f"numpy.{core}.multiarray", "_reconstruct"] = reconstruct
-        found[f"numpy.{core}.numeric", "_frombuffer"] = _from_buffer
-    return found
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        super().__init__(file)
-        self._name = name
-        self._allowed = _allowed()
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = self._allowed.get((module, name))
-        if known is None:
-            raise ArtifactFileError(
-                f"{self._name} names {module}.{name}, which is neither an array nor a tensor: refused, nothing of it "
-                "was run"
-            )
-        return known
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise ArtifactFileError(f"{self._name} refers to data outside itself: refused")
-
-
 def load_pickle(path: str | os.PathLike[str]) -> Any:
-    """Load a pickle of arrays, tensors and plain containers; nothing else is ever called.
+    """Load a pickle of numpy arrays, torch tensors, numbers, text and plain containers; nothing of it is run.
 
     Raises:
-        ArtifactFileError: not such a file, or one that asks for more.
+        ArtifactFileError: not such a file, or one that asks for more, or that declares more than it holds.
     """
     file = Path(path)
     try:
@@ -106,14 +51,10 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise ArtifactFileError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about its own old storages
-            return _Unpickler(io.BytesIO(data), str(file)).load()
-    except ArtifactFileError:
-        raise
-    except Exception as error:  # a broken or hostile program can fail anywhere
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ArtifactFileError(f"{file} is not a readable pickle of quantizers: {reason}") from error
+        return read_pickle(data)
+    except PickleProblem as problem:
+        reason = " ".join(str(problem).split()).encode("ascii", "backslashreplace").decode()
+        raise ArtifactFileError(f"{file} {reason}") from problem
 
 
 def import_kvquant(
@@ -211,19 +152,30 @@ def _layer(
     return LayerParams(key, ScalarParams(centroids["value"][None])), frozenset(forms)
 
 
-def _array(name: str, part: Any) -> Tensor:
+def _array(name: str, part: Any, most: int) -> Tensor:
+    """An array, a tensor, a number or a flat list of numbers, as float64 ``[n]``; ``n`` is 1 to ``most``."""
+    if isinstance(part, int | float):
+        part = [part]
+    if isinstance(part, list | tuple) and all(isinstance(number, int | float) for number in part):
+        size = len(part)
+    elif isinstance(part, Tensor | np.ndarray):
+        size = part.numel() if isinstance(part, Tensor) else part.size
+    else:
+        raise ArtifactFileError(f"{name} holds something that is no array of numbers")
+    if size > most:
+        raise ArtifactFileError(f"{name} holds {size} numbers where {most} are the most")
     try:
-        tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part, dtype=np.float64))
-    except (TypeError, ValueError) as error:
-        raise ArtifactFileError(f"{name} holds something that is no array of numbers") from error
-    tensor = tensor.detach().double().flatten()
-    if not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+        plain = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part, dtype=np.float64))
+    except OverflowError as error:
+        raise ArtifactFileError(f"{name} holds a number that is too large") from error
+    tensor = plain.double().flatten()
+    if not size or not bool(torch.isfinite(tensor).all()):
         raise ArtifactFileError(f"{name} holds numbers that are missing or not finite")
     return tensor
 
 
 def _channels(name: str, part: Any, channels: int) -> Tensor:
-    thresholds = _array(name, part)
+    thresholds = _array(name, part, _MAX_CHANNELS)
     if len(thresholds) != channels:
         raise ConfigError(
             f"{name} has thresholds of {len(thresholds)} channels, the model has {channels}; name the model it was "
@@ -237,11 +189,11 @@ def _levels(name: str, entry: tuple[Any, ...]) -> Tensor:
     holder = entry[2]
     if not isinstance(holder, list | tuple) or not holder:
         raise ArtifactFileError(f"{name} has no centroids")
-    levels = _array(name, holder[0])
+    levels = _array(name, holder[0], _MAX_CHANNELS)
     count = len(levels)
     if count & (count - 1) or not 2 <= count <= 256:
         raise ArtifactFileError(f"{name} has {count} centroids, not a power of two from 2 to 256")
     if len(entry) >= 5:
-        scale, offset = (_array(name, part) for part in entry[3:5])
+        scale, offset = (_array(name, part, _MAX_CHANNELS) for part in entry[3:5])
         levels = levels * scale[0] + offset[0]
     return torch.from_numpy(storable(levels.numpy())).float()

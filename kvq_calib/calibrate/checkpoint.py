@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+from torch import Tensor
 
+from kvq_calib.artifact.sealed import SealError, read_sealed, seal
 from kvq_calib.calibrate.plan import Key, Table
+from kvq_calib.calibrate.statistics import Statistics
 from kvq_calib.errors import CalibrationError
 from kvq_calib.files import write_atomically
 from kvq_calib.schema.geometry import KVGeometry
@@ -21,8 +21,8 @@ __all__ = ["CHECKPOINT_SECONDS", "VERSION", "Checkpoint", "RunState"]
 
 #: Seconds between checkpoints: little work is lost, and writing the state stays negligible.
 CHECKPOINT_SECONDS = 30.0
-#: Raised when statistics change their meaning: what an earlier version saved is then refused.
-VERSION = 3
+#: Raised when statistics change their meaning, or the file: what an earlier version saved is then refused.
+VERSION = 4
 _METADATA_KEY = "kvq_checkpoint"
 
 
@@ -60,31 +60,70 @@ class Checkpoint:
             geometry: of the model.
 
         Raises:
-            CalibrationError: the file is no checkpoint, or of another run.
+            CalibrationError: the file is no checkpoint, damaged, or of another run.
         """
         state = RunState()
         if self._file is None or not self._file.exists():
             return state
         try:
-            with safetensors.safe_open(self._file, "pt") as opened:
-                header = json.loads((opened.metadata() or {})[_METADATA_KEY])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise CalibrationError(
-                f"{self._file} is not a checkpoint; remove it, or run without --resume"
-            ) from error
-        if header["identity"] != self._identity:
+            metadata, tensors = read_sealed(self._file, _METADATA_KEY, self._check_identity)
+        except SealError as error:
+            raise self._problem(str(error)) from error
+        state.done.update(self._done(metadata.get("done")))
+        for position in self._positions(metadata.get("positions")):
+            key = self._keys[position]
+            statistics = key.empty(geometry)
+            statistics.load(self._taken(tensors, position, statistics))
+            state.statistics.put(key, statistics)
+        if tensors:
+            raise self._problem(f"tensor {sorted(tensors)[0]!r} is unknown")
+        return state
+
+    def _check_identity(self, metadata: Mapping[str, Any]) -> None:
+        if metadata.get("identity") != self._identity:
             raise CalibrationError(
                 f"{self._file} belongs to a run with other settings, data, model or version; remove it, "
                 "or run without --resume"
             )
-        state.done.update(header["done"])
-        for position in header["positions"]:
-            key = self._keys[position]
-            statistics = key.empty(geometry)
-            statistics.load({name: tensors[_name(position, name)] for name in statistics.reductions})
-            state.statistics.put(key, statistics)
-        return state
+
+    def _problem(self, what: str) -> CalibrationError:
+        return CalibrationError(
+            f"{self._file} is not a checkpoint of this run ({what[:200]}); remove it, or run without --resume"
+        )
+
+    def _done(self, stated: Any) -> dict[str, int]:
+        """How many steps of each part are done."""
+        if not isinstance(stated, dict) or any(type(n) is not int or n < 0 for n in stated.values()):
+            raise self._problem("'done' does not hold a number of steps for each part")
+        return stated
+
+    def _positions(self, stated: Any) -> list[int]:
+        """Positions of the keys whose statistics are there."""
+        known = range(len(self._keys))
+        if not isinstance(stated, list) or any(type(n) is not int or n not in known for n in stated):
+            raise self._problem("'positions' does not name statistics of this run")
+        if len(set(stated)) != len(stated):
+            raise self._problem("'positions' names statistics twice")
+        return stated
+
+    def _taken(self, tensors: dict[str, Tensor], position: int, empty: Statistics) -> dict[str, Tensor]:
+        """The tensors of one key, taken out of ``tensors``, which are like those of ``empty`` statistics."""
+        found = {}
+        for name, like in empty.state().items():
+            tensor = tensors.pop(_name(position, name), None)
+            if tensor is None:
+                raise self._problem(f"tensor {_name(position, name)!r} is missing")
+            if (tensor.dtype, tensor.shape) != (like.dtype, like.shape):
+                raise self._problem(
+                    f"tensor {_name(position, name)!r} is {tensor.dtype} {list(tensor.shape)}, not {like.dtype} "
+                    f"{list(like.shape)}"
+                )
+            found[name] = tensor
+        if not empty.is_possible(found):
+            raise self._problem(
+                f"tensor {_name(position, min(found))!r}, or one beside it, has values of no text"
+            )
+        return found
 
     def save(self, state: RunState, at_once: bool = False) -> None:
         """Write the state, if the last time is long enough ago.
@@ -109,7 +148,7 @@ class Checkpoint:
             "done": state.done,
             "positions": [position[key] for key, _ in state.statistics.items()],
         }
-        write_atomically(self._file, safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(header)}))
+        write_atomically(self._file, seal(_METADATA_KEY, header, tensors))
         self._saved_at = time.monotonic()
         self._saving = self._saved_at - started
 

@@ -19,6 +19,7 @@ from kvq_calib.schema.geometry import RopeSpec
 WEIGHTED_BINS = 512
 #: The outermost bins begin this many standard deviations from the mean.
 _REACH = 64.0
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,7 @@ class ChannelMoments(Statistics):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"count": "sum", "sums": "sum", "cross": "sum"}
+    not_negative = frozenset({"count"})
 
     def __init__(self, channels: int, first: Tensor, second: Tensor) -> None:
         self.first, self.second = first, second
@@ -128,11 +130,19 @@ class WeightedHistogram(Statistics):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum", "count": "sum"}
+    not_negative = frozenset({"count"})
 
     def __init__(self, channels: int) -> None:
         # Weight and weighted value, then number and value.
         self.sums = torch.zeros(4, channels, WEIGHTED_BINS, dtype=torch.float64)
         self.count = torch.zeros(1, dtype=torch.float64)
+
+    def is_possible(self, state: Mapping[str, Tensor]) -> bool:
+        """See :class:`Statistics`: also, no weight is negative, and no mean of values is beyond what float32 has."""
+        if not super().is_possible(state):
+            return False
+        weights, values = state["sums"][0::2], state["sums"][1::2]
+        return bool(((weights >= 0) & (values.abs() <= weights * _LARGEST)).all())
 
     def update(self, y: Tensor, weights: Tensor, mean: Tensor, deviation: Tensor) -> None:
         """Add values.

@@ -42,6 +42,7 @@ class SelfGeneratedText(Statistics):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"ids": "sum"}
+    not_negative = frozenset({"ids"})
 
     def __init__(
         self,

@@ -20,6 +20,8 @@ CHANNEL_BINS = 1024
 LEVEL_BINS = 4096
 #: Narrowest bins are 2 ** -140, so that a channel of zeros needs no special case.
 _SMALLEST_EXPONENT = -140
+#: Beyond the sum of the squares of float32 numbers over any text.
+_LARGEST_SUM = 1e100
 
 Reduction = Literal["sum", "min", "max"]
 
@@ -29,9 +31,11 @@ class Statistics:
 
     Attributes:
         reductions: the names of these tensors, and how those of two accumulators become that of both.
+        not_negative: the names of those that count, or add up squares or weights.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]]
+    not_negative: ClassVar[frozenset[str]] = frozenset()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that hold everything."""
@@ -41,6 +45,21 @@ class Statistics:
         """Take up what :meth:`state` gave."""
         for name in self.reductions:
             setattr(self, name, state[name])
+
+    def is_possible(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether some text could have given a state, as far as its numbers tell; asked of one that has seen nothing.
+
+        Args:
+            state: tensors of the right shapes and dtypes.
+        """
+        if any(bool((state[name] < 0).any()) for name in self.not_negative):
+            return False
+        # NaN compares as false. A bound may be infinite where no channel was seen, as it is in the beginning.
+        return all(
+            bool(((state[name].abs() <= _largest(empty.dtype)) | (state[name] == empty)).all())
+            for name, empty in self.state().items()
+            if empty.is_floating_point()
+        )
 
     def copied(self) -> Self:
         """Another one with tensors of its own."""
@@ -54,6 +73,10 @@ class Statistics:
         Args:
             largest: the elementwise maximum of a tensor over all that will be added.
         """
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return min(_LARGEST_SUM, torch.finfo(dtype).max)
 
 
 class ChannelHistogram(Statistics):
@@ -73,6 +96,7 @@ class ChannelHistogram(Statistics):
         "low": "min",
         "high": "max",
     }
+    not_negative = frozenset({"counts"})
 
     def __init__(self, channels: int) -> None:
         self.counts = torch.zeros(channels, CHANNEL_BINS, dtype=torch.int64)
@@ -146,6 +170,7 @@ class Magnitude(Statistics):
     """Largest magnitude of a tensor over all tokens."""
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"largest": "max"}
+    not_negative = frozenset({"largest"})
 
     def __init__(self) -> None:
         self.largest = torch.zeros(1)
@@ -169,6 +194,7 @@ class LevelHistogram(Statistics):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum", "seen": "sum"}
+    not_negative = frozenset({"sums", "seen"})
 
     def __init__(self, weighted: bool) -> None:
         self.sums = torch.zeros(2 if weighted else 1, LEVEL_BINS, dtype=torch.float64)

@@ -31,6 +31,7 @@ class TokenCosts(Statistics):
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum"}
+    not_negative = frozenset({"sums"})
 
     def __init__(self, heads: int) -> None:
         self.sums = torch.zeros(2, heads, SIZE_CLASSES, dtype=torch.float64)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +25,6 @@ __all__ = [
     "layer_attribute",
     "new_tokens",
     "softcap_implementation",
-    "tensor_rebuilder",
     "uncompiled",
     "with_cache",
 ]
@@ -133,9 +131,3 @@ def in_backward() -> bool:
 def uncompiled(model: Any) -> Any:
     """The module inside the wrapper that `torch.compile` returns; its name is private in torch 2.6 to 2.13."""
     return getattr(model, "_orig_mod", model)
-
-
-def tensor_rebuilder() -> Callable[..., Tensor]:
-    """The function that pickles of tensors name; private, and the same in every release of torch from 1.0 to 2.13."""
-    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
-    return rebuild

@@ -1,24 +1,24 @@
 """A filled cache as one safetensors file.
 
-Tensors are named after the storage they come from; one metadata entry, ``kvq_cache``, holds the rest as
-JSON. A reader derives the shape and dtype of every tensor from the artifact and that entry, and checks
+Tensors are named after the storage they come from; one metadata entry, ``kvq_cache``, holds the rest as JSON, and a
+digest of everything. A reader derives the shape and dtype of every tensor from the artifact and that entry, and checks
 before it uses any.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.sealed import SealError, read_sealed, seal
 from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.files import write_atomically
@@ -28,7 +28,7 @@ from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
 __all__ = ["load_contents", "save_contents"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "kvq_cache"
 _EXACT = ("tail_key", "tail_value", "sink_key", "sink_value")
 
@@ -68,9 +68,7 @@ def save_contents(contents: CacheContents, artifact: KVArtifact, path: str | os.
         "dropped_pages": [storage.key.dropped_pages for storage in contents.storages],
     }
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(
-        path, safetensors.torch.save(data, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    )
+    write_atomically(path, seal(_METADATA_KEY, metadata, data))
 
 
 class _Reader:
@@ -80,17 +78,21 @@ class _Reader:
         self.path = path
         self.device = device
         try:
-            data = path.read_bytes()
-            self.tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            self.metadata: dict[str, Any] = json.loads(header["__metadata__"][_METADATA_KEY])
-        except OSError as error:
-            raise RuntimeMismatchError(f"cannot read {path}: {error.strerror or error}") from error
-        except Exception as error:  # a hostile header can fail anywhere in the parser
-            raise self.problem("it is not a cache of kvq-calib") from error
+            self.metadata, self.tensors = read_sealed(path, _METADATA_KEY, self._check_version)
+        except SealError as error:
+            if error.fault == "missing":
+                raise RuntimeMismatchError(f"cannot read {path}: {error}") from error
+            kinds = ("file", "kind")
+            reason = "it is not a cache of kvq-calib" if error.fault in kinds else str(error)
+            raise self.problem(reason) from error
+
+    def _check_version(self, metadata: Mapping[str, Any]) -> None:
+        version = metadata.get("format_version")
+        if version != FORMAT_VERSION or not isinstance(version, int):
+            raise self.problem(f"it has format version {version!r}, not {FORMAT_VERSION}")
 
     def problem(self, what: str) -> RuntimeMismatchError:
-        return RuntimeMismatchError(f"cannot use {self.path}: {what}")
+        return RuntimeMismatchError(f"cannot use {self.path}: {what[:200]}")
 
     def count(self, name: str, least: int) -> int:
         value = self.metadata.get(name)
@@ -125,10 +127,6 @@ def load_contents(
         RuntimeMismatchError: the file is damaged, belongs to another artifact, or holds too many tokens.
     """
     reader = _Reader(Path(path), contents.device)
-    if reader.metadata.get("format_version") != FORMAT_VERSION:
-        raise reader.problem(
-            f"it has format version {reader.metadata.get('format_version')!r}, not {FORMAT_VERSION}"
-        )
     if reader.metadata.get("artifact") != _artifact_digest(artifact):
         raise reader.problem("it was filled with another artifact")
     dropped = reader.metadata.get("dropped_pages")
@@ -156,13 +154,14 @@ def _read_table(reader: _Reader, contents: CacheContents, max_tokens: int | None
         expected += count
     if expected > length:
         raise reader.problem("its block table is longer than the text")
-    table = SlotTable(batch, sinks, recent, contents.device)
+    # Before anything is allocated: a batch or a length that has no positions in the file ends here.
     pages = [
         reader.take(f"positions.{number}", (batch, PAGE_TOKENS), torch.int32)
         for number in range(-(-length // PAGE_TOKENS))
     ]
+    table = SlotTable(batch, sinks, recent, contents.device)
     sink_slots = reader.take("sink_slots", (batch, sinks), torch.int32)
-    if bool((sink_slots >= length).any()):
+    if bool(((sink_slots >= length) | (sink_slots < -1)).any()):
         raise reader.problem("a sink lies outside the text")
     table.restore(length, array("i", first), array("i", fill), pages, sink_slots)
     return table
@@ -204,7 +203,7 @@ def _read_page(reader: _Reader, prefix: str, packed: PackedTensor) -> Page:
         lists = PAGE_BLOCKS * batch * layout.heads
         start = reader.take(prefix + "outlier_start", (lists + 1,), layout.start_dtype(batch))
         entries = int(start[-1])
-        if int(start[0]) != 0 or bool((start.diff() < 0).any()):
+        if int(start[0]) != 0 or bool((start[1:] < start[:-1]).any()):
             raise reader.problem(f"{prefix}outlier_start is not sorted")
         index = reader.take(prefix + "outlier_index", (entries,), torch.int16)
         if bool(((index & ((1 << COORDINATE_BITS) - 1)) >= layout.head_dim).any()):
