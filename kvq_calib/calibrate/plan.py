@@ -149,7 +149,8 @@ class ObservedKey(Key[S], Generic[S, X]):
 def not_finite(tensor: CachedTensor) -> CalibrationError:
     """The error for keys or values that are no numbers."""
     return CalibrationError(
-        f"layer {tensor.layer} gives {tensor.kind}s that are not finite; try --dtype float32 or bfloat16, or check the checkpoint"
+        f"layer {tensor.layer} gives {tensor.kind}s that are not finite; try --dtype float32 or bfloat16, or check "
+        "the checkpoint"
     )
 
 
