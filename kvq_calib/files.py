@@ -18,8 +18,8 @@ class WriteError(KVQError):
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` beside ``path``, then rename: a reader sees the old file or the new one, never a part.
 
-    A symbolic link is followed. What is no file, such as ``/dev/stdout`` or a pipe, is written to as it stands: a rename
-    would put a file in its place.
+    A symbolic link is followed. What is no file, such as ``/dev/stdout`` or a pipe, is written to as it stands: a
+    rename would put a file in its place.
 
     Raises:
         WriteError: the folder is missing or not writable, or the disk is full. Nothing is left behind.

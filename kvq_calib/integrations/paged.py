@@ -2,8 +2,9 @@
 
 Our own pages hold 256 tokens, and as many outliers as there are. An engine such as vLLM hands out physical pages of 16
 tokens of one sequence, all of the same number of bytes, and a table says which page holds which tokens. Here codes move
-between the two bit for bit; nothing is quantized again. Where each token is quantized by itself, a page can be packed alone
-as soon as its tokens are known; codes that depend on others of their block of 32 tokens need its two pages together.
+between the two bit for bit; nothing is quantized again. Where each token is quantized by itself, a page can be packed
+alone as soon as its tokens are known; codes that depend on others of their block of 32 tokens need its two pages
+together.
 
 A page is 16-bit words, in this order:
 
@@ -18,9 +19,9 @@ outlier residuals   one per slot, as bits of the storage dtype
 (padding)           up to a multiple of 16 bytes
 ==================  ===================================================================================================
 
-The ``bits`` words of a channel are a unit of :mod:`kvq_calib.codec.packing` with 4 nibbles to a word instead of 8, and 4 tokens
-to a slice instead of 8. So two pages joined word by word, one the low and one the high half, are a unit that the
-same look-ups serve.
+The ``bits`` words of a channel are a unit of :mod:`kvq_calib.codec.packing` with 4 nibbles to a word instead of 8, and
+4 tokens to a slice instead of 8. So two pages joined word by word, one the low and one the high half, are a unit that
+the same look-ups serve.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def geometry_of_configuration(model: str) -> tuple[KVGeometry, dict[str, Any]]:
     layers = int(config.num_hidden_layers)
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         raise ModelError(
-            f"the layers of {model!r} differ, so its configuration alone does not tell its geometry; calibrate it instead"
+            f"the layers of {model!r} differ, so its configuration alone does not tell its geometry; "
+            "calibrate it instead"
         )
     small.update({"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 8, "pad_token_id": None})
     if getattr(small, "layer_types", None):

@@ -1,7 +1,8 @@
 """Finding, choosing and checking the library for this processor.
 
 ``KVQ_CALIB_OPS`` says what computes: ``torch`` leaves the libraries alone, ``native`` makes it an error that there is
-none. With any other backend of the cache, and without it, they are used where they are there. ``KVQ_CALIB_ISA`` names the instruction set, for tests.
+none. With any other backend of the cache, and without it, they are used where they are there. ``KVQ_CALIB_ISA`` names
+the instruction set, for tests.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Ops(Protocol):
         """
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attend to everything stored: ``[B, T, Hq, D]``, ``D`` of the values, contiguous, in the dtype of the query."""
+        """Attend to everything stored: ``[B, T, Hq, D]``, ``D`` of the values, contiguous, the query's dtype."""
 
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""

@@ -46,8 +46,8 @@ class Page:
         token_params: storage dtype ``[B, 256, 2]``, scale and zero point of each token, allocated whole; or
             ``None``.
         outlier_index, outlier_residual: int16 and storage dtype ``[E]``, as many as there are; or ``None``.
-        outlier_start: ``layout.start_dtype(B)`` ``[8 * B * H + 1]``: list ``(block * B + sequence) * H + head`` is entries
-            ``start[i]`` to ``start[i + 1] - 1``; lists of blocks not yet written are empty. Or ``None``.
+        outlier_start: ``layout.start_dtype(B)`` ``[8 * B * H + 1]``: list ``(block * B + sequence) * H + head`` is
+            entries ``start[i]`` to ``start[i + 1] - 1``; lists of blocks not yet written are empty. Or ``None``.
     """
 
     codes: Tensor

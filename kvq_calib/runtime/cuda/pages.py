@@ -15,7 +15,7 @@ __all__ = ["PageTable", "page_rows"]
 
 
 def page_rows(pages: Sequence[Page]) -> Tensor:
-    """Addresses of the buffers of pages and bytes of a list start: ``PagePointers`` in ``common.cuh``, int64 ``[n, 6]``."""
+    """Buffers of pages and bytes of a list start: ``PagePointers`` in ``common.cuh``, int64 ``[n, 6]``."""
     rows = [
         [
             *(
