@@ -95,8 +95,8 @@ def report(content: dict[str, Any]) -> list[str]:
         "",
         f"Layer {settings['layer']} of {settings['artifact']}: {settings['heads']} heads of {settings['head_dim']}. "
         "Milliseconds of processor time from keys or values to codes with everything that belongs to it (turned RoPE "
-        f"pairs, token weights, paths, error compensation), the least of {settings['repeats']} runs, for torch of a tenth "
-        "as many; in brackets how many times faster than torch. Codes are equal.",
+        f"pairs, token weights, paths, error compensation), the least of {settings['repeats']} runs, for torch of a "
+        "tenth as many; in brackets how many times faster than torch. Codes are equal.",
         "",
         *markdown_table(["", "torch", *isas], rows),
         "",

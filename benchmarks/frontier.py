@@ -151,7 +151,7 @@ def rivals(head_dim: int) -> dict[str, tuple[str, float, Transform]]:
 
 
 class RivalContender:
-    """A rival as what a text pass measures; the first token of every window stays exact, as for everything else here."""
+    """A rival as what a text pass measures; the first token of every window stays exact, as for all others here."""
 
     mode: Mode = "prefill"
     hooks = None

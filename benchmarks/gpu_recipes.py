@@ -28,8 +28,8 @@ class Recipe:
 
     Attributes:
         shares: by kind, the share of channels that each width from 0 on has.
-        trellis: widths per channel, trellis codes with token weighting, turned pairs and error compensation, as ``kvq*``
-            have; else one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
+        trellis: widths per channel, trellis codes with token weighting, turned pairs and error compensation, as
+            ``kvq*`` have; else one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
     """
 
     shares: Mapping[Kind, tuple[float, ...]]

@@ -451,7 +451,8 @@ def test_a_run_says_where_time_and_memory_went(model):
     for part, seconds in result.statistics_seconds.items():
         assert 0 < seconds < result.seconds[part]
     channels = 2 * 2 * model.config.head_dim  # of two layers
-    # Histograms of keys and values, of the text's tokens and of those drawn from the vocabulary, moments, and gradient covariances of keys.
+    # Histograms of keys and values, of the text's tokens and of those drawn from the vocabulary, moments, and gradient
+    # covariances of keys.
     assert result.statistics_bytes == pytest.approx(2 * 2 * channels * 4 * 512 * 8, rel=0.05)
     again = calibrate(model, windows(samples=9), {"r": config("nuq3-1p")}, model_id="", model_config={})
     assert again.statistics_bytes == pytest.approx(channels * 1024 * 8 + 2 * 2 * 2 * 4096 * 8, rel=0.01)

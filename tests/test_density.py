@@ -44,8 +44,8 @@ def test_levels_for_a_trellis_follow_the_optimal_density() -> None:
     )
     one = spread_levels(grid + 2, torch.exp(-grid), 1)
     torch.testing.assert_close(one, lloyd(grid + 2, torch.exp(-grid), 1))
-    # Lloyd's iteration puts a level on a single heavy value. These keep away from it: they make room by less than half of
-    # what lies between the middle ones, but for the outermost, which is next to it.
+    # Lloyd's iteration puts a level on a single heavy value. These keep away from it: they make room by less than half
+    # of what lies between the middle ones, but for the outermost, which is next to it.
     heavy = torch.exp(-grid.square() / 2)
     heavy[0, 6000] = heavy.sum() * 10
     moved = spread_levels(grid, heavy, 16)

@@ -20,12 +20,12 @@ from test_cli import TEXT, assert_one_line, call, files
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.data import TokenWindows
+from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.charts.axes import Labels, log_ticks
 from kvq_calib.evaluate.charts.frontier import Point, frontier, on_frontier
 from kvq_calib.evaluate.report.codebooks import SHOWN_BINS, codebook_uses
 from kvq_calib.evaluate.report.commands import evaluation_command
-from kvq_calib.evaluate.report.measure import ReportText, measure
+from kvq_calib.evaluate.report.measure import measure
 from kvq_calib.evaluate.report.outliers import count_outliers
 from kvq_calib.evaluate.report.page import render
 from kvq_calib.evaluate.report.results import Result, Results, read_results
@@ -407,7 +407,8 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     results = [Results(file="r", artifacts=[Result(name="a", bits_per_element=4.0, kl_mean=0.0)])]
     chosen = subjects("tiny", {"a": artifact}, {"a": str(tmp_path / "a.kvq.safetensors")}, results)
     text = str(place / "text.txt")
-    measured = measure(loaded, {"a": artifact}, ReportText(text, text, windows=1, seqlen=24, seed=0))
+    windows = load_windows(text, loaded.tokenizer, samples=1, seqlen=24, split="evaluation")
+    measured = measure(loaded, {"a": artifact}, windows, text)
     text = render(loaded, "tiny", chosen, results, measured, context=4096, command=["kvq-eval", "report"])
     assert_loads_nothing(text)
     assert "The artifact does not record how it was made." in text

@@ -1,4 +1,4 @@
-"""Which operations a cache gets: by argument, by environment, by what can run; and that the protocol is all it needs."""
+"""Which operations a cache gets: by argument, by environment, by what can run; the protocol is all it needs."""
 
 from __future__ import annotations
 

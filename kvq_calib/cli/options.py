@@ -22,7 +22,7 @@ from kvq_calib.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvq_calib.artifact.artifact import KVArtifact
-    from kvq_calib.data import TokenWindows
+    from kvq_calib.data import Split, TokenWindows
     from kvq_calib.model.load import LoadedModel
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "debug_option",
     "json_option",
     "load_artifacts",
-    "mode_type",
+    "mode_option",
     "model_options",
     "require_extra",
     "text_options",
@@ -87,7 +87,12 @@ context_option = click.option(
     show_default=True,
     help="Context at which bits are stated.",
 )
-mode_type = click.Choice(["prefill", "decode"])
+
+
+def mode_option(help: str) -> Decorator:
+    """``--mode``, with what a command makes of it."""
+    modes = click.Choice(["prefill", "decode"])
+    return click.option("--mode", type=modes, default="prefill", show_default=True, help=help)
 
 
 def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
@@ -223,24 +228,31 @@ class TextOptions:
             check_dataset(calibration, self.field_of(calibration))
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
-        """Cut the text into windows.
+        """Cut the text into windows of the evaluation.
 
         Raises:
             ModelError: windows are longer than the model was trained for.
             DataError: the text is missing, unreadable or too short.
         """
+        return self._windows(loaded, self.dataset, self.windows, "evaluation")
+
+    def load_calibration(self, loaded: LoadedModel, dataset: str, samples: int) -> TokenWindows:
+        """Cut windows as long from a text of calibration; raises as :meth:`load`."""
+        return self._windows(loaded, dataset, samples, "calibration")
+
+    def _windows(self, loaded: LoadedModel, dataset: str, samples: int | None, split: Split) -> TokenWindows:
         from kvq_calib.data import load_windows
         from kvq_calib.model.load import check_length
 
         check_length(loaded.model, self.seqlen)
         return load_windows(
-            self.dataset,
+            dataset,
             loaded.tokenizer,
-            samples=self.windows,
+            samples=samples,
             seqlen=self.seqlen,
             seed=self.seed,
-            split="evaluation",
-            text_field=self.text_field,
+            split=split,
+            text_field=self.field_of(dataset),
         )
 
 

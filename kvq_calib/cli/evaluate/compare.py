@@ -17,7 +17,7 @@ from kvq_calib.cli.options import (
     debug_option,
     json_option,
     load_artifacts,
-    mode_type,
+    mode_option,
     model_options,
     require_extra,
     text_options,
@@ -107,12 +107,8 @@ _compare_files = collected(
 @artifact_options()
 @_rival_options
 @text_options()
-@click.option(
-    "--mode",
-    type=mode_type,
-    default="prefill",
-    show_default=True,
-    help="How artifacts are measured; rivals, and artifacts with recent exact tokens, as their windows ask for.",
+@mode_option(
+    "How artifacts are measured; rivals, and artifacts with recent exact tokens, as their windows ask for."
 )
 @click.option(
     "--context",
@@ -141,7 +137,6 @@ def compare_command(
     files.check()
     text.check(beside.calibration)
 
-    from kvq_calib.data import load_windows
     from kvq_calib.evaluate.compare import compare, runnable
     from kvq_calib.evaluate.contenders import forced_to_decode
     from kvq_calib.evaluate.tables import compare_table, print_table, run_facts
@@ -151,15 +146,7 @@ def compare_command(
     windows = text.load(loaded)
     calibration = None
     if beside.calibration is not None:
-        calibration = load_windows(
-            beside.calibration,
-            loaded.tokenizer,
-            samples=beside.calibration_samples,
-            seqlen=text.seqlen,
-            seed=text.seed,
-            split="calibration",
-            text_field=text.field_of(beside.calibration),
-        )
+        calibration = text.load_calibration(loaded, beside.calibration, beside.calibration_samples)
     with ProgressReporter() as progress:
         running, skipped = runnable(chosen, loaded.model, calibration is not None)
         for line in forced_to_decode(loaded_artifacts, config):

@@ -16,7 +16,7 @@ from kvq_calib.cli.options import (
     debug_option,
     json_option,
     load_artifacts,
-    mode_type,
+    mode_option,
     model_options,
     text_options,
     write_json,
@@ -31,13 +31,7 @@ __all__ = ["perplexity_command"]
 @click.command("perplexity")
 @artifact_options()
 @text_options()
-@click.option(
-    "--mode",
-    type=mode_type,
-    default="prefill",
-    show_default=True,
-    help="Artifacts with a window of recent exact tokens are always measured in decode mode.",
-)
+@mode_option("Artifacts with a window of recent exact tokens are always measured in decode mode.")
 @click.option(
     "--chunk",
     type=click.IntRange(1),

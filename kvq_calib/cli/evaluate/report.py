@@ -61,28 +61,19 @@ def report_command(
     check_writable(output)
     text.check(calibration_dataset)
 
-    from kvq_calib.evaluate.report.measure import ReportText, measure
+    from kvq_calib.evaluate.report.measure import measure
     from kvq_calib.evaluate.report.page import render
     from kvq_calib.evaluate.report.results import read_results
     from kvq_calib.evaluate.report.subjects import subjects
-    from kvq_calib.model.load import check_length
     from kvq_calib.progress import ProgressReporter
 
     results = read_results(result_files)
     files = dict(zip(loaded_artifacts, artifacts, strict=True))
     chosen = subjects(model.model, loaded_artifacts, files, results)
     loaded = model.load_for(loaded_artifacts)
-    check_length(loaded.model, text.seqlen)
-    measured_on = ReportText(
-        text.dataset,
-        calibration_dataset or text.dataset,
-        text.windows or 1,
-        text.seqlen,
-        text.seed,
-        text.text_field,
-    )
+    windows = text.load(loaded)
     with ProgressReporter() as progress:
-        measured = measure(loaded, loaded_artifacts, measured_on, progress)
+        measured = measure(loaded, loaded_artifacts, windows, calibration_dataset or text.dataset, progress)
     command = ["kvq-eval", *(word for word in sys.argv[1:] if word != "--debug")]
     page = render(loaded, model.model, chosen, results, measured, context=context, command=command)
     write_atomically(output, page.encode())

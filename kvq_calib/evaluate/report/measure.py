@@ -20,31 +20,12 @@ from kvq_calib.schema.spec import Kind
 if TYPE_CHECKING:
     from kvq_calib.model.load import LoadedModel
 
-__all__ = ["Measured", "ReportText", "measure"]
+__all__ = ["Measured", "measure"]
 
 #: Tokens of the calibration text that distributions are collected on, in whole windows.
 FIT_TOKENS = 8192
 #: Most calibration tokens that are cut again to compare hashes: what an artifact says of itself may be anything.
 _MOST_TOKENS = 1 << 26
-
-
-@dataclass(frozen=True)
-class ReportText:
-    """What text a report measures on.
-
-    Attributes:
-        dataset: of the sensitivity and of the outliers.
-        calibration_dataset: of the distributions. Where it yields the windows that an artifact was calibrated on, the
-            first of those are used, else those of ``dataset``.
-        windows, seqlen, seed, text_field: of ``dataset``.
-    """
-
-    dataset: str
-    calibration_dataset: str
-    windows: int
-    seqlen: int
-    seed: int
-    text_field: str = DEFAULT_FIELD
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,8 @@ class Measured:
 def measure(
     loaded: LoadedModel,
     artifacts: Mapping[str, KVArtifact],
-    text: ReportText,
+    windows: TokenWindows,
+    calibration_dataset: str,
     progress: Progress | None = None,
 ) -> Measured:
     """Run the model for everything that the report shows per layer.
@@ -77,30 +59,22 @@ def measure(
     Args:
         loaded: the model that the artifacts are for.
         artifacts: by name.
-        text: what to measure on.
+        windows: of the sensitivity and of the outliers.
+        calibration_dataset: text of the distributions. Where it yields the windows that an artifact was calibrated on,
+            the first of those are used, else ``windows``.
         progress: told after every step.
 
     Raises:
-        DataError: the text is missing or too short.
         NotFiniteError: predictions are not finite.
     """
     model = loaded.model
-    windows = load_windows(
-        text.dataset,
-        loaded.tokenizer,
-        samples=text.windows,
-        seqlen=text.seqlen,
-        seed=text.seed,
-        split="evaluation",
-        text_field=text.text_field,
-    )
     fit_text: dict[str, TokenWindows] = {}
     calibrated_on = set()
     known: dict[str, TokenWindows | None] = {}
     for name, artifact in artifacts.items():
         record = json.dumps(artifact.calibration.get("data"), sort_keys=True)
         if record not in known:
-            known[record] = _calibration_windows(loaded, artifact, text.calibration_dataset)
+            known[record] = _calibration_windows(loaded, artifact, calibration_dataset)
         found = known[record]
         fit_text[name] = windows if found is None else found
         if found is not None:
