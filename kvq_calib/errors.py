@@ -1,6 +1,11 @@
 """The errors users meet: each message is one line that says what was wrong and what to do."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, on one line of at most ``most`` characters; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class KVQError(Exception):
     """Base of every expected failure; the command line prints its message and exits with 1."""
 

@@ -23,7 +23,7 @@ from kvq_calib.artifact.errors import ArtifactFileError
 from kvq_calib.artifact.number_pickle import PickleProblem, read_pickle
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams, ScalarQuantizer
-from kvq_calib.errors import ConfigError
+from kvq_calib.errors import ConfigError, one_line
 from kvq_calib.fit.levels import storable
 from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
@@ -53,7 +53,7 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     try:
         return read_pickle(data)
     except PickleProblem as problem:
-        reason = " ".join(str(problem).split()).encode("ascii", "backslashreplace").decode()
+        reason = one_line(problem).encode("ascii", "backslashreplace").decode()
         raise ArtifactFileError(f"{file} {reason}") from problem
 
 
@@ -110,7 +110,7 @@ def import_kvquant(
             sink_tokens=sink_tokens,
         )
     except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
     return KVArtifact(
         spec,
         geometry,

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvq_calib.errors import one_line
+
 __all__ = ["PickleProblem", "read_pickle"]
 
 #: Opcodes of one file. Quantizers of a model of 126 layers have some 50 000.
@@ -56,8 +58,7 @@ def read_pickle(data: bytes) -> Any:
     except PickleProblem:
         raise
     except Exception as error:  # a broken or hostile program can fail anywhere
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PickleProblem(f"is not a readable pickle of quantizers: {reason}") from error
+        raise PickleProblem(f"is not a readable pickle of quantizers: {one_line(error)}") from error
 
 
 class _Limits:

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from kvq_calib.errors import one_line
+
 __all__ = ["SealError", "Sealed", "canonical", "digest", "read_sealed", "seal", "unseal"]
 
 Fault = Literal["missing", "file", "kind", "metadata", "digest"]
@@ -100,9 +102,9 @@ def unseal(data: bytes, key: str, check_kind: Callable[[Mapping[str, Any]], None
     try:
         actual = digest(metadata, tensors)
     except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
-        raise SealError("metadata", f"its metadata is not plain JSON ({_one_line(error)})") from error
+        raise SealError("metadata", f"its metadata is not plain JSON ({one_line(error)})") from error
     except (RuntimeError, TypeError) as error:  # a dtype without bytes of its own
-        raise SealError("file", f"it has a tensor of an unknown kind ({_one_line(error)})") from error
+        raise SealError("file", f"it has a tensor of an unknown kind ({one_line(error)})") from error
     if stated != actual:
         raise SealError("digest", "it is damaged: its content does not match its digest")
     return Sealed(metadata, tensors)
@@ -129,14 +131,14 @@ def _parse(data: bytes, key: str) -> Sealed:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     # A hostile header can fail anywhere between the parser and the tensor constructor.
     except Exception as error:
-        raise SealError("file", _one_line(error)) from error
+        raise SealError("file", one_line(error)) from error
     text = (header.get("__metadata__") or {}).get(key)
     if text is None:
         raise SealError("kind", f"its metadata has no entry {key!r}")
     try:
         metadata = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise SealError("metadata", f"its metadata is not JSON ({_one_line(error)})") from error
+        raise SealError("metadata", f"its metadata is not JSON ({one_line(error)})") from error
     if not isinstance(metadata, dict):
         raise SealError("metadata", "its metadata is not a JSON object")
     return Sealed(metadata, tensors)
@@ -144,7 +146,3 @@ def _parse(data: bytes, key: str) -> Sealed:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

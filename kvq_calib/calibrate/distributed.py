@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvq_calib.calibrate.statistics import Reduction, Statistics
-from kvq_calib.errors import CalibrationError
+from kvq_calib.errors import CalibrationError, one_line
 
 S = TypeVar("S", bound=Statistics)
 
@@ -85,9 +85,8 @@ def process_group() -> Iterator[tuple[int, int]]:
         store = dist.PrefixStore("kvq", _store)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=ranks)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CalibrationError(
-            f"the ranks did not find each other ({reason}); start them with torchrun"
+            f"the ranks did not find each other ({one_line(error)}); start them with torchrun"
         ) from error
     if rank > 0:
         logging.disable(logging.WARNING)

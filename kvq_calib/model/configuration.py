@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
 from kvq_calib.schema.geometry import KVGeometry
@@ -31,8 +31,7 @@ def geometry_of_configuration(model: str) -> tuple[KVGeometry, dict[str, Any]]:
         config: Any = AutoConfig.from_pretrained(model)
         small: Any = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
+        raise ModelError(f"cannot read the configuration of {model!r}: {one_line(error)}") from error
     layers = int(config.num_hidden_layers)
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         raise ModelError(
