@@ -26,7 +26,7 @@ from kvq_calib.native.loader import usable_isas
 from kvq_calib.schema.geometry import KINDS
 
 ARTIFACT = Path(__file__).parent / "artifacts" / "smollm2-135m-wikitext2" / "kvq3.kvq.safetensors"
-#: Standard deviation of the numbers, in units of a channel's scale.
+#: Standard deviation of the numbers, in units of half a channel's range.
 SPREAD = 0.6
 TORCH = "torch"
 
@@ -51,7 +51,10 @@ def computed_by(name: str) -> Iterator[None]:
 def drawn(quantizer: Quantizer, tokens: int) -> Tensor:
     """Random keys or values ``[1, H, tokens, D]``."""
     noise = torch.randn(1, tokens, quantizer.shape.channels, generator=torch.Generator().manual_seed(tokens))
-    return quantizer.inverse_transform(quantizer.zero_point + SPREAD * quantizer.scale * noise)
+    held = quantizer.channel_range()
+    assert held is not None
+    centre, half = held
+    return quantizer.inverse_transform(centre + SPREAD * half * noise)
 
 
 def fastest(work: Callable[[], Any], repeats: int) -> tuple[Any, Seconds]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
 from kvq_calib.codec.params import LayerParams, Params
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.registry import codec_of
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
-from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
@@ -34,7 +35,6 @@ def random_artifact(
     spec: KVCacheSpec,
     seed: int = 0,
     samples: Sequence[Samples] | None = None,
-    codebooks: int = 1,
     model: Mapping[str, object] | None = None,
 ) -> KVArtifact:
     """An artifact that quantizes sensibly but was never calibrated.
@@ -43,7 +43,6 @@ def random_artifact(
         geometry, spec: what to make it for. Widths of the trellis codec are random from 0 to ``max_bits``.
         seed: of everything random.
         samples: per layer, keys and values that thresholds should fit; normally distributed ones by default.
-        codebooks: tables of levels for each width, where a codec has several; channels take them in turn.
         model: the artifact's ``model`` section.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,14 +52,14 @@ def random_artifact(
         for kind in KINDS:
             shape, rope = geometry.layers[index].shape(kind), geometry.rope_of(index)
             sample = None if samples is None else samples[index][kind]
-            draw = Draw(shape, rope, sample, codebooks, generator)
+            draw = Draw(shape, rope, sample, generator)
             params[kind] = _random_params(layer_spec.of(kind), draw)
         layers.append(LayerParams(**params))
     rates = {kind: [0.0] * len(layers) for kind in KINDS}
     return KVArtifact(spec, geometry, tuple(layers), dict(model or {}), {}, rates)
 
 
-def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codebooks: int = 1) -> KVArtifact:
+def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0) -> KVArtifact:
     """A random artifact whose thresholds fit what ``model`` caches for random tokens."""
     geometry = inspect_model(model)
     resolved = spec.resolved(len(geometry.layers))
@@ -75,7 +74,7 @@ def artifact_for(model: torch.nn.Module, spec: KVCacheSpec, seed: int = 0, codeb
     with intercept(model, collect), torch.no_grad():
         model(ids.to(model.device), use_cache=False)
     section = {"id": model.config.model_type, "config": model_fingerprint(model)}
-    return random_artifact(geometry, spec, seed, samples, codebooks, section)
+    return random_artifact(geometry, spec, seed, samples, section)
 
 
 def random_quantizer(
@@ -85,10 +84,9 @@ def random_quantizer(
     *,
     seed: int = 0,
     sample: Tensor | None = None,
-    codebooks: int = 1,
 ) -> Quantizer:
     """A quantizer of any codec with random numbers, see :func:`random_artifact`."""
-    draw = Draw(shape, rope, sample, codebooks, torch.Generator().manual_seed(seed))
+    draw = Draw(shape, rope, sample, torch.Generator().manual_seed(seed))
     return codec_of(spec)(spec, _random_params(spec, draw), shape, rope)
 
 
@@ -155,14 +153,12 @@ class Draw:
     Attributes:
         shape, rope: of the layer's keys or values.
         sample: ``[B, H, T, D]`` that thresholds should fit, or ``None``.
-        codebooks: tables of levels for each width.
         generator: of the numbers.
     """
 
     shape: HeadShape
     rope: RopeSpec | None
     sample: Tensor | None
-    codebooks: int
     generator: torch.Generator
 
     def normal(self, *shape: int) -> Tensor:
@@ -211,32 +207,25 @@ def _scalar_params(spec: ScalarSpec, draw: Draw) -> ScalarParams:
 def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
     heads, _ = draw.shape
     bits = draw.integers(0, spec.max_bits, draw.shape.channels).to(torch.uint8)
-    codebook, codebook_index = _codebooks(spec, bits, draw)
     pair_angle = None
     if spec.pair_rotation and draw.rope is not None:
         pair_angle = (3.0 * draw.normal(heads, len(draw.rope.pairs))).half()
-    scale, zero_point = storable_thresholds(*draw.thresholds(turned=pair_angle is not None))
+    coefficients = _coefficients(spec, bits, *draw.thresholds(turned=pair_angle is not None), draw)
     beside: dict[str, Tensor] = {}
     if spec.error_compensation is not None:
         beside |= _compensation(spec.error_compensation, draw)
     if spec.token_weighting:
         beside["token_weight"] = draw.between(0.0, 1.0, heads, SIZE_CLASSES).half()
         beside["token_size_unit"] = draw.shape.head_dim * draw.between(0.5, 1.5, heads)
-    return TrellisParams(bits, codebook, codebook_index, scale, zero_point, pair_angle, **beside)
+    return TrellisParams(bits, coefficients, pair_angle, **beside)
 
 
-def _codebooks(spec: TrellisSpec, bits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    columns = spec.level_count(int(bits.max()))
-    rows, row_of = [], {}
-    index = torch.empty(len(bits), dtype=torch.int64)
-    for channel, width in enumerate(bits.tolist()):
-        variant = (width, channel % draw.codebooks)
-        if variant not in row_of:
-            row_of[variant] = len(rows)
-            levels = draw.levels(spec.level_count(width)).half().float()
-            rows.append(torch.cat((levels, levels[-1:].expand(columns - len(levels)))))
-        index[channel] = row_of[variant]
-    return pack_codebooks(spec, bits, torch.stack(rows), index)
+def _coefficients(spec: TrellisSpec, bits: Tensor, scale: Tensor, zero_point: Tensor, draw: Draw) -> Tensor:
+    """Of rising levels over ``zero_point -+ scale``, denser on one side than on the other and in the middle."""
+    skew, bend = draw.between(-0.2, 0.2, len(bits)), draw.between(0.0, 0.3, len(bits))
+    parts = (zero_point - scale * skew, scale * (1 - bend), scale * skew, scale * bend)
+    exact = torch.stack(parts, dim=-1) * has_coefficient(spec, bits)
+    return pack_coefficients(spec, bits, exact)
 
 
 def _compensation(spec: ErrorCompensationSpec, draw: Draw) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
 from kvq_calib.codec.trellis import TrellisQuantizer
-from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
 
@@ -76,7 +77,7 @@ def trellis_quantizer(
         compensation: rank and refinement passes, or ``None``.
         weighting: of tokens, with zeros and large numbers among the weights.
         rotation: of RoPE pairs, half as many as there could be.
-        steps: levels, scales and zero points are multiples of this, so that many things tie; 0 for any.
+        steps: offsets and slopes of levels are multiples of this, so that many things tie; 0 for any.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,10 +98,11 @@ def trellis_quantizer(
     widths = torch.randint(0, max_bits + 1, (channels,), generator=generator, dtype=torch.uint8)
     if bits is not None:
         widths.fill_(bits)
-    table = drawn(3, spec.level_count(max_bits)).sort(1).values
-    codebook, index = pack_codebooks(
-        spec, widths, table, torch.randint(0, 3, (channels,), generator=generator)
-    )
+    # Offset and slope are anything, what bends the levels leaves them in order.
+    slope = drawn(channels).abs() + (steps or 0.25)
+    bend = torch.randint(-1, 2, (channels,), generator=generator) / 4
+    exact = torch.stack((drawn(channels), slope, slope * bend, slope * bend.abs()), dim=-1)
+    coefficients = exact * has_coefficient(spec, widths)
     parts: dict[str, torch.Tensor] = {}
     if spec.error_compensation is not None:
         entries = spec.error_compensation.entries(size)
@@ -125,10 +127,7 @@ def trellis_quantizer(
         parts["token_size_unit"] = torch.rand(heads, generator=generator) * size + 0.1
     params = TrellisParams(
         bits=widths,
-        codebook=codebook,
-        codebook_index=index,
-        scale=(drawn(channels).abs() + (steps or 0.25)).half(),
-        zero_point=drawn(channels).half(),
+        coefficients=pack_coefficients(spec, widths, coefficients),
         **parts,
     )
     return TrellisQuantizer(spec, params, HeadShape(heads, size), rope)

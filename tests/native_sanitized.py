@@ -47,13 +47,10 @@ def case(generator: Any) -> dict[str, Any]:
         "levels": np.sort(generator.standard_normal((channels, stride)).astype(np.float32), 1),
     }
     if generator.integers(2):
-        scale = np.exp(generator.standard_normal(channels)).astype(np.float32)
-        arrays |= {"scale": scale, "inverse": 1 / scale, "zero_point": scale * np.float32(0.5)}
+        arrays["shares"] = (generator.standard_normal((heads, size, size)) / size).astype(np.float32)
         if generator.integers(2):
-            arrays["shares"] = (generator.standard_normal((heads, size, size)) / size).astype(np.float32)
-            if generator.integers(2):
-                arrays["refinement_shares"] = own(arrays["shares"])
-                numbers["refinement_passes"] = int(generator.integers(0, 3))
+            arrays["refinement_shares"] = own(arrays["shares"])
+            numbers["refinement_passes"] = int(generator.integers(0, 3))
     if generator.integers(2):
         classes = int(generator.integers(1, 33))
         numbers["size_classes"] = classes

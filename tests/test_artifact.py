@@ -128,9 +128,7 @@ def test_a_file_of_an_earlier_format_is_refused_in_one_line_that_says_what_to_do
 @pytest.mark.parametrize("name", RECIPES)
 def test_random_artifacts_round_trip(name):
     for seed in range(3):
-        made = random_artifact(
-            GEOMETRY, RECIPES[name], seed=seed, codebooks=1 + seed, model={"id": "x", "config": {}}
-        )
+        made = random_artifact(GEOMETRY, RECIPES[name], seed=seed, model={"id": "x", "config": {}})
         assert same(KVArtifact.from_bytes(made.to_bytes()), made)
 
 
@@ -460,7 +458,7 @@ def test_what_is_held_is_what_the_file_has():
     assert trellis[0].key.held_bytes == 8 + 8 + 29 * 2 + 2 * 8 * 2 + 4 * 2
     assert trellis[0].key.to("cpu").held_bytes == trellis[0].key.held_bytes
     for spec in RECIPES.values():
-        artifact = random_artifact(GEOMETRY, spec, codebooks=3)
+        artifact = random_artifact(GEOMETRY, spec)
         _, tensors = sealed.unseal(artifact.to_bytes(), "kvq")
         for number, layer in enumerate(artifact.layers):
             for kind in KINDS:

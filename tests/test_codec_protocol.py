@@ -18,7 +18,7 @@ from kvq_calib.artifact.errors import ArtifactMetadataError, ArtifactTensorError
 from kvq_calib.artifact.export_fp8 import amax_of, losses
 from kvq_calib.artifact.shard import shard
 from kvq_calib.codec import registry
-from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS, pack_units, slice_bytes
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.schema import spec as specs
 from kvq_calib.schema.geometry import KINDS, HeadShape, KVGeometry, LayerGeometry, RopeSpec
@@ -76,7 +76,7 @@ def rope_for(head_dim: int) -> RopeSpec:
 
 def quantizer_of(name: str, heads: int = 2, head_dim: int = 6, seed: int = 0) -> Quantizer:
     shape, rope = HeadShape(heads, head_dim), rope_for(head_dim)
-    return random_quantizer(spec_of(name), shape, rope, seed=seed, codebooks=1 + seed % 3)
+    return random_quantizer(spec_of(name), shape, rope, seed=seed)
 
 
 def values(quantizer: Quantizer, batch: int = 2, tokens: int = 50, seed: int = 1) -> Tensor:
@@ -117,7 +117,7 @@ def test_a_spec_finds_its_codec_and_survives_json(name: str) -> None:
 
 @case
 def test_an_artifact_holds_what_the_codec_says_and_nothing_else(name: str) -> None:
-    made = random_artifact(GEOMETRY, cache_spec(name), codebooks=2)
+    made = random_artifact(GEOMETRY, cache_spec(name))
     loaded = KVArtifact.from_bytes(made.to_bytes())
     assert loaded.to_bytes() == made.to_bytes()
     assert loaded.spec == made.spec
@@ -198,7 +198,7 @@ def test_a_codec_that_is_not_known_is_named_with_those_that_are() -> None:
 
 @case
 def test_what_works_on_artifacts_works_with_every_codec(name: str) -> None:
-    artifact = random_artifact(GEOMETRY, cache_spec(name), codebooks=2)
+    artifact = random_artifact(GEOMETRY, cache_spec(name))
     assert losses(artifact)
     ranges = amax_of(artifact)
     for kind in KINDS:
@@ -248,7 +248,6 @@ def test_nominal_sizes_are_those_of_the_widest_codes(name: str) -> None:
     assert nominal.outlier_cap == quantizer.layout.outlier_cap
     assert nominal.words_per_block >= quantizer.layout.words_per_block
     assert 0 <= quantizer.nominal_outliers(spec, shape) <= nominal.outlier_cap
-    assert quantizer.nominal_levels(spec) == quantizer.level_count(spec.max_width)
     if quantizer.widths == nominal.widths:
         assert quantizer.nominal_bytes(spec, shape, pairs=3) == quantizer.params.held_bytes
 
@@ -300,8 +299,10 @@ def test_reading_follows_the_formula_that_runtimes_compute(name: str, seed: int)
         y = q.token_zero_point.float()[..., None] + q.token_scale.float()[..., None] * seen
     elif q.channel_scale is not None and q.channel_zero_point is not None:
         y = q.channel_zero_point + q.channel_scale * seen
-    else:
+    elif quantizer.has_channel_thresholds:
         y = quantizer.zero_point + quantizer.scale * seen
+    else:
+        y = seen
     if q.residual is not None:
         y = y + q.residual.float()
     if quantizer.channel_normalised:
@@ -335,7 +336,7 @@ def test_what_is_read_lies_within_the_reach_of_the_quantizer(name: str, seed: in
 def test_two_bits_and_more_leave_a_small_error_of_what_thresholds_fit(name: str) -> None:
     made = quantizer_of(name)
     x = values(made, tokens=200)
-    quantizer = random_quantizer(made.spec, made.shape, made.rope, seed=3, sample=x, codebooks=2)
+    quantizer = random_quantizer(made.spec, made.shape, made.rope, seed=3, sample=x)
     y, seen = quantizer.transform(x), quantizer.transform(quantizer(x))
     share = (seen - y).square().mean((0, 1)) / y.square().mean((0, 1))
     wide = torch.tensor(quantizer.widths) >= min(2, made.spec.max_width)
@@ -376,24 +377,18 @@ def test_how_tokens_are_grouped_changes_nothing(name: str, tokens: int, seed: in
 
 @settings(max_examples=40, deadline=None)
 @given(drawn_cases, st.integers(0, 2**31))
-def test_levels_are_found_from_single_codes_and_from_bytes_alike(name: str, seed: int) -> None:
-    """Readers look levels up for two codes of a byte at once, with what came before where it matters."""
+def test_codes_mean_the_levels_that_their_indices_name(name: str, seed: int) -> None:
     quantizer = quantizer_of(name, seed=seed)
-    codes = quantizer.quantize(values(quantizer, tokens=2 * BLOCK_TOKENS, seed=seed)).codes.permute(0, 2, 1)
-    index = quantizer.level_index(codes)
-    assert torch.equal(quantizer.levels, quantizer.table[quantizer.table_index])
+    codes = quantizer.quantize(values(quantizer, tokens=2 * BLOCK_TOKENS, seed=seed)).codes
+    index = quantizer.level_index(codes.permute(0, 2, 1)).to(torch.int64)
+    seen, levels = quantizer.decode(codes), quantizer.levels
     for channel, width in enumerate(quantizer.widths):
-        own = index[:, channel].to(torch.int64)
-        assert int(own.max()) < quantizer.level_count(width) <= quantizer.table.shape[1]
-        seen = quantizer.decode(codes.permute(0, 2, 1))[..., channel]
-        assert torch.equal(seen, quantizer.levels[channel][own])
-        if not 1 <= width <= 4:
-            continue
-        units = codes[:, channel].unflatten(-1, (2, BLOCK_TOKENS))
-        data = slice_bytes(pack_units(units, width), width).flatten(-2)
-        before = quantizer.before_pairs(data)
-        row = data.to(torch.int64) + (0 if before is None else 256 * before.to(torch.int64))
-        assert torch.equal(quantizer.pair_index(width)[row].flatten(-3), own)
+        own = index[:, channel]
+        assert int(own.max()) < quantizer.level_count(width) <= levels.shape[1]
+        assert torch.equal(seen[..., channel], levels[channel][own])
+        assert torch.equal(levels[channel, quantizer.level_count(width) - 1 :].unique(), levels[channel, -1:])
+    if quantizer.shared_levels is not None:
+        assert torch.equal(levels, quantizer.shared_levels.expand_as(levels))
 
 
 @case
@@ -431,8 +426,9 @@ def test_a_page_of_the_toy_codec_has_two_bits_for_every_element() -> None:
     quantizer = quantizer_of("toy", heads=2, head_dim=8)
     assert quantizer.layout.page_bytes() == {"codes": 2 * 16 * PAGE_TOKENS // 8}
     x = values(quantizer)
-    assert not torch.equal(quantizer.table[0], quantizer.table[1])
+    levels = quantizer.params.head_levels.float()
+    assert not torch.equal(levels[0], levels[1])
     scale, zero_point = (part.view(2, 8, 1) for part in (quantizer.scale, quantizer.zero_point))
     for head, seen in enumerate(quantizer(x).unbind(1)):
-        reachable = zero_point[head] + scale[head] * quantizer.table[head]
+        reachable = zero_point[head] + scale[head] * levels[head]
         assert bool((seen[..., None] == reachable).any(-1).all())

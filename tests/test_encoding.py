@@ -8,6 +8,7 @@ from artifact_factory import random_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvq_calib.codec.computed_levels import pack_coefficients
 from kvq_calib.codec.error_compensation import (
     Compensation,
     error_weight_matrix,
@@ -28,14 +29,9 @@ CHANNELS = SHAPE.channels
 
 def even(bits, states, scale):
     """Numbers of a quantizer whose channels all have the same evenly spaced levels."""
-    levels = TrellisSpec(max_bits=bits, states=states).level_count(bits)
-    return TrellisParams(
-        bits=torch.full((CHANNELS,), bits, dtype=torch.uint8),
-        codebook=torch.linspace(-1, 1, levels).half(),
-        codebook_index=torch.zeros(CHANNELS, dtype=torch.uint8),
-        scale=torch.full((CHANNELS,), scale),
-        zero_point=torch.zeros(CHANNELS),
-    )
+    spec, widths = TrellisSpec(max_bits=bits, states=states), torch.full((CHANNELS,), bits, dtype=torch.uint8)
+    exact = torch.tensor([0.0, scale, 0.0, 0.0]).expand(CHANNELS, 4)
+    return TrellisParams(widths, pack_coefficients(spec, widths, exact))
 
 
 # ------------------------------------------------------------------------------------------------ error compensation

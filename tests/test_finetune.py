@@ -7,9 +7,10 @@ from models_zoo import tiny_model, token_ids
 from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.finetune import Trainable, learn
 from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.computed_levels import pack_coefficients
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
-from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.recipe import CalibrationConfig, LearnConfig
@@ -23,21 +24,14 @@ SPEC = TrellisSpec(max_bits=3, states=1, pair_rotation=True)
 
 
 def params() -> TrellisParams:
-    table = torch.tensor(
-        [
-            [0.0] * 8,
-            [-1.0] + [1.0] * 7,
-            [-1.0, -0.25, 0.25] + [1.0] * 5,
-            [-1, -0.6, -0.4, -0.1, 0.1, 0.4, 0.6, 1],
-        ]
-    )
     widths = torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.uint8)
+    offset, slope = torch.linspace(-0.3, 0.3, 8), torch.linspace(0.5, 2, 8)
+    exact = torch.stack((offset, slope, slope / 8, slope / 4), dim=-1)
     return TrellisParams(
         widths,
-        *pack_codebooks(SPEC, widths, table.half().float(), widths),
-        *storable_thresholds(torch.linspace(0.5, 2, 8), torch.linspace(-0.3, 0.3, 8)),
+        pack_coefficients(SPEC, widths, exact),
         pair_angle=torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half(),
-    )  # fmt: skip
+    )
 
 
 def quantizer(numbers: TrellisParams) -> TrellisQuantizer:
@@ -59,17 +53,13 @@ def test_starts_as_the_reference_quantizer_and_stores_what_it_computes() -> None
             offset += 0.2 * torch.randn(offset.shape, generator=torch.Generator().manual_seed(seed))
     start, result = params(), trainable.result()
     for name, half in trainable.result(0.5).tensors().items():
-        if name in ("zero_point", "pair_angle"):
+        if name == "pair_angle":
             middle = (start.tensors()[name] + result.tensors()[name]) / 2
             torch.testing.assert_close(half, middle)
-    table = quantizer(result).table
-    assert bool((table.diff(dim=1) >= 0).all())
-    assert bool((table[1, 1:] == table[1, 1]).all())  # unused levels repeat the last one
-    assert (result.codebook.dtype, result.codebook_index.dtype) == (torch.float16, torch.uint8)
+    assert bool((quantizer(result).levels.diff(dim=1) >= 0).all())
+    assert result.coefficients.dtype == torch.float16
     assert result.pair_angle is not None
     assert result.pair_angle.dtype == torch.float16
-    assert result.scale is not None
-    assert bool((result.scale > 0).all())
     stored = quantizer(result)(sample())
     # Levels are rounded to float16 when stored, which may move an element at a boundary to the next level.
     assert float((trainable(sample()).detach() - stored).abs().median()) < 1e-3
@@ -128,7 +118,8 @@ def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(family: str) -> None:
     # Levels that were fitted without the gradients leave something to learn.
-    settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0, "shrinkage": 1.0}
+    settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0}
+    settings |= {"shrinkage": 1.0, "level_shrinkage": 1.0}
     artifact, brought = run(recipe(allocation=settings), family)
     assert 0 < brought["kl_after"] < brought["kl_before"]
     again, _ = run(recipe(allocation=settings, recompute=family == "gemma2"), family)
@@ -136,10 +127,10 @@ def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(fami
         assert again.to_bytes() == artifact.to_bytes()
     else:  # recomputing layers gives the same gradients up to rounding
         for one, two in zip(artifact.layers, again.layers, strict=True):
-            torch.testing.assert_close(one.key.scale, two.key.scale, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(one.key.coefficients, two.key.coefficients, rtol=1e-2, atol=1e-3)
     plain, _ = run(recipe(allocation=settings, learn=None), family)
     assert any(
-        not torch.equal(a.of(kind).scale, b.of(kind).scale)
+        not torch.equal(a.of(kind).coefficients, b.of(kind).coefficients)
         for a, b in zip(artifact.layers, plain.layers, strict=True)
         for kind in KINDS
     )

@@ -83,9 +83,7 @@ def geometry(size: int, heads: int, group: int, rope: str = "half", window: int 
 class Layer:
     """Quantizers, tables and random tokens of one layer."""
 
-    def __init__(
-        self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, codebooks: int = 1, seed: int = 0
-    ):
+    def __init__(self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         self.machine, self.generator, self.geometry = machine, generator, shape.layers[0]
         heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
@@ -94,7 +92,7 @@ class Layer:
         self._spread, self._center = spread, center
         # Artifacts are made on the CPU, whatever device their quantizers go to.
         samples = [{kind: self.tokens(kind, 1, 256).float().cpu() for kind in ("key", "value")}]
-        artifact = random_artifact(shape, spec, seed, samples, codebooks)
+        artifact = random_artifact(shape, spec, seed, samples)
         quantizers = artifact.quantizers(machine.device)[0]
         self.key, self.value = quantizers["key"], quantizers["value"]
         self.torch = TorchOps(self.key, self.value)
@@ -169,7 +167,6 @@ def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
         machine,
         APPEND[name],
         geometry(size, 2, 1),
-        codebooks=3 if name in ("trellis-one-state", "odd") else 1,
     )
     ours, theirs = layer.storage(2), layer.storage(2)
     for blocks in (3, 1, 14, 1):
@@ -243,7 +240,6 @@ class Case:
     rope: str = "half"
     dtype: torch.dtype = torch.float16
     storage: str = "float16"
-    codebooks: int = 1
     softcap: float | None = None
     sink_logits: bool = False
     tail: int = 5
@@ -255,7 +251,7 @@ class Case:
 CASES = {
     "1bit-64-mha": Case(64, 1, quant(1), token(1)),
     "2bit-96-g8-dense": Case(96, 8, quant(2, 0.0), token(2, 0.0), "interleaved"),
-    "3bit-128-g4": Case(128, 4, quant(3), token(3), codebooks=3),
+    "3bit-128-g4": Case(128, 4, quant(3), token(3)),
     "3bit-128-g3-bfloat16": Case(128, 3, quant(3), token(3), dtype=torch.bfloat16, storage="bfloat16"),
     "4bit-256-g3": Case(256, 3, quant(4), token(4, thresholds="token_normalized"), heads=1),
     "4bit-64-g8-channel-values": Case(64, 8, quant(4, 0.05), quant(4, 0.05), "partial"),
@@ -268,7 +264,6 @@ CASES = {
         3,
         paths(4, states=1, pair_rotation=True),
         paths(3, states=1),
-        codebooks=2,
     ),
     "mixed6-96-g4-softcap-sink": Case(
         96,
@@ -280,9 +275,9 @@ CASES = {
         tail=100,
     ),
     "trellis1-64-mha": Case(64, 1, paths(1), paths(2)),
-    "trellis3-128-g4": Case(128, 4, paths(3), paths(4), codebooks=3),
+    "trellis3-128-g4": Case(128, 4, paths(3), paths(4)),
     "trellis4-64-g3-bfloat16": Case(
-        64, 3, paths(4), paths(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16", codebooks=2
+        64, 3, paths(4), paths(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16"
     ),
     "trellis7-64-g2": Case(64, 2, paths(7), paths(5), "none"),
     "trellis-mixed4-128-g4-pair-rotation": Case(
@@ -290,7 +285,6 @@ CASES = {
         4,
         paths(4, pair_rotation=True),
         paths(3),
-        codebooks=2,
     ),
     "trellis-mixed6-64-g4-token-values": Case(64, 4, paths(6), token(2)),
     "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
@@ -359,7 +353,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     case, device, batch, blocks = CASES[name], machine.device, 2, 11
     shape = geometry(case.size, case.heads, case.group, case.rope)
     spec = KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage)
-    layer = Layer(machine, spec, shape, case.codebooks)
+    layer = Layer(machine, spec, shape)
     storage = layer.storage(batch)
     packed = blocks * BLOCK_TOKENS
     for side, quantizer, kind in ((storage.key, layer.key, "key"), (storage.value, layer.value, "value")):

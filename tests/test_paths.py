@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvq_calib.codec import paths
-from kvq_calib.codec.packing import pack_units, slice_bytes
-from kvq_calib.codec.paths import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.codec.paths import Subsets, best_path, level_index
 
 
 def path_of(
@@ -90,14 +89,6 @@ def test_a_first_call_in_inference_mode_leaves_nothing_that_gradients_trip_over(
     with torch.inference_mode():
         codes = path_of(levels, bits, u)
     assert torch.equal(path_of(levels, bits, u.clone().requires_grad_()), codes)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_bytes_of_packed_codes_become_indices_as_single_codes_do(width: int) -> None:
-    codes = torch.randint(0, 1 << width, (3, 5, 32), generator=torch.Generator().manual_seed(0))
-    data = slice_bytes(pack_units(codes, width), width).flatten(-2)
-    row = 256 * lowest_bits_before(data).to(torch.int64) + data
-    assert torch.equal(pair_index(width)[row].flatten(-2), level_index(codes))
 
 
 @given(st.integers(0, 2**31))

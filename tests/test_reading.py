@@ -67,7 +67,7 @@ def assert_read_as_by_the_quantizers(page, file, artifact):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_codes_become_what_the_quantizers_see(page, tmp_path, name):
-    artifact = random_artifact(GEOMETRY, RECIPES[name], codebooks=2)
+    artifact = random_artifact(GEOMETRY, RECIPES[name])
     artifact.save(tmp_path / "a.kvq.safetensors")
     assert_read_as_by_the_quantizers(page, tmp_path / "a.kvq.safetensors", artifact)
 

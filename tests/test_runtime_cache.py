@@ -46,9 +46,9 @@ def tiny(family: str, **overrides: object):
     return model
 
 
-def assert_same_logits(model, spec, chunks, *, padding=(0, 0), recent=None, codebooks=1):
+def assert_same_logits(model, spec, chunks, *, padding=(0, 0), recent=None):
     """Both caches, the same calls; returns the packed cache."""
-    artifact = artifact_for(model, spec, codebooks=codebooks)
+    artifact = artifact_for(model, spec)
     ids = token_ids(len(padding), sum(chunks), seed=1)
     left = torch.tensor(padding)
     mask = positions = None
@@ -75,7 +75,7 @@ def test_prefill_and_decode_match_the_plain_cache(family):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("codebooks", [1, 6])
 def test_every_recipe_matches(name, codebooks):
-    assert_same_logits(tiny("llama"), RECIPES[name], [70, 1, 31, 1, 1], codebooks=codebooks)
+    assert_same_logits(tiny("llama"), RECIPES[name], [70, 1, 31, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_sliding_windows_over_several_pages(family, implementation):
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_every_width_matches_with_a_trellis(bits: int):
     spec = recipe(key=trellis(bits), value=trellis(8 - bits), recent_tokens=bits, sink_tokens=bits % 3)
-    assert_same_logits(tiny("qwen3"), spec, [66, 1, 1], codebooks=2 + 4 * (bits % 2))
+    assert_same_logits(tiny("qwen3"), spec, [66, 1, 1] + 4 * (bits % 2))
 
 
 @pytest.mark.parametrize("name", ["nuq3-exact", "trellis"])

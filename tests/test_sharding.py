@@ -77,7 +77,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("name", BY_CHANNEL)
 def test_a_shard_sees_what_the_whole_sees_of_its_heads(name, ranks):
-    whole = random_artifact(UNEVEN, BY_CHANNEL[name], codebooks=3)
+    whole = random_artifact(UNEVEN, BY_CHANNEL[name])
     for rank in range(ranks):
         # It is an artifact in its own right.
         part = KVArtifact.from_bytes(shard(whole, rank, ranks).to_bytes())

@@ -71,7 +71,7 @@ def test_an_artifact_adds_up_what_its_quantizers_say(name):
         LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=12),
         LayerGeometry(num_query_heads=4, num_kv_heads=1, head_dim=4, sliding_window=40),
     )
-    artifact = random_artifact(KVGeometry(layers=layers), RECIPES[name], codebooks=2)
+    artifact = random_artifact(KVGeometry(layers=layers), RECIPES[name])
     rates = {"key": [0.5, 0.25], "value": [1.0, 0.0]}
     spec, context, batch = artifact.spec, 500, 3
     cache = CacheShape(context, batch, spec.sink_tokens, spec.recent_tokens)
@@ -98,24 +98,22 @@ def test_an_artifact_adds_up_what_its_quantizers_say(name):
 
 
 @pytest.mark.parametrize(
-    ("spec", "width", "levels", "parameters"),
+    ("spec", "width", "parameters"),
     [
-        (ScalarSpec(bits=3), 3, 8, 4 * 8 + 2 * 4 * 24),
-        (ScalarSpec(bits=4, thresholds="token"), 4, 16, 4 * 16),
-        (TrellisSpec(max_bits=3, states=1), 3, 8, 2 * 8 + 24 * (1 + 1 + 2 + 2)),
-        (TrellisSpec(max_bits=3, pair_rotation=True), 3, 16, 2 * 16 + 24 * 6 + 2 * 2 * 5),
+        (ScalarSpec(bits=3), 3, 4 * 8 + 2 * 4 * 24),
+        (ScalarSpec(bits=4, thresholds="token"), 4, 4 * 16),
+        (TrellisSpec(max_bits=1, states=1), 1, 24 * (1 + 2 * 2)),
+        (TrellisSpec(max_bits=3, pair_rotation=True), 3, 24 * (1 + 2 * 4) + 2 * 2 * 5),
         (
             TrellisSpec(max_bits=2, error_compensation={"rank": 4}, token_weighting=True),
             2,
-            8,
-            2 * 8 + 24 * 6 + 2 * (12 * 4 + 4 + 2 * 12) + 2 * (2 * 32 + 4),
+            24 * (1 + 2 * 4) + 2 * (12 * 4 + 4 + 2 * 12) + 2 * (2 * 32 + 4),
         ),
     ],
 )
-def test_what_an_artifact_that_is_not_there_yet_will_take(spec, width, levels, parameters):
+def test_what_an_artifact_that_is_not_there_yet_will_take(spec, width, parameters):
     codec, shape = codec_of(spec), HeadShape(2, 12)
     layout = codec.nominal_layout(spec, shape)
     assert layout.widths == (width,) * 24
     assert layout.token_params == (getattr(spec, "thresholds", "") == "token")
-    assert codec.nominal_levels(spec) == levels
     assert codec.nominal_bytes(spec, shape, pairs=5) == parameters

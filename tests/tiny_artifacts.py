@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
-from kvq_calib.schema.spec import KVCacheSpec
+from kvq_calib.schema.spec import KVCacheSpec, TrellisSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 #: The second layer has no rotary embedding, a sliding window, and values of another head size than its keys.
@@ -85,10 +86,10 @@ def tiny_scalar() -> KVArtifact:
 def tiny_trellis() -> KVArtifact:
     """Widths from 0 on, angles of pairs, error compensation with and without a rank, token weighting."""
     first = LayerParams(
-        key=_params(KEY_WIDTHS, _key_rows(), pair_angle=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half()),
+        key=_params(KEY_WIDTHS, 4, pair_angle=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half()),
         value=_params(
             [2, 1, 0, 2, 1, 2, 0, 2],
-            _value_rows(),
+            1,
             compensation=torch.arange(-6, 6).to(torch.int8).view(2, 6),
             compensation_scale=torch.tensor([0.03125, 0.0625]),
         ),
@@ -96,7 +97,7 @@ def tiny_trellis() -> KVArtifact:
     second = LayerParams(
         key=_params(
             KEY_WIDTHS,
-            _key_rows(),
+            4,
             compensation=torch.arange(-4, 4).to(torch.int8).view(2, 4),
             compensation_scale=torch.tensor([0.125, 0.25]),
             error_weight=torch.tensor([[1.0, 0.5, 0.25, 0.125], [0.75, 1.0, 1.0, 0.5]]).half(),
@@ -105,7 +106,7 @@ def tiny_trellis() -> KVArtifact:
         ),
         value=_params(
             [2, 1, 0, 2, 1, 2, 0, 2, 1, 1, 2, 0],
-            _value_rows(),
+            1,
             compensation=torch.arange(-15, 15).to(torch.int8).view(2, 15),
             compensation_scale=torch.tensor([0.0, 0.0625]),
             error_weight=(torch.arange(12) / 8).half().view(2, 6),
@@ -120,7 +121,7 @@ TINY = {"scalar": tiny_scalar, "trellis": tiny_trellis}
 
 def golden_file(codec: str) -> Path:
     """The file of a codec in the present format."""
-    return GOLDEN / f"{codec}-7.kvq.safetensors"
+    return GOLDEN / f"{codec}-8.kvq.safetensors"
 
 
 def _artifact(spec: KVCacheSpec, first: LayerParams, second: LayerParams, rates: dict) -> KVArtifact:
@@ -134,23 +135,9 @@ def _artifact(spec: KVCacheSpec, first: LayerParams, second: LayerParams, rates:
     )
 
 
-def _params(widths: list[int], rows: list[list[float]], **others: Tensor) -> TrellisParams:
-    channels = len(widths)
-    return TrellisParams(
-        bits=torch.tensor(widths, dtype=torch.uint8),
-        codebook=torch.tensor([level for row in rows for level in row]).half(),
-        codebook_index=torch.tensor(widths, dtype=torch.uint8),  # a row for each width
-        scale=(torch.arange(1, channels + 1) / 8).half(),
-        zero_point=(torch.arange(channels) / 16).half(),
-        **others,
-    )
-
-
-def _key_rows() -> list[list[float]]:
-    """With four states two levels for each code, and one for width 0."""
-    return [[0.0], *([place / 8 - 1 for place in range(2 << width)] for width in (1, 2, 3))]
-
-
-def _value_rows() -> list[list[float]]:
-    """With one state a level for each code."""
-    return [LEVELS[: 1 << width] for width in range(3)]
+def _params(widths: list[int], states: int, **others: Tensor) -> TrellisParams:
+    """Coefficients that are the same on every machine: an offset, a slope, and a little of higher powers."""
+    spec, bits = TrellisSpec(max_bits=3, states=states), torch.tensor(widths, dtype=torch.uint8)
+    step = torch.arange(1, len(widths) + 1)
+    exact = torch.stack((step / 16, step / 8, step / 64, step / 32), dim=-1) * has_coefficient(spec, bits)
+    return TrellisParams(bits, pack_coefficients(spec, bits, exact), **others)

@@ -74,12 +74,12 @@ class ToyQuantizer(Quantizer):
         return (2,) * self.shape.channels
 
     @property
-    def table(self) -> Tensor:
-        return self.params.head_levels.float()
+    def levels(self) -> Tensor:
+        return self.params.head_levels.float().repeat_interleave(self.shape.head_dim, 0)
 
     @property
-    def table_index(self) -> Tensor:
-        return torch.arange(self.shape.channels, device=self.device) // self.shape.head_dim
+    def has_channel_thresholds(self) -> bool:
+        return True
 
     @property
     def scale(self) -> Tensor:
@@ -95,6 +95,9 @@ class ToyQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         distance = (self.normalise(x).normalised[..., None] - self.levels).abs()
         return Quantized(distance.argmin(-1).to(torch.uint8))
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        return self.inverse_transform(self.zero_point + self.scale * self.decode(q.codes))
 
 
 def toy_params(spec: QuantSpec, draw: Draw) -> ToyParams:

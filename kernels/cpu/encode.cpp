@@ -29,14 +29,14 @@ struct Job {
 template <int L>
 struct Room {
     float* memory;
-    Floats<L>*exact, *error, *coded, *weight, *fed, *u;
+    Floats<L>*exact, *error, *coded, *weight, *fed;
     Ints<L>* present;
     Coded<L>* found;
     uint8_t* bytes;
 
     static size_t size(const KvqTrellis& codec, bool wants_coded) {
         const size_t head = static_cast<size_t>(codec.head_dim) * kPlane;
-        return (head * (2 + wants_coded) + kBlock * (kTile + 3)) * sizeof(Floats<L>) + sizeof(Coded<L>) + head * L;
+        return (head * (2 + wants_coded) + kBlock * (kTile + 2)) * sizeof(Floats<L>) + sizeof(Coded<L>) + head * L;
     }
 
     Room(void* memory_, const KvqTrellis& codec, bool wants_coded) {
@@ -45,8 +45,7 @@ struct Room {
         error = exact + head;
         coded = error + head;
         weight = coded + (wants_coded ? head : 0);
-        u = weight + kBlock;
-        fed = u + kBlock;
+        fed = weight + kBlock;
         present = reinterpret_cast<Ints<L>*>(fed + kTile * kBlock);
         found = reinterpret_cast<Coded<L>*>(present + kBlock);
         bytes = reinterpret_cast<uint8_t*>(found + 1);
@@ -123,19 +122,10 @@ bool fill_present(const Blocks& blocks, Ints<L>* present) {
 template <int L>
 void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, Tokens<L> tokens, Room<L>& room) {
     const KvqTrellis& codec = *job.codec;
-    const Floats<L>* u = fed;
-    Floats<L> scale = {}, zero_point = {};
-    if (codec.scale != nullptr) {
-        const Floats<L> inverse = splat<L>(codec.inverse[channel]);
-        scale = splat<L>(codec.scale[channel]);
-        zero_point = splat<L>(codec.zero_point[channel]);
-        for (int t = 0; t < kBlock; t++) room.u[t] = (fed[t] - zero_point) * inverse;
-        u = room.u;
-    }
-    code_channel<L>(job.channels[channel], codec.states, u, tokens, *room.found);
+    code_channel<L>(job.channels[channel], codec.states, fed, tokens, *room.found);
     if (codec.shares != nullptr)
         for (int t = 0; t < kBlock; t++)
-            room.error[i * kPlane + t] = room.exact[i * kPlane + t] - (zero_point + scale * room.found->seen[t]);
+            room.error[i * kPlane + t] = room.exact[i * kPlane + t] - room.found->seen[t];
     for (int t = 0; t < kBlock; t++) {
         const typename Lanes<L>::B narrow = __builtin_convertvector(room.found->code[t], typename Lanes<L>::B);
         std::memcpy(room.bytes + (i * kPlane + t) * L, &narrow, L);

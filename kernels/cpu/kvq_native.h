@@ -7,7 +7,7 @@
 #include <cstdint>
 
 // Raised with every change of this interface. A library of another number is not used.
-#define KVQ_ABI 1
+#define KVQ_ABI 2
 
 #if defined(__GNUC__)
 #define KVQ_EXPORT __attribute__((visibility("default")))
@@ -35,9 +35,6 @@ struct KvqTrellis {
     int32_t pairs;              // RoPE pairs that are turned, P, 0 for none
     const int32_t* level_count; // [C]: 1 for width 0, else 2 ** width, twice that with four states
     const float* levels;        // [C, L], sorted, finite and below 2 ** 39 in each row
-    const float* scale;         // [C]; null where numbers are normalised already, then zero_point and inverse are too
-    const float* zero_point;    // [C]
-    const float* inverse;       // [C], 1 / scale as rounded by the reference
     const float* shares;            // [H, D, D], row = who takes up; null for no error compensation
     const float* refinement_shares; // [H, D, D] or null
     const float* size_edges;        // [H, size_classes - 1], ascending

@@ -39,7 +39,7 @@ from kvq_calib.schema.spec import KVCacheSpec
 
 __all__ = ["FORMAT_VERSION", "MAX_FILE_BYTES", "METADATA_KEY", "KVArtifact"]
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 METADATA_KEY = "kvq"
 #: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30

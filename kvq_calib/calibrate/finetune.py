@@ -1,11 +1,11 @@
-"""Gradient descent on what an artifact stores: levels, scales, zero points and the angles of key pairs.
+"""Gradient descent on what an artifact stores: the coefficients of levels and the angles of key pairs.
 
 The objective is what matters in the end, the KL divergence from the model's own predictions to those it makes
 with quantized keys and values, on the calibration text. A few thousand numbers are trained and no weight of
 the model is, so a few dozen short windows suffice.
 
-Codes are piecewise constant, so gradients take them as given: a level, scale or zero point is moved by what
-it does to the elements that are coded with it. (At a boundary between two levels both err by the same amount,
+Codes are piecewise constant, so gradients take them as given: a level is moved by what it does to the elements
+that are coded with it. (At a boundary between two levels both err by the same amount,
 so to first order nothing is lost by leaving out that elements change sides.) Through the quantizer, from a
 layer's error to earlier layers, gradients pass unchanged (straight-through estimator, arXiv 1308.3432).
 """
@@ -25,9 +25,11 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.clock import Progress
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence, unquantized
+from kvq_calib.calibrate.levels import level_basis, storable_coefficients
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
-from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_levels, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams
+from kvq_calib.fit.rising_polynomials import toward
 from kvq_calib.model.backward import activations_only, recomputed_layers
 from kvq_calib.model.placement import input_device, is_offloaded
 from kvq_calib.schema.recipe import LearnConfig
@@ -45,9 +47,8 @@ _FRACTIONS = (0.25, 0.5, 1.0)
 class Trainable:
     """The numbers of one layer's keys or values as a differentiable quantizer.
 
-    What is trained are offsets in units that make one learning rate serve all: of a channel's level spacing
-    for scale and zero point, of the codebook's level spacing for levels, and radians for angles. Scales stay
-    positive and levels sorted by construction.
+    What is trained are offsets in units that make one learning rate serve all: of a channel's range over its number of
+    codes for coefficients, and radians for angles. Levels stay in order: a channel goes only as far as that holds.
 
     Args:
         quantizer: says where to start.
@@ -56,64 +57,37 @@ class Trainable:
     def __init__(self, quantizer: TrellisQuantizer) -> None:
         params = quantizer.params
         self.quantizer = quantizer
-        self.start = replace(
-            params,
-            codebook=quantizer.table,
-            scale=quantizer.scale,
-            zero_point=quantizer.zero_point,
-            pair_angle=quantizer.pair_angle,
-        )
-        index, bits = quantizer.table_index, params.bits.to(torch.int64)
-        row_bits = torch.zeros(len(self.start.codebook), dtype=torch.int64, device=quantizer.device)
-        row_bits = row_bits.scatter_reduce(0, index, bits, "amax", include_self=False)
-        spacing = 2.0 ** (1 - bits.clamp(min=1).float())
-        self._channel_unit = spacing
-        counts = torch.tensor(
-            [quantizer.level_count(width) for width in row_bits.tolist()], device=bits.device
-        )
-        self._level_unit = 2.0 / counts.clamp(min=2).float()[:, None]
-        self.offsets: dict[str, Tensor] = {
-            "scale": torch.zeros_like(spacing),
-            "zero_point": torch.zeros_like(spacing),
-            "codebook": torch.zeros_like(self.start.codebook),
-        }
+        self.start = replace(params, coefficients=quantizer.coefficients, pair_angle=quantizer.pair_angle)
+        levels, codes = quantizer.levels, 1 << params.bits.to(torch.int64)
+        self._unit = ((levels[:, -1] - levels[:, 0]) / codes)[:, None]
+        self._basis = level_basis(quantizer.spec, params.bits)
+        self.offsets: dict[str, Tensor] = {"coefficients": torch.zeros_like(self.start.coefficients)}
         if self.start.pair_angle is not None:
             self.offsets["pair_angle"] = torch.zeros_like(self.start.pair_angle)
         for offset in self.offsets.values():
             offset.requires_grad_()
-        # The repeated last levels of a narrower row must follow its last real one.
-        columns = torch.arange(self.start.codebook.shape[1], device=bits.device)
-        self._real = torch.minimum(columns, counts[:, None] - 1)
 
     def live(self, fraction: float = 1.0) -> TrellisParams:
         """The numbers as they stand, or this ``fraction`` of the way there; part of the autograd graph, float32."""
-        start = self.start
-        offsets = {name: fraction * offset for name, offset in self.offsets.items()}
-        codebook = (start.codebook + offsets["codebook"] * self._level_unit).gather(1, self._real)
+        start, offsets = self.start, self.offsets
+        wanted = start.coefficients + fraction * offsets["coefficients"] * self._unit
+        with torch.no_grad():
+            within = toward(self._basis, start.coefficients.double(), wanted.double()).float()
         angle = start.pair_angle
         return replace(
             start,
-            codebook=codebook.cummax(1).values,
-            scale=start.scale * torch.exp(offsets["scale"] * self._channel_unit),
-            zero_point=start.zero_point + start.scale * (offsets["zero_point"] * self._channel_unit),
-            pair_angle=None if angle is None else angle + offsets["pair_angle"],
+            coefficients=wanted + (within - wanted).detach(),
+            pair_angle=None if angle is None else angle + fraction * offsets["pair_angle"],
         )
 
     def result(self, fraction: float = 1.0) -> TrellisParams:
         """The same, rounded to what is stored."""
         live = self.live(fraction)
-        found = replace(live, **{name: tensor.detach() for name, tensor in live.tensors().items()})
-        codebook, index = pack_codebooks(
-            self.quantizer.spec, found.bits, storable_levels(found.codebook), found.codebook_index
-        )
-        scale, zero_point = storable_thresholds(found.scale, found.zero_point)
+        coefficients = live.coefficients.detach().double()
         return replace(
-            found,
-            codebook=codebook,
-            codebook_index=index,
-            scale=scale,
-            zero_point=zero_point,
-            pair_angle=None if found.pair_angle is None else found.pair_angle.half(),
+            live,
+            coefficients=storable_coefficients(self.quantizer.spec, live.bits, coefficients),
+            pair_angle=None if live.pair_angle is None else live.pair_angle.detach().half(),
         ).to("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the weighted distributions of all channels to widths, scales, zero points and codebooks, under one budget."""
+"""From the weighted distributions of all channels to widths and levels, under one budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.codebooks import codebook_levels, level_curves, share_codebooks
 from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram
 from kvq_calib.calibrate.error_compensation import (
     CompensationFactors,
@@ -17,10 +16,12 @@ from kvq_calib.calibrate.error_compensation import (
     compensation_factors,
 )
 from kvq_calib.calibrate.fitter import layer_params
+from kvq_calib.calibrate.levels import errors_by_width, fit_levels
 from kvq_calib.calibrate.token_weighting import TokenCosts
+from kvq_calib.codec.computed_levels import coefficient_counts
 from kvq_calib.codec.params import LayerParams
-from kvq_calib.codec.trellis_params import TrellisParams, storable_thresholds
-from kvq_calib.fit.allocation import Curves, allocate, within_budget
+from kvq_calib.codec.trellis_params import TrellisParams
+from kvq_calib.fit.allocation import allocate, within_budget
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.geometry import KVGeometry, RopeSpec
 from kvq_calib.schema.recipe import AllocationConfig
@@ -136,7 +137,8 @@ class _Tensor:
     Attributes:
         at: which.
         spec: how they are quantized.
-        curves: what every width costs every channel.
+        errors: what every width costs every channel, float64 ``[C, widths]``.
+        points, weights: the distributions that levels are fitted to, float64 ``[C, n]``.
         constant: the parameters that do not depend on the widths, by name.
         floor: least width of a channel.
         held: tokens that a cache holds of them.
@@ -144,7 +146,9 @@ class _Tensor:
 
     at: CachedTensor
     spec: TrellisSpec
-    curves: Curves
+    errors: Tensor
+    points: Tensor
+    weights: Tensor
     constant: Mapping[str, Tensor]
     floor: int
     held: int
@@ -157,16 +161,18 @@ def _prepared(
     settings: AllocationConfig,
     geometry: KVGeometry,
 ) -> _Tensor:
-    """Curves and constant parameters of one layer's keys or values."""
+    """Errors by width, distributions and constant parameters of one layer's keys or values."""
     assert isinstance(spec, TrellisSpec)
     layer, moments = geometry.layers[at.layer], statistics.moments
     angle = pair_angles(moments, spec.pair_rotation, at.rope_in(geometry))
     constant = {} if angle is None else {"pair_angle": angle}
     # In the first layer keys and values depend on the token alone.
     share = settings.vocabulary_samples if at.layer else 1.0
+    place = moments.turned(angle)
     points, weights = statistics.weighted.distribution(
-        *moments.turned(angle), settings.shrinkage, statistics.vocabulary, share
+        *place, settings.shrinkage, statistics.vocabulary, share
     )
+    even = statistics.weighted.distribution(*place, settings.level_shrinkage, statistics.vocabulary, share)
     if statistics.token_costs is not None:
         constant["token_weight"] = statistics.token_costs.weights(settings.shrinkage)
         constant["token_size_unit"] = moments.squared_size(layer.num_kv_heads)
@@ -179,7 +185,8 @@ def _prepared(
     return _Tensor(
         at,
         spec,
-        level_curves(points, weights, spec),
+        errors_by_width(points, weights, spec),
+        *even,
         constant,
         min(least, spec.max_bits),
         layer.held_tokens(settings.context),
@@ -220,10 +227,8 @@ def fit_layers(
     ]
     fit = _BudgetedFit(cache, settings, geometry, tensors)
     if settings.scope == "uniform":
-        return fit.params(
-            [torch.full((len(t.curves.points),), t.spec.max_bits, dtype=torch.uint8) for t in tensors]
-        )
-    errors = [tensor.curves.distortion for tensor in tensors]
+        return fit.params([torch.full((len(t.points),), t.spec.max_bits, dtype=torch.uint8) for t in tensors])
+    errors = [tensor.errors for tensor in tensors]
     widths = fit.widths(errors)
     for _ in range(settings.corrections):
         errors = _corrected(errors, widths, tensors, measure(fit.params(widths)))
@@ -261,15 +266,12 @@ class _BudgetedFit:
     def params(self, widths: Sequence[Tensor]) -> tuple[LayerParams, ...]:
         """What is stored of all layers with channels of these widths."""
         return self._layers(
-            share_codebooks(t.curves, w, self.settings.codebooks, t.spec)
-            for t, w in zip(self.tensors, widths, strict=True)
+            fit_levels(t.points, t.weights, w, t.spec) for t, w in zip(self.tensors, widths, strict=True)
         )
 
     def _stored_bits(self, widths: Sequence[Tensor]) -> float:
         """Bits per element, everything counted, with channels of these widths."""
-        layers = self._layers(
-            _shapes(w, self.settings.codebooks, t.spec) for t, w in zip(self.tensors, widths, strict=True)
-        )
+        layers = self._layers(_shapes(w, t.spec) for t, w in zip(self.tensors, widths, strict=True))
         return KVArtifact(self.cache, self.geometry, layers).bits_per_element(self.settings.context)
 
     def _layers(self, params: Iterable[TrellisParams]) -> tuple[LayerParams, ...]:
@@ -316,14 +318,7 @@ def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[
     return list(ratio.clamp(_LEAST, _MOST).sqrt().split(heads))
 
 
-def _shapes(widths: Tensor, codebooks: int, spec: TrellisSpec) -> TrellisParams:
+def _shapes(widths: Tensor, spec: TrellisSpec) -> TrellisParams:
     """Parameters of the right shapes and arbitrary content, to count what they take."""
-    channels = len(widths)
-    scale, zero_point = storable_thresholds(torch.ones(channels), torch.zeros(channels))
-    return TrellisParams(
-        bits=widths,
-        codebook=torch.zeros(codebook_levels(widths, codebooks, spec), dtype=torch.float16),
-        codebook_index=torch.zeros(channels, dtype=torch.uint8),
-        scale=scale,
-        zero_point=zero_point,
-    )
+    numbers = int(coefficient_counts(spec, widths).sum())
+    return TrellisParams(widths, torch.zeros(numbers, dtype=torch.float16))

@@ -6,7 +6,6 @@ import torch
 
 from kvq_calib.codec.error_compensation import Compensation
 from kvq_calib.codec.quantizer import Quantizer
-from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.encode import TrellisTables
@@ -45,9 +44,6 @@ def trellis_tables(
         states=states,
         level_count=torch.tensor(counts, dtype=torch.int32),
         levels=quantizer.levels.contiguous(),
-        scale=quantizer.scale.contiguous(),
-        zero_point=quantizer.zero_point.contiguous(),
-        inverse=reciprocal(quantizer.scale).contiguous(),
         shares=shares,
         refinement_shares=None if refinement is None else refinement.contiguous(),
         refinement_passes=0 if compensation is None else compensation.refinement_passes,

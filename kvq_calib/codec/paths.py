@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS
 
-__all__ = ["Subsets", "best_path", "level_index", "lowest_bits_before", "pair_index"]
+__all__ = ["Subsets", "best_path", "level_index"]
 
 
 def level_index(codes: Tensor) -> Tensor:
@@ -41,40 +41,6 @@ def level_index(codes: Tensor) -> Tensor:
     before = before.masked_fill(place < 1, 0)
     long_before = long_before.masked_fill(place < 2, 0)
     return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
-
-
-def pair_index(width: int) -> Tensor:
-    """Level indices of the two tokens whose codes share a byte, a nibble each.
-
-    Args:
-        width: of the codes, 1 to 4; bits of a nibble above are not looked at.
-
-    Returns:
-        int64 ``[1024, 2]``; row ``256 * before + byte``, with ``before`` of :func:`lowest_bits_before`.
-    """
-    row = torch.arange(1024)
-    mask = (1 << width) - 1
-    codes = torch.stack((row >> 8 & 1, row >> 9, row & mask, row >> 4 & mask), dim=-1)
-    return level_index(codes)[:, 2:]
-
-
-def lowest_bits_before(data: Tensor) -> Tensor:
-    """Of the two codes before each pair, those of tokens ``t - 2`` and ``t - 1``, as bits 0 and 1.
-
-    Args:
-        data: uint8 ``[..., 16]``, the bytes of blocks as :func:`kvq_calib.codec.packing.slice_bytes` returns them,
-            tokens in order.
-
-    Returns:
-        The same dtype and shape.
-    """
-    free = data & 0x11
-    free |= free >> 3
-    free &= 3
-    before = torch.empty_like(free)
-    before.view(-1)[1:] = free.view(-1)[:-1]
-    before[..., 0] = 0
-    return before
 
 
 @dataclass(frozen=True)
@@ -149,7 +115,7 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
 
     Args:
         subsets: of the levels.
-        u: float32 ``[C, B, T]``, on the scale of the levels, tokens in order from the first of a block on.
+        u: float32 ``[C, B, T]``, tokens in order from the first of a block on.
         weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
 
     Returns:

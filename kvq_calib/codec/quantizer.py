@@ -1,12 +1,12 @@
 """The protocol of a codec: one layer's keys or values to codes and back.
 
 What codecs compute defines the numbers that every runtime and kernel must match. A codec is a subclass of
-:class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible
-transform) is normalised, ``u = (y - zero_point) * (1 / scale)`` in float32, coded, and read as::
+:class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible transform) is coded and read as::
 
-    y' = zero_point + scale * level[index]
+    y' = level[index]    or, with a scale and a zero point of the channel or token,    y' = zero_point + scale * level[index]
 
-where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). Outliers keep ``y - y'`` beside
+where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). In the second case what is coded
+is ``u = (y - zero_point) * (1 / scale)`` in float32. Outliers keep ``y - y'`` beside
 their code in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing is stored
 twice. Unless a codec says otherwise (:attr:`Quantizer.codes_in_blocks`, :meth:`Quantizer.cannot_stream`), every token
 is quantized by itself: how tokens are grouped into calls, pages or batches never changes a code.
@@ -169,17 +169,12 @@ class Quantizer(ABC):
 
     @classmethod
     def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
-        """Bytes of the numbers of an artifact that is not there yet, all channels sharing one table of levels."""
+        """Bytes of the numbers of an artifact that is not there yet; what has no shape of its own is left out."""
         return sum(
-            math.prod(cls.nominal_levels(spec) if size is None else size for size in tensor.shape)
+            math.prod(0 if size is None else size for size in tensor.shape)
             * getattr(torch, tensor.dtypes[0]).itemsize
             for tensor in cls.stored_tensors(spec, shape, pairs).values()
         )
-
-    @classmethod
-    def nominal_levels(cls, spec: QuantSpec) -> int:
-        """Levels of the widest code."""
-        return 1 << spec.max_width
 
     @property
     @abstractmethod
@@ -216,37 +211,32 @@ class Quantizer(ABC):
 
     @property
     @abstractmethod
-    def table(self) -> Tensor:
-        """Tables of levels, float32 ``[G, L]``; a row of fewer than ``L`` levels repeats its last one."""
-
-    @property
-    @abstractmethod
-    def table_index(self) -> Tensor:
-        """The table of each channel, int64 ``[C]``."""
-
-    @property
     def levels(self) -> Tensor:
-        """Levels per channel, float32 ``[C, L]``."""
-        return self.table[self.table_index]
+        """Levels per channel, float32 ``[C, L]``; a row of fewer than ``L`` levels repeats its last one."""
+
+    @property
+    def shared_levels(self) -> Tensor | None:
+        """The levels, float32 ``[L]``, where all channels have the same ones."""
+        return None
 
     def level_count(self, width: int) -> int:
         """Levels of a channel of this width."""
         return 1 << width
 
     @property
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """Calibrated scale per channel, float32 ``[C]``; only where :attr:`has_channel_thresholds`."""
-
-    @property
-    @abstractmethod
-    def zero_point(self) -> Tensor:
-        """Calibrated zero point per channel, float32 ``[C]``; as :attr:`scale`."""
-
-    @property
     def has_channel_thresholds(self) -> bool:
         """Whether a calibrated scale and zero point per channel are stored."""
-        return True
+        return False
+
+    @property
+    def scale(self) -> Tensor:
+        """Calibrated scale per channel, float32 ``[C]``; only where :attr:`has_channel_thresholds`."""
+        raise NotImplementedError
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Calibrated zero point per channel, float32 ``[C]``; as :attr:`scale`."""
+        raise NotImplementedError
 
     @property
     def channel_normalised(self) -> bool:
@@ -272,35 +262,14 @@ class Quantizer(ABC):
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
         return codes
 
-    def pair_index(self, width: int) -> Tensor:
-        """Level indices of the two tokens whose codes share a byte, a nibble each.
-
-        Args:
-            width: of the codes, 1 to 4; bits of a nibble above are not looked at.
-
-        Returns:
-            int64 ``[256, 2]``, a row for each byte; ``[256 * n, 2]`` where levels depend on the codes before: row
-            ``256 * before + byte`` with ``before`` of :meth:`before_pairs`.
-        """
-        byte = torch.arange(256)
-        mask = (1 << width) - 1
-        return torch.stack((byte & mask, byte >> 4 & mask), dim=-1)
-
-    def before_pairs(self, data: Tensor) -> Tensor | None:
-        """What of the codes before each pair decides its levels, or ``None`` where nothing does.
-
-        Args:
-            data: uint8 ``[..., 16]``, the bytes of blocks, tokens in order.
-        """
-        return None
-
     def cannot_stream(self) -> str | None:
         """Why a cache cannot be filled with this codec token by token, and what to do; ``None`` where it can."""
-        if self.has_channel_thresholds:
-            largest = float((self.zero_point.abs() + self.scale).max())
+        if (held := self.channel_range()) is not None:
+            centre, half = held
+            largest = float((centre.abs() + half).max())
             if largest > torch.finfo(self.storage).max:
                 return (
-                    f"thresholds reach {largest:.3g}, more than {self.storage_dtype} holds; "
+                    f"channels reach {largest:.3g}, more than {self.storage_dtype} holds; "
                     "calibrate with --set cache.storage_dtype=bfloat16"
                 )
         return None
@@ -339,9 +308,9 @@ class Quantizer(ABC):
         seen = self.levels.gather(1, index.flatten(1).to(torch.int64))
         return seen.view(codes.shape).permute(1, 2, 0)
 
+    @abstractmethod
     def dequantize(self, q: Quantized) -> Tensor:
         """Keys or values from codes: float32 ``[B, H, T, D]``."""
-        return self.inverse_transform(self.zero_point + self.scale * self.decode(q.codes))
 
     def __call__(self, x: Tensor) -> Tensor:
         """What a reader of the cache sees of ``x``: float32 ``[B, H, T, D]``."""

@@ -105,14 +105,14 @@ class ScalarQuantizer(Quantizer):
         return self.spec.outliers.cap(self.spec.per_token, self.shape.channels)
 
     @property
-    def table(self) -> Tensor:
-        """The levels, float32 ``[1, L]``."""
-        return self.params.codebook
+    def levels(self) -> Tensor:
+        """The same for all channels: float32 ``[C, L]``."""
+        return self.params.codebook.expand(self.shape.channels, -1)
 
     @property
-    def table_index(self) -> Tensor:
-        """All zero: int64 ``[C]``."""
-        return torch.zeros(self.shape.channels, dtype=torch.int64, device=self.device)
+    def shared_levels(self) -> Tensor:
+        """The levels, float32 ``[L]``."""
+        return self.params.codebook[0]
 
     @property
     def scale(self) -> Tensor:

@@ -1,9 +1,10 @@
 """The trellis codec: a width for each channel, and the path of least error through a block of tokens.
 
-Channels share tables of levels; each has a scale and a zero point. A code is not that of the nearest level but a step
-of the path of least error through a block (:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. So
-the tokens of a block, 32 from the start of what is given, are coded together. (With one state there is no trellis: a
-code means its level, and every token is coded by itself.)
+A channel's levels are computed from its coefficients (:mod:`kvq_calib.codec.computed_levels`) and need no scale or zero
+point. A code is not that of the nearest level but a step of the path of least error through a block
+(:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. So the tokens of a block, 32 from the start of
+what is given, are coded together. (With one state there is no trellis: a code means its level, and every token is coded
+by itself.)
 
 With error compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other
 coordinates of its head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a
@@ -19,15 +20,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.computed_levels import (
+    MOST_COEFFICIENTS,
+    coefficient_counts,
+    computed_levels,
+    level_places,
+    unpack_coefficients,
+)
 from kvq_calib.codec.error_compensation import Compensation
 from kvq_calib.codec.native_encoding import trellis_tables
 from kvq_calib.codec.pair_rotation import turn_pairs
 from kvq_calib.codec.params import StoredTensor, TensorProblem
-from kvq_calib.codec.paths import Subsets, best_path, level_index, lowest_bits_before, pair_index
+from kvq_calib.codec.paths import Subsets, best_path, level_index
 from kvq_calib.codec.quantizer import Normalised, Quantized, Quantizer
-from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import SIZE_CLASSES, token_weights
-from kvq_calib.codec.trellis_params import TrellisParams, codebook_table
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.encode import Encoded, TrellisTables, encode_trellis
 from kvq_calib.native.loader import library
 from kvq_calib.schema.geometry import HeadShape
@@ -72,10 +79,7 @@ class TrellisQuantizer(Quantizer):
         by_channel, float32 = (shape.channels,), ("float32",)
         tensors = {
             "bits": StoredTensor(by_channel, ("uint8",)),
-            "codebook": StoredTensor((None,), ("float16",)),
-            "codebook_index": StoredTensor(by_channel, ("uint8",)),
-            "scale": StoredTensor(by_channel, ("float16", "float32")),
-            "zero_point": StoredTensor(by_channel, ("float16", "float32")),
+            "coefficients": StoredTensor((None,), ("float16", "float32")),
         }
         if spec.pair_rotation and pairs:
             tensors["pair_angle"] = StoredTensor((heads, pairs), ("float16",))
@@ -92,15 +96,14 @@ class TrellisQuantizer(Quantizer):
 
     @classmethod
     def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Widths in range, codebooks as their channels need them, everything finite and of the right sign."""
+        """Widths in range, levels that do not fall, everything finite and of the right sign."""
         assert isinstance(spec, TrellisSpec)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise TensorProblem(name, "has values that are not finite")
-        _check_codebooks(spec, tensors)
-        for name in ("scale", "token_size_unit"):
-            if name in tensors and bool((tensors[name] <= 0).any()):
-                raise TensorProblem(name, "must be positive")
+        _check_levels(spec, tensors["bits"], tensors["coefficients"])
+        if "token_size_unit" in tensors and bool((tensors["token_size_unit"] <= 0).any()):
+            raise TensorProblem("token_size_unit", "must be positive")
         for name in ("compensation_scale", "error_weight", "token_weight"):
             if name in tensors and bool((tensors[name] < 0).any()):
                 raise TensorProblem(name, "must not be negative")
@@ -114,10 +117,11 @@ class TrellisQuantizer(Quantizer):
                 raise TensorProblem("compensation", "leaves a coordinate nothing of its own")
 
     @classmethod
-    def nominal_levels(cls, spec: QuantSpec) -> int:
-        """Levels of the widest channel."""
+    def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
+        """Bytes of the numbers of an artifact that is not there yet, all channels of the widest code."""
         assert isinstance(spec, TrellisSpec)
-        return spec.level_count(spec.max_bits)
+        coefficients = min(spec.level_count(spec.max_bits), MOST_COEFFICIENTS) * shape.channels
+        return super().nominal_bytes(spec, shape, pairs) + torch.float16.itemsize * coefficients
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -136,28 +140,21 @@ class TrellisQuantizer(Quantizer):
     # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
 
     @property
-    def table(self) -> Tensor:
-        """Levels per codebook, float32 ``[G, L]``: :func:`codebook_table`."""
-        return codebook_table(self.spec, self.params)
+    def coefficients(self) -> Tensor:
+        """Coefficients of the levels, float32 ``[C, 4]``, zero where a channel has fewer."""
+        params = self.params
+        if params.coefficients.ndim == 2:
+            return params.coefficients
+        return unpack_coefficients(self.spec, params.bits, params.coefficients)
 
     @property
-    def table_index(self) -> Tensor:
-        """The codebook of each channel, int64 ``[C]``."""
-        return self.params.codebook_index.to(torch.int64)
+    def levels(self) -> Tensor:
+        """Levels per channel, float32 ``[C, L]``; a row of fewer than ``L`` levels repeats its last one."""
+        return computed_levels(self.coefficients, level_places(self.spec, self.params.bits))
 
     def level_count(self, width: int) -> int:
         """Levels of a channel of this width."""
         return self.spec.level_count(width)
-
-    @property
-    def scale(self) -> Tensor:
-        """Scale per channel, float32 ``[C]``."""
-        return self.params.scale.float()
-
-    @property
-    def zero_point(self) -> Tensor:
-        """Zero point per channel, float32 ``[C]``."""
-        return self.params.zero_point.float()
 
     @property
     def pair_angle(self) -> Tensor | None:
@@ -178,19 +175,8 @@ class TrellisQuantizer(Quantizer):
         """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
         return level_index(codes) if self.codes_in_blocks else codes
 
-    def pair_index(self, width: int) -> Tensor:
-        """Level indices of the two tokens of a byte, see :meth:`kvq_calib.codec.quantizer.Quantizer.pair_index`."""
-        return pair_index(width) if self.codes_in_blocks else super().pair_index(width)
-
-    def before_pairs(self, data: Tensor) -> Tensor | None:
-        """The lowest bits of the two codes before each pair: uint8 ``[..., 16]`` to the same."""
-        return lowest_bits_before(data) if self.codes_in_blocks else None
-
     def channel_range(self) -> tuple[Tensor, Tensor]:
-        """From the levels: the ends are the outer ones and half the gaps beside them.
-
-        Scale and zero point are free parameters of a fit, and say nothing by themselves.
-        """
+        """From the levels: the ends are the outer ones and half the gaps beside them."""
         rows = self.levels
         low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
         below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
@@ -198,7 +184,7 @@ class TrellisQuantizer(Quantizer):
         single = low == high
         low = (low - below.masked_fill(single, 0.0) / 2)[:, 0]
         high = (high + above.masked_fill(single, 0.0) / 2)[:, 0]
-        return self.zero_point + self.scale * (low + high) / 2, self.scale * (high - low) / 2
+        return (low + high) / 2, (high - low) / 2
 
     # ------------------------------------------------------------ numbers to codes
 
@@ -251,7 +237,7 @@ class TrellisQuantizer(Quantizer):
 
         Args:
             deciders: of these channels.
-            u: normalised elements, float32 ``[C, B, T]``.
+            u: elements, float32 ``[C, B, T]``.
             weight: of their tokens, float32 ``[C, B, T]``, or ``None``.
         """
         if isinstance(deciders, Subsets):
@@ -265,31 +251,31 @@ class TrellisQuantizer(Quantizer):
         return trellis_tables(self, self.params, self.spec.states, self.compensation)
 
     def _encode_natively(
-        self, x: Tensor, weight: Tensor | None = None, *, normalised: bool = False, by_size: bool = False
+        self, x: Tensor, weight: Tensor | None = None, *, compensated: bool = True, by_size: bool = False
     ) -> Encoded | None:
         """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` where torch is to compute."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or (native := library()) is None:
             return None
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
             return None
-        return encode_trellis(native, self.native_tables, x, weight, normalised=normalised, by_size=by_size)
+        return encode_trellis(native, self.native_tables, x, weight, compensated=compensated, by_size=by_size)
 
-    def encode(self, normalised: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Codes of normalised elements without error compensation.
+    def encode(self, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Codes without error compensation.
 
         Args:
-            normalised: float32 ``[B, T, C]``; tokens are taken in blocks of 32 from the first on.
+            y: float32 ``[B, T, C]``; tokens are taken in blocks of 32 from the first on.
             weight: of the tokens, float32 ``[B, T, H]``, or ``None``.
 
         Returns:
             uint8 ``[B, T, C]``.
         """
-        if (found := self._encode_natively(normalised, weight, normalised=True)) is not None:
+        if (found := self._encode_natively(y, weight, compensated=False)) is not None:
             return found.codes
         if weight is not None:
             weight = weight.permute(2, 0, 1).repeat_interleave(self.shape.head_dim, 0)
         deciders = self._deciders(self.levels, self.params.bits)
-        return self._code(deciders, normalised.permute(2, 0, 1), weight)[0].permute(1, 2, 0)
+        return self._code(deciders, y.permute(2, 0, 1), weight)[0].permute(1, 2, 0)
 
     def compensate(self, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Code with error compensation.
@@ -311,17 +297,14 @@ class TrellisQuantizer(Quantizer):
             return split.transpose(0, 1).contiguous()
 
         levels, bits = by_coordinate(self.levels), by_coordinate(self.params.bits)
-        scale, zero_point = (by_coordinate(p)[..., None, None] for p in (self.scale, self.zero_point))
-        inverse = reciprocal(scale)
         deciders = self._deciders(levels.flatten(0, 1), bits.flatten()).split(heads)
         exact = by_coordinate(y.permute(2, 0, 1))
         codes = torch.empty(exact.shape, dtype=torch.uint8, device=y.device)
         weight = None if weight is None else weight.permute(2, 0, 1).contiguous()
 
         def code(i: int, wanted: Tensor) -> Tensor:
-            codes[i], index = self._code(deciders[i], (wanted - zero_point[i]) * inverse[i], weight)
-            seen = levels[i].gather(1, index.flatten(1)).view(index.shape)
-            return zero_point[i] + scale[i] * seen
+            codes[i], index = self._code(deciders[i], wanted, weight)
+            return levels[i].gather(1, index.flatten(1)).view(index.shape)
 
         coded = self.compensation.apply(exact, code)
 
@@ -341,7 +324,7 @@ class TrellisQuantizer(Quantizer):
         else:
             y = self.transform(x)
             y, _ = self.compensate(y, self.token_weights(y))
-        return Normalised.of(y, self.scale, self.zero_point)
+        return Normalised(y, y, torch.ones((), device=y.device), torch.zeros((), device=y.device))
 
     def quantize(self, x: Tensor) -> Quantized:
         """Quantize ``[B, H, T, D]`` keys or values."""
@@ -351,27 +334,22 @@ class TrellisQuantizer(Quantizer):
         weight = self.token_weights(y)
         if self.compensation is not None:
             return Quantized(self.compensate(y, weight)[1])
-        return Quantized(self.encode(Normalised.of(y, self.scale, self.zero_point).normalised, weight))
+        return Quantized(self.encode(y, weight))
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """Keys or values from codes: float32 ``[B, H, T, D]``."""
+        return self.inverse_transform(self.decode(q.codes))
 
 
-def _check_codebooks(spec: TrellisSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Widths in range; rows of the codebook each used, by channels of one width, and sorted."""
-    codebook, bits = tensors["codebook"], tensors["bits"]
+def _check_levels(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> None:
+    """Widths in range, coefficients as many as these channels have, levels finite and in order."""
     if int(bits.max()) > spec.max_bits:
         raise TensorProblem("bits", f"has widths over {spec.max_bits}")
-    widths: dict[int, int] = {}
-    for row, width in zip(tensors["codebook_index"].tolist(), bits.tolist(), strict=True):
-        if widths.setdefault(row, width) != width:
-            what = f"gives codebook {row} to channels of {widths[row]} and of {width} bits"
-            raise TensorProblem("codebook_index", what)
-    rows = max(widths) + 1
-    if len(widths) < rows:
-        unused = min(set(range(rows)) - widths.keys())
-        raise TensorProblem("codebook_index", f"gives codebook {unused} to no channel")
-    counts = [spec.level_count(widths[row]) for row in range(rows)]
-    if len(codebook) != sum(counts):
-        raise TensorProblem(
-            "codebook", f"has {len(codebook)} levels, the widths of its channels need {sum(counts)}"
-        )
-    if any(bool((row[1:] < row[:-1]).any()) for row in codebook.split(counts)):
-        raise TensorProblem("codebook", "has unsorted levels")
+    needed = int(coefficient_counts(spec, bits).sum())
+    if len(coefficients) != needed:
+        raise TensorProblem("coefficients", f"has {len(coefficients)} numbers, its channels need {needed}")
+    levels = computed_levels(unpack_coefficients(spec, bits, coefficients), level_places(spec, bits))
+    if not bool(torch.isfinite(levels).all()):
+        raise TensorProblem("coefficients", "gives levels that are not finite")
+    if bool((levels.diff(dim=1) < 0).any()):
+        raise TensorProblem("coefficients", "gives levels that fall")

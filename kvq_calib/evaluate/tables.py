@@ -212,7 +212,7 @@ def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, A
             {
                 kind: {
                     "bits": _width_counts(quantizer),
-                    "codebook": quantizer.table.tolist(),
+                    "levels": _levels(quantizer),
                     "outliers_per_token": artifact.outliers_per_token[kind][index],
                 }
                 for kind, quantizer in quantizers.items()
@@ -222,6 +222,15 @@ def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, A
         "bits_per_element": {str(context): artifact.bits_per_element(context) for context in contexts},
         "bytes": {str(context): artifact.storage(context) for context in contexts},
     }
+
+
+def _levels(quantizer: Quantizer) -> list[float] | list[list[float]]:
+    """Of all channels, or of each."""
+    shared = quantizer.shared_levels
+    if shared is not None:
+        return list(shared.tolist())
+    counts = [quantizer.level_count(width) for width in quantizer.widths]
+    return [row[:count] for row, count in zip(quantizer.levels.tolist(), counts, strict=True)]
 
 
 def _width_counts(quantizer: Quantizer) -> dict[str, int]:
@@ -272,8 +281,9 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     for index, quantizers in enumerate(artifact.quantizers()):
         for kind in KINDS:
             widths = _width_counts(quantizers[kind])
-            levels = quantizers[kind].table[0].tolist()
-            shown = " ".join(f"{level:+.2f}" for level in levels[:16])
+            shared = quantizers[kind].shared_levels
+            levels = [] if shared is None else shared.tolist()
+            shown = " ".join(f"{level:+.2f}" for level in levels[:16]) or "each channel its own"
             layers.add_row(
                 str(index),
                 kind,

@@ -1,6 +1,6 @@
 """How many bits every channel gets: rate and distortion measured for each, and one budget for all.
 
-The weighted error of every channel is computed for every width (:func:`fit_curves`), and bits go where one removes most
+The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes most
 of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
 (:func:`within_budget`). Everything is computed from weighted distributions, so it needs no activations.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,42 +27,29 @@ _CLOSE_ENOUGH = 1e-3
 _MARGIN = 1e-4
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What every width costs every channel of one layer's keys or values.
-
-    Attributes:
-        points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
-        levels: by width, float64 ``[C, L]``.
-        distortion: float64 ``[C, widths]``, the weighted squared error of what they are used for, for one token.
-    """
-
-    points: Tensor
-    weights: Tensor
-    levels: tuple[Tensor, ...]
-    distortion: Tensor
-
-
-def fit_curves(
+def width_errors(
     points: Tensor,
     weights: Tensor,
     place: PlaceLevels,
     level_counts: Sequence[int],
     coded_error: float = 1.0,
-) -> Curves:
-    """Levels and weighted error of every channel at every width.
+) -> Tensor:
+    """Weighted squared error of every channel at every width, for one token.
 
     Args:
-        points, weights: float64 ``[C, n]``, ``points`` sorted.
+        points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
         place: places the levels.
         level_counts: number of levels by width, from width 0 on.
         coded_error: the error of what levels are used for over that of the nearest level, at every width but 0.
+
+    Returns:
+        float64 ``[C, widths]``.
     """
-    levels = tuple(place(points, weights, count) for count in level_counts)
-    distortion = torch.stack([weighted_error(row, points, weights) for row in levels], dim=1)
+    errors = [weighted_error(place(points, weights, count), points, weights) for count in level_counts]
+    distortion = torch.stack(errors, dim=1)
     distortion[:, 1:] *= coded_error
     # Levels are no global optimum: a wider code is never worse, since it could leave levels unused.
-    return Curves(points, weights, levels, distortion.cummin(1).values)
+    return distortion.cummin(1).values
 
 
 def allocate(

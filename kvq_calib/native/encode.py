@@ -29,7 +29,6 @@ class TrellisTables:
         states: of the trellis, 4 or 1.
         level_count: int32 ``[C]``, levels of each channel, a power of two: 1 for width 0.
         levels: float32 ``[C, L]``, of which the first ``level_count`` are used.
-        scale, zero_point, inverse: float32 ``[C]``, ``inverse`` what a difference is multiplied with.
         shares, refinement_shares: float32 ``[H, D, D]``, of error compensation.
         refinement_passes: how often coordinates are coded again.
         size_edges: float32 ``[H, K - 1]``, ascending: between the classes of tokens' sizes.
@@ -43,9 +42,6 @@ class TrellisTables:
     states: int
     level_count: Tensor
     levels: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    inverse: Tensor
     shares: Tensor | None = None
     refinement_shares: Tensor | None = None
     refinement_passes: int = 0
@@ -66,8 +62,6 @@ class TrellisTables:
         if self.levels.ndim != 2:
             raise ValueError(f"levels: has {self.levels.ndim} dimensions")
         _check("levels", self.levels, torch.float32, (channels, self.levels.shape[1]))
-        for name in ("scale", "zero_point", "inverse"):
-            _check(name, getattr(self, name), torch.float32, (channels,))
         for name in ("shares", "refinement_shares"):
             if (matrix := getattr(self, name)) is not None:
                 _check(name, matrix, torch.float32, (heads, size, size))
@@ -112,12 +106,11 @@ class TrellisTables:
 
     def tensors(self) -> list[Tensor]:
         """Everything held but the matrices of error compensation, which others hold too."""
-        own = (self.level_count, self.levels, self.scale, self.zero_point, self.inverse)
         some = (self.size_edges, self.class_weight, self.pair, self.cosine, self.sine)
-        return [*own, *(tensor for tensor in some if tensor is not None)]
+        return [self.level_count, self.levels, *(tensor for tensor in some if tensor is not None)]
 
-    def described(self, normalised: bool, by_size: bool, turns: bool) -> KvqTrellis:
-        """The same in C: for input that is ``normalised``, with weights by the size of a token or without, and with
+    def described(self, compensated: bool, by_size: bool, turns: bool) -> KvqTrellis:
+        """The same in C: with error compensation or without, with weights by the size of a token or without, and with
         pairs that are still to be turned or without."""
         numbers = {
             "heads": self.heads,
@@ -126,8 +119,7 @@ class TrellisTables:
             "level_stride": self.levels.shape[1],
         }
         read = {"level_count": self.level_count, "levels": self.levels}
-        if not normalised:
-            read |= {"scale": self.scale, "zero_point": self.zero_point, "inverse": self.inverse}
+        if compensated:
             numbers["refinement_passes"] = self.refinement_passes
             if self.shares is not None:
                 read["shares"] = self.shares
@@ -160,7 +152,7 @@ def encode_trellis(
     x: Tensor,
     weight: Tensor | None = None,
     *,
-    normalised: bool = False,
+    compensated: bool = True,
     by_size: bool = False,
 ) -> Encoded | None:
     """Codes of keys or values, those that torch finds; on as many threads as torch uses.
@@ -171,7 +163,7 @@ def encode_trellis(
         x: float32 on the CPU, tokens in blocks of 32 from the first on: ``[B, H, T, D]`` as models have them, or
             ``[B, T, C]`` with pairs turned already.
         weight: of the tokens' errors, float32 ``[B, T, H]``, not negative; with ``None`` all count alike.
-        normalised: ``x [B, T, C]`` is on the scale of the levels, and no error compensation is wanted.
+        compensated: with error compensation, where the quantizer has it.
         by_size: weights are those of the classes of the tokens' sizes, not ``weight``.
 
     Returns:
@@ -184,7 +176,7 @@ def encode_trellis(
     if not tables.is_exact or _wants_gradient(x, weight):
         return None
     by_head = x.ndim == 4
-    if (x.ndim != 3 and not by_head) or (normalised and by_head):
+    if x.ndim != 3 and not by_head:
         raise ValueError(f"x: has {x.ndim} dimensions")
     if x.stride(-1) != 1 or not by_head:
         x = x.contiguous()
@@ -194,13 +186,13 @@ def encode_trellis(
     if weight is not None:
         weight = weight.contiguous()
         _check("weight", weight, torch.float32, (batch, tokens, tables.heads))
-    if by_size and (weight is not None or normalised or tables.class_weight is None):
-        raise ValueError("by_size: needs classes of sizes, no weights, and numbers as they are")
+    if by_size and (weight is not None or tables.class_weight is None):
+        raise ValueError("by_size: needs classes of sizes, and no weights")
     codes = torch.empty((batch, tokens, tables.heads * tables.size), dtype=torch.uint8)
-    coded = torch.empty(codes.shape) if tables.shares is not None and not normalised else None
+    coded = torch.empty(codes.shape) if tables.shares is not None and compensated else None
     strides = (x.stride(0), x.stride(2), x.stride(1)) if by_head else (x.stride(0), x.stride(1), tables.size)
     status = library.functions.kvq_encode_trellis(
-        ctypes.byref(tables.described(normalised, by_size, by_head)),
+        ctypes.byref(tables.described(compensated, by_size, by_head)),
         *(x.data_ptr(), (ctypes.c_int64 * 3)(*strides), _pointer(weight)),
         *(batch, tokens, torch.get_num_threads()),
         *(codes.data_ptr(), _pointer(coded)),

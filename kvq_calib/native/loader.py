@@ -21,7 +21,7 @@ from kvq_calib.errors import ConfigError
 __all__ = ["ABI", "FOLDER", "ISAS", "KvqTrellis", "Library", "library", "library_of", "usable_isas"]
 
 #: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
-ABI = 1
+ABI = 2
 #: Where the package's build puts the libraries.
 FOLDER = Path(__file__).parent.parent / "_native"
 #: Instruction sets by machine, the best first.
@@ -43,7 +43,7 @@ class KvqTrellis(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("heads", "head_dim", "states", "refinement_passes")),
         *((name, ctypes.c_int32) for name in ("level_stride", "size_classes", "pairs")),
-        *((name, ctypes.c_void_p) for name in ("level_count", "levels", "scale", "zero_point", "inverse")),
+        *((name, ctypes.c_void_p) for name in ("level_count", "levels")),
         *((name, ctypes.c_void_p) for name in ("shares", "refinement_shares", "size_edges", "class_weight")),
         *((name, ctypes.c_void_p) for name in ("pair", "cosine", "sine")),
     ]

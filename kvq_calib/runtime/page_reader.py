@@ -26,8 +26,6 @@ __all__ = ["PageReader"]
 
 #: Work spaces for which outliers and scales of tokens are made ready at once.
 SPANS_READY = 8
-#: Codebooks of one width up to which byte-wise tables (2 KiB each) are kept.
-MAX_BYTE_TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -38,31 +36,22 @@ class _Group:
         width: bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
         rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
-        codebooks: int64, the rows of the codebook that the channels use.
-        part: int64 ``[n]``, which of these each channel uses.
-        count: levels of a channel.
+        levels: float32 ``[n * L]``, channel after channel; or ``[L]``, the same for all.
+        start: int32 ``[n, 1]``, where the levels of each channel begin, or ``None`` where all have the same.
     """
 
     width: int
     channels: Tensor | None
     rows: Tensor | None
-    codebooks: Tensor
-    part: Tensor
-    count: int
-
-    @property
-    def paired(self) -> bool:
-        """Whether the levels of two codes are looked up at once."""
-        return 0 < self.width <= 4 and len(self.codebooks) <= MAX_BYTE_TABLES
+    levels: Tensor
+    start: Tensor | None
 
 
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Up to 4 bits, levels are looked up two at a time: a byte of a nibble slice selects a pair of float32, moved as one
-    float64; where levels depend on the codes before, the byte and the lowest bits of the two codes before it. Bytes are
-    brought into the order of the channels first, being an eighth of what they become, so that one lookup serves all
-    widths.
+    Levels that all channels share, up to 4 bits, are looked up two at a time: a byte of a nibble slice selects a pair of
+    float32, moved as one float64.
 
     Args:
         quantizer: of the tensor.
@@ -74,72 +63,41 @@ class PageReader:
         self.device = quantizer.device
         #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
         #: normalized values can take them instead of every value.
-        self.separable = not (self.layout.token_params or self.layout.outlier_cap)
-        groups = list(self._widths())
-        self._paired = [group for group in groups if group.paired]
-        #: Float64 ``[rows]`` of level pairs, a table after the other, and int32 ``[C, 1]`` where each channel's starts.
-        table = quantizer.table
-        self._pairs, self._pairs_start = self._pair_tables(table)
-        #: Int64 ``[C]``: where each channel stands among the paired ones, or ``None`` for the same place.
-        self._order = self._paired_order()
-        #: The other channels, float32 ``[L * r]`` levels, and int32 ``[n, 1]`` where each channel's start.
-        self._single = [(group, *self._level_table(group, table)) for group in groups if not group.paired]
+        self.separable = quantizer.has_channel_thresholds and not (
+            self.layout.token_params or self.layout.outlier_cap
+        )
+        self._groups = list(self._by_width())
+        #: Float64 ``[256]``, the pair of levels that a byte selects; or ``None``.
+        self._pairs = self._pair_table()
 
-    def _widths(self) -> Iterator[_Group]:
-        index = self.quantizer.table_index
-
-        def group(width: int, channels: Tensor | None, rows: Tensor | None) -> _Group:
-            used, part = torch.unique(index if channels is None else index[channels], return_inverse=True)
-            return _Group(width, channels, rows, used, part, self.quantizer.level_count(width))
-
-        widths = set(self.layout.widths)
-        if len(widths) == 1 and 0 not in widths:
-            yield group(widths.pop(), None, None)
+    def _by_width(self) -> Iterator[_Group]:
+        shared, widths = self.quantizer.shared_levels, set(self.layout.widths)
+        if shared is not None and len(widths) == 1 and 0 not in widths:
+            yield _Group(widths.pop(), None, None, shared.clone(), None)
             return
-        for width, channels, rows in self.layout.groups(self.device):
-            yield group(width, channels, rows.flatten())
-        if 0 in widths:
-            channels = torch.tensor(self.layout.widths, device=self.device).eq(0).nonzero().flatten()
-            yield group(0, channels, channels[:0])
+        groups = list(self.layout.groups(self.device))
+        without = torch.tensor(self.layout.widths, device=self.device).eq(0).nonzero().flatten()
+        if len(without):
+            groups.append((0, without, without[:0]))
+        levels = self.quantizer.levels
+        for width, channels, rows in groups:
+            count = self.quantizer.level_count(width)
+            start = torch.arange(0, count * len(channels), count, dtype=torch.int32, device=self.device)
+            yield _Group(width, channels, rows.flatten(), levels[channels, :count].flatten(), start[:, None])
 
-    def _pair_tables(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        start = torch.zeros(self.layout.channels, 1, dtype=torch.int32, device=self.device)
-        tables: list[Tensor] = []
-        first = 0
-        for group in self._paired:
-            rows = self.quantizer.pair_index(group.width).to(self.device)
-            chosen = slice(None) if group.channels is None else group.channels
-            start[chosen, 0] = (first + len(rows) * group.part).to(torch.int32)
-            tables.append(table[group.codebooks][:, rows])
-            first += len(rows) * len(group.codebooks)
-        if not tables:
-            return torch.empty(0, dtype=torch.float64, device=self.device), None
-        pairs = torch.cat(tables).contiguous().view(torch.float64).flatten()
-        return pairs, start if bool(start.any()) else None
-
-    def _paired_order(self) -> Tensor | None:
-        order = torch.zeros(self.layout.channels, dtype=torch.int64, device=self.device)
-        done = 0
-        for group in self._paired:
-            if group.channels is None:
-                return None
-            order[group.channels] = torch.arange(done, done + len(group.part), device=self.device)
-            done += len(group.part)
-        return order
-
-    def _level_table(self, group: _Group, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        levels = table[group.codebooks, : group.count].flatten().clone()
-        if len(group.codebooks) == 1:
-            return levels, None
-        return levels, (group.part * group.count).to(torch.int32)[:, None]
+    def _pair_table(self) -> Tensor | None:
+        first = self._groups[0]
+        if first.start is not None or first.width > 4 or self.quantizer.codes_in_blocks:
+            return None
+        byte, mask = torch.arange(256, device=self.device), (1 << first.width) - 1
+        selected = torch.stack((byte & mask, byte >> 4 & mask), dim=-1)
+        return first.levels[selected].view(torch.float64).flatten()
 
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
-        found = [self._pairs, self._pairs_start, self._order]
-        for group in self._paired:
-            found += [group.channels, group.rows, group.codebooks, group.part]
-        for group, levels, start in self._single:
-            found += [group.channels, group.rows, group.codebooks, group.part, levels, start]
+        found = [self._pairs]
+        for group in self._groups:
+            found += [group.channels, group.rows, group.levels, group.start]
         return [tensor for tensor in found if tensor is not None]
 
     def read(self, pages: Sequence[Page], normalized: bool = False) -> Tensor:
@@ -175,7 +133,7 @@ class PageReader:
             if tokens is not None:
                 scale, zero_point = tokens[..., start * PAGE_TOKENS : (start + size) * PAGE_TOKENS]
                 torch.addcmul(zero_point, y, scale, out=y)
-            elif not normalized:
+            elif self.quantizer.has_channel_thresholds and not normalized:
                 self._scale_channels(y)
             if corrections is not None:
                 y.view(-1).index_add_(0, *next(corrections))
@@ -231,33 +189,31 @@ class PageReader:
         Args:
             words: codes of the pages, int32 ``[pages, B, W, 8]``.
         """
-        y = self._look_up(self._pair_places(words), self._pairs, self._pairs_start) if self._paired else None
-        for group, levels, start in self._single:
-            codes = unpack_units(self._units(group, words), group.width)
-            part = self._look_up(self.quantizer.level_index(codes).flatten(3), levels, start)
-            if group.channels is None:
-                return part
-            if y is None:
-                y = torch.empty(part.shape[0], self.layout.channels, part.shape[-1], device=part.device)
-            y.index_copy_(1, group.channels, part)
-        assert y is not None
+        first = self._groups[0]
+        if self._pairs is not None:
+            data = slice_bytes(self._units(first, words), first.width).flatten(3)
+            return self._look_up(data, self._pairs, None)
+        if first.channels is None:
+            return self._of_group(first, words)
+        places = PAGE_TOKENS * words.shape[0]
+        y = torch.empty(words.shape[1], self.layout.channels, places, device=words.device)
+        for group in self._groups:
+            assert group.channels is not None
+            y.index_copy_(1, group.channels, self._of_group(group, words))
         return y
 
-    def _pair_places(self, words: Tensor) -> Tensor:
-        """What selects level pairs, integers ``[pages, B, C, 128]``; anything for channels without pairs."""
-        parts = [slice_bytes(self._units(group, words), group.width).flatten(3) for group in self._paired]
-        data = parts[0] if self._order is None else torch.cat(parts, dim=2).index_select(2, self._order)
-        before = self.quantizer.before_pairs(data.unflatten(-1, (PAGE_BLOCKS, -1)))
-        if before is None:
-            return data
-        return before.flatten(-2).to(torch.int16).bitwise_left_shift_(8).bitwise_or_(data)
+    def _of_group(self, group: _Group, words: Tensor) -> Tensor:
+        """Levels of one width's channels, float32 ``[B, n, 256 * pages]``."""
+        codes = unpack_units(self._units(group, words), group.width)
+        index = self.quantizer.level_index(codes)
+        return self._look_up(index.flatten(3), group.levels, group.start)
 
-    @staticmethod
-    def _units(group: _Group, words: Tensor) -> Tensor:
+    def _units(self, group: _Group, words: Tensor) -> Tensor:
         """Words of one width's channels, int32 ``[pages, B, n, 8, width]``."""
-        if group.rows is not None:
-            words = words.index_select(2, group.rows)
-        return words.view(*words.shape[:2], len(group.part), PAGE_BLOCKS, group.width)
+        count = self.layout.channels
+        if group.rows is not None and group.channels is not None:
+            words, count = words.index_select(2, group.rows), len(group.channels)
+        return words.view(*words.shape[:2], count, PAGE_BLOCKS, group.width)
 
     @staticmethod
     def _look_up(data: Tensor, table: Tensor, start: Tensor | None) -> Tensor:

@@ -62,12 +62,11 @@ class AllocationConfig(_Settings):
             ``uniform``: every channel has the width ``max_bits`` of the cache section.
         min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn
             fast, tell next to nothing. The estimate by gradients holds for small errors, so values keep a bit.
-        codebooks: most codebooks that channels of one width share, per layer and kind. 32 for each width up to 8 are
-            what a byte can number.
         corrections: rounds of measuring what the errors of every layer cost on the model's output and allocating the
             budget again. The estimate by gradients can be far too low where a layer's errors are large.
         shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
-            few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
+            few and heavy-tailed; widths that follow them alone leave no room for what other texts hold.
+        level_shrinkage: the same for the distribution that levels are fitted to.
         vocabulary_samples: share of tokens drawn from the whole vocabulary in that part of a channel's distribution
             that follows no weights; all of it in the first layer, where keys and values depend on the token alone. 0
             leaves out the forward pass that collects them.
@@ -84,8 +83,8 @@ class AllocationConfig(_Settings):
     scope: Literal["model", "layer", "uniform"] = "model"
     min_key_bits: Annotated[int, Field(ge=0, le=8)] = 0
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
-    codebooks: Annotated[int, Field(ge=1, le=32)] = 2
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
+    level_shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.6
     vocabulary_samples: Annotated[float, Field(ge=0, le=1)] = 0.1
     first_layer_weight: Annotated[float, Field(gt=0, le=1024)] = 4.0
     self_generated: Annotated[float, Field(ge=0, le=16)] = 0.5
@@ -94,7 +93,7 @@ class AllocationConfig(_Settings):
 
 
 class LearnConfig(_Settings):
-    """Gradient descent on levels, scales, zero points and angles of RoPE pairs (``docs/method.md``, learning).
+    """Gradient descent on levels and angles of RoPE pairs (``docs/method.md``, learning).
 
     Attributes:
         steps: updates, one piece of text each.

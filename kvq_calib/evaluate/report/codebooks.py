@@ -1,4 +1,4 @@
-"""The codebooks of an artifact over the distributions that they code, weighted as calibration weighs them."""
+"""The levels of an artifact over the distributions that they code, weighted as calibration weighs them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SHOWN_BINS = 64
 
 @dataclass
 class CodebookUse:
-    """A codebook and the distribution of what it codes.
+    """Levels and the distribution of what they code.
 
     Attributes:
         levels: sorted, in the normalised range ``[-1, 1]``.
-        bits: width of its codes.
-        channels, of: channels that use it, of all channels of the layer.
+        bits: width of their codes.
+        channels, of: channels that have them, of all channels of the layer.
         counts: normalised values in each of ``SHOWN_BINS`` equal bins over ``[-1, 1]``.
         weights: the same, each value weighted; equal to ``counts`` where the fit has no weights.
         weighted: whether it has.
@@ -50,21 +50,24 @@ class CodebookUse:
 
 
 class _Collector:
-    """Collects the distribution over the codebook that most channels of a layer's keys or values share."""
+    """Collects the distribution over the levels that all channels share, or over those of a typical channel."""
 
     def __init__(self, quantizer: Quantizer, weighted: bool) -> None:
         self.quantizer = quantizer
-        index, widths = quantizer.table_index, quantizer.layout.widths
-        coded = torch.tensor(widths, device=index.device) > 0
-        rows = index[coded] if bool(coded.any()) else index
-        row = int(torch.bincount(rows).argmax())
-        self.channels = (index == row).nonzero()[:, 0]
-        bits = widths[int(self.channels[0])]
+        widths, shared = quantizer.layout.widths, quantizer.shared_levels
+        self.channels = torch.arange(len(widths)) if shared is not None else _typical_channel(quantizer)
+        first = int(self.channels[0])
+        levels = quantizer.levels[first, : quantizer.level_count(widths[first])]
+        #: What brings these channels' numbers into [-1, 1]: their thresholds do, where there are such.
+        self.centre, self.half = 0.0, 1.0
+        held = quantizer.channel_range()
+        if held is not None and not quantizer.has_channel_thresholds:
+            self.centre, self.half = float(held[0][first]), float(held[1][first]) or 1.0
         self.use = CodebookUse(
-            levels=quantizer.table[row, : quantizer.level_count(bits)].tolist(),
-            bits=bits,
+            levels=((levels - self.centre) / self.half).tolist(),
+            bits=widths[first],
             channels=len(self.channels),
-            of=len(index),
+            of=len(widths),
             weighted=weighted,
             compensated=quantizer.compensates,
         )
@@ -75,13 +78,14 @@ class _Collector:
         values = self.quantizer.normalise(x)
         weights = None
         if self.use.weighted:
-            # As calibration weighs: the gradient on the codebook's scale, squared.
-            weights = (self.quantizer.transform(gradient) * values.scale).square()
+            # As calibration weighs: the gradient on the scale of the levels, squared.
+            weights = (self.quantizer.transform(gradient) * values.scale * self.half).square()
             if self.quantizer.channel_normalised:
                 weights = weights * self.quantizer.scale.square()
             weights = weights[..., self.channels].flatten(0, 1)
         outliers = None if values.outliers is None else values.outliers[..., self.channels].flatten(0, 1)
-        self.histogram.update(values.normalised[..., self.channels].flatten(0, 1), outliers, weights)
+        seen = (values.normalised[..., self.channels] - self.centre) / self.half
+        self.histogram.update(seen.flatten(0, 1), outliers, weights)
 
     def finish(self) -> CodebookUse:
         """With the bins that a chart shows."""
@@ -91,10 +95,20 @@ class _Collector:
         return self.use
 
 
+def _typical_channel(quantizer: Quantizer) -> Tensor:
+    """Of the channels of the most frequent width, the one whose levels reach in the middle of all: int64 ``[1]``."""
+    widths = torch.tensor(quantizer.layout.widths)
+    coded = widths[widths > 0] if bool((widths > 0).any()) else widths
+    members = (widths == int(torch.bincount(coded).argmax())).nonzero()[:, 0]
+    levels = quantizer.levels.cpu()[members]
+    order = (levels[:, -1] - levels[:, 0]).argsort()
+    return members[order[(len(order) - 1) // 2]][None]
+
+
 def codebook_uses(
     model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
 ) -> dict[str, dict[Kind, list[CodebookUse]]]:
-    """Collect the distribution under the most used codebook of each layer and kind, as calibration weighs it.
+    """Collect the distribution under the levels of each layer and kind, as calibration weighs it.
 
     Args:
         model: a causal language model in eval mode.

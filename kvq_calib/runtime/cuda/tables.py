@@ -62,7 +62,7 @@ class KernelTables:
         self.rope = quantizer.read_rope if kind == "key" else None
         self.bits = self._tensor(layout.widths, torch.uint8)
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
-        shared = not bool(quantizer.table_index.any()) and len(set(layout.widths)) == 1
+        shared = quantizer.shared_levels is not None
         rows = slice(0, 1) if shared else slice(None)
         self.levels = quantizer.levels[rows].contiguous()
         if self.trellis:
@@ -76,6 +76,9 @@ class KernelTables:
         if quantizer.has_channel_thresholds:
             self.scale, self.zero_point = quantizer.scale.contiguous(), quantizer.zero_point.contiguous()
             self.reciprocal = reciprocal(self.scale)
+        elif not self.token:  # levels that stand for themselves
+            self.scale = self.reciprocal = torch.ones(layout.channels, device=self.device)
+            self.zero_point = torch.zeros(layout.channels, device=self.device)
         self.refinements = 0
         self.compensation: Tensor | None = None
         self.refinement: Tensor | None = None

@@ -1,0 +1,155 @@
+"""Levels of channels from their weighted distributions: what every width costs, and the coefficients for given widths.
+
+What a width costs follows from levels without a form, placed for the nearest-level rule (:func:`errors_by_width`).
+Coefficients come from samples of the distribution (:func:`fit_levels`): the best paths through them say which sample
+each level stands for, weighted least squares moves the polynomial there, and so on in turn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.computed_levels import (
+    MOST_COEFFICIENTS,
+    computed_levels,
+    has_coefficient,
+    level_counts,
+    level_places,
+    pack_coefficients,
+    unpack_coefficients,
+)
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import TrellisParams
+from kvq_calib.fit.allocation import PlaceLevels, width_errors
+from kvq_calib.fit.density import evenly_weighted, lloyd, spread_levels
+from kvq_calib.fit.rising_polynomials import chord, evaluate, least_squares, nearest_polynomial, toward
+from kvq_calib.schema.geometry import HeadShape
+from kvq_calib.schema.spec import TrellisSpec
+
+__all__ = ["errors_by_width", "fit_levels", "level_basis", "storable_coefficients"]
+
+#: Error of the best path, its levels moved, over that of the nearest level at the start: 2.4 to 2.8 for normal
+#: samples and 1.9 to 2.3 for Laplacian ones, 1 to 4 bits. Only its size against the error without any bits matters
+#: here.
+_PATH_OVER_NEAREST = 2.4
+#: Samples of a channel, and rounds of finding paths and moving levels.
+_SAMPLES = 8192
+_ROUNDS = 10
+#: How far beyond the least squares coefficients move in all rounds but the last: whole runs of levels creep in one
+#: direction.
+_STEP = 1.5
+#: Weight of where levels began, in shares of the mean weight of a level: those that paths hardly use stay there.
+_PRIOR = 0.02
+#: How far levels that rounding put out of order are moved towards a straight line, one after the other.
+_STRAIGHTENED = (0.02, 0.1, 0.3, 1.0)
+
+
+def level_placement(spec: TrellisSpec) -> PlaceLevels:
+    """What places levels without a form, called as :func:`kvq_calib.fit.density.lloyd` is."""
+    return spread_levels if spec.states > 1 else lloyd
+
+
+def errors_by_width(points: Tensor, weights: Tensor, spec: TrellisSpec) -> Tensor:
+    """Weighted squared error of every channel at every width from 0 to ``spec.max_bits``, float64 ``[C, widths]``.
+
+    Args:
+        points, weights: float64 ``[C, n]``, from
+            :meth:`kvq_calib.calibrate.distribution.WeightedHistogram.distribution`.
+        spec: with a trellis, levels are twice as many and their error is that of the nearest times a factor.
+    """
+    counts = [spec.level_count(bits) for bits in range(spec.max_bits + 1)]
+    coded_error = _PATH_OVER_NEAREST if spec.states > 1 else 1.0
+    return width_errors(points, weights, level_placement(spec), counts, coded_error)
+
+
+def level_basis(spec: TrellisSpec, bits: Tensor) -> Tensor:
+    """Powers of ``u`` at every level, float64 ``[C, L, 4]``, zero for coefficients that a channel does not have."""
+    places = level_places(spec, bits).double()
+    powers = torch.stack([places**power for power in range(MOST_COEFFICIENTS)], dim=-1)
+    return powers * has_coefficient(spec, bits)[:, None]
+
+
+def fit_levels(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) -> TrellisParams:
+    """Widths and coefficients, as they are stored.
+
+    Args:
+        points, weights: float64 ``[C, n]``, the distribution of each channel.
+        bits: uint8 ``[C]``.
+        spec: of the tensor.
+    """
+    basis = level_basis(spec, bits)
+    samples = _drawn(points, weights)
+    start = _placed(points, weights, bits, spec)
+    current = nearest_polynomial(basis, start)
+    first = evaluate(basis, current)
+    few = _PRIOR * _SAMPLES / level_counts(spec, bits)[:, None].double() * _is_level(spec, bits)
+    best, least = current, torch.full((len(bits),), torch.inf, dtype=torch.float64)
+    for left in reversed(range(_ROUNDS + 1)):
+        index, error = _followed(spec, bits, current, samples)
+        best = torch.where((error < least)[:, None], current, best)
+        least = torch.minimum(error, least)
+        mass = few.scatter_add(1, index, torch.ones_like(samples))
+        moment = (few * first).scatter_add(1, index, samples)
+        wanted = least_squares(basis, mass, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny))
+        current = toward(basis, current, torch.lerp(current, wanted, _STEP if left > 1 else 1.0))
+    return TrellisParams(bits.to(torch.uint8), storable_coefficients(spec, bits, best))
+
+
+def _is_level(spec: TrellisSpec, bits: Tensor) -> Tensor:
+    counts = level_counts(spec, bits)
+    return torch.arange(int(counts.max())) < counts[:, None]
+
+
+def _drawn(points: Tensor, weights: Tensor) -> Tensor:
+    """Samples of every channel by weight, in random order: float64 ``[C, n]``."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(len(points), _SAMPLES, generator=generator).argsort(1)
+    share = evenly_weighted(weights).cumsum(1)
+    place = torch.searchsorted(share, (order + 0.5) / _SAMPLES * share[:, -1:])
+    return points.gather(1, place.clamp(max=points.shape[1] - 1)).float().double()
+
+
+def _placed(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) -> Tensor:
+    """Levels without a form, float64 ``[C, L]``; a shorter row repeats its last one."""
+    counts = level_counts(spec, bits)
+    found = torch.zeros(len(bits), int(counts.max()), dtype=torch.float64)
+    for count in counts.unique().tolist():
+        mine = counts == count
+        levels = level_placement(spec)(points[mine], weights[mine], count)
+        found[mine] = torch.cat((levels, levels[:, -1:].expand(-1, found.shape[1] - count)), dim=1)
+    return found
+
+
+def _followed(
+    spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The level of each sample on the best paths, int64 ``[C, n]``, and the mean squared error ``[C]``."""
+    plain = spec.model_copy(
+        update={"error_compensation": None, "token_weighting": False, "pair_rotation": False}
+    )
+    params = TrellisParams(bits.to(torch.uint8), coefficients.float())
+    quantizer = TrellisQuantizer(plain, params, HeadShape(1, len(bits)))
+    codes = quantizer.encode(samples.float().T[None].contiguous())[0].T
+    index = quantizer.level_index(codes).to(torch.int64)
+    error = (samples - quantizer.levels.double().gather(1, index)).square().mean(1)
+    return index, error
+
+
+def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> Tensor:
+    """Coefficients ``[C, 4]`` as they are stored, rounded so that no level falls.
+
+    Args:
+        spec: of the tensor.
+        bits: integer ``[C]``.
+        coefficients: float64 ``[C, 4]``, of rising levels.
+    """
+    places, line = level_places(spec, bits), chord(level_basis(spec, bits), coefficients)
+    for share in (*_STRAIGHTENED, 0.0):
+        packed = pack_coefficients(spec, bits, coefficients)
+        levels = computed_levels(unpack_coefficients(spec, bits, packed), places)
+        falls = (levels.diff(dim=1) < 0).any(1, keepdim=True)
+        if not bool(falls.any()):
+            break
+        coefficients = torch.where(falls, torch.lerp(coefficients, line, share), coefficients)
+    return packed
