@@ -80,12 +80,11 @@ def variants() -> list[Variant]:
         return Variant(name, STEPS, text + end, (*more, *still_off), THREE_BITS)
 
     rows += [
-        Variant("step-0", STEPS, "nuq3: 3 bits, one codebook a layer, values per token", recipe="nuq3"),
+        Variant("step-0", STEPS, "nuq3: 3 bits, one table of levels a layer, values per token", recipe="nuq3"),
         step(1, "static levels per channel for keys and values, gradient-weighted", *uniform),
         step(2, "and widths per channel, the same budget for every layer's keys and values", "allocation.scope=layer"),
         step(3, "and one budget for the model"),
         *(step(number, text) for number, text in enumerate(switches, start=4)),
-        Variant("one-codebook", STEPS, "the same with one codebook per width", ("allocation.codebooks=1",), THREE_BITS),
         Variant("kvq2-fit", STEPS, "kvq2 without learning", ("learn=null",), "kvq2"),
     ]  # fmt: skip
     return rows

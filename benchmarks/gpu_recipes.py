@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.computed_levels import pack_coefficients
 from kvq_calib.codec.params import Params
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
-from kvq_calib.codec.trellis_params import TrellisParams, pack_codebooks, storable_thresholds
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, Kind, OutlierSpec, QuantSpec, ScalarSpec, TrellisSpec
 
 OUTLIERS = 0.01
-#: Codebooks of one width in the recipes with widths per channel.
-_CODEBOOKS = 2
 #: Thresholds of unit normal numbers that leave 1% out.
 _REACH = 2.576
 
@@ -77,17 +76,6 @@ class Recipe:
         (heads, size), channels = shape, shape.channels
         generator = torch.Generator().manual_seed(0)
         widths = _widths(shares, channels, generator)
-        used = sorted(set(widths.tolist()))
-        most = spec.level_count(max(used))
-        rows = [
-            _levels(spec.level_count(width), most) * (1 - 0.1 * n)
-            for width in used
-            for n in range(_CODEBOOKS)
-        ]
-        first = {width: _CODEBOOKS * number for number, width in enumerate(used)}
-        index = torch.tensor([first[width] for width in widths.tolist()])
-        index += torch.randint(_CODEBOOKS, (channels,), generator=generator)
-        codebook, packed = pack_codebooks(spec, widths, torch.stack(rows).half().float(), index)
         extra: dict[str, Tensor] = {}
         if spec.pair_rotation and rope is not None:
             extra["pair_angle"] = (torch.rand(heads, len(rope.pairs), generator=generator) - 0.5).half()
@@ -99,8 +87,11 @@ class Recipe:
         classes = torch.rand(heads, SIZE_CLASSES, generator=generator)
         extra["token_weight"] = (0.25 + classes).half()
         extra["token_size_unit"] = torch.full((heads,), float(size))
-        scale, zero_point = storable_thresholds(torch.full((channels,), _REACH), torch.zeros(channels))
-        return TrellisParams(widths.to(torch.uint8), codebook, packed, scale, zero_point, **extra)
+        bend = 0.3 * torch.rand(channels, generator=generator)
+        skew = 0.1 * torch.randn(channels, generator=generator).clamp(-2, 2) * bend
+        exact = _REACH * torch.stack((-skew, 1 - bend, skew, bend), dim=-1)
+        coefficients = pack_coefficients(spec, widths, exact)
+        return TrellisParams(widths.to(torch.uint8), coefficients, **extra)
 
 
 def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:

@@ -200,17 +200,11 @@ def test_wrong_tensors_of_the_scalar_codec_are_named(change, error, message):
         ),
         (set_tensor("layers.1.key.bits", lambda x: x[:-1].clone()), ArtifactTensorError, "not uint8 \\[8\\]"),
         (
-            set_tensor("layers.0.key.scale", lambda x: x.double()),
+            set_tensor("layers.0.key.coefficients", lambda x: x.double()),
             ArtifactTensorError,
             "not float16 or float32",
         ),
-        (set_tensor("layers.0.key.codebook", lambda x: x[None]), ArtifactTensorError, "\\['any'\\]"),
-        (set_tensor("layers.0.key.codebook", lambda x: x.float()), ArtifactTensorError, "not float16"),
-        (
-            set_tensor("layers.0.key.codebook_index", lambda x: x.to(torch.int32)),
-            ArtifactTensorError,
-            "not uint8",
-        ),
+        (set_tensor("layers.0.key.coefficients", lambda x: x[None]), ArtifactTensorError, "\\['any'\\]"),
         (set_tensor("layers.0.key.pair_angle", lambda x: x.float()), ArtifactTensorError, "not float16"),
         (
             set_tensor("layers.1.key.compensation", lambda x: x[:, 1:].contiguous()),
@@ -227,31 +221,23 @@ def test_wrong_tensors_of_the_scalar_codec_are_named(change, error, message):
             ArtifactTensorError,
             "not float16 \\[2, 32\\]",
         ),
-        (put("layers.0.key.scale", 0, float("nan")), ArtifactValueError, "not finite"),
-        (put("layers.0.key.zero_point", 0, float("inf")), ArtifactValueError, "not finite"),
-        (put("layers.0.key.codebook", 0, float("inf")), ArtifactValueError, "not finite"),
+        (put("layers.0.key.coefficients", 0, float("nan")), ArtifactValueError, "not finite"),
+        (put("layers.0.key.coefficients", 5, float("inf")), ArtifactValueError, "not finite"),
         (put("layers.0.key.pair_angle", (0, 0), float("nan")), ArtifactValueError, "not finite"),
         (put("layers.1.key.error_weight", (0, 1), float("inf")), ArtifactValueError, "not finite"),
-        (put("layers.0.key.scale", 3, 0.0), ArtifactValueError, "must be positive"),
         (put("layers.1.key.token_size_unit", 1, 0.0), ArtifactValueError, "must be positive"),
-        (put("layers.0.key.codebook", 3, 0.9), ArtifactValueError, "unsorted"),
+        (put("layers.0.key.coefficients", 1, -1.0), ArtifactValueError, "gives levels that fall"),
         (put("layers.0.key.bits", 0, 4), ArtifactValueError, "bits has widths over 3"),
+        (put("layers.0.key.bits", 3, 1), ArtifactValueError, "has 29 numbers, its channels need 32"),
         (
-            set_tensor("layers.0.key.codebook", lambda x: x[1:].clone()),
+            set_tensor("layers.0.key.coefficients", lambda x: x[1:].clone()),
             ArtifactValueError,
-            "28 levels, .* need 29",
+            "has 28 numbers, its channels need 29",
         ),
         (
-            set_tensor("layers.0.key.codebook", lambda x: torch.cat((x, x[-1:]))),
+            set_tensor("layers.0.key.coefficients", lambda x: x.float() * 3e38),
             ArtifactValueError,
-            "30 levels, .* need 29",
-        ),
-        (put("layers.0.key.codebook_index", 3, 4), ArtifactValueError, "codebook 0 to no channel"),
-        (put("layers.0.key.codebook_index", 0, 255), ArtifactValueError, "codebook 4 to no channel"),
-        (
-            put("layers.0.key.codebook_index", 0, 2),
-            ArtifactValueError,
-            "codebook 2 to channels of 3 and of 2 bits",
+            "not finite",
         ),
         (put("layers.0.value.compensation_scale", 0, -1.0), ArtifactValueError, "must not be negative"),
         (put("layers.1.key.error_weight", (0, 1), -1.0), ArtifactValueError, "must not be negative"),
@@ -353,7 +339,7 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
     ],
 )
 def test_a_tensor_of_any_shape_has_a_digest_and_is_named(tensor, shown):
-    name = "layers.0.key.scale"
+    name = "layers.0.key.bits"
     refused(
         ArtifactTensorError,
         f"{name} is {shown}, not",
@@ -441,8 +427,8 @@ def test_an_edit_without_the_digest_is_noticed():
 
 def test_an_illegal_artifact_cannot_be_written(tmp_path):
     broken = tiny_trellis()
-    broken.layers[0].key.codebook[2] = 5.0
-    with pytest.raises(ArtifactValueError, match="unsorted"):
+    broken.layers[0].key.coefficients[1] = -5.0
+    with pytest.raises(ArtifactValueError, match="levels that fall"):
         broken.save(tmp_path / "a")
     with pytest.raises(ArtifactTensorError, match=r"layers\.0\.value\.scale is unknown"):
         with_tensors(tiny_scalar(), 0, "value", scale=torch.ones(8)).save(tmp_path / "a")
@@ -455,7 +441,7 @@ def test_what_is_held_is_what_the_file_has():
     scalar, trellis = (KVArtifact.load(golden_file(codec)).layers for codec in ("scalar", "trellis"))
     assert scalar[0].value.held_bytes == 4 * 4
     assert scalar[1].value.held_bytes == 2 * 4 + 2 * 12 * 4
-    assert trellis[0].key.held_bytes == 8 + 8 + 29 * 2 + 2 * 8 * 2 + 4 * 2
+    assert trellis[0].key.held_bytes == 8 + 29 * 2 + 4 * 2
     assert trellis[0].key.to("cpu").held_bytes == trellis[0].key.held_bytes
     for spec in RECIPES.values():
         artifact = random_artifact(GEOMETRY, spec)

@@ -23,8 +23,8 @@ from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows, load_windows
 from kvq_calib.evaluate.charts.axes import Labels, log_ticks
 from kvq_calib.evaluate.charts.frontier import Point, frontier, on_frontier
-from kvq_calib.evaluate.report.codebooks import SHOWN_BINS, codebook_uses
 from kvq_calib.evaluate.report.commands import evaluation_command
+from kvq_calib.evaluate.report.levels import SHOWN_BINS, level_uses
 from kvq_calib.evaluate.report.measure import measure
 from kvq_calib.evaluate.report.outliers import count_outliers
 from kvq_calib.evaluate.report.page import render
@@ -38,7 +38,7 @@ from kvq_calib.schema.recipe import calibration_config
 
 pytestmark = pytest.mark.model
 
-SECTIONS = ("terms", "frontier", "sensitivity", "codebooks", "outliers", "memory", "provenance", "commands")
+SECTIONS = ("terms", "frontier", "sensitivity", "levels", "outliers", "memory", "provenance", "commands")
 NASTY = "</title></style><script>alert('x')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -143,7 +143,7 @@ def test_the_page_is_one_file_with_every_section(page):
     elements = assert_loads_nothing(text)
     assert [attributes["id"] for name, attributes in elements if name == "section"] == list(SECTIONS)
     assert {attributes["href"] for name, attributes in elements if name == "a"} == {f"#{s}" for s in SECTIONS}
-    for name in ("frontier", "sensitivity", "codebooks", "outliers", "memory"):
+    for name in ("frontier", "sensitivity", "levels", "outliers", "memory"):
         assert "<svg" in section(text, name), name
     assert "prefers-color-scheme: dark" in text
     assert "nan" not in {
@@ -177,10 +177,10 @@ def test_the_page_shows_the_numbers_of_its_inputs(place, page):
     bar = r'<g class="bar"><title>[^<]*, keys:[^<]*</title><path [^>]*fill="var\(--key\)"'
     assert len(re.findall(bar, section(text, "sensitivity"))) == 2 * 2 * 2
     # 3 bits keys and values of nuq3-1p, 3 and 2 of mine; two layers, twice: featured, and among all
-    feet = re.findall(r'<g class="foot"><path d="([^"]*)"', section(text, "codebooks"))
+    feet = re.findall(r'<g class="foot"><path d="([^"]*)"', section(text, "levels"))
     assert sum(foot.count("M") for foot in feet) == 2 * 2 * (8 + 8 + 8 + 4)
     assert "Keeps no outliers." in section(text, "outliers")
-    assert "Distribution of the 3 windows that the artifact was calibrated on" in section(text, "codebooks")
+    assert "Distribution of the 3 windows that the artifact was calibrated on" in section(text, "levels")
 
 
 def test_sensitivity_is_that_of_one_place(place, page):
@@ -379,7 +379,7 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
     artifact = calibrate(
         model, windows, {"a": config}, model_id="tiny", model_config=model_fingerprint(model)
     ).artifacts["a"]
-    uses = codebook_uses(model, {"a": artifact}, windows.ids)["a"]
+    uses = level_uses(model, {"a": artifact}, windows.ids)["a"]
     middles = (np.arange(SHOWN_BINS) + 0.5) * (2 / SHOWN_BINS) - 1
 
     def loss(levels, weights):
@@ -415,7 +415,7 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     assert "another text than the artifact was calibrated on" in text
     assert ("Here the newest 20 tokens are quantized too" in text) == (recipe == "nuq3-exact")
     assert ("With error compensation" in text) == (recipe == "compensation")
-    assert ("several codebooks" in text) == (recipe in ("trellis-one-state", "compensation"))
+    assert ("levels of its own" in text) == (recipe in ("trellis-one-state", "compensation"))
 
 
 def test_no_point_of_the_frontier_is_beaten():

@@ -102,9 +102,8 @@ def _is_level(spec: TrellisSpec, bits: Tensor) -> Tensor:
 
 
 def _drawn(points: Tensor, weights: Tensor) -> Tensor:
-    """Samples of every channel by weight, in random order: float64 ``[C, n]``."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(len(points), _SAMPLES, generator=generator).argsort(1)
+    """Samples of every channel by weight, in random order: float64 ``[C, n]``, numbers that float32 has."""
+    order = torch.randperm(_SAMPLES, generator=torch.Generator().manual_seed(0))
     share = evenly_weighted(weights).cumsum(1)
     place = torch.searchsorted(share, (order + 0.5) / _SAMPLES * share[:, -1:])
     return points.gather(1, place.clamp(max=points.shape[1] - 1)).float().double()

@@ -1,4 +1,4 @@
-"""Levels of a codebook over the distribution that they serve."""
+"""Levels over the distribution that they serve."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def density(
     *,
     large: bool,
 ) -> Chart:
-    """Levels of a codebook over the distribution that they serve, on the normalised range.
+    """Levels over the distribution that they serve, on the normalised range.
 
     The area is the weighted distribution, the thin line the unweighted one, both scaled to one height; peaks at the
     ends of the range are cut off.

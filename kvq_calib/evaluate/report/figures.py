@@ -12,16 +12,16 @@ from kvq_calib.evaluate.charts.density import density
 from kvq_calib.evaluate.charts.frontier import Point, frontier, on_frontier
 from kvq_calib.evaluate.charts.series import Scale, Series, grouped_bars, lines, trace
 from kvq_calib.evaluate.memory import artifact_report, layer_bits
-from kvq_calib.evaluate.report.codebooks import fit_weights
+from kvq_calib.evaluate.report.levels import fit_weights
 from kvq_calib.evaluate.report.measure import Measured
 from kvq_calib.evaluate.report.results import Result, Results
 from kvq_calib.evaluate.report.subjects import Subject
 from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = [
-    "codebook_figures",
     "file_size",
     "frontier_figures",
+    "level_figures",
     "memory_figures",
     "outlier_figures",
     "plural",
@@ -166,12 +166,12 @@ def sensitivity_figures(subject: Subject, measured: Measured, context: int) -> d
     }
 
 
-# -------------------------------------------------------------------------------------------- codebooks
+# ----------------------------------------------------------------------------------------------- levels
 
 
-def codebook_figures(subject: Subject, measured: Measured) -> dict[str, Any]:
+def level_figures(subject: Subject, measured: Measured) -> dict[str, Any]:
     """Levels over the distributions that they code: some layers large, all of them small."""
-    uses = measured.codebooks[subject.name]
+    uses = measured.levels[subject.name]
     count = len(subject.artifact.layers)
 
     def panel(layer: int, kind: Kind, large: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import DEFAULT_FIELD, TokenWindows, load_windows
 from kvq_calib.errors import DataError
-from kvq_calib.evaluate.report.codebooks import CodebookUse, codebook_uses
+from kvq_calib.evaluate.report.levels import LevelUse, level_uses
 from kvq_calib.evaluate.report.outliers import TokenOutliers, count_outliers
 from kvq_calib.evaluate.report.results import fact_of
 from kvq_calib.evaluate.report.sensitivity import Sensitivity, measure_sensitivity
@@ -36,7 +36,7 @@ class Measured:
         text: the windows of the sensitivity and of the outliers.
         fit_text: those of the distributions.
         calibrated_on: artifacts whose own calibration windows ``fit_text`` begins with.
-        sensitivity, outliers, codebooks: see the modules of these names.
+        sensitivity, outliers, levels: see the modules of these names.
     """
 
     text: TokenWindows
@@ -44,7 +44,7 @@ class Measured:
     calibrated_on: frozenset[str]
     sensitivity: Mapping[str, Sensitivity]
     outliers: Mapping[str, TokenOutliers]
-    codebooks: Mapping[str, Mapping[Kind, Sequence[CodebookUse]]]
+    levels: Mapping[str, Mapping[Kind, Sequence[LevelUse]]]
 
 
 def measure(
@@ -79,17 +79,17 @@ def measure(
         fit_text[name] = windows if found is None else found
         if found is not None:
             calibrated_on.add(name)
-    codebooks: dict[str, dict[Kind, list[CodebookUse]]] = {}
+    levels: dict[str, dict[Kind, list[LevelUse]]] = {}
     for shared in {id(each): each for each in fit_text.values()}.values():
         same = {name: artifacts[name] for name, each in fit_text.items() if each is shared}
-        codebooks |= codebook_uses(model, same, shared.ids, progress)
+        levels |= level_uses(model, same, shared.ids, progress)
     return Measured(
         windows,
         fit_text,
         frozenset(calibrated_on),
         measure_sensitivity(model, artifacts, windows.ids, progress),
         count_outliers(model, artifacts, windows.ids),
-        codebooks,
+        levels,
     )
 
 

@@ -15,9 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvq_calib.evaluate.report.commands import calibration_command, evaluation_command, shell_lines
 from kvq_calib.evaluate.report.figures import (
-    codebook_figures,
     file_size,
     frontier_figures,
+    level_figures,
     memory_figures,
     outlier_figures,
     plural,
@@ -88,7 +88,7 @@ def render(
                 "name": subject.name,
                 "colour": subject.colour,
                 "sensitivity": sensitivity_figures(subject, measured, context),
-                "codebooks": codebook_figures(subject, measured),
+                "levels": level_figures(subject, measured),
                 "provenance": _provenance(subject),
                 "made": calibration_command(model, subject),
             }

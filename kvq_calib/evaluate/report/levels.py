@@ -19,14 +19,14 @@ from kvq_calib.model.placement import input_device
 from kvq_calib.progress import Progress
 from kvq_calib.schema.spec import KINDS, Kind
 
-__all__ = ["SHOWN_BINS", "CodebookUse", "codebook_uses", "fit_weights"]
+__all__ = ["SHOWN_BINS", "LevelUse", "fit_weights", "level_uses"]
 
 #: Bins that a chart shows of the ``LEVEL_BINS`` that are counted.
 SHOWN_BINS = 64
 
 
 @dataclass
-class CodebookUse:
+class LevelUse:
     """Levels and the distribution of what they code.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Collector:
         held = quantizer.channel_range()
         if held is not None and not quantizer.has_channel_thresholds:
             self.centre, self.half = float(held[0][first]), float(held[1][first]) or 1.0
-        self.use = CodebookUse(
+        self.use = LevelUse(
             levels=((levels - self.centre) / self.half).tolist(),
             bits=widths[first],
             channels=len(self.channels),
@@ -87,7 +87,7 @@ class _Collector:
         seen = (values.normalised[..., self.channels] - self.centre) / self.half
         self.histogram.update(seen.flatten(0, 1), outliers, weights)
 
-    def finish(self) -> CodebookUse:
+    def finish(self) -> LevelUse:
         """With the bins that a chart shows."""
         for name in ("counts", "weights"):
             bins: Tensor = getattr(self.histogram, name)
@@ -105,9 +105,9 @@ def _typical_channel(quantizer: Quantizer) -> Tensor:
     return members[order[(len(order) - 1) // 2]][None]
 
 
-def codebook_uses(
+def level_uses(
     model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
-) -> dict[str, dict[Kind, list[CodebookUse]]]:
+) -> dict[str, dict[Kind, list[LevelUse]]]:
     """Collect the distribution under the levels of each layer and kind, as calibration weighs it.
 
     Args:
