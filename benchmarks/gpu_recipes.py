@@ -89,7 +89,8 @@ class Recipe:
         extra["token_size_unit"] = torch.full((heads,), float(size))
         bend = 0.3 * torch.rand(channels, generator=generator)
         skew = 0.1 * torch.randn(channels, generator=generator).clamp(-2, 2) * bend
-        exact = _REACH * torch.stack((-skew, 1 - bend, skew, bend), dim=-1)
+        parts = (-skew, 1 - bend, skew, bend / 2, 0 * bend, bend / 2)
+        exact = _REACH * torch.stack(parts, dim=-1)
         coefficients = pack_coefficients(spec, widths, exact)
         return TrellisParams(widths.to(torch.uint8), coefficients, **extra)
 

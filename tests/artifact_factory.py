@@ -223,8 +223,18 @@ def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
 def _coefficients(spec: TrellisSpec, bits: Tensor, scale: Tensor, zero_point: Tensor, draw: Draw) -> Tensor:
     """Of rising levels over ``zero_point -+ scale``, denser on one side than on the other and in the middle."""
     skew, bend = draw.between(-0.2, 0.2, len(bits)), draw.between(0.0, 0.3, len(bits))
-    parts = (zero_point - scale * skew, scale * (1 - bend), scale * skew, scale * bend)
-    exact = torch.stack(parts, dim=-1) * has_coefficient(spec, bits)
+    most = torch.stack(
+        (
+            zero_point - scale * skew,
+            scale * (1 - bend),
+            scale * skew,
+            scale * bend / 2,
+            0 * bend,
+            scale * bend / 2,
+        ),
+        dim=-1,
+    )
+    exact = most * has_coefficient(spec, bits)
     return pack_coefficients(spec, bits, exact)
 
 

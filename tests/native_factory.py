@@ -101,8 +101,8 @@ def trellis_quantizer(
     # Offset and slope are anything, what bends the levels leaves them in order.
     slope = drawn(channels).abs() + (steps or 0.25)
     bend = torch.randint(-1, 2, (channels,), generator=generator) / 4
-    exact = torch.stack((drawn(channels), slope, slope * bend, slope * bend.abs()), dim=-1)
-    coefficients = exact * has_coefficient(spec, widths)
+    powers = (slope, slope * bend, slope * bend.abs(), slope * bend / 8, slope * bend.abs() / 2)
+    coefficients = torch.stack((drawn(channels), *powers), dim=-1) * has_coefficient(spec, widths)
     parts: dict[str, torch.Tensor] = {}
     if spec.error_compensation is not None:
         entries = spec.error_compensation.entries(size)

@@ -15,7 +15,6 @@ from kvq_calib.codec.error_compensation import (
     matrix_of_entries,
     triangular_factor,
 )
-from kvq_calib.codec.quantizer import Normalised
 from kvq_calib.codec.token_weighting import SIZE_CLASSES, size_classes, squared_size
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -30,7 +29,7 @@ CHANNELS = SHAPE.channels
 def even(bits, states, scale):
     """Numbers of a quantizer whose channels all have the same evenly spaced levels."""
     spec, widths = TrellisSpec(max_bits=bits, states=states), torch.full((CHANNELS,), bits, dtype=torch.uint8)
-    exact = torch.tensor([0.0, scale, 0.0, 0.0]).expand(CHANNELS, 4)
+    exact = torch.tensor([0.0, scale, 0.0, 0.0, 0.0, 0.0]).expand(CHANNELS, 6)
     return TrellisParams(widths, pack_coefficients(spec, widths, exact))
 
 
@@ -65,7 +64,6 @@ def test_error_compensation_follows_its_formula_token_by_token(bits, passes, see
     codes = quantizer.quantize(x).codes.unflatten(-1, (HEADS, DIM))
     levels = quantizer.levels.unflatten(0, (HEADS, DIM))
     boundaries = nearest_boundaries(quantizer.levels, params.bits).unflatten(0, (HEADS, DIM))
-    scale, zero = (p.unflatten(0, (HEADS, DIM)) for p in (quantizer.scale, quantizer.zero_point))
     for head in range(HEADS):
         y, errors, found = x[1, head, 2], torch.zeros(DIM), [0] * DIM
         unit = torch.eye(DIM, dtype=torch.float64)
@@ -84,9 +82,8 @@ def test_error_compensation_follows_its_formula_token_by_token(bits, passes, see
                 t = y[i] + later
                 for j in range(i):
                     t = t + share[j] * errors[j]
-                u = (t - zero[head, i]) * (1 / scale[head, i])
-                found[i] = int((u > boundaries[head, i]).sum())
-                errors[i] = y[i] - (zero[head, i] + scale[head, i] * levels[head, i, found[i]])
+                found[i] = int((t > boundaries[head, i]).sum())
+                errors[i] = y[i] - levels[head, i, found[i]]
         assert found == codes[1, 2, head].tolist()
 
 
@@ -274,11 +271,10 @@ def test_weights_of_tokens_and_error_compensation_work_together():
     spec = TrellisSpec(max_bits=2, token_weighting=True, error_compensation={})
     quantizer = TrellisQuantizer(spec, replace(plain.params, **stored), SHAPE)
     y, codes = quantizer.transform(x), quantizer.quantize(x).codes
-    error = (y - (quantizer.zero_point + quantizer.scale * quantizer.decode(codes))).unflatten(-1, SHAPE)
+    error = (y - quantizer.decode(codes)).unflatten(-1, SHAPE)
     fed = y.unflatten(-1, SHAPE).clone()
     for i in range(DIM):
-        normalised = Normalised.of(fed.flatten(2), quantizer.scale, quantizer.zero_point).normalised
-        found = plain.encode(normalised, quantizer.token_weights(y)).unflatten(-1, SHAPE)
+        found = plain.encode(fed.flatten(2), quantizer.token_weights(y)).unflatten(-1, SHAPE)
         assert torch.equal(found[..., i], codes.unflatten(-1, SHAPE)[..., i])
         for j in range(i + 1, DIM):
             fed[..., j] += quantizer.compensation.shares[:, j, i] * error[..., i]

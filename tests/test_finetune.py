@@ -7,7 +7,7 @@ from models_zoo import tiny_model, token_ids
 from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.finetune import Trainable, learn
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.codec.computed_levels import pack_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -26,7 +26,8 @@ SPEC = TrellisSpec(max_bits=3, states=1, pair_rotation=True)
 def params() -> TrellisParams:
     widths = torch.tensor([0, 1, 2, 3, 3, 2, 1, 2], dtype=torch.uint8)
     offset, slope = torch.linspace(-0.3, 0.3, 8), torch.linspace(0.5, 2, 8)
-    exact = torch.stack((offset, slope, slope / 8, slope / 4), dim=-1)
+    most = torch.stack((offset, slope, slope / 8, slope / 4, 0 * slope, 0 * slope), dim=-1)
+    exact = most * has_coefficient(SPEC, widths)
     return TrellisParams(
         widths,
         pack_coefficients(SPEC, widths, exact),

@@ -79,7 +79,8 @@ def test_what_is_stored_never_falls(seed, width, states, size):
     basis = level_basis(spec, bits)
     slope = torch.rand(8, generator=generator, dtype=torch.float64) + 1e-3
     bend = torch.rand(8, generator=generator, dtype=torch.float64) * 2 - 1
-    wanted = torch.stack((100 * bend, slope, slope * bend / 2, slope * bend.abs()), -1) * 10.0**size
+    powers = (slope, slope * bend / 2, slope * bend.abs(), slope * bend / 4, slope * bend.abs())
+    wanted = torch.stack((100 * bend, *powers), -1) * 10.0**size
     wanted = wanted * (basis != 0).any(1)
     quantizer = TrellisQuantizer(
         spec,

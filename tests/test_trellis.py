@@ -51,7 +51,9 @@ def test_boundaries_are_between_the_levels_that_are_used():
 
 def test_levels_are_the_polynomial_at_every_place():
     spec, bits = TrellisSpec(max_bits=3), torch.arange(4, dtype=torch.uint8)
-    coefficients = torch.tensor([[0.25, 0, 0, 0], [1, 2, 0.5, 0.25], [0, 1, 0.25, 0.5], [-8, 4, -1, 2]])
+    coefficients = torch.tensor(
+        [[0.25, 0, 0, 0, 0, 0], [1, 2, 0.5, 0.25, 0, 0], [0, 1, 0.25, 0.5, 0, 0], [-8, 4, -1, 2, 0.5, 1]]
+    )
     found = computed_levels(coefficients, level_places(spec, bits))
     for channel, count in enumerate((1, 4, 8, 16)):
         for i in range(16):
@@ -63,7 +65,7 @@ def test_levels_are_the_polynomial_at_every_place():
 
 def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one():
     spec, widths = TrellisSpec(max_bits=3), torch.arange(4, dtype=torch.uint8)
-    exact = torch.tensor([[0.25, 0, 0, 0]] + [[0.0, 1, 0, 0]] * 3)
+    exact = torch.tensor([[0.25, 0, 0, 0, 0, 0]] + [[0.0, 1, 0, 0, 0, 0]] * 3)
     quantizer = TrellisQuantizer(
         spec, TrellisParams(widths, pack_coefficients(spec, widths, exact)), HeadShape(1, 4)
     )
@@ -84,8 +86,9 @@ def test_coefficients_come_back_from_how_they_are_stored(max_bits, states, seed)
     spec = TrellisSpec(max_bits=max_bits, states=states)
     bits = torch.randint(0, max_bits + 1, (9,), generator=generator, dtype=torch.uint8)
     counts = coefficient_counts(spec, bits)
-    assert counts.tolist() == [min(spec.level_count(width), 4) for width in bits.tolist()]
-    exact = torch.randn(9, 4, generator=generator).half().float() * (torch.arange(4) < counts[:, None])
+    levels = [spec.level_count(width) for width in bits.tolist()]
+    assert counts.tolist() == [6 if count > 16 else min(count, 4) for count in levels]
+    exact = torch.randn(9, 6, generator=generator).half().float() * (torch.arange(6) < counts[:, None])
     packed = pack_coefficients(spec, bits, exact)
     assert (packed.dtype, len(packed)) == (torch.float16, int(counts.sum()))
     assert torch.equal(unpack_coefficients(spec, bits, packed), exact)

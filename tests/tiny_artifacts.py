@@ -139,5 +139,6 @@ def _params(widths: list[int], states: int, **others: Tensor) -> TrellisParams:
     """Coefficients that are the same on every machine: an offset, a slope, and a little of higher powers."""
     spec, bits = TrellisSpec(max_bits=3, states=states), torch.tensor(widths, dtype=torch.uint8)
     step = torch.arange(1, len(widths) + 1)
-    exact = torch.stack((step / 16, step / 8, step / 64, step / 32), dim=-1) * has_coefficient(spec, bits)
+    most = torch.stack((step / 16, step / 8, step / 64, step / 32, 0 * step, step / 128), dim=-1)
+    exact = most * has_coefficient(spec, bits)
     return TrellisParams(bits, pack_coefficients(spec, bits, exact), **others)

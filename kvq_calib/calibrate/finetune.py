@@ -26,6 +26,7 @@ from kvq_calib.calibrate.clock import Progress
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence, unquantized
 from kvq_calib.calibrate.levels import level_basis, storable_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -59,7 +60,9 @@ class Trainable:
         self.quantizer = quantizer
         self.start = replace(params, coefficients=quantizer.coefficients, pair_angle=quantizer.pair_angle)
         levels, codes = quantizer.levels, 1 << params.bits.to(torch.int64)
-        self._unit = ((levels[:, -1] - levels[:, 0]) / codes)[:, None]
+        self._unit = ((levels[:, -1] - levels[:, 0]) / codes)[:, None] * has_coefficient(
+            quantizer.spec, params.bits
+        )
         self._basis = level_basis(quantizer.spec, params.bits)
         self.offsets: dict[str, Tensor] = {"coefficients": torch.zeros_like(self.start.coefficients)}
         if self.start.pair_angle is not None:

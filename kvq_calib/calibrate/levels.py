@@ -64,7 +64,7 @@ def errors_by_width(points: Tensor, weights: Tensor, spec: TrellisSpec) -> Tenso
 
 
 def level_basis(spec: TrellisSpec, bits: Tensor) -> Tensor:
-    """Powers of ``u`` at every level, float64 ``[C, L, 4]``, zero for coefficients that a channel does not have."""
+    """Powers of ``u`` at every level, float64 ``[C, L, 6]``, zero for coefficients that a channel does not have."""
     places = level_places(spec, bits).double()
     powers = torch.stack([places**power for power in range(MOST_COEFFICIENTS)], dim=-1)
     return powers * has_coefficient(spec, bits)[:, None]
@@ -136,12 +136,12 @@ def _followed(
 
 
 def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> Tensor:
-    """Coefficients ``[C, 4]`` as they are stored, rounded so that no level falls.
+    """Coefficients ``[C, 6]`` as they are stored, rounded so that no level falls.
 
     Args:
         spec: of the tensor.
         bits: integer ``[C]``.
-        coefficients: float64 ``[C, 4]``, of rising levels.
+        coefficients: float64 ``[C, 6]``, of rising levels.
     """
     places, line = level_places(spec, bits), chord(level_basis(spec, bits), coefficients)
     for share in (*_STRAIGHTENED, 0.0):

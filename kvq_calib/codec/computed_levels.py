@@ -3,9 +3,10 @@
 Level ``i`` of ``L`` is, with every operation rounded to float32::
 
     u     = (2 i + 1) / L - 1
-    level = c[0] + u (c[1] + u (c[2] + u c[3]))
+    level = c[0] + u (c[1] + u (c[2] + u (c[3] + u (c[4] + u c[5]))))
 
-A channel with fewer than four levels has as many coefficients as levels, so any levels can be had.
+A channel of up to 16 levels has four coefficients, but no more than levels, so any four levels can be had; one of more
+levels has six. The others are 0.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ __all__ = [
     "unpack_coefficients",
 ]
 
-#: Coefficients of a channel with that many levels or more.
-MOST_COEFFICIENTS = 4
+MOST_COEFFICIENTS = 6
+#: Coefficients of channels of up to so many levels.
+_FEW_COEFFICIENTS, _FEW_LEVELS = 4, 16
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -39,7 +41,8 @@ def level_counts(spec: TrellisSpec, bits: Tensor) -> Tensor:
 
 def coefficient_counts(spec: TrellisSpec, bits: Tensor) -> Tensor:
     """Coefficients of channels of these widths, int64 of the same shape."""
-    return level_counts(spec, bits).clamp(max=MOST_COEFFICIENTS)
+    levels = level_counts(spec, bits)
+    return torch.where(levels > _FEW_LEVELS, MOST_COEFFICIENTS, levels.clamp(max=_FEW_COEFFICIENTS))
 
 
 def level_places(spec: TrellisSpec, bits: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def computed_levels(coefficients: Tensor, places: Tensor) -> Tensor:
     """Levels by Horner's rule, differentiable in the coefficients.
 
     Args:
-        coefficients: ``[C, 4]``, zero where a channel has fewer.
+        coefficients: ``[C, 6]``, zero where a channel has fewer.
         places: ``[C, L]``, from :func:`level_places`, of the same dtype.
 
     Returns:
@@ -71,7 +74,7 @@ def computed_levels(coefficients: Tensor, places: Tensor) -> Tensor:
 
 
 def has_coefficient(spec: TrellisSpec, bits: Tensor) -> Tensor:
-    """Which coefficients channels have: bool ``[C, 4]``."""
+    """Which coefficients channels have: bool ``[C, 6]``."""
     return torch.arange(MOST_COEFFICIENTS, device=bits.device) < coefficient_counts(spec, bits)[:, None]
 
 
@@ -81,7 +84,7 @@ def pack_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> 
     Args:
         spec: of the tensor.
         bits: integer ``[C]``.
-        coefficients: float ``[C, 4]``.
+        coefficients: float ``[C, 6]``.
 
     Returns:
         ``[N]``, float16 if it reaches that far, else float32.
@@ -92,7 +95,7 @@ def pack_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> 
 
 
 def unpack_coefficients(spec: TrellisSpec, bits: Tensor, packed: Tensor) -> Tensor:
-    """Invert :func:`pack_coefficients`: float32 ``[C, 4]``, zero where a channel has fewer."""
+    """Invert :func:`pack_coefficients`: float32 ``[C, 6]``, zero where a channel has fewer."""
     has = has_coefficient(spec, bits)
     found = torch.zeros(has.shape, device=packed.device)
     found[has] = packed.float()

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.computed_levels import (
-    MOST_COEFFICIENTS,
     coefficient_counts,
     computed_levels,
     level_places,
@@ -120,8 +119,9 @@ class TrellisQuantizer(Quantizer):
     def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
         """Bytes of the numbers of an artifact that is not there yet, all channels of the widest code."""
         assert isinstance(spec, TrellisSpec)
-        coefficients = min(spec.level_count(spec.max_bits), MOST_COEFFICIENTS) * shape.channels
-        return super().nominal_bytes(spec, shape, pairs) + torch.float16.itemsize * coefficients
+        each = int(coefficient_counts(spec, torch.tensor(spec.max_bits)))
+        beside = super().nominal_bytes(spec, shape, pairs)
+        return beside + torch.float16.itemsize * each * shape.channels
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class TrellisQuantizer(Quantizer):
 
     @property
     def coefficients(self) -> Tensor:
-        """Coefficients of the levels, float32 ``[C, 4]``, zero where a channel has fewer."""
+        """Coefficients of the levels, float32 ``[C, 6]``, zero where a channel has fewer."""
         params = self.params
         if params.coefficients.ndim == 2:
             return params.coefficients

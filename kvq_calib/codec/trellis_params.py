@@ -24,7 +24,7 @@ class TrellisParams(Params):
         bits: uint8 ``[C]``, width of each channel.
         coefficients: of the levels (:mod:`kvq_calib.codec.computed_levels`), ``[N]``, channel after channel, those that
             a channel has; float16, or float32 where numbers are beyond that. Computed with in float32. While they are
-            trained float32 ``[C, 4]``.
+            trained float32 ``[C, 6]``.
         pair_angle: float16 ``[H, P]``, radians by which each RoPE pair is turned. Computed with in float32.
         compensation: int8 ``[H, n]``: the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in
             steps of the head's ``compensation_scale``; with a rank a factor ``[D, rank]`` of the errors' correlations.
