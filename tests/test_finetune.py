@@ -119,8 +119,7 @@ def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(family: str) -> None:
     # Levels that were fitted without the gradients leave something to learn.
-    settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0}
-    settings |= {"shrinkage": 1.0, "level_shrinkage": 1.0}
+    settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0, "shrinkage": 1.0}
     artifact, brought = run(recipe(allocation=settings), family)
     assert 0 < brought["kl_after"] < brought["kl_before"]
     again, _ = run(recipe(allocation=settings, recompute=family == "gemma2"), family)

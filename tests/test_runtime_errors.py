@@ -94,7 +94,7 @@ def test_thresholds_beyond_the_storage_dtype(llama, artifact):
     broken = dataclasses.replace(key, zero_point=key.zero_point + 1e5)
     layer = dataclasses.replace(artifact.layers[1], key=broken)
     artifact = dataclasses.replace(artifact, layers=(artifact.layers[0], layer))
-    with pytest.raises(RuntimeMismatchError, match="layer 1, keys: thresholds reach 1e\\+05"):
+    with pytest.raises(RuntimeMismatchError, match="layer 1, keys: channels reach 1e\\+05"):
         KVQCache(artifact, llama)
 
 

@@ -168,11 +168,9 @@ def _prepared(
     constant = {} if angle is None else {"pair_angle": angle}
     # In the first layer keys and values depend on the token alone.
     share = settings.vocabulary_samples if at.layer else 1.0
-    place = moments.turned(angle)
     points, weights = statistics.weighted.distribution(
-        *place, settings.shrinkage, statistics.vocabulary, share
+        *moments.turned(angle), settings.shrinkage, statistics.vocabulary, share
     )
-    even = statistics.weighted.distribution(*place, settings.level_shrinkage, statistics.vocabulary, share)
     if statistics.token_costs is not None:
         constant["token_weight"] = statistics.token_costs.weights(settings.shrinkage)
         constant["token_size_unit"] = moments.squared_size(layer.num_kv_heads)
@@ -186,7 +184,8 @@ def _prepared(
         at,
         spec,
         errors_by_width(points, weights, spec),
-        *even,
+        points,
+        weights,
         constant,
         min(least, spec.max_bits),
         layer.held_tokens(settings.context),

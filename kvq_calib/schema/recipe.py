@@ -65,8 +65,7 @@ class AllocationConfig(_Settings):
         corrections: rounds of measuring what the errors of every layer cost on the model's output and allocating the
             budget again. The estimate by gradients can be far too low where a layer's errors are large.
         shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
-            few and heavy-tailed; widths that follow them alone leave no room for what other texts hold.
-        level_shrinkage: the same for the distribution that levels are fitted to.
+            few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
         vocabulary_samples: share of tokens drawn from the whole vocabulary in that part of a channel's distribution
             that follows no weights; all of it in the first layer, where keys and values depend on the token alone. 0
             leaves out the forward pass that collects them.
@@ -84,7 +83,6 @@ class AllocationConfig(_Settings):
     min_key_bits: Annotated[int, Field(ge=0, le=8)] = 0
     min_value_bits: Annotated[int, Field(ge=0, le=8)] = 1
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.25
-    level_shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.6
     vocabulary_samples: Annotated[float, Field(ge=0, le=1)] = 0.1
     first_layer_weight: Annotated[float, Field(gt=0, le=1024)] = 4.0
     self_generated: Annotated[float, Field(ge=0, le=16)] = 0.5
