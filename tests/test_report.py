@@ -401,7 +401,7 @@ def test_the_distribution_is_the_one_that_levels_were_fitted_to():
 def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     """Without any record of a calibration, too."""
     model = tiny_model("llama")
-    artifact = artifact_for(model, RECIPES[recipe] if "mixed" in recipe else 1)
+    artifact = artifact_for(model, RECIPES[recipe])
     artifact.save(tmp_path / "a.kvq.safetensors")
     loaded = LoadedModel(model, tiny_tokenizer(), "tiny")
     results = [Results(file="r", artifacts=[Result(name="a", bits_per_element=4.0, kl_mean=0.0)])]

@@ -168,10 +168,7 @@ def test_stored_tensors_follow_the_spec():
     plain = stored(TrellisSpec(max_bits=3))
     assert plain == {
         "bits": ((16,), ("uint8",)),
-        "codebook": ((None,), ("float16",)),
-        "codebook_index": ((16,), ("uint8",)),
-        "scale": ((16,), ("float16", "float32")),
-        "zero_point": ((16,), ("float16", "float32")),
+        "coefficients": ((None,), ("float16", "float32")),
     }
     assert plain == stored(TrellisSpec(max_bits=7, states=1))
 
