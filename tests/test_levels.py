@@ -8,6 +8,7 @@ from statistic_helpers import normal
 
 from kvq_calib.calibrate.levels import errors_by_width, fit_levels, level_basis, storable_coefficients
 from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.fit.density import weighted_error
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec
@@ -71,6 +72,17 @@ def test_levels_follow_a_distribution_that_is_not_symmetric():
     assert float((quantizer_of(grid, weights, [4], spec)(x) - x).square().mean()) < 0.011
 
 
+def test_a_few_values_far_out_are_reached():
+    """Nearly all weight within a hundredth of the range: levels stay dense there and reach the ends all the same."""
+    grid = torch.linspace(-1, 1, 2001, dtype=torch.float64)[None].contiguous()
+    weights = torch.exp(-(grid * 100).square() / 2) + 1e-5
+    quantizer = quantizer_of(grid, weights, [6], TrellisSpec(max_bits=6))
+    levels = quantizer.levels[0]
+    assert float(levels[0]) < -0.8
+    assert float(levels[-1]) > 0.8
+    assert float(levels.diff().min()) < float(levels.diff().max()) / 4
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, 7), st.sampled_from([1, 4]), st.floats(-6, 6))
 def test_what_is_stored_never_falls(seed, width, states, size):
@@ -82,18 +94,9 @@ def test_what_is_stored_never_falls(seed, width, states, size):
     powers = (slope, slope * bend / 2, slope * bend.abs(), slope * bend / 4, slope * bend.abs())
     wanted = torch.stack((100 * bend, *powers), -1) * 10.0**size
     wanted = wanted * (basis != 0).any(1)
-    quantizer = TrellisQuantizer(
-        spec,
-        fit_params := _params(bits, storable_coefficients(spec, bits, wanted)),
-        HeadShape(1, 8),
-    )
-    TrellisQuantizer.check_values(spec, fit_params.tensors())
+    params = TrellisParams(bits, storable_coefficients(spec, bits, wanted))
+    TrellisQuantizer.check_values(spec, params.tensors())
+    quantizer = TrellisQuantizer(spec, params, HeadShape(1, 8))
     reach = float((basis @ wanted[..., None]).abs().max())
     exact = (basis @ wanted[..., None])[..., 0].float()
     assert float((quantizer.levels - exact).abs().max()) <= 2e-2 * reach + 1e-6
-
-
-def _params(bits, coefficients):
-    from kvq_calib.codec.trellis_params import TrellisParams
-
-    return TrellisParams(bits, coefficients)

@@ -36,6 +36,8 @@ _PATH_OVER_NEAREST = 2.4
 #: Samples of a channel, and rounds of finding paths and moving levels.
 _SAMPLES = 8192
 _ROUNDS = 10
+#: Powers of the density of levels by which starts are near them.
+_DENSITIES = (2.0, 1.0, 0.0)
 #: How far beyond the least squares coefficients move in all rounds but the last: whole runs of levels creep in one
 #: direction.
 _STEP = 1.5
@@ -78,10 +80,8 @@ def fit_levels(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec)
         bits: uint8 ``[C]``.
         spec: of the tensor.
     """
-    basis = level_basis(spec, bits)
-    samples = _drawn(points, weights)
-    start = _placed(points, weights, bits, spec)
-    current = nearest_polynomial(basis, start)
+    basis, samples = level_basis(spec, bits), _drawn(points, weights)
+    current = _start(spec, bits, basis, _placed(points, weights, bits, spec), samples)
     first = evaluate(basis, current)
     few = _PRIOR * _SAMPLES / level_counts(spec, bits)[:, None].double() * _is_level(spec, bits)
     best, least = current, torch.full((len(bits),), torch.inf, dtype=torch.float64)
@@ -94,6 +94,19 @@ def fit_levels(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec)
         wanted = least_squares(basis, mass, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny))
         current = toward(basis, current, torch.lerp(current, wanted, _STEP if left > 1 else 1.0))
     return TrellisParams(bits.to(torch.uint8), storable_coefficients(spec, bits, best))
+
+
+def _start(spec: TrellisSpec, bits: Tensor, basis: Tensor, levels: Tensor, samples: Tensor) -> Tensor:
+    """Of polynomials near levels without a form, for each channel the one of least error, float64 ``[C, 6]``.
+
+    Where a few values lie far out, what is near the many others does not reach them, and steps from there would have to
+    leave the order of the levels.
+    """
+    starts = [nearest_polynomial(basis, levels, density) for density in _DENSITIES]
+    starts.append(chord(basis, levels[:, 0], levels[:, -1]))
+    errors = torch.stack([_followed(spec, bits, start, samples)[1] for start in starts])
+    best: Tensor = torch.stack(starts)[errors.argmin(0), torch.arange(len(bits))]
+    return best
 
 
 def _is_level(spec: TrellisSpec, bits: Tensor) -> Tensor:
@@ -143,7 +156,8 @@ def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor)
         bits: integer ``[C]``.
         coefficients: float64 ``[C, 6]``, of rising levels.
     """
-    places, line = level_places(spec, bits), chord(level_basis(spec, bits), coefficients)
+    places, basis = level_places(spec, bits), level_basis(spec, bits)
+    line = chord(basis, *evaluate(basis[:, [0, -1]], coefficients).T)
     for share in (*_STRAIGHTENED, 0.0):
         packed = pack_coefficients(spec, bits, coefficients)
         levels = computed_levels(unpack_coefficients(spec, bits, packed), places)

@@ -73,25 +73,24 @@ def toward(basis: Tensor, current: Tensor, wanted: Tensor) -> Tensor:
     return torch.lerp(current, wanted, share[:, None])
 
 
-def chord(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """The straight lines through the ends of the channels' levels ``[C, K]``, rising whatever the ends are."""
-    first, last = basis[:, 0], basis[:, -1]
-    low, high = (first * coefficients).sum(-1), (last * coefficients).sum(-1)
-    line = torch.zeros_like(coefficients)
+def chord(basis: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Straight lines ``[C, K]`` through the outer levels ``low`` and ``high [C]``, rising whatever these are."""
+    line = torch.zeros(basis.shape[0], basis.shape[-1], dtype=basis.dtype)
     line[:, 0] = (low + high) / 2
     if basis.shape[-1] > 1:
-        span = (last - first)[:, 1]
+        span = (basis[:, -1] - basis[:, 0])[:, 1]
         rise = ((high - low) / span.clamp(min=_TINY)).clamp(min=_LEAST_RISE)
         line[:, 1] = torch.where(span > 0, rise, 0.0)
     return line
 
 
-def nearest_polynomial(basis: Tensor, levels: Tensor) -> Tensor:
-    """Rising polynomials ``[C, K]`` near given levels, closest where these are dense.
+def nearest_polynomial(basis: Tensor, levels: Tensor, density: float) -> Tensor:
+    """Rising polynomials ``[C, K]`` near given levels, closer where these are dense.
 
     Args:
         basis: ``[C, L, K]``.
         levels: float64 ``[C, L]``, sorted; a shorter row repeats its last one.
+        density: power of the levels' density that weighs them; with 0 all count alike.
     """
     _, there = _steps(basis)
     gap = torch.zeros_like(levels)
@@ -100,6 +99,7 @@ def nearest_polynomial(basis: Tensor, levels: Tensor) -> Tensor:
     gap[:, 1:] += step * there
     own = torch.nn.functional.pad(there, (1, 0), value=True)
     span = gap.sum(1, keepdim=True).clamp(min=_TINY)
-    weight = own / (gap / span).clamp(min=1e-4).square()
+    weight = own * (gap / span).clamp(min=1e-4) ** -density
     wanted = least_squares(basis, weight, levels)
-    return toward(basis, chord(basis, wanted), wanted)
+    ends = evaluate(basis[:, [0, -1]], wanted)
+    return toward(basis, chord(basis, *ends.T), wanted)
