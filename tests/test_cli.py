@@ -1,6 +1,7 @@
 """The commands as users run them: results on stdout, one line and the right status on errors."""
 
 import ast
+import dataclasses
 import errno
 import json
 import os
@@ -492,8 +493,13 @@ def large_keys(place):
         model.model.layers[1].self_attn.k_proj.weight *= 1e6
     model.save_pretrained(place / "large")
     tiny_tokenizer().save_pretrained(place / "large")
-    status, _, err = calibrate(place, model="large", output="large.kvq.safetensors")
+    file = place / "large.kvq.safetensors"
+    status, _, err = calibrate(place, model="large", output=file.name)
     assert status == 0, err
+    made = KVArtifact.load(file)
+    assert made.spec.storage_dtype == "bfloat16"
+    spec = made.spec.model_copy(update={"storage_dtype": "float16"})
+    dataclasses.replace(made, spec=spec).save(file)
     return place
 
 

@@ -231,7 +231,7 @@ class TextOptions:
         """Cut the text into windows of the evaluation.
 
         Raises:
-            ModelError: windows are longer than the model was trained for.
+            ModelError: windows are longer than the model was trained for, or have tokens that it does not know.
             DataError: the text is missing, unreadable or too short.
         """
         return self._windows(loaded, self.dataset, self.windows, "evaluation")
@@ -242,10 +242,10 @@ class TextOptions:
 
     def _windows(self, loaded: LoadedModel, dataset: str, samples: int | None, split: Split) -> TokenWindows:
         from kvq_calib.data import load_windows
-        from kvq_calib.model.load import check_length
+        from kvq_calib.model.load import check_length, check_tokens
 
         check_length(loaded.model, self.seqlen)
-        return load_windows(
+        found = load_windows(
             dataset,
             loaded.tokenizer,
             samples=samples,
@@ -254,6 +254,8 @@ class TextOptions:
             split=split,
             text_field=self.field_of(dataset),
         )
+        check_tokens(loaded.model, found.ids)
+        return found
 
 
 TEXT_FIELD_HELP = "Where records in files of your own (.jsonl, .parquet, .csv) have their text."

@@ -19,12 +19,7 @@ import transformers.utils.logging
 _transformers: Any = transformers.utils.logging
 _hub: Any = huggingface_hub.utils
 
-__all__ = ["first_line", "hub_reachable", "quiet"]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type's name where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+__all__ = ["hub_reachable", "quiet"]
 
 
 def hub_reachable() -> bool:

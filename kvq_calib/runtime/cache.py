@@ -17,6 +17,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import crop_takes_removed
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.rope import rope_switch
 from kvq_calib.runtime.attention import attach
 from kvq_calib.runtime.cache_layer import KVQCacheLayer
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
@@ -85,7 +86,9 @@ class KVQCache(Cache):  # type: ignore[misc]
             artifact.spec.recent_tokens if recent_tokens is None else recent_tokens,
             self.device,
         )
-        self.forward_pass = ForwardPass(self.contents, modules, limit if max_tokens is None else max_tokens)
+        self.forward_pass = ForwardPass(
+            self.contents, modules, limit if max_tokens is None else max_tokens, rope_switch(config)
+        )
         # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
         ropes = [layer.rope for layer in geometry.layers]
         checking = {ropes.index(rope) for rope in set(ropes) if rope is not None}
@@ -112,6 +115,14 @@ class KVQCache(Cache):  # type: ignore[misc]
     def max_tokens(self) -> int | None:
         """Tokens after which the cache refuses more."""
         return self.forward_pass.max_tokens
+
+    def __bool__(self) -> bool:
+        """False for a model that switches its frequencies, else true.
+
+        ``generate`` of Phi-3 asks for no more than truth before it replaces a cache by an unquantized one, where a
+        text passes the switch or is longer from the start. This cache serves the latter and refuses the former.
+        """
+        return self.forward_pass.rope_switch is None
 
     def __repr__(self) -> str:
         """Short: what is held."""
@@ -291,7 +302,7 @@ def _check_streamable(artifact: KVArtifact) -> None:
         if quantizers["key"].spec.pre_rope and rope is not None and rope.length_dependent:
             raise RuntimeMismatchError(
                 f"layer {index}: the rotary embedding depends on the length of the text; "
-                "calibrate with pre_rope: false"
+                "calibrate with --set cache.key.pre_rope=false"
             )
 
 
