@@ -243,6 +243,19 @@ def test_hub_is_not_asked_without_network(monkeypatch):
     assert hub.hub_reachable()  # names may resolve behind the proxy only
 
 
+def test_bars_of_downloads_are_for_terminals(monkeypatch):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    before = are_progress_bars_disabled()
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        with hub.quiet():
+            assert are_progress_bars_disabled() == (before or not terminal)
+            assert not logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == before
+
+
 def test_an_error_on_one_line():
     assert one_line(ValueError("\n  one of:\n(1) two")) == "one of: (1) two"
     assert one_line(KeyError()) == "KeyError"

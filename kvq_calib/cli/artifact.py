@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kvq_calib.cli.options import SETTINGS, FilePath, debug_option, json_option, write_json
+from kvq_calib.cli.outputs import check_fields, check_output
 from kvq_calib.errors import ConfigError
 
 __all__ = ["artifact_group"]
@@ -36,11 +37,9 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
     """Content of ARTIFACT, and its bits per element at chosen context lengths."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
-    from kvq_calib.files import check_writable
 
     loaded = KVArtifact.load(file)
-    if json_file is not None:
-        check_writable(json_file)
+    check_output(json_file)
     for table in artifact_tables(loaded, contexts, per_layer=layers):
         print_table(table)
     write_json(json_file, artifact_facts(loaded, contexts))
@@ -57,15 +56,15 @@ def shard_command(file: str, ranks: int, output: str) -> None:
     """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.artifact.shard import shard
-    from kvq_calib.files import check_writable
 
+    check_fields(output, "rank")
     if "{rank}" not in output:
         raise click.UsageError("-o needs {rank} in the name, for example model.{rank}.kvq.safetensors")
     whole = KVArtifact.load(file)
     parts = [shard(whole, rank, ranks) for rank in range(ranks)]
     targets = [output.replace("{rank}", str(rank)) for rank in range(ranks)]
     for target in targets:
-        check_writable(target)
+        check_output(target)
     for part, target in zip(parts, targets, strict=True):
         part.save(target)
         click.echo(target)
@@ -93,10 +92,9 @@ def shard_command(file: str, ranks: int, output: str) -> None:
 def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
     """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
     from kvq_calib.artifact.import_kvquant import import_kvquant
-    from kvq_calib.files import check_writable
     from kvq_calib.model.configuration import geometry_of_configuration
 
-    check_writable(output)
+    check_output(output)
     geometry, config = geometry_of_configuration(model)
     made = import_kvquant(
         file, geometry, {"id": model, "config": config}, outliers=outliers, sink_tokens=sink_tokens

@@ -219,13 +219,13 @@ class TextOptions:
         """Refuse a text that does not exist, before a model is loaded; that of the calibration too, where there is one.
 
         Raises:
-            DataError: neither the name of a data set nor a path.
+            DataError: neither the name of a data set nor a path, or less text than one window.
         """
         from kvq_calib.data import check_dataset
 
-        check_dataset(self.dataset, self.text_field)
+        check_dataset(self.dataset, self.text_field, self.seqlen)
         if calibration is not None:
-            check_dataset(calibration, self.field_of(calibration))
+            check_dataset(calibration, self.field_of(calibration), self.seqlen)
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
         """Cut the text into windows of the evaluation.

@@ -18,6 +18,7 @@ from kvq_calib.cli.options import (
     require_extra,
     text_options,
 )
+from kvq_calib.cli.outputs import check_output
 
 __all__ = ["report_command"]
 
@@ -54,11 +55,11 @@ def report_command(
     context: int,
 ) -> None:
     """One HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
-    from kvq_calib.files import check_writable, write_atomically
+    from kvq_calib.files import write_atomically
 
     require_extra("a report", "report", "jinja2", "matplotlib")
     loaded_artifacts = load_artifacts(artifacts)
-    check_writable(output)
+    check_output(output)
     text.check(calibration_dataset)
 
     from kvq_calib.evaluate.report.measure import measure
