@@ -1,12 +1,23 @@
-"""``kvq-artifact``: look at artifacts and convert them."""
+"""``kvq-artifact``: look at artifacts, convert and share them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from kvq_calib.cli.options import SETTINGS, FilePath, debug_option, json_option, write_json
+from kvq_calib.cli.options import (
+    SETTINGS,
+    FilePath,
+    artifact_options,
+    collected,
+    debug_option,
+    json_option,
+    load_artifacts,
+    write_json,
+)
 from kvq_calib.cli.outputs import check_fields, check_output
 from kvq_calib.errors import ConfigError
 
@@ -16,7 +27,7 @@ __all__ = ["artifact_group"]
 @click.group("kvq-artifact", context_settings=SETTINGS)
 @debug_option
 def artifact_group() -> None:
-    """Look at artifacts and convert them; no model is loaded."""
+    """Look at artifacts, convert and share them; no model is loaded."""
 
 
 @artifact_group.command("inspect")
@@ -160,3 +171,58 @@ def export_command(
     for written in fp8.write(files, output):
         click.echo(str(written))
     click.echo(f"lost: {'; '.join(lost)}", err=True)
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where and how artifacts are uploaded: fields of :class:`kvq_calib.artifact.hub.Upload`."""
+
+    private: bool | None
+    revision: str | None
+    commit_message: str | None
+    create_pr: bool
+
+
+_push_options = collected(
+    PushOptions,
+    "how",
+    click.option(
+        "--private/--public", default=None, help="Of a repository that is made; the account's default."
+    ),
+    click.option("--revision", metavar="BRANCH", help="Made if it is not there; the main branch by default."),
+    click.option("--message", "commit_message", metavar="TEXT", help="Of the commit."),
+    click.option("--create-pr", is_flag=True, help="Ask for the change in place of making it."),
+)
+
+
+@artifact_group.command("push")
+@click.argument("repository", metavar="NAME/REPOSITORY")
+@artifact_options()
+@click.option(
+    "--results",
+    "result_files",
+    type=FilePath(),
+    multiple=True,
+    metavar="FILE",
+    help="JSON of kvq-eval perplexity on these artifacts, for the card; may be given several times.",
+)
+@_push_options
+@debug_option
+def push_command(
+    repository: str, artifacts: tuple[str, ...], result_files: tuple[str, ...], how: PushOptions
+) -> None:
+    """Upload artifacts to the Hugging Face hub, with a model card that states bits, KL divergence, data and command.
+
+    The account is the one that is logged in (hf auth login), or that of HF_TOKEN.
+    """
+    from kvq_calib.artifact.hub import SUFFIX, Upload, push
+    from kvq_calib.schema.results import read_results
+
+    loaded = load_artifacts(artifacts)
+    names = [Path(file).name.removesuffix(".safetensors").removesuffix(".kvq") + SUFFIX for file in artifacts]
+    if len(set(names)) != len(names):
+        raise ConfigError("two artifacts have the same file name; rename one of them")
+    results = read_results(result_files)
+    click.echo(
+        push(Upload(repository, **asdict(how)), dict(zip(names, loaded.values(), strict=True)), results)
+    )

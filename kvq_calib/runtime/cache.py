@@ -40,7 +40,7 @@ class KVQCache(Cache):  # type: ignore[misc]
     reads packed storage and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
 
     Args:
-        artifact: calibrated for this model.
+        artifact: calibrated for this model; or where it lies, as :meth:`KVArtifact.from_pretrained` takes it.
         model: a causal language model of transformers, all on one device.
         recent_tokens: newest tokens kept exact; the artifact's by default.
         max_tokens: tokens after which the cache refuses more; the model's ``max_position_embeddings`` by
@@ -49,7 +49,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             default what the environment variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
 
     Attributes:
-        artifact: as given.
+        artifact: as given, or as read.
         backend: the operations in use.
 
     Raises:
@@ -60,13 +60,14 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def __init__(
         self,
-        artifact: KVArtifact,
+        artifact: KVArtifact | str | os.PathLike[str],
         model: nn.Module,
         *,
         recent_tokens: int | None = None,
         max_tokens: int | None = None,
         backend: str | None = None,
     ) -> None:
+        artifact = _artifact(artifact, model)
         artifact.check_model(model_fingerprint(model))
         _check_streamable(artifact)
         modules = _attention_modules(model, len(artifact.layers))
@@ -275,7 +276,11 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], artifact: KVArtifact, model: nn.Module, **options: Any
+        cls,
+        path: str | os.PathLike[str],
+        artifact: KVArtifact | str | os.PathLike[str],
+        model: nn.Module,
+        **options: Any,
     ) -> KVQCache:
         """Make a cache that holds what :meth:`save` wrote.
 
@@ -288,8 +293,31 @@ class KVQCache(Cache):  # type: ignore[misc]
             RuntimeMismatchError: the file is damaged, or belongs to another artifact.
         """
         cache = cls(artifact, model, **options)
-        load_contents(cache.contents, artifact, path, cache.max_tokens)
+        load_contents(cache.contents, cache.artifact, path, cache.max_tokens)
         return cache
+
+
+def _artifact(artifact: Any, model: Any) -> KVArtifact:
+    """The artifact that is meant.
+
+    Raises:
+        RuntimeMismatchError: the arguments are swapped, or no artifact and model at all.
+        ArtifactError: it cannot be read.
+    """
+    if isinstance(artifact, nn.Module):
+        raise RuntimeMismatchError("the arguments are swapped; write KVQCache(artifact, model)")
+    if not isinstance(model, nn.Module):
+        raise RuntimeMismatchError(
+            f"{type(model).__name__} is no model of transformers; write KVQCache(artifact, model)"
+        )
+    if isinstance(artifact, str | os.PathLike):
+        return KVArtifact.from_pretrained(artifact)
+    if not isinstance(artifact, KVArtifact):
+        raise RuntimeMismatchError(
+            f"{type(artifact).__name__} is no artifact; write KVQCache(artifact, model) with a KVArtifact, or the path "
+            "of its file"
+        )
+    return artifact
 
 
 def _check_streamable(artifact: KVArtifact) -> None:

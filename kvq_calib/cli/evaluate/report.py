@@ -64,9 +64,9 @@ def report_command(
 
     from kvq_calib.evaluate.report.measure import measure
     from kvq_calib.evaluate.report.page import render
-    from kvq_calib.evaluate.report.results import read_results
     from kvq_calib.evaluate.report.subjects import subjects
     from kvq_calib.progress import ProgressReporter
+    from kvq_calib.schema.results import read_results
 
     results = read_results(result_files)
     files = dict(zip(loaded_artifacts, artifacts, strict=True))
