@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -84,6 +85,18 @@ EXTRA: dict[str, dict[str, Any]] = {
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
 }
+
+_INTRODUCTION = (
+    "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the reason "
+    "before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
+    "transformers knows, made small with random weights, calibrated with the default recipe, and used through a packed "
+    "cache beside its own passes. It says what the code of a family allows, not how well real weights fare."
+)
+_LONGROPE = (
+    "Beside families: models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with "
+    "`--set cache.key.pre_rope=false`. A cache then serves texts that stay on one side of the length at which the model "
+    "switches its frequencies, and refuses to pass it: the model would rotate all its keys anew."
+)
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -286,25 +299,16 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     """The page in Markdown."""
     counts = Counter(finding.outcome for finding in found)
     faults = [finding for finding in found if finding.is_fault]
-    lines = [
-        "# Models",
-        "",
-        "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the",
-        "reason before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language",
-        "models that transformers knows, made small with random weights, calibrated with the default recipe, and used",
-        "through a packed cache beside its own passes. It says what the code of a family allows, not how well real",
-        "weights fare.",
-        "",
-        *environment_lines(facts),
+    counted = (
         f"Of {len(found)} families, {counts['works']} work, {counts['refused']} are refused, and {counts['not small']} "
         f"could not be made small by these settings, so they were not tried. Calibrated and then failing or different: "
-        f"{len(faults)}.",
-        "",
-        "Beside families: models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with",
-        "`--set cache.key.pre_rope=false`. A cache then serves texts that stay on one side of the length at which the",
-        "model switches its frequencies, and refuses to pass it: the model would rotate all its keys anew.",
-        "",
-    ]
+        f"{len(faults)}."
+    )
+    measured, *rest = environment_lines(facts)
+    lines = ["# Models", ""]
+    for text in (_INTRODUCTION, measured):
+        lines += [*textwrap.wrap(text, 120), ""]
+    lines += [*rest[1:], *textwrap.wrap(counted, 120), "", *textwrap.wrap(_LONGROPE, 120), ""]
     titles = {
         "works": "Works",
         "refused": "Refused at calibration",

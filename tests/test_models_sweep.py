@@ -99,7 +99,7 @@ def test_the_page_counts_and_names_faults(models: Any) -> None:
         models.Finding("odd", "differs", "off by 1"),
     ]
     lines = models.report(found, environment())
-    text = "\n".join(lines)
+    text = " ".join(lines)
     assert "Of 3 families, 1 work, 1 are refused, and 0 could not be made small" in text
     assert "failing or different: 1." in text
     assert "| `mamba` | it &lt;has> no \\| cache |" in lines
