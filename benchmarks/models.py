@@ -87,8 +87,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 _INTRODUCTION = (
-    "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the reason "
-    "before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
+    "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the "
+    "reason before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
     "transformers knows, made small with random weights, calibrated with the default recipe, and used through a packed "
     "cache beside its own passes. It says what the code of a family allows, not how well real weights fare."
 )

@@ -12,7 +12,7 @@ __all__ = ["Described"]
 
 
 class Described(Protocol):
-    """An artifact, as far as cards, commands and uploads see it; see :class:`~kvq_calib.artifact.artifact.KVArtifact`."""
+    """A :class:`~kvq_calib.artifact.artifact.KVArtifact`, as far as cards, commands and uploads see it."""
 
     @property
     def spec(self) -> KVCacheSpec:

@@ -39,7 +39,8 @@ def suited(model: Any, recipes: Sequence[Recipe], ids: Tensor) -> list[Recipe]:
         ids: windows of the text, int64 ``[N, T]``.
 
     Raises:
-        ConfigError: an override names a layer that does not exist, or keys are to be quantized before a rotary embedding that has no table; names the setting.
+        ConfigError: an override names a layer that does not exist, or keys are to be quantized before a rotary
+            embedding that has no table; names the setting.
         CalibrationError: activations are not finite.
     """
     for recipe in recipes:

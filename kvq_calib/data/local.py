@@ -71,8 +71,8 @@ def check_documents(dataset: str, field: str = DEFAULT_FIELD, seqlen: int = 2) -
 def _most_tokens(record: Record) -> float:
     """Tokens that a document can have at most, with what separates it from the next.
 
-    No tokenizer makes more than one of a byte. Some normalise first, which leaves ASCII alone and makes at most 11 bytes
-    of another byte (Unicode's NFKC); some put a space in front. What a template adds to a chat is not known.
+    No tokenizer makes more than one of a byte. Some normalise first, which leaves ASCII alone and makes at most 11
+    bytes of another byte (Unicode's NFKC); some put a space in front. What a template adds to a chat is not known.
     """
     if not record.content:
         return 0.0

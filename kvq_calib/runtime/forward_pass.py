@@ -152,8 +152,8 @@ class ForwardPass:
         before = int(table.positions(table.length - 1, table.length).max()) + 1
         if before <= switch < int(positions.max()) + 1:
             raise RuntimeMismatchError(
-                f"the text passes {switch} tokens, from where this model rotates all its keys by other angles, those in "
-                "the cache too; give the whole text to an empty cache"
+                f"the text passes {switch} tokens, from where this model rotates all its keys by other angles, those "
+                "in the cache too; give the whole text to an empty cache"
             )
 
     def end(self) -> None:
