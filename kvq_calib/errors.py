@@ -3,7 +3,8 @@
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an exception says, on one line of at most ``most`` characters; its type's name where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class KVQError(Exception):

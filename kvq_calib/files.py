@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvq_calib.errors import KVQError
@@ -35,15 +37,96 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     # The name is known before the file is there, so that an interrupt at any point finds it.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        if not _written_unnamed(temporary, data):
+            with temporary.open("xb") as file:
+                _write(file.fileno(), data)
         os.replace(temporary, target)
     except OSError as error:
         raise _failure(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _written_unnamed(path: Path, data: bytes) -> bool:
+    """Write a file that gets its name when it is whole; whether that can be done here.
+
+    Of a process that is killed nothing is left, which a temporary file would be. It takes Linux, and a file system that
+    has files without a name.
+    """
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is None:
+        return False
+    try:
+        handle = os.open(path.parent, flag | os.O_WRONLY, 0o666)
+    except OSError:
+        return False
+    try:
+        _write(handle, data)
+        with contextlib.suppress(OSError):  # no /proc
+            handles = os.open("/proc/self/fd", os.O_RDONLY)
+            try:  # by a number in a folder: Python follows a link to a file in no other case
+                os.link(str(handle), path, src_dir_fd=handles, follow_symlinks=True)
+            finally:
+                os.close(handles)
+            return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _write(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+    os.fsync(handle)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold what is written to ``path`` alone, by a lock on a file beside it, which is there as long as it is held.
+
+    The lock of a process that ends goes with it. Where the system has no such locks nothing is held.
+
+    Raises:
+        WriteError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    target = Path(os.path.realpath(path))
+    if _is_stream(path):
+        yield
+        return
+    file = target.with_name(f"{target.name}.lock")
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise WriteError(
+                        f"another run is writing {os.fspath(path)}; wait for it, or choose another place"
+                    ) from error
+            if not _is_at(handle, file):  # whoever had it has just let go and removed it
+                continue
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file stands at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _failure(path: str | os.PathLike[str], error: OSError) -> WriteError:

@@ -483,6 +483,42 @@ def test_the_first_layer_that_is_not_finite_is_named_and_not_those_that_follow(k
         run(model, config())
 
 
+def with_keys_that_reach(largest, from_token=0):
+    """A model with keys of that magnitude in layer 1, at tokens from ``from_token`` on."""
+    model = tiny_model("llama")
+
+    def enlarge(module, args, output):
+        late = torch.arange(output.shape[1])[:, None] >= from_token
+        return torch.where(late, output * (largest / output.detach().abs().max()), output)
+
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(enlarge)
+    return model
+
+
+def test_keys_near_the_end_of_float16_are_stored_in_bfloat16(caplog):
+    for largest, dtype in ((20_000.0, "float16"), (40_000.0, "bfloat16"), (1e6, "bfloat16")):
+        caplog.clear()
+        artifact = run(with_keys_that_reach(largest), config())
+        assert artifact.spec.storage_dtype == dtype
+        assert artifact.calibration["settings"] == config().record()  # what was asked for
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        if dtype == "float16":
+            assert not said
+        else:
+            assert len(said) == 1
+            assert "the keys of layer 1 reach" in said[0]
+            assert "stored in bfloat16, as with --set cache.storage_dtype=bfloat16" in said[0]
+
+
+def test_keys_beyond_float16_further_on_in_the_text_are_a_warning(caplog):
+    late = TokenWindows(token_ids(1, 160), {"dataset": "random", "sha256": "0"})
+    artifact = run(with_keys_that_reach(1e5, from_token=140), config(), late)
+    assert artifact.spec.storage_dtype == "float16"
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "only: the keys of layer 1 reach 9.3" in record.getMessage()  # rotated
+    assert record.getMessage().endswith("calibrate with --set cache.storage_dtype=bfloat16")
+
+
 def test_settings_that_do_not_fit_are_refused(model):
     with pytest.raises(ConfigError, match="at least one recipe"):
         run(model, {})

@@ -1,6 +1,7 @@
 """The commands as users run them: results on stdout, one line and the right status on errors."""
 
 import ast
+import dataclasses
 import errno
 import json
 import os
@@ -37,6 +38,7 @@ def place(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(TEXT)
     (folder / "short.txt").write_text("too short")
+    (folder / "long.txt").write_text(TEXT * 30)
     assert call("calibrate", str(folder / "model"), "-o", str(folder / "a.kvq.safetensors"), "--dataset",
                 str(folder / "text.txt"), *ARGUMENTS)[0] == 0  # fmt: skip
     return folder
@@ -322,13 +324,84 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(place, monkeypatch):
     status, _, err = call(*evaluation, "--dataset", str(place / "nowhere.txt"))
     assert status == 1
     assert_one_line(err, "no such data set or file")
+    (place / "one.txt").write_text("x")
+    for status, _, err in (
+        calibrate(place, dataset="one.txt"),
+        call(*evaluation, "--dataset", str(place / "one.txt"), "--seqlen", "32"),
+    ):
+        assert status == 1
+        assert_one_line(err, "one.txt has at most 4 tokens", "use a smaller --seqlen or more text")
     status, _, err = call(*evaluation, "--json", str(place / "missing" / "report.json"))
     assert status == 1
     assert_one_line(err, "cannot write", "No such file")
 
 
-@pytest.mark.parametrize(("text", "seqlen", "words"), [("short.txt", "32", ["short.txt", "9 tokens"]),
-                                                       ("text.txt", "4096", ["4096", "positions"])])  # fmt: skip
+def test_calibration_says_what_becomes_of_files_that_are_there(place, tmp_path, caplog):
+    def said():
+        lines = [record.getMessage().replace(str(tmp_path), "") for record in caplog.records]
+        caplog.clear()
+        return lines
+
+    output = str(tmp_path / "a.kvq.safetensors")
+    assert calibrate(place, output=output)[0] == 0
+    assert said() == []
+    assert calibrate(place, "--resume", output=output)[0] == 0
+    assert said() == [
+        "/a.kvq.safetensors is there already, and will be replaced",
+        "there is no checkpoint /a.kvq.safetensors.checkpoint: nothing to resume, so this run begins anew",
+    ]
+    (tmp_path / "b.kvq.safetensors.checkpoint").write_bytes(b"of another run")
+    assert calibrate(place, output=str(tmp_path / "b.kvq.safetensors"))[0] == 0
+    assert said() == [
+        "/b.kvq.safetensors.checkpoint of an earlier run is there: --resume would go on from it; this run replaces it"
+    ]
+    assert files(tmp_path) == ["a.kvq.safetensors", "b.kvq.safetensors"]
+
+
+def test_a_run_that_fails_says_that_its_checkpoint_is_kept(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvq_calib.calibrate.checkpoint.CHECKPOINT_SECONDS", 0.0)
+
+    def fail(*_, **__):
+        raise MemoryError("out of memory")
+
+    output = tmp_path / "a.kvq.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr("kvq_calib.calibrate.run.assemble", fail)
+        status, _, err = calibrate(place, output=str(output))
+    assert status == 1
+    assert_one_line(err, "out of memory", "the same command with --resume goes on from its checkpoint")
+    checkpoint = tmp_path / f"{output.name}.checkpoint"
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[:-1])
+    status, _, err = calibrate(place, "--resume", output=str(output))
+    assert status == 1
+    assert_one_line(err, "not a checkpoint of this run")
+    assert "goes on" not in err  # it would be refused again
+    checkpoint.write_bytes(data)
+    assert calibrate(place, "--resume", output=str(output))[0] == 0
+    assert files(tmp_path) == [output.name]
+
+
+def test_a_second_run_with_the_same_output_is_refused(place, tmp_path):
+    from kvq_calib.files import exclusive
+
+    output = tmp_path / "a.kvq.safetensors"
+    with exclusive(output):
+        status, _, err = calibrate(place, output=str(output))
+        assert status == 1
+        assert_one_line(err, "another run is writing", output.name)
+    assert calibrate(place, output=str(output))[0] == 0
+
+
+def test_a_slip_in_the_name_of_the_output_is_a_usage_error(place, tmp_path):
+    status, _, err = calibrate(place, output=str(tmp_path / "{recpie}.kvq.safetensors"))
+    assert status == 2
+    assert "{recpie} in the output means nothing; write {recipe}" in err
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "seqlen", "words"), [("short.txt", "32", ["short.txt", "at most 12 tokens"]),
+                                                       ("long.txt", "4096", ["4096", "positions"])])  # fmt: skip
 def test_evaluation_refuses_windows_that_do_not_fit(place, text, seqlen, words):
     status, out, err = call(
         "evaluate", "perplexity", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--dataset",
@@ -492,8 +565,13 @@ def large_keys(place):
         model.model.layers[1].self_attn.k_proj.weight *= 1e6
     model.save_pretrained(place / "large")
     tiny_tokenizer().save_pretrained(place / "large")
-    status, _, err = calibrate(place, model="large", output="large.kvq.safetensors")
+    file = place / "large.kvq.safetensors"
+    status, _, err = calibrate(place, model="large", output=file.name)
     assert status == 0, err
+    made = KVArtifact.load(file)
+    assert made.spec.storage_dtype == "bfloat16"
+    spec = made.spec.model_copy(update={"storage_dtype": "float16"})
+    dataclasses.replace(made, spec=spec).save(file)
     return place
 
 
@@ -602,7 +680,7 @@ def test_decode_mode_from_the_command_line(place, tmp_path):
 
 
 def test_windows_longer_than_the_model_are_refused_with_the_reason(place):
-    status, _, err = calibrate(place, "--seqlen", "100000")
+    status, _, err = calibrate(place, "--seqlen", "100000", dataset="long.txt")
     assert status == 1
     assert_one_line(err, "windows of 100000 tokens", "positions", "--seqlen")
 

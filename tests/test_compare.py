@@ -402,7 +402,7 @@ def test_a_library_that_fails_is_skipped_with_its_reason(monkeypatch):
     monkeypatch.setattr(TransformersCache, "logits", fail)
     running, skipped = runnable(make_rivals(["quanto-2bit", "fp8-head"]), tiny_model("llama"), True)
     assert [rival.name for rival in running] == ["fp8-head"]
-    assert skipped == [("quanto-2bit", "it fails here: no compiler")]
+    assert skipped == [("quanto-2bit", "it fails here: no compiler more of it")]
 
 
 def test_names_are_unique_and_unknown_ones_are_refused():

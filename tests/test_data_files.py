@@ -337,3 +337,26 @@ def test_the_limit_of_csv_fields_is_put_back(tmp_path, tokenizer):
     assert read_documents(written(tmp_path, "a.csv", documents), tokenizer) == documents
     check_dataset(str(tmp_path / "a.csv"))
     assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("text", "seqlen", "most"),
+    [("x", 8, 4), ("x" * 28, 33, 31), ("x" * 29, 33, None), ("\ufdfa", 64, 36), ("\ufdfa", 37, None)],
+)
+def test_a_text_that_can_fill_no_window_is_refused_without_a_tokenizer(tmp_path, text, seqlen, most):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    if most is None:
+        check_dataset(str(tmp_path / "a.txt"), seqlen=seqlen)
+        return
+    with pytest.raises(DataError, match=f"a.txt has at most {most} tokens, less than one window of {seqlen}"):
+        check_dataset(str(tmp_path / "a.txt"), seqlen=seqlen)
+
+
+def test_all_records_and_files_count_and_chats_can_be_of_any_length(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abcde"}\n' * 3)
+    (tmp_path / "b.txt").write_text("fgh")
+    check_dataset(str(tmp_path), seqlen=31)  # 3 * (5 + 3) + 3 + 3, and a beginning of the sequence
+    with pytest.raises(DataError, match="at most 30 tokens"):
+        check_dataset(str(tmp_path), seqlen=32)
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    check_dataset(str(tmp_path), seqlen=4096)

@@ -187,7 +187,7 @@ def test_text_is_generated_through_the_packed_cache(harness, place, batch_size):
         ({"pretrained": "model", "artifact": "a", "peft": "x"}, "no argument 'peft'"),
         ({"pretrained": "model", "artifact": "missing"}, "cannot read artifact"),
         ({"pretrained": "model", "artifact": "other"}, "num_key_value_heads"),
-        ({"pretrained": "model", "artifact": "dynamic"}, "use thresholds: channel"),
+        ({"pretrained": "model", "artifact": "dynamic"}, "--set cache.key.thresholds=channel"),
         ({"pretrained": "nowhere/at/all", "artifact": "a"}, "no such folder"),
     ],
 )

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 from transformers.utils import logging
 
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model import hub
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.load import load_model
+from kvq_calib.model.load import check_tokens, load_model, vocabulary_of
 
 pytestmark = pytest.mark.model
 
@@ -83,7 +83,8 @@ def test_packages_that_are_missing_are_named(folder, tmp_path, monkeypatch):
     refused(tmp_path / "model.gguf", "pip install gguf accelerate")
 
 
-def test_what_is_no_causal_language_model_is_refused(tmp_path):
+def test_what_is_no_causal_language_model_is_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
     T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
     refused(tmp_path, "not a causal language model")
     (tmp_path / "config.json").write_text("{")
@@ -105,6 +106,66 @@ def test_pickled_weights_are_not_read(folder, tmp_path):
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, "cannot load")
+
+
+def changed(folder, copy, **fields):
+    """A copy of a model's folder with other fields in its configuration."""
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return copy
+
+
+def test_a_folder_without_tokenizer_says_so(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("token*"):
+        file.unlink()
+    refused(tmp_path, "holds no tokenizer; put the model's tokenizer files")
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused(tmp_path, "cannot load the tokenizer of .*")
+
+
+def test_weights_of_other_shapes_are_named_with_both_shapes(folder, tmp_path):
+    refused(
+        changed(folder, tmp_path, head_dim=32),
+        r"do not fit its config.json: model.layers.0.self_attn.k_proj.weight is \[32, 64\], and the configuration "
+        r"makes it \[64, 64\] \(and 7 more\)",
+    )
+
+
+def test_code_of_a_checkpoint_names_the_option(folder, tmp_path):
+    own = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    refused(changed(folder, tmp_path, model_type="x", auto_map=own), "--trust-remote-code runs it")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "model.gguf"])
+def test_a_git_lfs_pointer_is_named(folder, tmp_path, file):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    (tmp_path / file).write_text(pointer)
+    name = tmp_path / file if file.endswith(".gguf") else tmp_path
+    refused(
+        name,
+        f"{file} is a Git LFS pointer \\(130 bytes\\), not the file itself; fetch that with git lfs pull",
+    )
+
+
+def test_weights_without_use_are_a_warning(folder, tmp_path, caplog):
+    load_model(str(folder))
+    assert not caplog.records
+    load_model(str(changed(folder, tmp_path, num_hidden_layers=1)))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "holds 9 weights that its configuration has no place for (model.layers.1." in record.getMessage()
+
+
+def test_tokens_that_a_model_does_not_know(folder):
+    model = tiny_model("llama")
+    assert vocabulary_of(model) == 128
+    check_tokens(model, torch.tensor([[0, 127]]))
+    for token in (128, -1):
+        with pytest.raises(ModelError, match=f"has token {token}, and the model knows 0 to 127"):
+            check_tokens(model, torch.tensor([[5, token]]))
 
 
 # Both ends of the supported range of transformers must give these.
@@ -182,9 +243,23 @@ def test_hub_is_not_asked_without_network(monkeypatch):
     assert hub.hub_reachable()  # names may resolve behind the proxy only
 
 
-def test_first_line_of_an_error():
-    assert hub.first_line(ValueError("\n  one\ntwo")) == "one"
-    assert hub.first_line(KeyError()) == "KeyError"
+def test_bars_of_downloads_are_for_terminals(monkeypatch):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    before = are_progress_bars_disabled()
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        with hub.quiet():
+            assert are_progress_bars_disabled() == (before or not terminal)
+            assert not logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == before
+
+
+def test_an_error_on_one_line():
+    assert one_line(ValueError("\n  one of:\n(1) two")) == "one of: (1) two"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError("x" * 300)) == "x" * 197 + "..."
 
 
 def test_every_family_is_in_the_zoo():

@@ -166,5 +166,5 @@ def test_a_model_whose_own_cache_fails_is_refused(monkeypatch):
         raise NotImplementedError("no cache\nhere")
 
     monkeypatch.setattr(UsesValues, "update", fail)
-    with pytest.raises(ModelError, match=r"it fails with its own cache \(no cache\)$"):
+    with pytest.raises(ModelError, match=r"it fails with its own cache \(no cache here\)$"):
         check(model)

@@ -158,7 +158,7 @@ def config(key, value, **sections):
 def test_what_comes_from_gradients_needs_them(key):
     assert config(key, TRELLIS, allocation={}).codec == "trellis"
     assert config(TRELLIS, TRELLIS, allocation={}, fit={"weights": "uniform"})
-    with pytest.raises(ValidationError, match=r"they need fit\.weights: fisher"):
+    with pytest.raises(ValidationError, match=r"they need --weights fisher"):
         config(key, TRELLIS, allocation={}, fit={"weights": "uniform"})
 
 

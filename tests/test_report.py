@@ -28,13 +28,13 @@ from kvq_calib.evaluate.report.levels import SHOWN_BINS, level_uses
 from kvq_calib.evaluate.report.measure import measure
 from kvq_calib.evaluate.report.outliers import count_outliers
 from kvq_calib.evaluate.report.page import render
-from kvq_calib.evaluate.report.results import Result, Results, read_results
 from kvq_calib.evaluate.report.subjects import subjects
 from kvq_calib.fit.levels import fit_levels
 from kvq_calib.model.capture import intercept
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.load import LoadedModel
 from kvq_calib.schema.recipe import calibration_config
+from kvq_calib.schema.results import Result, Results, read_results
 
 pytestmark = pytest.mark.model
 

@@ -135,6 +135,8 @@ def test_an_unforeseen_error_is_a_failure() -> None:
     forged = Case("any", b"a", forged=True)
     assert judged(forged, lambda data: data, b"good") == ("valid", "")
     assert judged(forged, lambda data: data + b"x", b"good")[0] == "changed"
+    for sound, outcome in ((True, "valid"), (False, "changed")):
+        assert judged(forged, lambda data: b"content", b"good", lambda content, it=sound: it)[0] == outcome
     for outcome in ("changed", "error", "slow", "memory", "executed", "crash", "hang"):
         assert Result("any", 0, "attack", outcome, "").failed
 

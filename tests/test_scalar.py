@@ -165,7 +165,7 @@ def test_online_thresholds_come_from_the_sequence_itself():
 def test_what_cannot_stream_says_why():
     assert quantizer_of().cannot_stream() is None
     assert quantizer_of(thresholds="token").cannot_stream() is None
-    assert "use thresholds: channel" in quantizer_of(thresholds="channel_online").cannot_stream()
+    assert "--set cache.key.thresholds=channel" in quantizer_of(thresholds="channel_online").cannot_stream()
     far = ScalarParams(
         torch.linspace(-1, 1, 8)[None], torch.ones(CHANNELS), torch.full((CHANNELS,), -65504.0)
     )

@@ -49,6 +49,12 @@ def recipe(*assignments):
     return calibration_config("kvq3", assignments=(*FIT, "allocation.self_generated=1", *assignments))
 
 
+def test_tokens_that_the_model_does_not_know_are_no_text_of_its():
+    text = SelfGeneratedText(1, 0, 24, prefix=(), vocabulary=128, seed=0)
+    for token, possible in ((127, True), (128, False), (-1, False)):
+        assert text.is_possible({"ids": torch.full_like(text.ids, token)}) == possible
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes(family):
     model = tiny_model(family)

@@ -26,6 +26,7 @@ from kvq_calib.artifact.errors import (
     ArtifactModelError,
     ArtifactVersionError,
 )
+from kvq_calib.artifact.hub import Shareable, find_artifact
 from kvq_calib.artifact.sealed import SealError, seal, unseal
 from kvq_calib.artifact.validate import check_rates, check_tensors, prefix_of
 from kvq_calib.codec.params import LayerParams
@@ -47,7 +48,7 @@ _SECTIONS = {"format_version", "spec", "geometry", "model", "calibration", "outl
 
 
 @dataclass(frozen=True)
-class KVArtifact:
+class KVArtifact(Shareable):
     """A calibrated key-value cache.
 
     Attributes:
@@ -183,6 +184,20 @@ class KVArtifact:
         write_atomically(path, self.to_bytes())
 
     # ----------------------------------------------------------------- read
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> KVArtifact:
+        """Read an artifact from a file, a folder or the hub.
+
+        Args:
+            name: file, folder, or hub id.
+            options: ``filename`` where there are several, ``revision``, ``token``, ``cache_dir`` and
+                ``local_files_only``, as in transformers.
+
+        Raises:
+            ArtifactError: there is none, or what is wrong with the file.
+        """
+        return cls.load(find_artifact(name, **options))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> KVArtifact:

@@ -33,3 +33,7 @@ class ArtifactDigestError(ArtifactError):
 
 class ArtifactModelError(ArtifactError):
     """The artifact was calibrated for another model."""
+
+
+class ArtifactHubError(ArtifactError):
+    """No such artifact in a folder or on the hub, or the hub does not take it."""

@@ -34,10 +34,12 @@ from kvq_calib.calibrate.plan import (
     make_plan,
 )
 from kvq_calib.calibrate.self_generated import SelfGeneratedText
+from kvq_calib.calibrate.suited import suited, warn_of_range
 from kvq_calib.calibrate.texts import Source, Text, TextLibrary, text_of, united
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
 from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.load import check_tokens
 from kvq_calib.model.placement import is_offloaded
 from kvq_calib.model.probe import check_generation
 from kvq_calib.schema.geometry import KVGeometry
@@ -96,7 +98,8 @@ def calibrate(
     Raises:
         CalibrationError: activations that are not finite, or a checkpoint of another run.
         ConfigError: settings that contradict each other or the model.
-        ModelError: the model cannot be captured, or a packed cache cannot serve it.
+        ModelError: the model cannot be captured, a packed cache cannot serve it, or the text has tokens that it does
+            not know.
     """
     job = _prepared(model, windows, configs)
     keeper = _checkpoint(job, checkpoint, model, model_config)
@@ -160,11 +163,13 @@ def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, Calibrati
     """
     if not configs:
         raise ConfigError("nothing to calibrate: name at least one recipe")
+    check_tokens(model, windows.ids)
     geometry, count = inspect_model(model), len(windows.ids)
     check_generation(model, geometry)
     recompute, seed = shared_setting(configs, "recompute"), shared_setting(configs, "seed")
     library = TextLibrary(windows, model, seed)
     recipes = [Recipe(name, config, geometry, count) for name, config in configs.items()]
+    recipes = suited(model, recipes, windows.ids)
     fitters = tuple((recipe, make_fitter(recipe)) for recipe in recipes)
 
     def asked(stage: Stage) -> Iterator[ObservedKey[Any, Any]]:
@@ -243,6 +248,7 @@ def _artifacts(job: _Job, passes: Passes, model: Mapping[str, Any]) -> dict[str,
     materials = Materials(passes.model, job.library, passes.totals, passes.progress, clock)
     keys = magnitude_keys(len(job.geometry.layers), len(job.library.calibration))
     amax = largest_magnitudes(keys, passes.totals)
+    warn_of_range([recipe for recipe, _ in job.fitters], amax)
     artifacts = {
         recipe.name: assemble(recipe, fitter.fit(materials), model=model, data=job.library.source, amax=amax)
         for recipe, fitter in job.fitters

@@ -37,7 +37,7 @@ class SelfGeneratedText(Statistics):
         repeating: windows that they are to fill with repeats between them.
         seqlen: tokens of a window.
         prefix: tokens that a text begins with, such as the beginning-of-sequence token.
-        vocabulary: number of tokens that a document can begin with.
+        vocabulary: number of tokens that the model knows.
         seed: of every draw.
     """
 
@@ -55,6 +55,7 @@ class SelfGeneratedText(Statistics):
         seed: int,
     ) -> None:
         self._prefix, self._seed = torch.tensor(prefix, dtype=torch.int64), seed
+        self._vocabulary = vocabulary
         self._body = seqlen - len(prefix)
         length = min(_DOCUMENT_TOKENS, self._body)
         filling, mixed = (-(-windows * self._body // length) for windows in (plain, repeating))
@@ -64,6 +65,10 @@ class SelfGeneratedText(Statistics):
         first = sample_tokens(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
         #: What each document begins with, int64 ``[batches, documents]``.
         self.beginnings = first.view(self.ids.shape[:2])
+
+    def is_possible(self, state: Mapping[str, Tensor]) -> bool:
+        """See :class:`Statistics`."""
+        return super().is_possible(state) and bool((state["ids"] < self._vocabulary).all())
 
     def generate(self, model: Any, batch: int) -> None:
         """Let the model write one batch."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvq_calib.calibrate.self_generated import SelfGeneratedText
 from kvq_calib.calibrate.vocabulary_samples import with_vocabulary_samples
 from kvq_calib.data import TokenWindows
+from kvq_calib.model.load import vocabulary_of
 
 
 class Source(Enum):
@@ -93,7 +94,7 @@ class TextLibrary:
     @cached_property
     def vocabulary(self) -> int:
         """Number of tokens that the model knows."""
-        return int(self._model.get_input_embeddings().num_embeddings)
+        return vocabulary_of(self._model)
 
     @cached_property
     def _sampled(self) -> Tensor:

@@ -1,12 +1,24 @@
-"""``kvq-artifact``: look at artifacts and convert them."""
+"""``kvq-artifact``: look at artifacts, convert and share them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from kvq_calib.cli.options import SETTINGS, FilePath, debug_option, json_option, write_json
+from kvq_calib.cli.options import (
+    SETTINGS,
+    FilePath,
+    artifact_options,
+    collected,
+    debug_option,
+    json_option,
+    load_artifacts,
+    write_json,
+)
+from kvq_calib.cli.outputs import check_fields, check_output
 from kvq_calib.errors import ConfigError
 
 __all__ = ["artifact_group"]
@@ -15,7 +27,7 @@ __all__ = ["artifact_group"]
 @click.group("kvq-artifact", context_settings=SETTINGS)
 @debug_option
 def artifact_group() -> None:
-    """Look at artifacts and convert them; no model is loaded."""
+    """Look at artifacts, convert and share them; no model is loaded."""
 
 
 @artifact_group.command("inspect")
@@ -36,11 +48,9 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
     """Content of ARTIFACT, and its bits per element at chosen context lengths."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
-    from kvq_calib.files import check_writable
 
     loaded = KVArtifact.load(file)
-    if json_file is not None:
-        check_writable(json_file)
+    check_output(json_file)
     for table in artifact_tables(loaded, contexts, per_layer=layers):
         print_table(table)
     write_json(json_file, artifact_facts(loaded, contexts))
@@ -57,15 +67,15 @@ def shard_command(file: str, ranks: int, output: str) -> None:
     """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.artifact.shard import shard
-    from kvq_calib.files import check_writable
 
+    check_fields(output, "rank")
     if "{rank}" not in output:
         raise click.UsageError("-o needs {rank} in the name, for example model.{rank}.kvq.safetensors")
     whole = KVArtifact.load(file)
     parts = [shard(whole, rank, ranks) for rank in range(ranks)]
     targets = [output.replace("{rank}", str(rank)) for rank in range(ranks)]
     for target in targets:
-        check_writable(target)
+        check_output(target)
     for part, target in zip(parts, targets, strict=True):
         part.save(target)
         click.echo(target)
@@ -93,10 +103,9 @@ def shard_command(file: str, ranks: int, output: str) -> None:
 def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
     """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
     from kvq_calib.artifact.import_kvquant import import_kvquant
-    from kvq_calib.files import check_writable
     from kvq_calib.model.configuration import geometry_of_configuration
 
-    check_writable(output)
+    check_output(output)
     geometry, config = geometry_of_configuration(model)
     made = import_kvquant(
         file, geometry, {"id": model, "config": config}, outliers=outliers, sink_tokens=sink_tokens
@@ -162,3 +171,58 @@ def export_command(
     for written in fp8.write(files, output):
         click.echo(str(written))
     click.echo(f"lost: {'; '.join(lost)}", err=True)
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where and how artifacts are uploaded: fields of :class:`kvq_calib.artifact.hub.Upload`."""
+
+    private: bool | None
+    revision: str | None
+    commit_message: str | None
+    create_pr: bool
+
+
+_push_options = collected(
+    PushOptions,
+    "how",
+    click.option(
+        "--private/--public", default=None, help="Of a repository that is made; the account's default."
+    ),
+    click.option("--revision", metavar="BRANCH", help="Made if it is not there; the main branch by default."),
+    click.option("--message", "commit_message", metavar="TEXT", help="Of the commit."),
+    click.option("--create-pr", is_flag=True, help="Ask for the change in place of making it."),
+)
+
+
+@artifact_group.command("push")
+@click.argument("repository", metavar="NAME/REPOSITORY")
+@artifact_options()
+@click.option(
+    "--results",
+    "result_files",
+    type=FilePath(),
+    multiple=True,
+    metavar="FILE",
+    help="JSON of kvq-eval perplexity on these artifacts, for the card; may be given several times.",
+)
+@_push_options
+@debug_option
+def push_command(
+    repository: str, artifacts: tuple[str, ...], result_files: tuple[str, ...], how: PushOptions
+) -> None:
+    """Upload artifacts to the Hugging Face hub, with a model card that states bits, KL divergence, data and command.
+
+    The account is the one that is logged in (hf auth login), or that of HF_TOKEN.
+    """
+    from kvq_calib.artifact.hub import SUFFIX, Upload, push
+    from kvq_calib.schema.results import read_results
+
+    loaded = load_artifacts(artifacts)
+    names = [Path(file).name.removesuffix(".safetensors").removesuffix(".kvq") + SUFFIX for file in artifacts]
+    if len(set(names)) != len(names):
+        raise ConfigError("two artifacts have the same file name; rename one of them")
+    results = read_results(result_files)
+    click.echo(
+        push(Upload(repository, **asdict(how)), dict(zip(names, loaded.values(), strict=True)), results)
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from kvq_calib.cli.options import (
     debug_option,
     model_options,
 )
+from kvq_calib.cli.outputs import announce, check_fields
 
 if TYPE_CHECKING:
     from kvq_calib.artifact.artifact import KVArtifact
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from kvq_calib.schema.recipe import CalibrationConfig
 
 __all__ = ["calibrate_command"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,14 @@ class _Job:
     resume: bool
 
     @property
+    def first(self) -> Path:
+        """The output whose name the checkpoint has."""
+        return next(iter(self.outputs.values()))
+
+    @property
     def checkpoint(self) -> Path:
-        """The file that an interrupted run leaves."""
-        first = next(iter(self.outputs.values()))
-        return first.with_name(f"{first.name}.checkpoint")
+        """The file that an interrupted run leaves; those of several ranks have names made of it."""
+        return self.first.with_name(f"{self.first.name}.checkpoint")
 
 
 @click.command("kvq-calibrate", context_settings=SETTINGS)
@@ -168,15 +177,16 @@ def calibrate_command(
     run = {
         name: shared_setting(configs, name) for name in ("dataset", "text_field", "samples", "seqlen", "seed")
     }
-    check_dataset(run["dataset"], run["text_field"])
+    check_dataset(run["dataset"], run["text_field"], run["seqlen"])
     job = _Job(outputs, configs, run, resume)
     with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
         if ranks > 1:
             progress.say(f"{ranks} ranks; progress and --profile are those of rank 0")
-        started = time.monotonic()
-        loaded = model.load(device=local_device(model.device), max_memory=limits)
-        before = {"loading the model": time.monotonic() - started}
-        result = _calibrate(job, loaded, progress, before)
+        with _manners(job, rank, ranks):
+            started = time.monotonic()
+            loaded = model.load(device=local_device(model.device), max_memory=limits)
+            before = {"loading the model": time.monotonic() - started}
+            result = _calibrate(job, loaded, progress, before)
     if rank > 0:  # one rank writes and speaks
         return
     for name, file in outputs.items():
@@ -206,26 +216,61 @@ def _calibrate(
         for name, file in job.outputs.items():
             artifacts[name].save(file)
 
+    return calibrate(
+        loaded.model,
+        windows,
+        job.configs,
+        model_id=loaded.name,
+        model_config=model_fingerprint(loaded.model),
+        checkpoint=job.checkpoint,
+        resume=job.resume,
+        progress=progress,
+        deliver=save,
+    )
+
+
+@contextlib.contextmanager
+def _manners(job: _Job, rank: int, ranks: int) -> Iterator[None]:
+    """Say what becomes of files that are there, keep other runs from writing them, and say what a failure leaves.
+
+    Raises:
+        WriteError: another run has the same output.
+    """
+    from kvq_calib.calibrate.checkpoint import file_of_rank
+    from kvq_calib.files import exclusive
+
+    checkpoint = file_of_rank(job.checkpoint, rank, ranks)
+    with exclusive(job.first) if rank == 0 else contextlib.nullcontext():
+        for file in job.outputs.values():
+            announce(file)
+        there = _changed_at(checkpoint)
+        if job.resume and there is None:
+            _log.warning("there is no checkpoint %s: nothing to resume, so this run begins anew", checkpoint)
+        elif there is not None and not job.resume:
+            _log.warning(
+                "%s of an earlier run is there: --resume would go on from it; this run replaces it",
+                checkpoint,
+            )
+        try:
+            yield
+        except BaseException as error:
+            changed = _changed_at(checkpoint) not in (None, there)
+            if changed or (job.resume and there is not None and isinstance(error, KeyboardInterrupt)):
+                error.add_note("the same command with --resume goes on from its checkpoint")
+            raise
+
+
+def _changed_at(file: Path) -> int | None:
+    """When a file was last written, in nanoseconds; ``None`` where there is none."""
     try:
-        return calibrate(
-            loaded.model,
-            windows,
-            job.configs,
-            model_id=loaded.name,
-            model_config=model_fingerprint(loaded.model),
-            checkpoint=job.checkpoint,
-            resume=job.resume,
-            progress=progress,
-            deliver=save,
-        )
-    except KeyboardInterrupt as stop:
-        if job.checkpoint.exists():
-            stop.add_note("the same command with --resume goes on from its checkpoint")
-        raise
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
     """Where the artifact of each recipe goes, by the recipe's short name."""
+    check_fields(output, "recipe")
     names = [Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe for recipe in recipes]
     if len(set(names)) != len(names):
         raise click.UsageError("a recipe is named twice")

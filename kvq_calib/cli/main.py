@@ -62,17 +62,18 @@ def run_command(command: click.Command) -> None:
 def _report(error: BaseException) -> None:
     """One line on stderr, and for wrong usage what would be right."""
     text = " ".join(str(error).split())
+    # click raises its own in place of an interrupt
+    notes = getattr(error.__cause__ or error if isinstance(error, click.Abort) else error, "__notes__", [])
     if isinstance(error, click.ClickException):
         error.show()
-    elif isinstance(error, KeyboardInterrupt | click.Abort):
-        notes = getattr(error.__cause__ or error, "__notes__", [])
-        click.echo("; ".join(["error: interrupted", "nothing half written is left", *notes]), err=True)
+        return
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        parts = ["interrupted", "nothing half written is left"]
     elif isinstance(error, KVQError):
-        click.echo(f"error: {text}", err=True)
+        parts = [text]
     else:
-        click.echo(
-            f"error: {type(error).__name__}: {text[:500]}; run with --debug for the traceback", err=True
-        )
+        parts = [f"{type(error).__name__}: {text[:500]}", "run with --debug for the traceback"]
+    click.echo(f"error: {'; '.join([*parts, *notes])}", err=True)
 
 
 def _is_ours_to_report() -> bool:

@@ -219,19 +219,19 @@ class TextOptions:
         """Refuse a text that does not exist, before a model is loaded; that of the calibration too, where there is one.
 
         Raises:
-            DataError: neither the name of a data set nor a path.
+            DataError: neither the name of a data set nor a path, or less text than one window.
         """
         from kvq_calib.data import check_dataset
 
-        check_dataset(self.dataset, self.text_field)
+        check_dataset(self.dataset, self.text_field, self.seqlen)
         if calibration is not None:
-            check_dataset(calibration, self.field_of(calibration))
+            check_dataset(calibration, self.field_of(calibration), self.seqlen)
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
         """Cut the text into windows of the evaluation.
 
         Raises:
-            ModelError: windows are longer than the model was trained for.
+            ModelError: windows are longer than the model was trained for, or have tokens that it does not know.
             DataError: the text is missing, unreadable or too short.
         """
         return self._windows(loaded, self.dataset, self.windows, "evaluation")
@@ -242,10 +242,10 @@ class TextOptions:
 
     def _windows(self, loaded: LoadedModel, dataset: str, samples: int | None, split: Split) -> TokenWindows:
         from kvq_calib.data import load_windows
-        from kvq_calib.model.load import check_length
+        from kvq_calib.model.load import check_length, check_tokens
 
         check_length(loaded.model, self.seqlen)
-        return load_windows(
+        found = load_windows(
             dataset,
             loaded.tokenizer,
             samples=samples,
@@ -254,6 +254,8 @@ class TextOptions:
             split=split,
             text_field=self.field_of(dataset),
         )
+        check_tokens(loaded.model, found.ids)
+        return found
 
 
 TEXT_FIELD_HELP = "Where records in files of your own (.jsonl, .parquet, .csv) have their text."

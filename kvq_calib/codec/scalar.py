@@ -141,7 +141,7 @@ class ScalarQuantizer(Quantizer):
         if self.spec.thresholds == "channel_online":
             return (
                 "online thresholds per channel need the whole text at once and serve evaluation only; "
-                "use thresholds: channel"
+                "calibrate with thresholds: channel, as in --set cache.key.thresholds=channel"
             )
         return super().cannot_stream()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from kvq_calib.data.tokens import bos_token_id
-from kvq_calib.errors import DataError
-from kvq_calib.model.hub import first_line
+from kvq_calib.errors import DataError, one_line
 
 __all__ = ["Messages", "check_messages", "render_chat"]
 
@@ -47,7 +46,7 @@ def render_chat(messages: Messages, tokenizer: Any, where: str) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         text.encode()
     except Exception as error:  # a template is a program of its own
-        raise DataError(f"{where}: the tokenizer's chat template fails ({first_line(error)})") from error
+        raise DataError(f"{where}: the tokenizer's chat template fails ({one_line(error)})") from error
     if bos_token_id(tokenizer) is not None:
         text = text.removeprefix(tokenizer.bos_token)
     return str(text)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kvq_calib.errors import DataError
-from kvq_calib.model.hub import first_line
+from kvq_calib.errors import DataError, one_line
 
 __all__ = ["DATA_SETS", "KNOWN_KINDS", "STANDARD_INPUT", "TextFile", "find_files"]
 
@@ -60,7 +59,7 @@ class TextFile:
                     stream = stack.enter_context(_decompressed(stream, self.compression))
                 yield stream
         except OSError as error:
-            raise DataError(f"cannot read {self.name}: {error.strerror or first_line(error)}") from error
+            raise DataError(f"cannot read {self.name}: {error.strerror or one_line(error)}") from error
 
     def _raw(self) -> BinaryIO:
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content.open("rb")

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 
 import huggingface_hub.constants
 
-from kvq_calib.errors import DataError
-from kvq_calib.model.hub import first_line, hub_reachable, quiet
+from kvq_calib.errors import DataError, one_line
+from kvq_calib.model.hub import hub_reachable, quiet
 
 __all__ = ["C4_EVALUATION_DOCUMENTS", "c4", "wikitext2"]
 
@@ -70,6 +70,6 @@ def _from_hub(name: str, read: Callable[[Any], _T]) -> _T:
             return read(datasets)
         except Exception as error:
             raise DataError(
-                f"cannot load {name} from the hub ({first_line(error)}); without network use python-docs, "
+                f"cannot load {name} from the hub ({one_line(error)}); without network use python-docs, "
                 "or the path of a file of text or of a folder of those"
             ) from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from kvq_calib.data.chat import render_chat
-from kvq_calib.data.files import STANDARD_INPUT, TextFile, find_files
-from kvq_calib.data.records import DEFAULT_FIELD, read_records
+from kvq_calib.data.files import STANDARD_INPUT, find_files
+from kvq_calib.data.records import DEFAULT_FIELD, Record, read_records
 from kvq_calib.errors import DataError
 
 __all__ = ["check_documents", "local_label", "read_documents"]
@@ -38,20 +39,46 @@ def read_documents(dataset: str, tokenizer: Any, field: str = DEFAULT_FIELD) -> 
     return documents
 
 
-def check_documents(dataset: str, field: str = DEFAULT_FIELD) -> None:
+def check_documents(dataset: str, field: str = DEFAULT_FIELD, seqlen: int = 2) -> None:
     """Look at the beginning of every file: its kind, its first record with text, and the field of that.
 
+    As much of the text is read as might fill a window.
+
+    Args:
+        dataset, field: as `read_documents` takes them.
+        seqlen: tokens of a window.
+
     Raises:
-        DataError: as `read_documents`, as far as beginnings tell.
+        DataError: as `read_documents`, as far as beginnings tell; or the text is too short for a window whatever the
+            tokenizer.
     """
-    found = [_has_text(file, field) for file in find_files(dataset)]
-    if not any(found):
+    most = 0.0
+    for file in find_files(dataset):
+        with contextlib.closing(read_records(file, field)) as records:
+            for record in records:
+                most += _most_tokens(record)
+                if record.content and most >= seqlen:
+                    break
+    if not most:
         raise _no_text(dataset)
+    if most < seqlen - 1:  # the first token of a window can be that of the beginning of a sequence
+        raise DataError(
+            f"{local_label(dataset)} has at most {most:.0f} tokens, less than one window of {seqlen}; use a smaller "
+            "--seqlen or more text"
+        )
 
 
-def _has_text(file: TextFile, field: str) -> bool:
-    with contextlib.closing(read_records(file, field)) as records:
-        return any(record.content for record in records)
+def _most_tokens(record: Record) -> float:
+    """Tokens that a document can have at most, with what separates it from the next.
+
+    No tokenizer makes more than one of a byte. Some normalise first, which leaves ASCII alone and makes at most 11
+    bytes of another byte (Unicode's NFKC); some put a space in front. What a template adds to a chat is not known.
+    """
+    if not record.content:
+        return 0.0
+    if not isinstance(record.content, str):
+        return math.inf
+    return len(record.content.encode(errors="replace")) * (1 if record.content.isascii() else 11) + 3
 
 
 def local_label(dataset: str) -> str:

@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 from kvq_calib.data.chat import Messages, check_messages
 from kvq_calib.data.files import TextFile
-from kvq_calib.errors import DataError
-from kvq_calib.model.hub import first_line
+from kvq_calib.errors import DataError, one_line
 
 __all__ = ["DEFAULT_FIELD", "Record", "read_records"]
 
@@ -79,7 +78,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
         raise DataError(f"{where}: not JSON ({reason})") from error
 
 
@@ -154,7 +153,7 @@ def _parquet(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: a row after {number} is not UTF-8 text") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name} is not a readable Parquet file ({first_line(error)})") from error
+        raise DataError(f"{name} is not a readable Parquet file ({one_line(error)})") from error
 
 
 def _check_columns(columns: Iterable[str], fields: tuple[str, ...], name: str) -> list[str]:

@@ -128,19 +128,19 @@ def load_windows(
     return TokenWindows(torch.from_numpy(rows), source)
 
 
-def check_dataset(dataset: str, text_field: str = DEFAULT_FIELD) -> None:
+def check_dataset(dataset: str, text_field: str = DEFAULT_FIELD, seqlen: int = 2) -> None:
     """Refuse a data set that cannot be used, as far as that shows without a tokenizer: before a model is loaded.
 
     Args:
-        dataset, text_field: as `load_windows` takes them. Standard input is read here, and kept.
+        dataset, text_field, seqlen: as `load_windows` takes them. Standard input is read here, and kept.
 
     Raises:
         DataError: neither the name of a data set nor a path; or a file whose kind is unknown, that cannot be read, or
-            whose first record has no text under the field.
+            whose first record has no text under the field; or less text than one window in any case.
     """
     _check_field(dataset, text_field)
     if dataset not in DATA_SETS:
-        check_documents(dataset, text_field)
+        check_documents(dataset, text_field, seqlen)
 
 
 def _check_field(dataset: str, text_field: str) -> None:

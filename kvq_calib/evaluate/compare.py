@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import TokenWindows
+from kvq_calib.errors import one_line
 from kvq_calib.evaluate import pareto
 from kvq_calib.evaluate.contenders import artifact_contenders
 from kvq_calib.evaluate.perplexity import PerplexityResult, measure
 from kvq_calib.evaluate.rivals import Rival
 from kvq_calib.evaluate.text_pass import Contender, Mode
-from kvq_calib.model.hub import first_line
 from kvq_calib.model.inspect import inspect_model
 from kvq_calib.progress import Progress
 from kvq_calib.schema.geometry import KVGeometry
@@ -134,7 +134,7 @@ def _failure(rival: Rival, model: Any) -> str | None:
         with torch.no_grad():
             rival.logits(model, ids)
     except Exception as error:  # another project's code: anything may be raised
-        return f"it fails here: {first_line(error)}"
+        return f"it fails here: {one_line(error)}"
     return None
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
 from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import check_tokens
 from kvq_calib.model.placement import input_device
 from kvq_calib.progress import Progress
 from kvq_calib.runtime import KVQCache, attached
@@ -152,6 +153,7 @@ def measure_passkey(
 
     Raises:
         ConfigError: a length the model does not allow or that is too short.
+        ModelError: the tokenizer gives tokens that the model does not know.
         RuntimeMismatchError: an artifact cannot be streamed.
     """
     planned = _plan(model, tokenizer, artifacts, config)
@@ -189,6 +191,8 @@ def _plan(
         for depth in config.depths:
             keys = [numbers.randint(10_000, 99_999) for _ in range(config.trials)]
             texts = [make_trial(tokenizer, length, depth, key) for key in keys]
+            for text in texts:
+                check_tokens(model, torch.cat((text.prompt, text.answer), dim=1))
             if limit is not None and length + texts[0].answer.shape[1] > limit:
                 raise ConfigError(
                     f"{length} tokens and the answer are more than the model's {limit}; use a shorter --length"

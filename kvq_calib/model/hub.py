@@ -19,12 +19,7 @@ import transformers.utils.logging
 _transformers: Any = transformers.utils.logging
 _hub: Any = huggingface_hub.utils
 
-__all__ = ["first_line", "hub_reachable", "quiet"]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type's name where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+__all__ = ["hub_reachable", "quiet"]
 
 
 def hub_reachable() -> bool:
@@ -43,7 +38,10 @@ def hub_reachable() -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and bars of the libraries, save the bars of downloads; keep standard output clean."""
+    """Silence warnings and bars of the libraries; keep standard output clean.
+
+    Bars of downloads stay where somebody can see them: in a log, a bar is one line of carriage returns.
+    """
     verbosity = _transformers.get_verbosity()
     bars = _transformers.is_progress_bar_enabled()
     hub_bars_off = _hub.are_progress_bars_disabled()
@@ -53,7 +51,7 @@ def quiet() -> Iterator[None]:
         _transformers.set_verbosity_error()
         _transformers.disable_progress_bar()
         _hub.logging.set_verbosity_error()
-        if not hub_bars_off:
+        if not hub_bars_off and sys.stderr.isatty():
             _hub.enable_progress_bars()
         try:
             yield
@@ -62,5 +60,4 @@ def quiet() -> Iterator[None]:
             _hub.logging.set_verbosity(hub_verbosity)
             if bars:
                 _transformers.enable_progress_bar()
-            if hub_bars_off:
-                _hub.disable_progress_bars()
+            (_hub.disable_progress_bars if hub_bars_off else _hub.enable_progress_bars)()

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.compat import uncompiled
-from kvq_calib.model.hub import first_line
 from kvq_calib.model.intercept import (
     AttentionCall,
     attention_modules,
@@ -26,12 +25,14 @@ from kvq_calib.model.placement import input_device
 from kvq_calib.model.rope import RopeLayoutError, discover_rope, find_apply_rotary
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
-__all__ = ["inspect_model"]
+__all__ = ["inspect_model", "why_no_table"]
 
 _PROBE_TOKENS = 8
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, KVGeometry] = weakref.WeakKeyDictionary()
+#: Why a rotary embedding of a model has no table.
+_NO_TABLE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def inspect_model(model: nn.Module) -> KVGeometry:
@@ -43,7 +44,7 @@ def inspect_model(model: nn.Module) -> KVGeometry:
     not differ mean that the layer has no RoPE. Results are kept per model object.
 
     A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
-    `RopeSpec` has no pairs and says `length_dependent`.
+    `RopeSpec` has no pairs and says `length_dependent`, and `why_no_table` gives the reason.
 
     Raises:
         ModelError: the model cannot be captured; the message says why.
@@ -53,6 +54,12 @@ def inspect_model(model: nn.Module) -> KVGeometry:
     if found is None:
         found = _KNOWN[model] = _inspect(model)
     return found
+
+
+def why_no_table(model: nn.Module) -> str:
+    """Why a rotary embedding of an inspected model has no table, as a sentence about it; empty where each has one."""
+    inspect_model(model)
+    return _NO_TABLE.get(uncompiled(model), "")
 
 
 def _inspect(model: nn.Module) -> KVGeometry:
@@ -80,7 +87,8 @@ def _inspect(model: nn.Module) -> KVGeometry:
         rotates = [_check_layer(name, each) for each in (call, far_calls[layer])]
         specs.append(passes.rope(far_calls[layer], call) if any(rotates) else None)
     ropes = list(dict.fromkeys(spec for spec in specs if isinstance(spec, RopeSpec)))
-    if any(isinstance(spec, str) for spec in specs):
+    if reasons := [spec for spec in specs if isinstance(spec, str)]:
+        _NO_TABLE[model] = reasons[0]
         ropes.append(RopeSpec(pairs=(), inv_freq=(), length_dependent=True))
     layers = [
         _geometry(call, _index(ropes, spec))
@@ -170,7 +178,7 @@ def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, 
             raise
         except Exception as error:
             raise ModelError(
-                f"{name} cannot be captured: a pass over {len(positions)} tokens failed ({first_line(error)})"
+                f"{name} cannot be captured: a pass over {len(positions)} tokens failed ({one_line(error)})"
             ) from error
     return calls
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.compat import softcap_implementation
-from kvq_calib.model.hub import first_line, hub_reachable, quiet
+from kvq_calib.model.explain import check_files, check_shapes, explain, listed
+from kvq_calib.model.hub import hub_reachable, quiet
 
-__all__ = ["LoadedModel", "check_length", "load_model"]
+__all__ = ["LoadedModel", "check_length", "check_tokens", "load_model", "vocabulary_of"]
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +64,9 @@ def load_model(
             itself where its numbers can be used as they are, else from a temporary folder that goes with the model.
 
     Raises:
-        ModelError: not found, not readable, not a causal language model, weights are missing, or accelerate is.
+        ModelError: not found, not readable, not a causal language model, weights are missing or of other shapes than
+            the configuration says, the tokenizer or accelerate is missing. Weights that the model has no use for are
+            left out, with a logged warning.
     """
     if max_memory is not None and device_map is None:
         raise ModelError("max_memory limits the devices of a device_map; give --device-map auto with it")
@@ -70,6 +76,7 @@ def load_model(
         raise ModelError("spreading a model over devices needs one more package: pip install accelerate")
     target = _device(device)
     location, label, source = _find(name)
+    check_files(name, location, source.get("gguf_file"))
     source["trust_remote_code"] = trust_remote_code
 
     spread: dict[str, Any] = {}
@@ -81,7 +88,15 @@ def load_model(
     with quiet():
         try:
             config = AutoConfig.from_pretrained(location, **source)
-            arguments = dict(source)
+        except Exception as error:
+            raise ModelError(explain(name, source, error)) from error
+        try:  # before the weights, which take longer
+            tokenizer = AutoTokenizer.from_pretrained(location, **source)
+        except Exception as error:
+            raise ModelError(explain(name, source, error, "the tokenizer of ")) from error
+        try:
+            # Mismatched sizes are refused below, by name.
+            arguments = {**source, "output_loading_info": True, "ignore_mismatched_sizes": True}
             if "gguf_file" not in source:
                 arguments["use_safetensors"] = True  # never unpickle a checkpoint
             if implementation := softcap_implementation(config):
@@ -89,21 +104,18 @@ def load_model(
             on_cpu = device_map is None and target.type == "cpu"
             arguments["dtype"] = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
             model, loading = AutoModelForCausalLM.from_pretrained(
-                location, config=config, output_loading_info=True, **spread, **arguments
+                location, config=config, **spread, **arguments
             )
-            tokenizer = AutoTokenizer.from_pretrained(location, **source)
         except Exception as error:
-            raise ModelError(_explain(name, source, error)) from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ModelError(f"the checkpoint {name} lacks {len(missing)} weights, {missing[0]} among them")
+            raise ModelError(explain(name, source, error)) from error
+    _check_weights(name, loading)
     if device_map is not None:
         weakref.finalize(model, offloaded.cleanup)
     else:
         try:
             model.to(target)
         except RuntimeError as error:
-            raise ModelError(f"cannot put {name} on device {device!r}: {first_line(error)}") from error
+            raise ModelError(f"cannot put {name} on device {device!r}: {one_line(error)}") from error
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, label)
 
 
@@ -141,18 +153,16 @@ def _device(device: str) -> torch.device:
     return found
 
 
-def _explain(name: str, source: dict[str, Any], error: Exception) -> str:
-    reason = first_line(error)
-    if "Unrecognized configuration class" in reason:
-        return f"{name} is not a causal language model that transformers can load"
-    if "gguf_file" in source or "local_files_only" not in source:
-        return f"cannot load {name}: {reason}"
-    if source["local_files_only"]:
-        return (
-            f"cannot load {name}: there is no such folder here, the hub cannot be reached, and the model is not in its "
-            "local cache; give a model folder or a .gguf file"
+def _check_weights(name: str, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are missing or of other shapes; warn of those that the model has no use for."""
+    check_shapes(name, loading["mismatched_keys"])
+    if missing := loading["missing_keys"]:
+        raise ModelError(f"the checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them")
+    if unused := loading["unexpected_keys"]:
+        _log.warning(
+            "%s holds %d weights that its configuration has no place for (%s); they are left out",
+            *(name, len(unused), listed(unused)),
         )
-    return f"cannot load {name} from the hub, and there is no such folder here: {reason}"
 
 
 def check_length(model: nn.Module, seqlen: int) -> None:
@@ -167,4 +177,29 @@ def check_length(model: nn.Module, seqlen: int) -> None:
         raise ModelError(
             f"windows of {seqlen} tokens are longer than the {limit} positions this model was trained for, and its "
             f"keys and values there mean nothing; use --seqlen {limit} or less"
+        )
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """The number of tokens that a model has an embedding for."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Refuse tokens that a model has no embedding for; on a GPU they would end the process.
+
+    Args:
+        model: a language model.
+        ids: token ids, integers of any shape.
+
+    Raises:
+        ModelError: names the largest, or the smallest where it is negative.
+    """
+    known = vocabulary_of(model)
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= known:
+        raise ModelError(
+            f"the text has token {low if low < 0 else high}, and the model knows 0 to {known - 1}: the tokenizer is of "
+            "another model, or model.resize_token_embeddings was not called after tokens were added"
         )

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.cache_layer import AttendingLayer
 from kvq_calib.model.compat import cache_of, uncompiled, with_cache
-from kvq_calib.model.hub import first_line
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
 from kvq_calib.model.placement import input_device
 from kvq_calib.schema.geometry import KVGeometry
@@ -139,7 +138,7 @@ class _Trial:
         try:
             own = self._through(None)
         except Exception as error:
-            return f"it fails with its own cache ({first_line(error)})"
+            return f"it fails with its own cache ({one_line(error)})"
         first = _PASSES[0]
         if not self._alike(own[:, :first], wanted[:, :first]):
             return "what it computes for a token depends on later tokens, so it is no causal model"
@@ -150,7 +149,7 @@ class _Trial:
 
     def _reason(self, faithful: bool, failure: Exception | None) -> str:
         """Why the exact cache did not do; ``faithful`` says whether the model's own does."""
-        detail = "" if failure is None else f" ({first_line(failure)})"
+        detail = "" if failure is None else f" ({one_line(failure)})"
         if isinstance(failure, TypeError | AttributeError) and "None" in str(failure):
             return f"it uses the weights of attention, which are not computed{detail}"
         for index, layer in enumerate(self.layers):

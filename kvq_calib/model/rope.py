@@ -15,13 +15,22 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvq_calib.schema.geometry import RopeSpec
 
-__all__ = ["ApplyRotary", "RopeLayoutError", "RopeTable", "Rotation", "discover_rope", "find_apply_rotary"]
+__all__ = [
+    "ApplyRotary",
+    "RopeLayoutError",
+    "RopeTable",
+    "Rotation",
+    "discover_rope",
+    "find_apply_rotary",
+    "rope_switch",
+]
 
 ApplyRotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`apply(q, k, cos, sin) -> (q', k')`, heads in dimension 1, `cos` and `sin` of shape [B or 1, T, width]."""
@@ -41,6 +50,21 @@ def find_apply_rotary(attention_module: nn.Module) -> ApplyRotary | None:
         if apply is not None:
             return apply
     return None
+
+
+def rope_switch(config: Any) -> int | None:
+    """Tokens of text above which a model takes other frequencies for all of it (LongRoPE); None where it never does."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(map(int, limits), default=None)
 
 
 @lru_cache(maxsize=256)

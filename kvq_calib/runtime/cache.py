@@ -17,6 +17,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import crop_takes_removed
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.rope import rope_switch
 from kvq_calib.runtime.attention import attach
 from kvq_calib.runtime.cache_layer import KVQCacheLayer
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
@@ -39,7 +40,7 @@ class KVQCache(Cache):  # type: ignore[misc]
     reads packed storage and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
 
     Args:
-        artifact: calibrated for this model.
+        artifact: calibrated for this model; or where it lies, as :meth:`KVArtifact.from_pretrained` takes it.
         model: a causal language model of transformers, all on one device.
         recent_tokens: newest tokens kept exact; the artifact's by default.
         max_tokens: tokens after which the cache refuses more; the model's ``max_position_embeddings`` by
@@ -48,7 +49,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             default what the environment variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
 
     Attributes:
-        artifact: as given.
+        artifact: as given, or as read.
         backend: the operations in use.
 
     Raises:
@@ -59,13 +60,14 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def __init__(
         self,
-        artifact: KVArtifact,
+        artifact: KVArtifact | str | os.PathLike[str],
         model: nn.Module,
         *,
         recent_tokens: int | None = None,
         max_tokens: int | None = None,
         backend: str | None = None,
     ) -> None:
+        artifact = _artifact(artifact, model)
         artifact.check_model(model_fingerprint(model))
         _check_streamable(artifact)
         modules = _attention_modules(model, len(artifact.layers))
@@ -85,7 +87,9 @@ class KVQCache(Cache):  # type: ignore[misc]
             artifact.spec.recent_tokens if recent_tokens is None else recent_tokens,
             self.device,
         )
-        self.forward_pass = ForwardPass(self.contents, modules, limit if max_tokens is None else max_tokens)
+        self.forward_pass = ForwardPass(
+            self.contents, modules, limit if max_tokens is None else max_tokens, rope_switch(config)
+        )
         # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
         ropes = [layer.rope for layer in geometry.layers]
         checking = {ropes.index(rope) for rope in set(ropes) if rope is not None}
@@ -112,6 +116,14 @@ class KVQCache(Cache):  # type: ignore[misc]
     def max_tokens(self) -> int | None:
         """Tokens after which the cache refuses more."""
         return self.forward_pass.max_tokens
+
+    def __bool__(self) -> bool:
+        """False for a model that switches its frequencies, else true.
+
+        ``generate`` of Phi-3 asks for no more than truth before it replaces a cache by an unquantized one, where a
+        text passes the switch or is longer from the start. This cache serves the latter and refuses the former.
+        """
+        return self.forward_pass.rope_switch is None
 
     def __repr__(self) -> str:
         """Short: what is held."""
@@ -264,7 +276,11 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], artifact: KVArtifact, model: nn.Module, **options: Any
+        cls,
+        path: str | os.PathLike[str],
+        artifact: KVArtifact | str | os.PathLike[str],
+        model: nn.Module,
+        **options: Any,
     ) -> KVQCache:
         """Make a cache that holds what :meth:`save` wrote.
 
@@ -277,8 +293,31 @@ class KVQCache(Cache):  # type: ignore[misc]
             RuntimeMismatchError: the file is damaged, or belongs to another artifact.
         """
         cache = cls(artifact, model, **options)
-        load_contents(cache.contents, artifact, path, cache.max_tokens)
+        load_contents(cache.contents, cache.artifact, path, cache.max_tokens)
         return cache
+
+
+def _artifact(artifact: Any, model: Any) -> KVArtifact:
+    """The artifact that is meant.
+
+    Raises:
+        RuntimeMismatchError: the arguments are swapped, or no artifact and model at all.
+        ArtifactError: it cannot be read.
+    """
+    if isinstance(artifact, nn.Module):
+        raise RuntimeMismatchError("the arguments are swapped; write KVQCache(artifact, model)")
+    if not isinstance(model, nn.Module):
+        raise RuntimeMismatchError(
+            f"{type(model).__name__} is no model of transformers; write KVQCache(artifact, model)"
+        )
+    if isinstance(artifact, str | os.PathLike):
+        return KVArtifact.from_pretrained(artifact)
+    if not isinstance(artifact, KVArtifact):
+        raise RuntimeMismatchError(
+            f"{type(artifact).__name__} is no artifact; write KVQCache(artifact, model) with a KVArtifact, or the path "
+            "of its file"
+        )
+    return artifact
 
 
 def _check_streamable(artifact: KVArtifact) -> None:
@@ -291,7 +330,7 @@ def _check_streamable(artifact: KVArtifact) -> None:
         if quantizers["key"].spec.pre_rope and rope is not None and rope.length_dependent:
             raise RuntimeMismatchError(
                 f"layer {index}: the rotary embedding depends on the length of the text; "
-                "calibrate with pre_rope: false"
+                "calibrate with --set cache.key.pre_rope=false"
             )
 
 

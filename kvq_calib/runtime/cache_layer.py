@@ -110,7 +110,7 @@ class KVQCacheLayer(AttendingLayer):
         if call.position_embeddings is None:
             raise RuntimeMismatchError(
                 f"layer {self.index} was called without position_embeddings; "
-                "calibrate with pre_rope: false for this model"
+                "calibrate this model with --set cache.key.pre_rope=false"
             )
         return Rotation(find_apply_rotary(call.module), *call.position_embeddings)
 
@@ -122,7 +122,7 @@ class KVQCacheLayer(AttendingLayer):
         if not bool(error <= slack * rotated.abs().amax()):
             raise RuntimeMismatchError(
                 f"layer {self.index} rotates keys by other angles than at calibration (RoPE that depends on "
-                "the length of the text?); calibrate with pre_rope: false, or this model anew"
+                "the length of the text?); calibrate with --set cache.key.pre_rope=false, or this model anew"
             )
 
     def crop(self, *args: Any) -> None:

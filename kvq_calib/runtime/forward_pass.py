@@ -24,12 +24,20 @@ class ForwardPass:
         contents: of the cache.
         modules: the attention modules of its model.
         max_tokens: tokens after which a pass is refused, or ``None``.
+        rope_switch: of the model, see :func:`kvq_calib.model.rope.rope_switch`.
     """
 
-    def __init__(self, contents: CacheContents, modules: Set[nn.Module], max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        contents: CacheContents,
+        modules: Set[nn.Module],
+        max_tokens: int | None,
+        rope_switch: int | None = None,
+    ) -> None:
         self.contents = contents
         self.modules = modules
         self.max_tokens = max_tokens
+        self.rope_switch = rope_switch
         #: The layer whose attention is to come.
         self._announced: int | None = None
         #: Slots and packed blocks before the pass; ``None`` outside one.
@@ -101,6 +109,7 @@ class ForwardPass:
         contents = self.contents
         if self._begins(layer, batch, visibility.tokens):
             positions = _positions(position_ids, contents.length, visibility.tokens, contents.device)
+            self._check_switch(positions)
             self._before = (0, 0) if contents.table is None else (contents.length, contents.table.blocks)
             self._marks = []
             table = contents.start(batch) if contents.table is None else contents.table
@@ -134,6 +143,18 @@ class ForwardPass:
                 "shorten the text, or pass max_tokens if the model can do more"
             )
         return True
+
+    def _check_switch(self, positions: Tensor) -> None:
+        """Refuse new tokens for which the model turns queries and keys by other angles than it did before."""
+        table, switch = self.contents.table, self.rope_switch
+        if table is None or switch is None:
+            return
+        before = int(table.positions(table.length - 1, table.length).max()) + 1
+        if before <= switch < int(positions.max()) + 1:
+            raise RuntimeMismatchError(
+                f"the text passes {switch} tokens, from where this model rotates all its keys by other angles, those "
+                "in the cache too; give the whole text to an empty cache"
+            )
 
     def end(self) -> None:
         """The last layer is done: from now on the pass stays."""

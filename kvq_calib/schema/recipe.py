@@ -150,11 +150,13 @@ class CalibrationConfig(_TextSettings):
             )
         for section in ("allocation", "learn"):
             if not trellis and getattr(self, section) is not None:
-                raise ValueError(f"{section} is for the trellis codec: leave it out, or set codec: trellis")
+                raise ValueError(
+                    f"{section} is for the trellis codec: leave it out (--set {section}=null), or set codec: trellis"
+                )
         gradients = any(spec.error_compensation or spec.token_weighting for spec in trellis)
         if gradients and self.fit.weights != "fisher":
             raise ValueError(
-                "error_compensation and token_weighting come from gradients: they need fit.weights: fisher"
+                "error_compensation and token_weighting come from gradients: they need --weights fisher"
             )
         return self
 

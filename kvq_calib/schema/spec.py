@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from kvq_calib.schema.frozen import Frozen
 from kvq_calib.schema.geometry import KINDS, MAX_HEAD_DIM, Kind
@@ -208,6 +208,15 @@ class TrellisSpec(QuantSpec):
     pair_rotation: bool = False
     error_compensation: ErrorCompensationSpec | None = None
     token_weighting: bool = False
+
+    @field_validator("pre_rope", mode="before")
+    @classmethod
+    def _check_pre_rope(cls, value: Any) -> Any:
+        if value is not True:
+            raise ValueError(
+                "the trellis codec quantizes keys before the rotary embedding only: true, or leave it out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> TrellisSpec:

@@ -23,6 +23,7 @@ from kvq_calib.cli.options import (
     text_options,
     write_json,
 )
+from kvq_calib.cli.outputs import check_output
 from kvq_calib.errors import ConfigError
 
 __all__ = ["compare_command"]
@@ -78,15 +79,12 @@ class CompareFiles:
             ConfigError: a chart of another kind than .svg and .png, or no matplotlib.
             WriteError: a folder cannot be written to.
         """
-        from kvq_calib.files import check_writable
-
-        if self.json_file is not None:
-            check_writable(self.json_file)
+        check_output(self.json_file)
         if self.chart_file is not None:
             if Path(self.chart_file).suffix.lower() not in (".svg", ".png"):
                 raise ConfigError(f"cannot draw {self.chart_file}: name a file that ends in .svg or .png")
             require_extra("a chart", "report", "matplotlib")
-            check_writable(self.chart_file)
+            check_output(self.chart_file)
 
 
 _compare_files = collected(

@@ -16,6 +16,7 @@ from kvq_calib.cli.options import (
     load_artifacts,
     write_json,
 )
+from kvq_calib.cli.outputs import check_output
 
 __all__ = ["memory_command"]
 
@@ -95,11 +96,9 @@ def memory_command(
     from kvq_calib.evaluate import memory
     from kvq_calib.evaluate.shapes import model_shape
     from kvq_calib.evaluate.tables import memory_table, paper_table, print_table
-    from kvq_calib.files import check_writable
     from kvq_calib.schema.recipe import calibration_config
 
-    if json_file is not None:
-        check_writable(json_file)
+    check_output(json_file)
     content: dict[str, Any] = {}
     reports = {
         name: [memory.artifact_report(loaded, context, batch) for context in contexts]

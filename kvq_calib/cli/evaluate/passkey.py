@@ -16,6 +16,7 @@ from kvq_calib.cli.options import (
     model_options,
     write_json,
 )
+from kvq_calib.cli.outputs import check_output
 
 __all__ = ["passkey_command"]
 
@@ -70,11 +71,9 @@ def passkey_command(
     model: ModelOptions, artifacts: tuple[str, ...], texts: PasskeyOptions, json_file: str | None
 ) -> None:
     """Retrieval of a hidden number through the packed cache, where the unquantized model can do it."""
-    from kvq_calib.files import check_writable
 
     loaded_artifacts = load_artifacts(artifacts)
-    if json_file is not None:
-        check_writable(json_file)
+    check_output(json_file)
 
     from kvq_calib.evaluate.passkey import PasskeyConfig, measure_passkey
     from kvq_calib.evaluate.tables import passkey_table, print_table

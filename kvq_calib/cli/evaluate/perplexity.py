@@ -21,6 +21,7 @@ from kvq_calib.cli.options import (
     text_options,
     write_json,
 )
+from kvq_calib.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from kvq_calib.evaluate.perplexity import PerplexityResult
@@ -53,13 +54,11 @@ def perplexity_command(
     json_file: str | None,
 ) -> None:
     """Perplexity, KL divergence and bits of artifacts on MODEL, beside the unquantized model."""
-    from kvq_calib.files import check_writable
     from kvq_calib.schema.recipe import EvalConfig
 
     config = EvalConfig(**asdict(text), mode=mode, context=context, chunk=chunk)
     loaded_artifacts = load_artifacts(artifacts)
-    if json_file is not None:
-        check_writable(json_file)
+    check_output(json_file)
     text.check()
 
     from kvq_calib.evaluate.contenders import forced_to_decode

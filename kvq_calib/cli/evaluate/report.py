@@ -18,6 +18,7 @@ from kvq_calib.cli.options import (
     require_extra,
     text_options,
 )
+from kvq_calib.cli.outputs import check_output
 
 __all__ = ["report_command"]
 
@@ -54,18 +55,18 @@ def report_command(
     context: int,
 ) -> None:
     """One HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
-    from kvq_calib.files import check_writable, write_atomically
+    from kvq_calib.files import write_atomically
 
     require_extra("a report", "report", "jinja2", "matplotlib")
     loaded_artifacts = load_artifacts(artifacts)
-    check_writable(output)
+    check_output(output)
     text.check(calibration_dataset)
 
     from kvq_calib.evaluate.report.measure import measure
     from kvq_calib.evaluate.report.page import render
-    from kvq_calib.evaluate.report.results import read_results
     from kvq_calib.evaluate.report.subjects import subjects
     from kvq_calib.progress import ProgressReporter
+    from kvq_calib.schema.results import read_results
 
     results = read_results(result_files)
     files = dict(zip(loaded_artifacts, artifacts, strict=True))

@@ -14,8 +14,8 @@ from kvq_calib.evaluate.charts.series import Scale, Series, grouped_bars, lines,
 from kvq_calib.evaluate.memory import artifact_report, layer_bits
 from kvq_calib.evaluate.report.levels import fit_weights
 from kvq_calib.evaluate.report.measure import Measured
-from kvq_calib.evaluate.report.results import Result, Results
 from kvq_calib.evaluate.report.subjects import Subject
+from kvq_calib.schema.results import Result, Results
 from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = [

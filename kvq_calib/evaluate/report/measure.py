@@ -12,9 +12,9 @@ from kvq_calib.data import DEFAULT_FIELD, TokenWindows, load_windows
 from kvq_calib.errors import DataError
 from kvq_calib.evaluate.report.levels import LevelUse, level_uses
 from kvq_calib.evaluate.report.outliers import TokenOutliers, count_outliers
-from kvq_calib.evaluate.report.results import fact_of
 from kvq_calib.evaluate.report.sensitivity import Sensitivity, measure_sensitivity
 from kvq_calib.progress import Progress
+from kvq_calib.schema.results import fact_of
 from kvq_calib.schema.spec import Kind
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kvq_calib.evaluate.report.commands import calibration_command, evaluation_command, shell_lines
+from kvq_calib.artifact.command import calibration_command, shell_lines
+from kvq_calib.evaluate.report.commands import evaluation_command
 from kvq_calib.evaluate.report.figures import (
     file_size,
     frontier_figures,
@@ -25,9 +26,9 @@ from kvq_calib.evaluate.report.figures import (
     sensitivity_figures,
 )
 from kvq_calib.evaluate.report.measure import Measured
-from kvq_calib.evaluate.report.results import Results, fact_of
 from kvq_calib.evaluate.report.subjects import Subject
 from kvq_calib.evaluate.tables import describe, run_facts
+from kvq_calib.schema.results import Results, fact_of
 from kvq_calib.schema.spec import KINDS
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def render(
                 "sensitivity": sensitivity_figures(subject, measured, context),
                 "levels": level_figures(subject, measured),
                 "provenance": _provenance(subject),
-                "made": calibration_command(model, subject),
+                "made": calibration_command(model, subject.artifact, subject.file),
             }
             for subject in chosen
         ],

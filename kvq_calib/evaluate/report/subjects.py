@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.evaluate.report.results import ReportError, Result, Results, eval_command
+from kvq_calib.schema.results import ReportError, Result, Results, eval_command
 
 __all__ = ["Subject", "subjects"]
 
@@ -47,7 +47,7 @@ def subjects(
     Args:
         model: as the user named it; for the message.
         artifacts, files: by the artifacts' short names.
-        results: what :func:`~kvq_calib.evaluate.report.results.read_results` gave.
+        results: what :func:`~kvq_calib.schema.results.read_results` gave.
 
     Raises:
         ReportError: an artifact has none; says what to run.

@@ -1,0 +1,361 @@
+"""Every family of causal language models that transformers can make small: does it work, or why is it refused?
+
+    python benchmarks/models.py [FAMILY ...] [--seconds 120] [--output docs/models.md]
+
+Each family is made with random weights and a few layers by ``AutoConfig.for_model``, in a process of its own with a
+limit on time and memory. It is calibrated with the default recipe. Then it generates with a `KVQCache` that keeps all
+tokens exact, and what it predicts is compared with the model's own passes: a family that is calibrated and then fails,
+or differs, is a fault. Exit status 1 where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import resource
+import sys
+import textwrap
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import environment, environment_lines
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kvq_calib import KVQCache
+from kvq_calib.calibrate.run import calibrate
+from kvq_calib.data import TokenWindows
+from kvq_calib.errors import KVQError, one_line
+from kvq_calib.files import write_atomically
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
+
+DOCS = Path(__file__).parent.parent / "docs" / "models.md"
+#: Seconds by the clock, bytes beyond what a process has, and parameters of a model that counts as small.
+SECONDS = 120.0
+_MEMORY = 8 << 30
+_PARAMETERS = 150_000_000
+#: What stays exact is stored in float16, so results are those of float16; a wrong key or mask changes them altogether.
+_TOLERANCE = 0.02
+_PROMPT, _NEW = 40, 6
+
+#: Fields of configurations that make a model small, under the names that families have for them.
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+#: Names that some families have for the same.
+_SEQ2SEQ = {
+    "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96,
+}  # fmt: skip
+#: What single families need beside SMALL; ``None`` leaves a field out.
+EXTRA: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
+    **dict.fromkeys(("mbart", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
+    "codegen": {"rotary_dim": 16},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 128,
+        "num_kv_shared_layers": 0,
+    },
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gptj": {"rotary_dim": 16},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1},
+    "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
+}
+
+_INTRODUCTION = (
+    "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the "
+    "reason before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
+    "transformers knows, made small with random weights, calibrated with the default recipe, and used through a packed "
+    "cache beside its own passes. It says what the code of a family allows, not how well real weights fare."
+)
+_LONGROPE = (
+    "Beside families: models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with "
+    "`--set cache.key.pre_rope=false`. A cache then serves texts that stay on one side of the length at which the model "
+    "switches its frequencies, and refuses to pass it: the model would rotate all its keys anew."
+)
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a family.
+
+    Attributes:
+        family: its ``model_type``.
+        outcome: "works", "refused" (at calibration), "not small" (it could not be made small here), or a fault:
+            "crash", "fails", "differs", "slow".
+        detail: what it caches, or the reason.
+    """
+
+    family: str
+    outcome: str
+    detail: str
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether that must not be."""
+        return self.outcome not in ("works", "refused", "not small")
+
+
+# -------------------------------------------------------------------------------------------- one family
+
+
+def small_model(family: str) -> Any:
+    """A model of the family with random weights, in eval mode.
+
+    Raises:
+        Exception: whatever the family's configuration or model makes of these sizes.
+    """
+    settings = {
+        name: value for name, value in {**SMALL, **EXTRA.get(family, {})}.items() if value is not None
+    }
+    failures: list[Exception] = []
+    for arguments in (settings, {"text_config": settings}):
+        try:
+            config = AutoConfig.for_model(family, **arguments)
+            with torch.device("meta"):
+                count = sum(
+                    weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
+                )
+            if count > _PARAMETERS:
+                raise ValueError(f"{count:,} parameters with these sizes")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.ndim >= 2:
+                        weight *= 4  # attention that depends on what it sees
+            return model
+        except Exception as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def examine(family: str) -> Finding:
+    """Calibrate and use a family, in this process."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        model = small_model(family)
+    except Exception as error:
+        return Finding(family, "not small", f"{type(error).__name__}: {one_line(error, 120)}")
+    ids = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(1))
+    try:
+        artifact = calibrate(
+            model,
+            TokenWindows(ids, {"sha256": ""}),
+            {DEFAULT_RECIPE: calibration_config(DEFAULT_RECIPE)},
+            model_id=family,
+            model_config=model_fingerprint(model),
+        ).artifacts[DEFAULT_RECIPE]
+    except KVQError as error:
+        return Finding(family, "refused", one_line(error, 400).removeprefix(f"{type(model).__name__} "))
+    except Exception as error:
+        return Finding(family, "crash", f"{type(error).__name__}: {one_line(error)}")
+    try:
+        problem = _use(model, artifact, ids)
+    except Exception as error:
+        return Finding(family, "fails", f"{type(error).__name__}: {one_line(error)}")
+    return Finding(family, "differs" if problem else "works", problem or _cached(artifact))
+
+
+@torch.no_grad()
+def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
+    """Passes and generation through an exact cache beside passes without one; how they differ, or nothing."""
+    prompt = ids[:1, :_PROMPT]
+    cache = KVQCache(artifact, model, recent_tokens=10**6)
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split([17, 22, 1], dim=1)]
+    wanted = model(input_ids=prompt, use_cache=False).logits
+    error = float((torch.cat(parts, 1) - wanted).abs().max() / wanted.abs().max())
+    if not error <= _TOLERANCE:
+        return f"passes through the cache are off by {error:.3g} of the largest logit"
+    cache.reset()
+    text, own = (
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), **with_cache(each), do_sample=False, max_new_tokens=_NEW,
+            min_new_tokens=_NEW, eos_token_id=None,
+        )
+        for each in (cache, None)
+    )  # fmt: skip
+    if text.shape[1] != _PROMPT + _NEW or cache.get_seq_length() != text.shape[1] - 1:
+        return f"it generated {text.shape[1] - _PROMPT} tokens with {cache.get_seq_length()} in the cache"
+    scores = model(input_ids=text, use_cache=False).logits[0, _PROMPT - 1 : -1]
+    # Of tokens that are as good as equal, rounding may take either; some families force the last one.
+    behind = scores.amax(-1) - scores.gather(1, text[0, _PROMPT:, None])[:, 0]
+    if not torch.equal(text, own) and not bool((behind <= _TOLERANCE * scores.abs().max()).all()):
+        return "it generates other tokens than with its own cache"
+    packed = KVQCache(artifact, model)
+    for part in (ids[:, :60], ids[:, 60:]):
+        if not bool(model(input_ids=part, **with_cache(packed)).logits.isfinite().all()):
+            return "through the packed cache predictions are not finite"
+    return ""
+
+
+def _cached(artifact: Any) -> str:
+    """What the layers of a model cache, in words."""
+    kinds = []
+    for layer in artifact.geometry.layers:
+        heads = (
+            str(layer.head_dim)
+            if layer.value_head_dim is None
+            else f"{layer.head_dim}/{layer.value_head_dim}"
+        )
+        window = "" if layer.sliding_window is None else f", window {layer.sliding_window}"
+        kinds.append(f"heads of {heads}{window}{'' if layer.rope is not None else ', no RoPE'}")
+    return "; ".join(dict.fromkeys(kinds))
+
+
+# ------------------------------------------------------------------------------------------ all families
+
+
+def families() -> list[str]:
+    """Those of this transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _report(family: str, connection: Any) -> None:
+    """What a family's process does."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+    torch.set_num_threads(1)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        held = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, resource.RLIM_INFINITY))
+    connection.send(examine(family))
+
+
+def examined(family: str, seconds: float = SECONDS) -> Finding:
+    """The finding of a process of its own, which is killed after that time."""
+    ours, theirs = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_report, args=(family, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return Finding(family, "slow", f"more than {seconds:.0f} s")
+        finding: Finding = ours.recv()
+        return finding
+    except EOFError:
+        process.join()
+        return Finding(family, "crash", f"its process ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve() -> None:
+    """Start the process that all others are forked from, with everything imported."""
+    _PROCESSES.set_forkserver_preload(["models"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def sweep(names: Sequence[str], seconds: float = SECONDS) -> list[Finding]:
+    """The findings of some families."""
+    _serve()
+    found = []
+    for name in names:
+        began = time.monotonic()
+        found.append(examined(name, seconds))
+        print(f"{name}: {found[-1].outcome} after {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return found
+
+
+def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
+    """The page in Markdown."""
+    counts = Counter(finding.outcome for finding in found)
+    faults = [finding for finding in found if finding.is_fault]
+    counted = (
+        f"Of {len(found)} families, {counts['works']} work, {counts['refused']} are refused, and {counts['not small']} "
+        f"could not be made small by these settings, so they were not tried. Calibrated and then failing or different: "
+        f"{len(faults)}."
+    )
+    measured, *rest = environment_lines(facts)
+    lines = ["# Models", ""]
+    for text in (_INTRODUCTION, measured):
+        lines += [*textwrap.wrap(text, 120), ""]
+    lines += [*rest[1:], *textwrap.wrap(counted, 120), "", *textwrap.wrap(_LONGROPE, 120), ""]
+    titles = {
+        "works": "Works",
+        "refused": "Refused at calibration",
+        "not small": "Not tried: could not be made small",
+    }
+    for outcome, title in titles.items():
+        rows = [[f"`{each.family}`", _cell(each.detail)] for each in found if each.outcome == outcome]
+        if rows:
+            heading = "what it caches here" if outcome == "works" else "reason"
+            lines += [f"## {title}", "", *_table(["family", heading], rows), ""]
+    if faults:
+        rows = [[f"`{each.family}`", each.outcome, _cell(each.detail)] for each in faults]
+        lines += ["## Faults", "", *_table(["family", "", "what happened"], rows), ""]
+    return lines[:-1]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows)]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="all by default")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a family, default %(default).0f")
+    parser.add_argument("--note", default="", help="a sentence for the record")
+    parser.add_argument(
+        "--output", type=Path, help="the page; by default it is printed, and for all families docs/models.md"
+    )
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = arguments()
+    facts = environment(options.note)
+    found = sweep(options.families or families(), options.seconds)
+    lines = report(found, facts)
+    output = options.output or (None if options.families else DOCS)
+    if output is not None:
+        write_atomically(output, ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+    sys.exit(any(finding.is_fault for finding in found))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

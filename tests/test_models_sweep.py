@@ -1,0 +1,113 @@
+"""benchmarks/models.py: what it finds of families whose outcome is known, and that faults do not pass for anything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvq_calib import KVQCache
+
+pytestmark = pytest.mark.model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable() -> Iterator[None]:
+    """Scripts import each other by name, as they do when they run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def models() -> Any:
+    import models
+
+    return models
+
+
+@pytest.mark.parametrize(
+    ("family", "outcome", "detail"),
+    [
+        ("llama", "works", "heads of 16"),
+        ("opt", "works", "heads of 16, no RoPE"),
+        ("gemma2", "works", "heads of 16, window 4096; heads of 16"),
+        ("mamba", "refused", "has layers without a KV cache (linear_attention); it cannot be captured"),
+        (
+            "bloom",
+            "refused",
+            "cannot be captured: 2 of its 2 layers do not call transformers' attention interface",
+        ),
+        ("no such family", "not small", "ValueError: "),
+    ],
+)
+def test_what_is_found(models: Any, family: str, outcome: str, detail: str) -> None:
+    found = models.examine(family)
+    assert (found.family, found.outcome) == (family, outcome), found
+    assert found.detail.startswith(detail)
+
+
+def test_a_family_that_would_generate_nonsense_is_a_fault(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the probe, Doge is calibrated, and fails or differs at its second pass."""
+    monkeypatch.setattr("kvq_calib.calibrate.run.check_generation", lambda *_: None)
+    monkeypatch.setattr("kvq_calib.runtime.attention.check_generation", lambda *_: None)
+    found = models.examine("doge")
+    assert found.outcome in ("fails", "differs"), found
+    assert found.is_fault
+
+
+def test_other_ends_are_faults_too(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unforeseen")
+
+    def quantizing(artifact: Any, model: Any, **_: Any) -> Any:  # where everything should have stayed exact
+        return KVQCache(artifact, model)
+
+    for name, replacement, outcome in (
+        ("calibrate", fail, "crash"),
+        ("KVQCache", fail, "fails"),
+        ("KVQCache", quantizing, "differs"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(models, name, replacement)
+            found = models.examine("llama")
+        assert found.outcome == outcome, found
+        assert found.is_fault
+
+
+def test_a_process_of_its_own_ends_in_time(models: Any) -> None:
+    models._serve()
+    assert models.examined("llama").outcome == "works"
+    slow = models.examined("llama", seconds=0.0)
+    assert (slow.outcome, slow.detail) == ("slow", "more than 0 s")
+    assert slow.is_fault
+
+
+def test_the_page_counts_and_names_faults(models: Any) -> None:
+    from common import environment
+
+    found = [
+        models.Finding("llama", "works", "heads of 16"),
+        models.Finding("mamba", "refused", "it <has> no | cache"),
+        models.Finding("odd", "differs", "off by 1"),
+    ]
+    lines = models.report(found, environment())
+    text = " ".join(lines)
+    assert "Of 3 families, 1 work, 1 are refused, and 0 could not be made small" in text
+    assert "failing or different: 1." in text
+    assert "| `mamba` | it &lt;has> no \\| cache |" in lines
+    assert "| `odd` | differs | off by 1 |" in lines
+    assert "Faults" not in "\n".join(models.report(found[:2], environment()))
+
+
+def test_every_family_of_this_transformers_is_looked_at(models: Any) -> None:
+    assert {"llama", "mamba", "gemma3_text", "phi3"} <= set(models.families())
+    assert models.arguments([]).families == []
+    assert set(models.EXTRA) <= set(models.families())
