@@ -1,0 +1,204 @@
+"""What of a quantizer the decode kernel reads, in the order in which it reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.computed_levels import level_counts
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.runtime.cuda.kinds import KIND_ROOM, Arrangement, arrange_pairs, arrange_values
+
+if TYPE_CHECKING:
+    from kvq_calib.runtime.cuda.tables import KernelTables
+
+__all__ = ["DecodeTables", "decode_tables"]
+
+
+@dataclass(frozen=True)
+class DecodeTables:
+    """Keys or values of a layer as the decode kernel reads them.
+
+    Attributes:
+        bits: width of every channel with levels from a table; 0: each has its own, and levels are computed.
+        paths: with computed levels, codes are of a trellis.
+        channels: int32 ``[H, D, 2]``, word offset and ``coordinate | bits << 16``, in the kernel's order.
+        levels: uint8 ``[H, D, n]``: tables, or the coefficients of cubics.
+        kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
+        angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
+        pair_scale: float32 ``[H, D / 2, 2]``: what a query is multiplied by for a pair, and the reciprocal of that of
+            its levels.
+        affine: float32 ``[H, D, 2]``: factor and offset of the mixed output's channels.
+        fits: whether half precision holds the levels.
+    """
+
+    bits: int
+    paths: bool
+    channels: Tensor
+    levels: Tensor
+    kinds: Tensor | None
+    angles: Tensor
+    pair_scale: Tensor
+    affine: Tensor
+    fits: bool = True
+
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        found = (getattr(self, field.name) for field in fields(self))
+        return [value for value in found if isinstance(value, Tensor)]
+
+
+def decode_tables(tables: KernelTables) -> DecodeTables:
+    """Of keys or values whose heads have a multiple of 16 channels."""
+    if isinstance(tables.quantizer, TrellisQuantizer):
+        return _computed(tables, tables.quantizer)
+    return _looked_up(tables)
+
+
+def _channels(tables: KernelTables, order: Tensor) -> Tensor:
+    channel = order + tables.head_dim * torch.arange(tables.heads, device=tables.device)[:, None]
+    packed = order | tables.bits[channel].to(torch.int64) << 16
+    return torch.stack((tables.word_offset[channel], packed.to(torch.int32)), dim=-1).contiguous()
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    """``[C, n]`` to ``[H, D, n]`` in the kernel's order."""
+    by_head = values.unflatten(0, tuple(order.shape))
+    return by_head.gather(1, order[..., None].expand(-1, -1, by_head.shape[-1]))
+
+
+def _pair_angles(tables: KernelTables, order: Tensor) -> Tensor:
+    """The angles of pairs, negative where the second channel comes first."""
+    number = torch.empty(tables.head_dim, dtype=torch.int64, device=tables.device)
+    is_first = torch.zeros(tables.head_dim, dtype=torch.bool, device=tables.device)
+    for index, (first, second) in enumerate(tables.rope_pairs[0]):
+        number[first] = number[second] = index
+        is_first[first] = True
+    leading = order[:, ::2]
+    angles = tables.angles.gather(1, number[leading][..., None].expand(-1, -1, 2))
+    return torch.where(is_first[leading][..., None], angles, -angles).contiguous()
+
+
+def _pair_scale(tables: KernelTables, angles: Tensor, norm: Tensor) -> Tensor:
+    """From what the levels of each pair are divided by, float32 ``[H, D / 2]``."""
+    factor = norm * torch.where(angles[..., 0] != 0, tables.rope_scaling, 1.0)
+    return torch.stack((factor, 1.0 / norm), dim=-1).contiguous()
+
+
+# ---- levels from tables ----------------------------------------------------------------------------------------------
+
+
+def _looked_up(tables: KernelTables) -> DecodeTables:
+    heads, size = tables.heads, tables.head_dim
+    coordinates = torch.arange(size)
+    if tables.kind == "key":
+        coordinates = torch.tensor([coordinate for pair in tables.rope_pairs[0] for coordinate in pair])
+    order = coordinates.to(tables.device).expand(heads, -1).contiguous()
+    levels = tables.levels.expand(heads * size, -1)
+    if not tables.token:
+        assert tables.scale is not None
+        assert tables.zero_point is not None
+        levels = tables.zero_point[:, None] + tables.scale[:, None] * levels
+    levels = _in_order(levels, order)
+    fits = float(levels.abs().max()) <= torch.finfo(torch.float16).max
+    angles, norm = _pair_angles(tables, order), torch.ones(heads, size // 2, device=tables.device)
+    if tables.kind == "key":  # the largest level of a pair leaves its table in [-1, 1]
+        norm = levels.abs().amax(-1).unflatten(-1, (-1, 2)).amax(-1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        levels = levels / norm.repeat_interleave(2, dim=-1)[..., None]
+    affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads * size, 1)
+    if tables.channel_normalized:
+        assert tables.scale is not None
+        assert tables.zero_point is not None
+        affine = torch.stack((tables.scale, tables.zero_point), dim=-1)
+    bits = tables.quantizer.layout.widths[0]
+    return DecodeTables(
+        bits=bits,
+        paths=False,
+        channels=_channels(tables, order),
+        levels=_planes(levels.to(torch.float16), max(8, 1 << bits)),
+        kinds=None,
+        angles=angles,
+        pair_scale=_pair_scale(tables, angles, norm),
+        affine=affine.view(heads, size, 2).contiguous(),
+        fits=fits,
+    )
+
+
+def _planes(levels: Tensor, entries: int) -> Tensor:
+    """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
+
+    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
+    """
+    padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
+    padded[..., : levels.shape[-1]] = levels
+    pairs: Tensor = padded.view(torch.uint8).unflatten(-1, (entries, 2))
+    return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()
+
+
+# ---- levels that are computed ----------------------------------------------------------------------------------------
+
+
+def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables:
+    heads, size = tables.heads, tables.head_dim
+    widths = quantizer.widths
+    made = [_arrange(tables, widths[head * size : (head + 1) * size]) for head in range(heads)]
+    order = torch.tensor([each.order for each in made], dtype=torch.int64, device=tables.device)
+    kinds = torch.zeros(heads, KIND_ROOM, dtype=torch.uint8)
+    for head, each in enumerate(made):
+        kinds[head, : len(each.ends)] = torch.tensor(each.ends, dtype=torch.uint8)
+    cubic = _in_order(_about_lower_end(quantizer), order)
+    angles = _pair_angles(tables, order)
+    norm = torch.ones(heads, size // 2, device=tables.device)
+    affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads, size, 1)
+    if tables.kind == "key":
+        norm = _power_of_two(cubic.abs().sum(-1).unflatten(-1, (-1, 2)).amax(-1))
+        cubic = cubic / norm.repeat_interleave(2, dim=-1)[..., None]
+    else:
+        constant, cubic = cubic[..., 0], cubic.clone()
+        cubic[..., 0] = 0.0
+        factor = _power_of_two(cubic.abs().sum(-1))
+        cubic = cubic / factor[..., None]
+        by_coordinate = torch.stack((factor, constant), dim=-1)
+        affine = torch.empty_like(by_coordinate).scatter_(1, order[..., None].expand(-1, -1, 2), by_coordinate)
+    return DecodeTables(
+        bits=0,
+        paths=quantizer.codes_in_blocks,
+        channels=_channels(tables, order),
+        levels=cubic.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8),
+        kinds=kinds.to(tables.device),
+        angles=angles,
+        pair_scale=_pair_scale(tables, angles, norm.float()),
+        affine=affine.float().contiguous(),
+    )
+
+
+def _arrange(tables: KernelTables, widths: tuple[int, ...]) -> Arrangement:
+    if tables.kind == "key":
+        return arrange_pairs(widths, tables.rope_pairs[0])
+    return arrange_values(widths)
+
+
+def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
+    """The cubics in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 4]``."""
+    c0, c1, c2, c3 = quantizer.coefficients.double().unbind(-1)
+    step = 1.0 / level_counts(quantizer.spec, quantizer.params.bits).double()
+    return torch.stack(
+        (
+            c0 + step * (c1 + step * (c2 + step * c3)),
+            c1 + step * (2 * c2 + step * 3 * c3),
+            c2 + step * 3 * c3,
+            c3,
+        ),
+        dim=-1,
+    )
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The least power of two that is not below, 1 for 0."""
+    mantissa, exponent = torch.frexp(size)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.where(size > 0, torch.ldexp(torch.ones_like(size), exponent), 1.0)
