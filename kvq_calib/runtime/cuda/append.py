@@ -113,8 +113,9 @@ class _Side:
             scale=pointer(table.scale),
             reciprocal=pointer(table.reciprocal),
             zero_point=pointer(table.zero_point),
-            levels=table.levels.data_ptr(),
+            levels=pointer(table.levels),
             boundaries=pointer(table.boundaries),
+            coefficients=pointer(table.coefficients),
             bits=table.bits.data_ptr(),
             word_offset=table.word_offset.data_ptr(),
             compensation=pointer(table.compensation),
@@ -124,16 +125,13 @@ class _Side:
             refinements=table.refinements,
             type=TYPES[x.dtype],
             words=table.words,
-            level_count=table.levels.shape[1],
-            level_stride=table.level_stride,
             token=int(table.token),
             channel_normalized=int(table.channel_normalized),
             per_side=table.per_side,
             cap=table.cap,
             capacity=BLOCK_TOKENS * table.cap,
             storage_bfloat=int(table.storage_bfloat),
-            trellis=int(table.trellis),
-            boundary_count=table.boundaries.shape[1],
+            paths=int(table.paths),
         )
         side.stride[:] = x.stride()[:3]
         if table.pair_rotation is not None:

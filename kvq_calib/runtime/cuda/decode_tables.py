@@ -97,6 +97,7 @@ def _looked_up(tables: KernelTables) -> DecodeTables:
     if tables.kind == "key":
         coordinates = torch.tensor([coordinate for pair in tables.rope_pairs[0] for coordinate in pair])
     order = coordinates.to(tables.device).expand(heads, -1).contiguous()
+    assert tables.levels is not None
     levels = tables.levels.expand(heads * size, -1)
     if not tables.token:
         assert tables.scale is not None
@@ -166,7 +167,7 @@ def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables
         affine = torch.empty_like(by_coordinate).scatter_(1, order[..., None].expand(-1, -1, 2), by_coordinate)
     return DecodeTables(
         bits=0,
-        paths=quantizer.codes_in_blocks,
+        paths=tables.paths,
         channels=_channels(tables, order),
         levels=cubic.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8),
         kinds=kinds.to(tables.device),

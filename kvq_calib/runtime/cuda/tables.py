@@ -35,8 +35,8 @@ class KernelTables:
     Attributes:
         heads, head_dim: shape of a token; ``words`` code words of a sequence in a page.
         bits, word_offset: uint8 and int32 ``[C]``.
-        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
-            neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
+        levels, boundaries: float32 ``[L]`` and ``[L - 1]`` of all channels, where they share their levels; or ``None``.
+        coefficients: float32 ``[C, 4]``, of computed levels; or ``None``.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
         compensation: float32 ``[H, D, D]``, shares of the errors of the coordinates before; or ``None``.
         refinement: the same of all others, for ``refinements`` further passes; or ``None``.
@@ -52,7 +52,7 @@ class KernelTables:
         self.heads, self.head_dim = layout.heads, layout.head_dim
         self.words = PAGE_BLOCKS * layout.words_per_block
         self.token = layout.token_params
-        self.trellis = quantizer.codes_in_blocks
+        self.paths = quantizer.codes_in_blocks
         self.channel_normalized = quantizer.channel_normalised
         self.cap = quantizer.outlier_cap
         self.per_side = 0
@@ -63,34 +63,30 @@ class KernelTables:
         self.rope = quantizer.read_rope if kind == "key" else None
         self.bits = self._tensor(layout.widths, torch.uint8)
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
-        shared = quantizer.shared_levels is not None
-        rows = slice(0, 1) if shared else slice(None)
-        self.levels = quantizer.levels[rows].contiguous()
-        if self.trellis:
-            self.boundaries = ((self.levels[:, :-4] + self.levels[:, 4:]) * 0.5).contiguous()
-        else:
-            self.boundaries = nearest_boundaries(self.levels, self.bits[rows]).contiguous()
-        self.level_stride = 0 if shared else 1
         self.scale: Tensor | None = None
         self.zero_point: Tensor | None = None
         self.reciprocal: Tensor | None = None
         if quantizer.has_channel_thresholds:
             self.scale, self.zero_point = quantizer.scale.contiguous(), quantizer.zero_point.contiguous()
             self.reciprocal = reciprocal(self.scale)
-        elif not self.token:  # levels that stand for themselves
-            self.scale = self.reciprocal = torch.ones(layout.channels, device=self.device)
-            self.zero_point = torch.zeros(layout.channels, device=self.device)
+        self.levels: Tensor | None = None
+        self.boundaries: Tensor | None = None
+        if quantizer.shared_levels is not None:
+            self.levels = quantizer.shared_levels.float().contiguous()
+            self.boundaries = nearest_boundaries(self.levels[None], self.bits[:1])[0].contiguous()
+        self.coefficients: Tensor | None = None
         self.refinements = 0
         self.compensation: Tensor | None = None
         self.refinement: Tensor | None = None
         self.token_weight: Tensor | None = None
         self.weight_edges: Tensor | None = None
         if isinstance(quantizer, TrellisQuantizer):
-            self._set_encoder(quantizer)
+            self._set_trellis(quantizer)
 
-    def _set_encoder(self, quantizer: TrellisQuantizer) -> None:
-        """What only the encoder of the trellis codec reads."""
+    def _set_trellis(self, quantizer: TrellisQuantizer) -> None:
+        """What the trellis codec has beside."""
         made, params = quantizer.compensation, quantizer.params
+        self.coefficients = quantizer.coefficients.contiguous()
         if made is not None:
             self.compensation, self.refinements = made.shares.contiguous(), made.refinement_passes
             self.refinement = None if made.refinement_shares is None else made.refinement_shares.contiguous()
