@@ -6,7 +6,7 @@
 // eight, because these stand 16 bits apart.
 #pragma once
 
-#include "common.cuh"
+#include "levels.cuh"
 
 KVQ_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     return as_bits(__hfma2(as_half2(a), as_half2(b), as_half2(c)));
@@ -46,7 +46,12 @@ template <> struct Indices<true> {
     }
 };
 
-// Codes of a unit of known width to indices. With `Paths` codes are of a trellis: see trellis_index.
+// Up to eight levels are cheaper looked up than computed: channels of a known width that narrow have tables, which the
+// host makes of their cubics.
+KVQ_DEVICE constexpr bool has_table(int bits, bool paths) { return bits > 0 && bits + int(paths) <= 3; }
+
+// Codes of a unit of known width to indices, which stand at the bottom of nibbles where they select from a table. With
+// `Paths` codes are of a trellis: see trellis_index.
 template <int Bits, bool Paths> struct UnitIndices {
     static constexpr bool kBytes = Bits + int(Paths) > 4;
 
@@ -61,7 +66,7 @@ template <int Bits, bool Paths> struct UnitIndices {
 
   private:
     static KVQ_DEVICE void in_nibbles(const uint32_t *words, Indices<false> &found) {
-        constexpr int kUp = 4 - Bits;
+        constexpr int kUp = has_table(Bits, Paths) ? int(Paths) : 4 - Bits;
         uint32_t code[4], before = 0;
         unpack_selectors<Bits>(words, code);
 #pragma unroll
@@ -105,8 +110,67 @@ template <int Bits, bool Paths> struct UnitIndices {
     }
 };
 
-// The same for a width known at run time, 0 to 8 (with paths 7); index 0 of width 0.
-template <bool Paths> KVQ_DEVICE Indices<true> indices_of_any(const uint32_t *words, int bits) {
+// The codes of a unit whose width is known at run time, up to `Most` (3 or 4 and more), to nibbles; bits above a code's
+// are left in. Without branches, so that lanes of different widths go together.
+template <int Most> KVQ_DEVICE void nibbles_of_some(const uint32_t *words, int bits, uint32_t (&code)[4]) {
+    const uint32_t third = words[Most > 2 ? 2 : 0];
+    const uint32_t top = masked_or(words[0] >> 3, 0x11111111u, masked_or(words[1] >> 2, 0x22222222u, third >> 1 & 0x44444444u));
+    code[0] = words[0];
+    code[1] = bits >= 3 ? words[1] : words[0] >> bits;
+    code[2] = bits >= 3 ? third : bits == 2 ? words[1] : words[0] >> 2;
+    code[3] = bits >= 3 ? top : bits == 2 ? words[1] >> 2 : words[0] >> 3;
+    if constexpr (Most > 3) code[3] = bits >= 4 ? words[3] : code[3];
+}
+
+// Bits of a nibble that are a code's.
+KVQ_DEVICE uint32_t nibble_mask(int bits) { return 0x11111111u * (0xfu >> (4 - min(bits, 4))); }
+
+// Codes of 0 to 3 bits (without paths 4) to indices.
+template <bool Paths> KVQ_DEVICE Indices<false> narrow_indices(const uint32_t *words, int bits) {
+    Indices<false> found;
+    uint32_t code[4], before = 0;
+    const uint32_t mask = nibble_mask(bits), up = 4 - bits;
+    nibbles_of_some<3>(words, bits, code);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        if constexpr (Paths) {
+            const uint32_t free = masked(code[s], mask & 0x11111111u);
+            const uint32_t last = __funnelshift_l(before, free, 3 + up);
+            found.nibbles[s] = (((code[s] & mask) ^ __funnelshift_l(before, free, 8)) << up) + last;
+            before = free;
+        } else {
+            found.nibbles[s] = (code[s] & mask) << up;
+        }
+    }
+    return found;
+}
+
+// Codes of 0 to 5 bits to indices.
+template <bool Paths> KVQ_DEVICE Indices<true> medium_indices(const uint32_t *words, int bits) {
+    Indices<true> found;
+    uint32_t code[4], before = 0;
+    const uint32_t mask = nibble_mask(bits), up = 8 - bits;
+    const uint32_t low = every_byte(0x0fu << up), last = every_byte(0x80u >> bits);
+    nibbles_of_some<4>(words, bits, code);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        uint32_t own = code[s] & mask, last_of_even = 0, last_of_odd = 0;
+        if constexpr (Paths) {
+            const uint32_t free = masked(code[s], mask & 0x11111111u);
+            own ^= __funnelshift_l(before, free, 8);
+            last_of_even = __funnelshift_l(before, free, 3 + up) & last;
+            last_of_odd = free << (up - 1) & last;
+            before = free;
+        }
+        // The fifth bit goes to the top of the byte; of narrower codes the word is 0.
+        found.even[s] = masked_or(words[4] << (7 - s), 0x80808080u, choose_bits(low, own << up, last_of_even));
+        found.odd[s] = masked_or(words[4] << (3 - s), 0x80808080u, choose_bits(low, own >> 4 << up, last_of_odd));
+    }
+    return found;
+}
+
+// Codes of 0 to 8 bits (with paths 7) to indices.
+template <bool Paths> KVQ_DEVICE Indices<true> any_indices(const uint32_t *words, int bits) {
     Indices<true> found;
     uint32_t low[4], high[4];
     unpack_unit(words, bits, low, high);
@@ -120,9 +184,50 @@ template <bool Paths> KVQ_DEVICE Indices<true> indices_of_any(const uint32_t *wo
     return found;
 }
 
+// ---- cubics --------------------------------------------------------------------------------------------------
+
+// c0 + c1 v + c2 v^2 + c3 v^3 of one channel, each twice in a register.
+struct Cubic {
+    uint4 c;
+
+    KVQ_DEVICE uint32_t operator()(uint32_t v) const {
+        return multiply_add(multiply_add(multiply_add(c.w, v, c.z), v, c.y), v, c.x);
+    }
+};
+
+// Levels of a unit, by the 16 bytes that its channel has of them: `eight` has those of a slice, tokens i and i + 4.
+template <class Index> struct CubicLevels {
+    Index index;
+    Cubic cubic;
+
+    KVQ_DEVICE void eight(int slice, uint32_t (&pairs)[4]) const {
+        uint32_t v[4];
+        index.centred(slice, v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = cubic(v[i]);
+    }
+};
+
+struct TableLevels {
+    Indices<false> index;
+    Levels<8> table;
+
+    KVQ_DEVICE void eight(int slice, uint32_t (&pairs)[4]) const {
+        uint32_t low[2], high[2];
+        table.lookup(index.nibbles[slice], 0, 0, low);
+        table.lookup(index.nibbles[slice], 0, 1, high);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            pairs[2 * i] = permute(low[i], high[i], 0x5410);
+            pairs[2 * i + 1] = permute(low[i], high[i], 0x7632);
+        }
+    }
+};
+
 // ---- channels ------------------------------------------------------------------------------------------------
 
-constexpr int kAnyWidth = -1;
+// Widths that lanes have for themselves: up to 3 bits, up to 5, any.
+constexpr int kNarrow = -1, kMedium = -2, kAnyWidth = -3;
 
 // What a lane has of one channel: `Count` adjacent units of a known width, 1 to 7 bits.
 template <int Bits, int Count, bool Paths> struct ComputedUnits {
@@ -132,43 +237,50 @@ template <int Bits, int Count, bool Paths> struct ComputedUnits {
     KVQ_DEVICE void load(const uint32_t *codes, const Channel &channel, int block) {
         load_words<Count * Bits>(region_of(opaque(codes + block * Bits), channel), words);
     }
-    KVQ_DEVICE auto indices(int unit, int) const { return UnitIndices<Bits, Paths>::of(words + unit * Bits); }
+    KVQ_DEVICE auto levels(int unit, int, const uint4 &own) const {
+        const auto index = UnitIndices<Bits, Paths>::of(words + unit * Bits);
+        if constexpr (has_table(Bits, Paths))
+            return TableLevels{index, {own}};
+        else
+            return CubicLevels<Indices<UnitIndices<Bits, Paths>::kBytes>>{index, {own}};
+    }
 };
 
 // Of no width: one level.
 template <int Count, bool Paths> struct ComputedUnits<0, Count, Paths> {
     struct One {
-        KVQ_DEVICE void centred(int, uint32_t (&v)[4]) const { v[0] = v[1] = v[2] = v[3] = 0xbc00bc00u; }  // -1
+        uint32_t level;
+        KVQ_DEVICE void eight(int, uint32_t (&pairs)[4]) const { pairs[0] = pairs[1] = pairs[2] = pairs[3] = level; }
     };
     KVQ_DEVICE void load(const uint32_t *, const Channel &, int) {}
-    KVQ_DEVICE One indices(int, int) const { return {}; }
+    KVQ_DEVICE One levels(int, int, const uint4 &own) const { return {own.x}; }
 };
 
-// Of a width that lanes may have for themselves.
-template <int Count, bool Paths> struct ComputedUnits<kAnyWidth, Count, Paths> {
-    static constexpr int kMost = 8;
-    uint32_t words[Count * kMost];
+// Of a width that lanes have for themselves.
+template <int Most, int Count> struct SomeUnits {
+    uint32_t words[Count * Most];
 
     KVQ_DEVICE void load(const uint32_t *codes, const Channel &channel, int block) {
         const uint32_t *region = region_of(codes + block * int(channel.bits), channel);
 #pragma unroll
-        for (int i = 0; i < kMost; ++i)
+        for (int i = 0; i < Most; ++i)
 #pragma unroll
             for (int u = 0; u < Count; ++u)
-                words[u * kMost + i] = i < channel.bits ? __ldg(region + u * int(channel.bits) + i) : 0u;
-    }
-    KVQ_DEVICE Indices<true> indices(int unit, int bits) const {
-        return indices_of_any<Paths>(words + unit * kMost, bits);
+                words[u * Most + i] = i < channel.bits ? __ldg(region + u * int(channel.bits) + i) : 0u;
     }
 };
-
-// ---- cubics --------------------------------------------------------------------------------------------------
-
-// c0 + c1 v + c2 v^2 + c3 v^3 of one channel, each twice in a register.
-struct Cubic {
-    uint4 c;
-
-    KVQ_DEVICE uint32_t operator()(uint32_t v) const {
-        return multiply_add(multiply_add(multiply_add(c.w, v, c.z), v, c.y), v, c.x);
+template <int Count, bool Paths> struct ComputedUnits<kNarrow, Count, Paths> : SomeUnits<3, Count> {
+    KVQ_DEVICE CubicLevels<Indices<false>> levels(int unit, int bits, const uint4 &own) const {
+        return {narrow_indices<Paths>(this->words + unit * 3, bits), {own}};
+    }
+};
+template <int Count, bool Paths> struct ComputedUnits<kMedium, Count, Paths> : SomeUnits<5, Count> {
+    KVQ_DEVICE CubicLevels<Indices<true>> levels(int unit, int bits, const uint4 &own) const {
+        return {medium_indices<Paths>(this->words + unit * 5, bits), {own}};
+    }
+};
+template <int Count, bool Paths> struct ComputedUnits<kAnyWidth, Count, Paths> : SomeUnits<8, Count> {
+    KVQ_DEVICE CubicLevels<Indices<true>> levels(int unit, int bits, const uint4 &own) const {
+        return {any_indices<Paths>(this->words + unit * 8, bits), {own}};
     }
 };

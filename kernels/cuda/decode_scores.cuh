@@ -175,18 +175,14 @@ KVQ_DEVICE void score_kind(const Shared &s, const uint32_t *codes, int base, int
         ComputedUnits<Second, 1, kPaths> second;
         first.load(codes, channels.first, block);
         second.load(codes, channels.second, block);
-        const Cubic cubic[2] = {{s.key_levels[2 * pair]}, {s.key_levels[2 * pair + 1]}};
         const Turn turn(s, pair, base);
-        const auto first_index = first.indices(0, channels.first.bits);
-        const auto second_index = second.indices(0, channels.second.bits);
+        const auto first_levels = first.levels(0, channels.first.bits, s.key_levels[2 * pair]);
+        const auto second_levels = second.levels(0, channels.second.bits, s.key_levels[2 * pair + 1]);
         add_step(s, score, step, turn, [&](int channel, int slice, uint32_t (&pairs)[4]) {
-            uint32_t v[4];
             if (channel)
-                second_index.centred(slice, v);
+                second_levels.eight(slice, pairs);
             else
-                first_index.centred(slice, v);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) pairs[i] = cubic[channel](v[i]);
+                first_levels.eight(slice, pairs);
         });
     }
 }

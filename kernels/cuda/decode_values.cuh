@@ -77,26 +77,21 @@ KVQ_DEVICE void mix_kind(const Shared &s, const uint32_t *codes, const Weights &
         first.load(codes, channel[0], block);
         second.load(codes, channel[1], block);
         TileSums sums(tiles[tile][lane_id()], rescale);
-        const Cubic cubic[2] = {{s.value_levels[16 * tile + row]}, {s.value_levels[16 * tile + 8 + row]}};
-        const decltype(first.indices(0, 0)) first_index[2] = {first.indices(0, channel[0].bits),
-                                                              first.indices(1, channel[0].bits)};
-        const decltype(second.indices(0, 0)) second_index[2] = {second.indices(0, channel[1].bits),
-                                                                second.indices(1, channel[1].bits)};
+        const uint4 own[2] = {s.value_levels[16 * tile + row], s.value_levels[16 * tile + 8 + row]};
+        const decltype(first.levels(0, 0, own[0])) first_levels[2] = {first.levels(0, channel[0].bits, own[0]),
+                                                                      first.levels(1, channel[0].bits, own[0])};
+        const decltype(second.levels(0, 0, own[0])) second_levels[2] = {second.levels(0, channel[1].bits, own[1]),
+                                                                        second.levels(1, channel[1].bits, own[1])};
 #pragma unroll
         for (int slice = 0; slice < 4; ++slice) {
-            uint32_t v[4][4];
+            uint32_t x[4][4];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                first_index[u].centred(slice, v[2 * u]);
-                second_index[u].centred(slice, v[2 * u + 1]);
+                first_levels[u].eight(slice, x[2 * u]);
+                second_levels[u].eight(slice, x[2 * u + 1]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                uint32_t x[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) x[j] = cubic[j % 2](v[j][i]);
-                add_pair(sums.sum, weights, slice, i, x);
-            }
+            for (int i = 0; i < 4; ++i) add_pair(sums.sum, weights, slice, i, {x[0][i], x[1][i], x[2][i], x[3][i]});
         }
         tiles[tile][lane_id()] = sums.all();
     }

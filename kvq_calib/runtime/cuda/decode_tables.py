@@ -151,25 +151,25 @@ def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables
     kinds = torch.zeros(heads, KIND_ROOM, dtype=torch.uint8)
     for head, each in enumerate(made):
         kinds[head, : len(each.ends)] = torch.tensor(each.ends, dtype=torch.uint8)
-    cubic = _in_order(_about_lower_end(quantizer), order)
+    exact = _in_order(_about_lower_end(quantizer), order)
     angles = _pair_angles(tables, order)
     norm = torch.ones(heads, size // 2, device=tables.device)
     affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads, size, 1)
     if tables.kind == "key":
-        norm = _power_of_two(cubic.abs().sum(-1).unflatten(-1, (-1, 2)).amax(-1))
-        cubic = cubic / norm.repeat_interleave(2, dim=-1)[..., None]
+        norm = _power_of_two(exact.abs().sum(-1).unflatten(-1, (-1, 2)).amax(-1))
+        cubic = exact / norm.repeat_interleave(2, dim=-1)[..., None]
     else:
-        constant, cubic = cubic[..., 0], cubic.clone()
+        constant, cubic = exact[..., 0], exact.clone()
         cubic[..., 0] = 0.0
         factor = _power_of_two(cubic.abs().sum(-1))
-        cubic = cubic / factor[..., None]
+        cubic /= factor[..., None]
         by_coordinate = torch.stack((factor, constant), dim=-1)
         affine = torch.empty_like(by_coordinate).scatter_(1, order[..., None].expand(-1, -1, 2), by_coordinate)
     return DecodeTables(
         bits=0,
         paths=tables.paths,
         channels=_channels(tables, order),
-        levels=cubic.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8),
+        levels=_narrow_tables(cubic, made, tables),
         kinds=kinds.to(tables.device),
         angles=angles,
         pair_scale=_pair_scale(tables, angles, norm.float()),
@@ -181,6 +181,19 @@ def _arrange(tables: KernelTables, widths: tuple[int, ...]) -> Arrangement:
     if tables.kind == "key":
         return arrange_pairs(widths, tables.rope_pairs[0])
     return arrange_values(widths)
+
+
+def _narrow_tables(cubic: Tensor, made: list[Arrangement], tables: KernelTables) -> Tensor:
+    """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width."""
+    widths = torch.tensor([each.widths for each in made], device=cubic.device)
+    count = 1 << (widths + int(tables.paths)).clamp(0, 3)
+    index = torch.arange(8, device=cubic.device).minimum(count[..., None] - 1)
+    v = 2 * index.double() / count[..., None] - 1
+    c0, c1, c2, c3 = cubic[..., None].unbind(-2)
+    table = _planes((c0 + v * (c1 + v * (c2 + v * c3))).half(), 8)
+    twice = cubic.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8)
+    has_table = (widths > 0) & (widths + int(tables.paths) <= 3)
+    return torch.where(has_table[..., None], table, twice).contiguous()
 
 
 def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
