@@ -20,7 +20,7 @@ struct AppendSide {
     const float *zero_point;     // [C]
     const float *levels;         // of every channel, sorted, or null: they are computed
     const float *boundaries;     // between these
-    const float4 *coefficients;  // [C] of computed levels, which have no scale and no zero point
+    const float *coefficients;   // [C, 6] of computed levels, which have no scale and no zero point
     const uint8_t *bits;         // [C]
     const int *word_offset;      // [C], sum of the widths before
     const float *compensation;   // [H, D, D], shares of the errors of the coordinates before, or null: none

@@ -5,23 +5,29 @@
 
 constexpr int kSubsets = 4;  // of the levels of a trellis: s, s + 4, s + 8, ...
 
+constexpr int kCoefficients = 6;
+
 struct ChannelLevels {
-    float4 c;  // coefficients
+    float c[kCoefficients];
     float step;  // 1 / L for L levels
     int bits;
 
-    // `paths`: codes are of a trellis, so there are twice as many levels.
-    KVQ_DEVICE ChannelLevels(const float4 *coefficients, const uint8_t *widths, int channel, bool paths)
-        : c(coefficients[channel]), bits(widths[channel]) {
+    // `coefficients`: [C, 6], with zeros where a channel has fewer. `paths`: codes are of a trellis, so there are twice
+    // as many levels.
+    KVQ_DEVICE ChannelLevels(const float *coefficients, const uint8_t *widths, int channel, bool paths)
+        : bits(widths[channel]) {
+#pragma unroll
+        for (int k = 0; k < kCoefficients; ++k) c[k] = coefficients[int64_t(channel) * kCoefficients + k];
         const int doubled = bits && paths ? bits + 1 : bits;
         step = __uint_as_float(uint32_t(127 - doubled) << 23);
     }
 
     KVQ_DEVICE float level(int index) const {
         const float u = __fsub_rn(__fmul_rn(float(2 * index + 1), step), 1.0f);  // exact
-        float x = __fadd_rn(__fmul_rn(c.w, u), c.z);
-        x = __fadd_rn(__fmul_rn(x, u), c.y);
-        return __fadd_rn(__fmul_rn(x, u), c.x);
+        float x = c[kCoefficients - 1];
+#pragma unroll
+        for (int k = kCoefficients - 2; k >= 0; --k) x = __fadd_rn(__fmul_rn(x, u), c[k]);
+        return x;
     }
 
     // What is between two levels: above it, the upper one is nearer.

@@ -1,8 +1,8 @@
 // Levels that are computed, not looked up: the trellis codec's, for the decode kernel.
 //
-// Level i of L of a channel is a cubic in u = (2 i + 1) / L - 1. An index is brought to the top of a nibble or a byte,
-// and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and whatever the
-// width. The host expands the cubic about u = v + 1 / L. Two tokens go side by side: tokens t and t + 4 of a slice of
+// Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is brought to the top of a nibble or a
+// byte, and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and whatever
+// the width. The host expands the polynomial about u = v + 1 / L. Two tokens go side by side: tokens t and t + 4 of a slice of
 // eight, because these stand 16 bits apart.
 #pragma once
 
@@ -14,6 +14,14 @@ KVQ_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 KVQ_DEVICE uint32_t multiply(uint32_t a, uint32_t b) { return as_bits(__hmul2(as_half2(a), as_half2(b))); }
 
 KVQ_DEVICE constexpr uint32_t every_byte(uint32_t byte) { return 0x01010101u * (byte & 0xffu); }
+
+// What a channel's levels are computed from: coefficients, each twice, or in `first` the table of up to eight levels.
+struct ChannelNumbers {
+    uint4 first, second;
+};
+KVQ_DEVICE ChannelNumbers numbers_of(const uint4 *rows, int channel) {
+    return {rows[2 * channel], rows[2 * channel + 1]};
+}
 
 // ---- indices -------------------------------------------------------------------------------------------------
 
@@ -47,7 +55,7 @@ template <> struct Indices<true> {
 };
 
 // Up to eight levels are cheaper looked up than computed: channels of a known width that narrow have tables, which the
-// host makes of their cubics.
+// host makes of their polynomials.
 KVQ_DEVICE constexpr bool has_table(int bits, bool paths) { return bits > 0 && bits + int(paths) <= 3; }
 
 // Codes of a unit of known width to indices, which stand at the bottom of nibbles where they select from a table. With
@@ -184,27 +192,37 @@ template <bool Paths> KVQ_DEVICE Indices<true> any_indices(const uint32_t *words
     return found;
 }
 
-// ---- cubics --------------------------------------------------------------------------------------------------
+// ---- polynomials ---------------------------------------------------------------------------------------------
 
-// c0 + c1 v + c2 v^2 + c3 v^3 of one channel, each twice in a register.
-struct Cubic {
-    uint4 c;
+// c0 + c1 v + c2 v^2 + ... of one channel, each coefficient twice in a register: cubics of up to 16 levels, whose
+// indices stand in nibbles, quintics of more.
+template <bool Quintic> struct Polynomial {
+    static constexpr int kCount = Quintic ? 6 : 4;
+    uint32_t c[kCount];
 
+    KVQ_DEVICE explicit Polynomial(const ChannelNumbers &own) {
+        const uint32_t all[] = {own.first.x, own.first.y, own.first.z, own.first.w, own.second.x, own.second.y};
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) c[k] = all[k];
+    }
     KVQ_DEVICE uint32_t operator()(uint32_t v) const {
-        return multiply_add(multiply_add(multiply_add(c.w, v, c.z), v, c.y), v, c.x);
+        uint32_t x = c[kCount - 1];
+#pragma unroll
+        for (int k = kCount - 2; k >= 0; --k) x = multiply_add(x, v, c[k]);
+        return x;
     }
 };
 
-// Levels of a unit, by the 16 bytes that its channel has of them: `eight` has those of a slice, tokens i and i + 4.
-template <class Index> struct CubicLevels {
-    Index index;
-    Cubic cubic;
+// Levels of a unit: `eight` has those of a slice, tokens i and i + 4.
+template <bool Bytes> struct PolynomialLevels {
+    Indices<Bytes> index;
+    Polynomial<Bytes> polynomial;
 
     KVQ_DEVICE void eight(int slice, uint32_t (&pairs)[4]) const {
         uint32_t v[4];
         index.centred(slice, v);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) pairs[i] = cubic(v[i]);
+        for (int i = 0; i < 4; ++i) pairs[i] = polynomial(v[i]);
     }
 };
 
@@ -237,12 +255,12 @@ template <int Bits, int Count, bool Paths> struct ComputedUnits {
     KVQ_DEVICE void load(const uint32_t *codes, const Channel &channel, int block) {
         load_words<Count * Bits>(region_of(opaque(codes + block * Bits), channel), words);
     }
-    KVQ_DEVICE auto levels(int unit, int, const uint4 &own) const {
+    KVQ_DEVICE auto levels(int unit, int, const ChannelNumbers &own) const {
         const auto index = UnitIndices<Bits, Paths>::of(words + unit * Bits);
         if constexpr (has_table(Bits, Paths))
-            return TableLevels{index, {own}};
+            return TableLevels{index, {own.first}};
         else
-            return CubicLevels<Indices<UnitIndices<Bits, Paths>::kBytes>>{index, {own}};
+            return PolynomialLevels<UnitIndices<Bits, Paths>::kBytes>{index, Polynomial<UnitIndices<Bits, Paths>::kBytes>(own)};
     }
 };
 
@@ -253,7 +271,7 @@ template <int Count, bool Paths> struct ComputedUnits<0, Count, Paths> {
         KVQ_DEVICE void eight(int, uint32_t (&pairs)[4]) const { pairs[0] = pairs[1] = pairs[2] = pairs[3] = level; }
     };
     KVQ_DEVICE void load(const uint32_t *, const Channel &, int) {}
-    KVQ_DEVICE One levels(int, int, const uint4 &own) const { return {own.x}; }
+    KVQ_DEVICE One levels(int, int, const ChannelNumbers &own) const { return {own.first.x}; }
 };
 
 // Of a width that lanes have for themselves.
@@ -270,17 +288,17 @@ template <int Most, int Count> struct SomeUnits {
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kNarrow, Count, Paths> : SomeUnits<3, Count> {
-    KVQ_DEVICE CubicLevels<Indices<false>> levels(int unit, int bits, const uint4 &own) const {
-        return {narrow_indices<Paths>(this->words + unit * 3, bits), {own}};
+    KVQ_DEVICE PolynomialLevels<false> levels(int unit, int bits, const ChannelNumbers &own) const {
+        return {narrow_indices<Paths>(this->words + unit * 3, bits), Polynomial<false>(own)};
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kMedium, Count, Paths> : SomeUnits<5, Count> {
-    KVQ_DEVICE CubicLevels<Indices<true>> levels(int unit, int bits, const uint4 &own) const {
-        return {medium_indices<Paths>(this->words + unit * 5, bits), {own}};
+    KVQ_DEVICE PolynomialLevels<true> levels(int unit, int bits, const ChannelNumbers &own) const {
+        return {medium_indices<Paths>(this->words + unit * 5, bits), Polynomial<true>(own)};
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kAnyWidth, Count, Paths> : SomeUnits<8, Count> {
-    KVQ_DEVICE CubicLevels<Indices<true>> levels(int unit, int bits, const uint4 &own) const {
-        return {any_indices<Paths>(this->words + unit * 8, bits), {own}};
+    KVQ_DEVICE PolynomialLevels<true> levels(int unit, int bits, const ChannelNumbers &own) const {
+        return {any_indices<Paths>(this->words + unit * 8, bits), Polynomial<true>(own)};
     }
 };

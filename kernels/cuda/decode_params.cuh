@@ -51,7 +51,7 @@ struct DecodeParams {
     const Channel *key_channels;      // [H, D]: RoPE pairs (2 i, 2 i + 1), of like widths side by side
     const Channel *value_channels;    // [H, D]
     const uint4 *key_levels;          // [H, D, entries] halves in the order of key_channels, planes up to 32 entries:
-    const uint4 *value_levels;        // or [H, D] of Cubic, for values without c0, which is in value_affine
+    const uint4 *value_levels;        // or [H, D] ChannelNumbers, of values without c0, which is in value_affine
     const uint8_t *key_kinds;         // [H, kKinds] where the steps of each kind end, with computed levels
     const uint8_t *value_kinds;       // [H, kKinds] where the tiles of each kind end
     const uint2 *key_angles;          // [H, D / 2]: turns per token, turns at position 0
@@ -80,8 +80,8 @@ struct DecodeParams {
 
 // ---- shared memory -------------------------------------------------------------------------------------------
 
-// 16-byte rows of a channel's levels: a cubic, or byte planes; tables of more than 32 levels stay outside.
-constexpr int level_rows(int bits) { return bits <= 3 ? 1 : bits <= 5 ? 1 << bits >> 3 : 0; }
+// 16-byte rows of a channel's levels: coefficients, or byte planes; tables of more than 32 levels stay outside.
+constexpr int level_rows(int bits) { return bits == 0 ? 2 : bits <= 3 ? 1 : bits <= 5 ? 1 << bits >> 3 : 0; }
 constexpr int kKeyRows = level_rows(KVQ_KEY_BITS), kValueRows = level_rows(KVQ_VALUE_BITS);
 constexpr int kTokenRow = 33;  // a block of 32 tokens and one column against bank conflicts
 constexpr int kScores = KVQ_KEY_OUTLIERS || KVQ_VALUE_OUTLIERS ? kPageBlocks * kTokenRow * kGroup : 0;

@@ -176,8 +176,8 @@ KVQ_DEVICE void score_kind(const Shared &s, const uint32_t *codes, int base, int
         first.load(codes, channels.first, block);
         second.load(codes, channels.second, block);
         const Turn turn(s, pair, base);
-        const auto first_levels = first.levels(0, channels.first.bits, s.key_levels[2 * pair]);
-        const auto second_levels = second.levels(0, channels.second.bits, s.key_levels[2 * pair + 1]);
+        const auto first_levels = first.levels(0, channels.first.bits, numbers_of(s.key_levels, 2 * pair));
+        const auto second_levels = second.levels(0, channels.second.bits, numbers_of(s.key_levels, 2 * pair + 1));
         add_step(s, score, step, turn, [&](int channel, int slice, uint32_t (&pairs)[4]) {
             if (channel)
                 second_levels.eight(slice, pairs);

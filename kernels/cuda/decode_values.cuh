@@ -77,7 +77,8 @@ KVQ_DEVICE void mix_kind(const Shared &s, const uint32_t *codes, const Weights &
         first.load(codes, channel[0], block);
         second.load(codes, channel[1], block);
         TileSums sums(tiles[tile][lane_id()], rescale);
-        const uint4 own[2] = {s.value_levels[16 * tile + row], s.value_levels[16 * tile + 8 + row]};
+        const ChannelNumbers own[2] = {numbers_of(s.value_levels, 16 * tile + row),
+                                       numbers_of(s.value_levels, 16 * tile + 8 + row)};
         const decltype(first.levels(0, 0, own[0])) first_levels[2] = {first.levels(0, channel[0].bits, own[0]),
                                                                       first.levels(1, channel[0].bits, own[0])};
         const decltype(second.levels(0, 0, own[0])) second_levels[2] = {second.levels(0, channel[1].bits, own[1]),

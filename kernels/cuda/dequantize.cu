@@ -9,7 +9,7 @@ struct DequantizeParams {
     const float *levels;            // of every channel, or null: they are computed
     const float *scale;             // [C] of the channels, or null
     const float *zero_point;        // [C]
-    const float4 *coefficients;     // [C] of computed levels, which have no scale and no zero point
+    const float *coefficients;      // [C, 6] of computed levels, which have no scale and no zero point
     const uint8_t *bits;            // [C]
     const int *word_offset;         // [C], sum of the widths before
     const uint2 *angles;            // [H, D / 2] turns per token and at position 0, or null: no rotary embedding

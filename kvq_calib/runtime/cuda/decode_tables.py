@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class DecodeTables:
         bits: width of every channel with levels from a table; 0: each has its own, and levels are computed.
         paths: with computed levels, codes are of a trellis.
         channels: int32 ``[H, D, 2]``, word offset and ``coordinate | bits << 16``, in the kernel's order.
-        levels: uint8 ``[H, D, n]``: tables, or the coefficients of cubics.
+        levels: uint8 ``[H, D, n]``: tables, or the coefficients of polynomials.
         kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
         angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
         pair_scale: float32 ``[H, D / 2, 2]``: what a query is multiplied by for a pair, and the reciprocal of that of
@@ -157,19 +158,19 @@ def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables
     affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads, size, 1)
     if tables.kind == "key":
         norm = _power_of_two(exact.abs().sum(-1).unflatten(-1, (-1, 2)).amax(-1))
-        cubic = exact / norm.repeat_interleave(2, dim=-1)[..., None]
+        polynomial = exact / norm.repeat_interleave(2, dim=-1)[..., None]
     else:
-        constant, cubic = exact[..., 0], exact.clone()
-        cubic[..., 0] = 0.0
-        factor = _power_of_two(cubic.abs().sum(-1))
-        cubic /= factor[..., None]
+        constant, polynomial = exact[..., 0], exact.clone()
+        polynomial[..., 0] = 0.0
+        factor = _power_of_two(polynomial.abs().sum(-1))
+        polynomial /= factor[..., None]
         by_coordinate = torch.stack((factor, constant), dim=-1)
         affine = torch.empty_like(by_coordinate).scatter_(1, order[..., None].expand(-1, -1, 2), by_coordinate)
     return DecodeTables(
         bits=0,
         paths=tables.paths,
         channels=_channels(tables, order),
-        levels=_narrow_tables(cubic, made, tables),
+        levels=_channel_numbers(polynomial, made, tables),
         kinds=kinds.to(tables.device),
         angles=angles,
         pair_scale=_pair_scale(tables, angles, norm.float()),
@@ -183,32 +184,45 @@ def _arrange(tables: KernelTables, widths: tuple[int, ...]) -> Arrangement:
     return arrange_values(widths)
 
 
-def _narrow_tables(cubic: Tensor, made: list[Arrangement], tables: KernelTables) -> Tensor:
-    """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width."""
-    widths = torch.tensor([each.widths for each in made], device=cubic.device)
+def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: KernelTables) -> Tensor:
+    """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width.
+
+    Args:
+        polynomial: float64 ``[H, D, 6]``.
+        made: the order of each head.
+        tables: of the layer.
+
+    Returns:
+        uint8 ``[H, D, 32]``.
+    """
+    widths = torch.tensor([each.widths for each in made], device=polynomial.device)
     count = 1 << (widths + int(tables.paths)).clamp(0, 3)
-    index = torch.arange(8, device=cubic.device).minimum(count[..., None] - 1)
+    index = torch.arange(8, device=polynomial.device).minimum(count[..., None] - 1)
     v = 2 * index.double() / count[..., None] - 1
-    c0, c1, c2, c3 = cubic[..., None].unbind(-2)
-    table = _planes((c0 + v * (c1 + v * (c2 + v * c3))).half(), 8)
-    twice = cubic.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8)
+    levels = torch.zeros_like(v)
+    for coefficient in reversed(polynomial.unbind(-1)):
+        levels = levels * v + coefficient[..., None]
+    table = _planes(levels.half(), 8)
+    twice = polynomial.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8)
+    twice = torch.nn.functional.pad(twice, (0, 32 - twice.shape[-1]))
+    table = torch.nn.functional.pad(table, (0, 32 - table.shape[-1]))
     has_table = (widths > 0) & (widths + int(tables.paths) <= 3)
     return torch.where(has_table[..., None], table, twice).contiguous()
 
 
 def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
-    """The cubics in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 4]``."""
-    c0, c1, c2, c3 = quantizer.coefficients.double().unbind(-1)
+    """The polynomials in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 6]``."""
+    coefficients = quantizer.coefficients.double()
     step = 1.0 / level_counts(quantizer.spec, quantizer.params.bits).double()
-    return torch.stack(
-        (
-            c0 + step * (c1 + step * (c2 + step * c3)),
-            c1 + step * (2 * c2 + step * 3 * c3),
-            c2 + step * 3 * c3,
-            c3,
-        ),
-        dim=-1,
-    )
+    count = coefficients.shape[1]
+    moved = [
+        sum(
+            (math.comb(power, k) * step ** (power - k) * coefficients[:, power] for power in range(k, count)),
+            torch.zeros_like(step),
+        )
+        for k in range(count)
+    ]
+    return torch.stack(moved, dim=-1)
 
 
 def _power_of_two(size: Tensor) -> Tensor:

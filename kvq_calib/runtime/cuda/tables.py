@@ -36,7 +36,7 @@ class KernelTables:
         heads, head_dim: shape of a token; ``words`` code words of a sequence in a page.
         bits, word_offset: uint8 and int32 ``[C]``.
         levels, boundaries: float32 ``[L]`` and ``[L - 1]`` of all channels, where they share their levels; or ``None``.
-        coefficients: float32 ``[C, 4]``, of computed levels; or ``None``.
+        coefficients: float32 ``[C, 6]``, of computed levels; or ``None``.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
         compensation: float32 ``[H, D, D]``, shares of the errors of the coordinates before; or ``None``.
         refinement: the same of all others, for ``refinements`` further passes; or ``None``.
