@@ -165,7 +165,9 @@ def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables
         factor = _power_of_two(polynomial.abs().sum(-1))
         polynomial /= factor[..., None]
         by_coordinate = torch.stack((factor, constant), dim=-1)
-        affine = torch.empty_like(by_coordinate).scatter_(1, order[..., None].expand(-1, -1, 2), by_coordinate)
+        affine = torch.empty_like(by_coordinate).scatter_(
+            1, order[..., None].expand(-1, -1, 2), by_coordinate
+        )
     return DecodeTables(
         bits=0,
         paths=tables.paths,

@@ -41,10 +41,7 @@ class DecodeParams(ctypes.Structure):
             (name, _P)
             for name in ("query", "key_pages", "value_pages", "blocks", "key_channels", "value_channels")
         ),
-        *(
-            (name, _P)
-            for name in ("key_levels", "value_levels", "key_kinds", "value_kinds", "key_angles")
-        ),
+        *((name, _P) for name in ("key_levels", "value_levels", "key_kinds", "value_kinds", "key_angles")),
         *((name, _P) for name in ("key_pair_scale", "value_affine")),
         ("exact_key", _P * 2),
         ("exact_value", _P * 2),
