@@ -10,7 +10,6 @@ An artifact whose heads are smaller than ``--head-dim`` has neighbouring heads l
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ from pathlib import Path
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.trellis import TrellisQuantizer
-from kvq_calib.files import write_atomically
 from kvq_calib.runtime.cuda.build import compile_cubin
 from kvq_calib.runtime.cuda.decode import DecodeVariant
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths, arrange_pairs, arrange_values
@@ -87,6 +85,23 @@ class Count:
     mixed: float  # share of the elements that are in steps or tiles of mixed widths
 
 
+class ToolMissing(Exception):
+    """A program is not installed; the message says what to do."""
+
+
+def disassembler(name: str) -> str:
+    """``nvdisasm`` from the PATH, or of the PyPI package.
+
+    Raises:
+        ToolMissing: it is in neither.
+    """
+    packaged = [str(found) for folder in sys.path for found in Path(folder).glob(f"nvidia/cu*/bin/{name}")]
+    for found in (shutil.which(name), *packaged):
+        if found is not None:
+            return found
+    raise ToolMissing(f"{name} is not there; pip install nvidia-cuda-nvdisasm, or name it by --nvdisasm")
+
+
 def inner_loops(listing: str) -> list[list[str]]:
     """Opcodes of the innermost loops of ``decode_attention`` that have matrix products, in the order of addresses."""
     start = listing.index(".text.decode_attention")
@@ -141,7 +156,9 @@ def loops_of(variant: DecodeVariant, arch: str, tools: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "decode.cubin"
         cubin.write_bytes(compile_cubin("decode.cu", variant.defines, arch, None, tools.nvcc))
-        done = subprocess.run([tools.nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [disassembler(tools.nvdisasm), "-c", str(cubin)], capture_output=True, text=True, check=True
+        )
     kinds: list[tuple[Kind, Widths]] = []
     kinds += [("key", kind) for kind in ([_TABLE] if variant.key_bits else KEY_KINDS)]
     # Tiles of no width have no loop.
@@ -230,7 +247,7 @@ def main() -> int:
             )
             return 1
     print(f"{'recipe':<10}{'kind':<7}{'all':>7}{'ALU':>7}{'loads':>7}{'mixed':>7}")
-    counts = []
+    counts: list[dict[str, object]] = []
     for path in arguments.artifacts:
         for count in counts_of(path, arguments):
             counts.append(asdict(count))
@@ -239,9 +256,7 @@ def main() -> int:
                 f"{count.mixed:>7.2f}",
                 flush=True,
             )
-    if arguments.json:
-        write_atomically(arguments.json, (json.dumps(counts, indent=2) + "\n").encode())
-    return 0
+    return counts
 
 
 if __name__ == "__main__":

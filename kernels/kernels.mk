@@ -1,8 +1,8 @@
 # Included by the Makefile at the top level.
 #
 #   make kernels   compiles every variant for every architecture; needs nvcc, no GPU; fails on any spill
-#   make kernel-counts   instructions per element of the decode kernel for the widths of committed artifacts; needs nvcc
-#                  and nvdisasm, no GPU; writes benchmarks/results/kernel_instructions.json
+#   make kernel-counts   instructions per element of the decode kernel for the widths of committed artifacts; needs nvcc,
+#                  no GPU; writes benchmarks/results/kernel_instructions.json
 #   make gpu       on a machine with a GPU: builds pycuda if it is missing, checks, times, and writes
 #                  benchmarks/results/gpu-*.json
 PYTHON ?= python3
@@ -19,8 +19,9 @@ PYCUDA ?= pycuda>=2024.1
 kernels:
 	$(PYTHON) kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
 
-kernel-counts:
-	$(PYTHON) kernels/count_instructions.py --nvcc $(NVCC) --nvdisasm $(NVDISASM) $(COUNTED) \
+kernel-counts: install
+	command -v $(NVDISASM) >/dev/null || $(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm
+	$(BIN)/python kernels/count_instructions.py --nvcc $(NVCC) --nvdisasm $(NVDISASM) $(COUNTED) \
 	  --json benchmarks/results/kernel_instructions.json
 
 gpu:

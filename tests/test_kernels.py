@@ -20,13 +20,13 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import structs
 from kvq_calib.runtime.cuda.append import append_blocks
 from kvq_calib.runtime.cuda.decode import DecodeStep, DecodeVariant, decode_attention
+from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
 from kvq_calib.runtime.cuda.pages import PageTable
 from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
-from kvq_calib.runtime.cuda.tables import KernelTables
 from kvq_calib.runtime.page_reader import PageReader
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor

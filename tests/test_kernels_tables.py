@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from kvq_calib.runtime.cuda import kinds
 from kvq_calib.runtime.cuda.build import kernel_folder
-from kvq_calib.runtime.cuda.decode_tables import DecodeTables
+from kvq_calib.runtime.cuda.decode_tables import DecodeTables, KernelTables
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, KIND_ROOM, VALUE_KINDS, arrange_pairs, arrange_values
-from kvq_calib.runtime.cuda.tables import KernelTables
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import TrellisSpec
 

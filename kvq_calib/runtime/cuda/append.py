@@ -12,7 +12,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.pages import page_rows
 from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, AppendParams, AppendSide, PlaceParams, pointer
-from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.cuda.tables import QuantizerTables
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 
 __all__ = ["append_blocks"]
@@ -25,8 +25,8 @@ _SOURCE = "append.cu"
 
 def append_blocks(
     launcher: Launcher,
-    key: KernelTables,
-    value: KernelTables,
+    key: QuantizerTables,
+    value: QuantizerTables,
     storage: LayerStorage,
     keys: Tensor,
     values: Tensor,
@@ -64,7 +64,7 @@ class _Side:
             or ``None``.
     """
 
-    def __init__(self, table: KernelTables, packed: PackedTensor, x: Tensor) -> None:
+    def __init__(self, table: QuantizerTables, packed: PackedTensor, x: Tensor) -> None:
         self.table, self.packed, self.x = table, packed, x
         self.batch, self.blocks = x.shape[0], x.shape[2] // BLOCK_TOKENS
         self._check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from kvq_calib.codec.computed_levels import level_counts
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.runtime.cuda.kinds import KIND_ROOM, Arrangement, arrange_pairs, arrange_values
+from kvq_calib.runtime.cuda.tables import QuantizerTables
 
-if TYPE_CHECKING:
-    from kvq_calib.runtime.cuda.tables import KernelTables
+__all__ = ["MAX_HEAD_DIM", "DecodeTables", "KernelTables", "unsupported"]
 
-__all__ = ["DecodeTables", "decode_tables"]
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,33 @@ class DecodeTables:
         return [value for value in found if isinstance(value, Tensor)]
 
 
-def decode_tables(tables: KernelTables) -> DecodeTables:
-    """Of keys or values whose heads have a multiple of 16 channels."""
-    if isinstance(tables.quantizer, TrellisQuantizer):
-        return _computed(tables, tables.quantizer)
-    return _looked_up(tables)
+class KernelTables(QuantizerTables):
+    """All that the kernels read of keys or values."""
+
+    @cached_property
+    def decode(self) -> DecodeTables:
+        """What the decode kernel reads; of heads of a multiple of 16 channels."""
+        if isinstance(self.quantizer, TrellisQuantizer):
+            return _computed(self, self.quantizer)
+        return _looked_up(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held beside the quantizer's parameters."""
+        return super().tensors() + (self.decode.tensors() if "decode" in vars(self) else [])
 
 
-def _channels(tables: KernelTables, order: Tensor) -> Tensor:
+def unsupported(key: KernelTables, value: KernelTables) -> str:
+    """Why there is no decode kernel for a layer, or an empty string."""
+    if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
+        return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
+    if key.token:
+        return "keys with a scale per token have no kernel"
+    if not value.decode.fits:
+        return "value thresholds beyond float16 have no kernel"
+    return ""
+
+
+def _channels(tables: QuantizerTables, order: Tensor) -> Tensor:
     channel = order + tables.head_dim * torch.arange(tables.heads, device=tables.device)[:, None]
     packed = order | tables.bits[channel].to(torch.int64) << 16
     return torch.stack((tables.word_offset[channel], packed.to(torch.int32)), dim=-1).contiguous()
@@ -67,11 +86,11 @@ def _channels(tables: KernelTables, order: Tensor) -> Tensor:
 
 def _in_order(values: Tensor, order: Tensor) -> Tensor:
     """``[C, n]`` to ``[H, D, n]`` in the kernel's order."""
-    by_head = values.unflatten(0, tuple(order.shape))
+    by_head: Tensor = values.unflatten(0, tuple(order.shape))
     return by_head.gather(1, order[..., None].expand(-1, -1, by_head.shape[-1]))
 
 
-def _pair_angles(tables: KernelTables, order: Tensor) -> Tensor:
+def _pair_angles(tables: QuantizerTables, order: Tensor) -> Tensor:
     """The angles of pairs, negative where the second channel comes first."""
     number = torch.empty(tables.head_dim, dtype=torch.int64, device=tables.device)
     is_first = torch.zeros(tables.head_dim, dtype=torch.bool, device=tables.device)
@@ -83,7 +102,7 @@ def _pair_angles(tables: KernelTables, order: Tensor) -> Tensor:
     return torch.where(is_first[leading][..., None], angles, -angles).contiguous()
 
 
-def _pair_scale(tables: KernelTables, angles: Tensor, norm: Tensor) -> Tensor:
+def _pair_scale(tables: QuantizerTables, angles: Tensor, norm: Tensor) -> Tensor:
     """From what the levels of each pair are divided by, float32 ``[H, D / 2]``."""
     factor = norm * torch.where(angles[..., 0] != 0, tables.rope_scaling, 1.0)
     return torch.stack((factor, 1.0 / norm), dim=-1).contiguous()
@@ -92,7 +111,7 @@ def _pair_scale(tables: KernelTables, angles: Tensor, norm: Tensor) -> Tensor:
 # ---- levels from tables ----------------------------------------------------------------------------------------------
 
 
-def _looked_up(tables: KernelTables) -> DecodeTables:
+def _looked_up(tables: QuantizerTables) -> DecodeTables:
     heads, size = tables.heads, tables.head_dim
     coordinates = torch.arange(size)
     if tables.kind == "key":
@@ -144,7 +163,7 @@ def _planes(levels: Tensor, entries: int) -> Tensor:
 # ---- levels that are computed ----------------------------------------------------------------------------------------
 
 
-def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables:
+def _computed(tables: QuantizerTables, quantizer: TrellisQuantizer) -> DecodeTables:
     heads, size = tables.heads, tables.head_dim
     widths = quantizer.widths
     made = [_arrange(tables, widths[head * size : (head + 1) * size]) for head in range(heads)]
@@ -180,13 +199,13 @@ def _computed(tables: KernelTables, quantizer: TrellisQuantizer) -> DecodeTables
     )
 
 
-def _arrange(tables: KernelTables, widths: tuple[int, ...]) -> Arrangement:
+def _arrange(tables: QuantizerTables, widths: tuple[int, ...]) -> Arrangement:
     if tables.kind == "key":
         return arrange_pairs(widths, tables.rope_pairs[0])
     return arrange_values(widths)
 
 
-def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: KernelTables) -> Tensor:
+def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: QuantizerTables) -> Tensor:
     """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width.
 
     Args:

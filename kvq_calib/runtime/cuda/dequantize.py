@@ -9,7 +9,7 @@ from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, DequantizeParams, check, pointer
-from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.cuda.tables import QuantizerTables
 
 __all__ = ["dequantize"]
 
@@ -18,7 +18,7 @@ _THREADS = 128
 
 def dequantize(
     launcher: Launcher,
-    table: KernelTables,
+    table: QuantizerTables,
     pages: Tensor,
     batch: int,
     blocks: range,

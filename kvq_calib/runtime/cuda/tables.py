@@ -15,17 +15,15 @@ from kvq_calib.codec.scalar import ScalarQuantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
-from kvq_calib.runtime.cuda.decode_tables import DecodeTables, decode_tables
 from kvq_calib.schema.spec import Kind
 
-__all__ = ["CODECS", "MAX_HEAD_DIM", "KernelTables", "unsupported"]
+__all__ = ["CODECS", "QuantizerTables"]
 
-MAX_HEAD_DIM = 256
 #: Codecs that the kernels know.
 CODECS = (ScalarQuantizer.codec, TrellisQuantizer.codec)
 
 
-class KernelTables:
+class QuantizerTables:
     """One quantizer's numbers as the kernels read them; made once.
 
     Args:
@@ -149,29 +147,11 @@ class KernelTables:
             place[second] = first | number << 16 | 1 << 15
         return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, angle.shape[1]])
 
-    @cached_property
-    def decode(self) -> DecodeTables:
-        """What the decode kernel reads besides."""
-        return decode_tables(self)
-
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
         held = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        if "decode" in vars(self):
-            held += self.decode.tensors()
         own = {tensor.data_ptr() for tensor in self.quantizer.params.tensors().values()}
         return [tensor for tensor in held if tensor.data_ptr() not in own]
-
-
-def unsupported(key: KernelTables, value: KernelTables) -> str:
-    """Why there is no decode kernel for a layer, or an empty string."""
-    if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
-        return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
-    if key.token:
-        return "keys with a scale per token have no kernel"
-    if not value.decode.fits:
-        return "value thresholds beyond float16 have no kernel"
-    return ""
 
 
 def turns(radians: Tensor) -> Tensor:
