@@ -10,6 +10,7 @@ An artifact whose heads are smaller than ``--head-dim`` has neighbouring heads l
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.errors import KVQError
+from kvq_calib.files import write_atomically
 from kvq_calib.runtime.cuda.build import compile_cubin
 from kvq_calib.runtime.cuda.decode import DecodeVariant
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths, arrange_pairs, arrange_values
@@ -226,6 +229,21 @@ def counts_of(path: Path, arguments: argparse.Namespace) -> list[Count]:
     return result
 
 
+def print_counts(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Print a line for keys and one for values of each artifact; return what they say."""
+    print(f"{'recipe':<10}{'kind':<7}{'all':>7}{'ALU':>7}{'loads':>7}{'mixed':>7}")
+    counts: list[dict[str, object]] = []
+    for path in arguments.artifacts:
+        for count in counts_of(path, arguments):
+            counts.append(asdict(count))
+            print(
+                f"{count.recipe:<10}{count.kind:<7}{count.instructions:>7.2f}{count.alu:>7.2f}{count.loads:>7.3f}"
+                f"{count.mixed:>7.2f}",
+                flush=True,
+            )
+    return counts
+
+
 def main() -> int:
     """Print a table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -239,24 +257,14 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for tool, package in (("nvcc", "nvidia-cuda-nvcc"), ("nvdisasm", "nvidia-cuda-nvdisasm")):
-        if shutil.which(getattr(arguments, tool)) is None:
-            print(
-                f"{getattr(arguments, tool)} is not there; install {package}, or name it by --{tool}",
-                file=sys.stderr,
-            )
-            return 1
-    print(f"{'recipe':<10}{'kind':<7}{'all':>7}{'ALU':>7}{'loads':>7}{'mixed':>7}")
-    counts: list[dict[str, object]] = []
-    for path in arguments.artifacts:
-        for count in counts_of(path, arguments):
-            counts.append(asdict(count))
-            print(
-                f"{count.recipe:<10}{count.kind:<7}{count.instructions:>7.2f}{count.alu:>7.2f}{count.loads:>7.3f}"
-                f"{count.mixed:>7.2f}",
-                flush=True,
-            )
-    return counts
+    try:
+        counts = print_counts(arguments)
+        if arguments.json:
+            write_atomically(arguments.json, (json.dumps(counts, indent=2) + "\n").encode())
+    except (KVQError, ToolMissing) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
