@@ -208,10 +208,16 @@ def kinds_of(quantizer: Quantizer, kind: Kind, head_dim: int) -> Counter[Widths]
     return found
 
 
-def counts_of(path: Path, arguments: argparse.Namespace) -> list[Count]:
-    """Of one artifact."""
+Loops = dict[Kind, dict[Widths, Loop]]
+
+
+def counts_of(path: Path, arguments: argparse.Namespace, known: dict[DecodeVariant, Loops]) -> list[Count]:
+    """Of one artifact; ``known`` are the loops of variants met before."""
     layers = KVArtifact.load(path).quantizers()
-    loops = loops_of(variant_of(layers[0], arguments.head_dim, arguments.group), arguments.arch, arguments)
+    variant = variant_of(layers[0], arguments.head_dim, arguments.group)
+    if variant not in known:
+        known[variant] = loops_of(variant, arguments.arch, arguments)
+    loops = known[variant]
     result = []
     for kind in KINDS:
         kinds: Counter[Widths] = Counter()
@@ -233,8 +239,9 @@ def print_counts(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Print a line for keys and one for values of each artifact; return what they say."""
     print(f"{'recipe':<10}{'kind':<7}{'all':>7}{'ALU':>7}{'loads':>7}{'mixed':>7}")
     counts: list[dict[str, object]] = []
+    known: dict[DecodeVariant, Loops] = {}
     for path in arguments.artifacts:
-        for count in counts_of(path, arguments):
+        for count in counts_of(path, arguments, known):
             counts.append(asdict(count))
             print(
                 f"{count.recipe:<10}{count.kind:<7}{count.instructions:>7.2f}{count.alu:>7.2f}{count.loads:>7.3f}"

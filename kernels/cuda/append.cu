@@ -83,7 +83,8 @@ KVQ_DEVICE Element examine(const Token &t, float y) {
 }
 
 KVQ_DEVICE Token of_channel(const AppendSide &s, Token t, int channel) {
-    if (!s.token) t.scale = s.scale[channel], t.reciprocal = s.reciprocal[channel], t.zero_point = s.zero_point[channel];
+    if (s.token) return t;
+    t.scale = s.scale[channel], t.reciprocal = s.reciprocal[channel], t.zero_point = s.zero_point[channel];
     return t;
 }
 

@@ -1,9 +1,9 @@
 // Levels that are computed, not looked up: the trellis codec's, for the decode kernel.
 //
 // Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is brought to the top of a nibble or a
-// byte, and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and whatever
-// the width. The host expands the polynomial about u = v + 1 / L. Two tokens go side by side: tokens t and t + 4 of a slice of
-// eight, because these stand 16 bits apart.
+// byte, and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and
+// whatever the width. The host expands the polynomial about u = v + 1 / L. Two tokens go side by side: tokens t and
+// t + 4 of a slice of eight, because these stand 16 bits apart.
 #pragma once
 
 #include "levels.cuh"
@@ -122,7 +122,8 @@ template <int Bits, bool Paths> struct UnitIndices {
 // are left in. Without branches, so that lanes of different widths go together.
 template <int Most> KVQ_DEVICE void nibbles_of_some(const uint32_t *words, int bits, uint32_t (&code)[4]) {
     const uint32_t third = words[Most > 2 ? 2 : 0];
-    const uint32_t top = masked_or(words[0] >> 3, 0x11111111u, masked_or(words[1] >> 2, 0x22222222u, third >> 1 & 0x44444444u));
+    const uint32_t upper = masked_or(words[1] >> 2, 0x22222222u, third >> 1 & 0x44444444u);
+    const uint32_t top = masked_or(words[0] >> 3, 0x11111111u, upper);
     code[0] = words[0];
     code[1] = bits >= 3 ? words[1] : words[0] >> bits;
     code[2] = bits >= 3 ? third : bits == 2 ? words[1] : words[0] >> 2;
@@ -256,11 +257,12 @@ template <int Bits, int Count, bool Paths> struct ComputedUnits {
         load_words<Count * Bits>(region_of(opaque(codes + block * Bits), channel), words);
     }
     KVQ_DEVICE auto levels(int unit, int, const ChannelNumbers &own) const {
-        const auto index = UnitIndices<Bits, Paths>::of(words + unit * Bits);
+        typedef UnitIndices<Bits, Paths> Unit;
+        const auto index = Unit::of(words + unit * Bits);
         if constexpr (has_table(Bits, Paths))
             return TableLevels{index, {own.first}};
         else
-            return PolynomialLevels<UnitIndices<Bits, Paths>::kBytes>{index, Polynomial<UnitIndices<Bits, Paths>::kBytes>(own)};
+            return PolynomialLevels<Unit::kBytes>{index, Polynomial<Unit::kBytes>(own)};
     }
 };
 

@@ -26,7 +26,9 @@ constexpr int kWeightExponent = 12;       // probabilities are scaled by 2^12, c
 // they are computed.
 constexpr bool kNeighbours = !kKeyComputed && !kValueComputed;
 constexpr int kSlotStep = kNeighbours ? 1 : 4;
-KVQ_DEVICE constexpr int token_of(int m, int slot) { return (kNeighbours ? 2 * m : 8 * (m / 4) + m % 4) + kSlotStep * slot; }
+KVQ_DEVICE constexpr int token_of(int m, int slot) {
+    return (kNeighbours ? 2 * m : 8 * (m / 4) + m % 4) + kSlotStep * slot;
+}
 
 // Up to four query heads, the eight columns of a product are two slots of four heads; else one slot a product.
 constexpr bool kFold = kGroup <= 4;
@@ -104,7 +106,8 @@ template <> struct QueryOperand<true> {
     uint4 slots;
 
     KVQ_DEVICE void set(const float2 (&q)[2]) {
-        slots = {pack_half2(q[0].x, 0.0f), pack_half2(q[0].y, 0.0f), pack_half2(0.0f, q[1].x), pack_half2(0.0f, q[1].y)};
+        slots.x = pack_half2(q[0].x, 0.0f), slots.y = pack_half2(q[0].y, 0.0f);
+        slots.z = pack_half2(0.0f, q[1].x), slots.w = pack_half2(0.0f, q[1].y);
     }
     KVQ_DEVICE uint2 all() const { return make_uint2(slots.x | slots.z, slots.y | slots.w); }
     KVQ_DEVICE uint2 of_slot(int slot) const {

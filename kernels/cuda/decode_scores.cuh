@@ -39,7 +39,8 @@ KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t
         const float factor = pair_scale[pair].x * norm;
         float2 q[2] = {make_float2(0.0f, 0.0f), make_float2(0.0f, 0.0f)};  // of the slots
         for (int slot = 0; slot < 2; ++slot)
-            if (!kFold || slot == column / 4) q[slot] = turned_query(s, query + h * kDim, pair, token_of(m, slot), factor);
+            if (!kFold || slot == column / 4)
+                q[slot] = turned_query(s, query + h * kDim, pair, token_of(m, slot), factor);
         s.query[i].set(q);
     }
     __syncthreads();
@@ -97,7 +98,8 @@ struct Turn {
 };
 
 // Scores that a step of four pairs adds; `decode(channel, slice, pairs)` has the levels of a lane's pair.
-template <class Decode> KVQ_DEVICE void add_step(const Shared &s, Scores &score, int step, const Turn &turn, Decode decode) {
+template <class Decode>
+KVQ_DEVICE void add_step(const Shared &s, Scores &score, int step, const Turn &turn, Decode decode) {
 #pragma unroll
     for (int slice = 0; slice < 2; ++slice) {
         uint32_t level[2][2][4];  // channel of the pair, half of the block

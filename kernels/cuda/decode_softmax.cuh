@@ -58,7 +58,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // Scores to probabilities times the tokens' value scales; probabilities to `probabilities` where outliers need them.
+    // Scores to probabilities times the tokens' value scales; where outliers need them, also to `probabilities`.
     KVQ_DEVICE void weigh(Scores &score, const uint4 *token_params, float *probabilities, float (&rescale)[2]) {
         float largest = 0.0f;
         auto weigh_token = [&](int set, int m, int half, uint32_t params) {

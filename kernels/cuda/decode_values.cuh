@@ -20,8 +20,8 @@ struct TileSums {
     KVQ_DEVICE float4 all() const { return make_float4(sum[0], sum[1], sum[2], sum[3]); }
 };
 
-// Adds pair i of a slice of eight tokens, of channels lane / 4 and 8 more: x are those of the first block, 2 (lane % 4),
-// then of the next, as the rows of a matrix product.
+// Adds pair i of a slice of eight tokens, of channels lane / 4 and 8 more: x are those of the first block,
+// 2 (lane % 4), then of the next, as the rows of a matrix product.
 KVQ_DEVICE void add_pair(float *sum, const Weights &weights, int slice, int i, const uint32_t (&x)[4]) {
     mma_16x8x16(sum, x[0], x[1], x[2], x[3], weights[4 * slice + i][0], weights[4 * slice + i][1]);
 }
@@ -100,7 +100,8 @@ KVQ_DEVICE void mix_kind(const Shared &s, const uint32_t *codes, const Weights &
 
 // The kinds of tiles in the order in which they stand, as score_kinds.
 template <int Kind>
-KVQ_DEVICE void mix_kinds(const Shared &, const uint32_t *, const Weights &, const float (&)[2], float4 (*)[kWarp], int) {}
+KVQ_DEVICE void mix_kinds(const Shared &, const uint32_t *, const Weights &, const float (&)[2], float4 (*)[kWarp],
+                          int) {}
 
 template <int Kind, int First, int Second, int... More>
 KVQ_DEVICE void mix_kinds(const Shared &s, const uint32_t *codes, const Weights &weights, const float (&rescale)[2],

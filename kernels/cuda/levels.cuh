@@ -59,7 +59,8 @@ template <> struct Levels<32> {
         uint32_t found[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            found[i] = permute(permute(plane[i].x, plane[i].y, within), permute(plane[i].z, plane[i].w, within), choose);
+            found[i] =
+                permute(permute(plane[i].x, plane[i].y, within), permute(plane[i].z, plane[i].w, within), choose);
         return permute(found[0], found[1], choose_upper);
     }
 
