@@ -1,7 +1,7 @@
 # Included by the Makefile at the top level.
 #
 #   make kernels   compiles every variant for every architecture; needs nvcc, no GPU; fails on any spill
-#   make kernel-counts   instructions per element of the decode kernel for the widths of committed artifacts; needs nvcc,
+#   make kernel-counts   instructions per element of the decode kernel by the widths of artifacts; needs nvcc,
 #                  no GPU; writes benchmarks/results/kernel_instructions.json
 #   make gpu       on a machine with a GPU: builds pycuda if it is missing, checks, times, and writes
 #                  benchmarks/results/gpu-*.json
