@@ -17,25 +17,10 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "cuda"
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
-#: (bits, table entries, trellis): uniform widths 1 to 4, mixed widths that byte permutes serve, and a plain table for
-#: wider ones.
-Width = tuple[int, int, int]
-WIDTHS: tuple[Width, ...] = (
-    (1, 8, 0),
-    (2, 8, 0),
-    (3, 8, 0),
-    (4, 16, 0),
-    (0, 16, 0),
-    (0, 32, 0),
-    (0, 256, 0),
-    (1, 8, 1),
-    (2, 8, 1),
-    (3, 16, 1),
-    (4, 32, 1),
-    (0, 16, 1),
-    (0, 32, 1),
-    (0, 256, 1),
-)
+#: Bits of every channel, with levels from a table; or :data:`COMPUTED`.
+TABLES = (1, 2, 3, 4, 5, 8)
+#: Bits that say that each channel has its own width, and computed levels.
+COMPUTED = 0
 
 
 def decode_variants(full: bool) -> list[dict[str, int]]:
@@ -47,26 +32,30 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
     base = {"KEY_OUTLIERS": 1, "VALUE_OUTLIERS": 1, "VALUE_TOKEN": 1, "ROPE": 1}
     off = {"SOFTCAP": 0, "QUERY_BFLOAT": 0, "STORAGE_BFLOAT": 0}
 
-    def variant(size: int, group: int, key: Width, value: Width, **flags: int) -> dict[str, int]:
-        names = {"HEAD_DIM": size, "GROUP": group}
-        for kind, width in (("KEY", key), ("VALUE", value)):
-            names |= {f"{kind}_BITS": width[0], f"{kind}_ENTRIES": width[1], f"{kind}_TRELLIS": width[2]}
-        # A trellis has thresholds per channel and no outliers.
-        own: dict[str, int] = {"KEY_OUTLIERS": 0} if key[2] else {}
-        own |= {"VALUE_OUTLIERS": 0, "VALUE_TOKEN": 0} if value[2] else {}
+    def variant(size: int, group: int, key: int, value: int, paths: int = 1, **flags: int) -> dict[str, int]:
+        names = {"HEAD_DIM": size, "GROUP": group, "KEY_BITS": key, "VALUE_BITS": value}
+        names |= {
+            "KEY_PATHS": int(key == COMPUTED and paths),
+            "VALUE_PATHS": int(value == COMPUTED and paths),
+        }
+        # Computed levels are a channel's, and without outliers.
+        own: dict[str, int] = {"KEY_OUTLIERS": 0} if key == COMPUTED else {}
+        own |= {"VALUE_OUTLIERS": 0, "VALUE_TOKEN": 0} if value == COMPUTED else {}
         return {**names, **base, **off, **flags, **own}
 
     dense = {"KEY_OUTLIERS": 0, "VALUE_OUTLIERS": 0}
+    widths = (*TABLES, COMPUTED)
     found = [
         variant(size, group, width, width, **flags)
-        for size, group, width in itertools.product(HEAD_DIMS, GROUPS, WIDTHS)
-        for flags in (({},) if width[2] else ({}, dense))
+        for size, group, width in itertools.product(HEAD_DIMS, GROUPS, widths)
+        for flags in (({},) if width == COMPUTED else ({}, dense))
     ]
+    found += [variant(128, 4, COMPUTED, COMPUTED, paths=0)]
     sizes = HEAD_DIMS if full else (128,)
     found += [
         variant(size, group, key, value)
         for size, group in itertools.product(sizes, GROUPS if full else (4,))
-        for key, value in itertools.permutations(WIDTHS, 2)
+        for key, value in itertools.permutations(widths, 2)
     ]
     flags = ("SOFTCAP", "QUERY_BFLOAT", "STORAGE_BFLOAT")
     found += [
@@ -74,7 +63,7 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
             size, group, width, width, VALUE_TOKEN=token, ROPE=rope, **dict(zip(flags, values, strict=True))
         )
         for size, group in ([(128, 4), (256, 8)] if not full else itertools.product(HEAD_DIMS, GROUPS))
-        for width in ((3, 8, 0), (4, 16, 0), (3, 16, 1), (4, 32, 1))
+        for width in (3, 4, COMPUTED)
         for token, rope in ((0, 1), (1, 0))
         for values in ((0, 0, 0), (1, 1, 1))
     ]

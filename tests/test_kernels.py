@@ -20,19 +20,20 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import structs
 from kvq_calib.runtime.cuda.append import append_blocks
 from kvq_calib.runtime.cuda.decode import DecodeStep, DecodeVariant, decode_attention
+from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
+from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
 from kvq_calib.runtime.cuda.pages import PageTable
 from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
-from kvq_calib.runtime.cuda.tables import KernelTables
 from kvq_calib.runtime.page_reader import PageReader
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 from kvq_calib.runtime.torch_ops import TorchOps
 from kvq_calib.runtime.torch_ops import append_blocks as append_in_torch
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
-from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.schema.geometry import Kind, KVGeometry, LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KVCacheSpec, QuantSpec, ScalarSpec, Thresholds, TrellisSpec
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -244,10 +245,12 @@ class Case:
     sink_logits: bool = False
     tail: int = 5
     heads: int = 2
+    seed: int = 0
 
 
-# Widths 1 to 8, head sizes 64 to 256, group sizes 1, 3, 4, 8 and every flag, each at least once in each company
-# that matters: uniform widths take byte permutes over 8 (to 3 bits) or 16 levels (4 bits), others a plain table.
+# Widths 1 to 8, head sizes 64 to 256, group sizes 1 to 8 and every flag, each at least once in each company that
+# matters: levels from tables take byte permutes over 8 (to 3 bits), 16 or 32 levels, or a plain table, the others are
+# computed. All kinds of steps and tiles are among them: see test_the_cases_have_every_kind.
 CASES = {
     "1bit-64-mha": Case(64, 1, quant(1), token(1)),
     "2bit-96-g8-dense": Case(96, 8, quant(2, 0.0), token(2, 0.0), "interleaved"),
@@ -279,7 +282,8 @@ CASES = {
     "trellis4-64-g3-bfloat16": Case(
         64, 3, paths(4), paths(3), "interleaved", dtype=torch.bfloat16, storage="bfloat16"
     ),
-    "trellis7-64-g2": Case(64, 2, paths(7), paths(5), "none"),
+    "trellis7-64-g2": Case(64, 2, paths(7), paths(6), "none"),
+    "trellis5-256-g5": Case(256, 5, paths(5), paths(5), seed=10),
     "trellis-mixed4-128-g4-pair-rotation": Case(
         128,
         4,
@@ -353,7 +357,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     case, device, batch, blocks = CASES[name], machine.device, 2, 11
     shape = geometry(case.size, case.heads, case.group, case.rope)
     spec = KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage)
-    layer = Layer(machine, spec, shape)
+    layer = Layer(machine, spec, shape, case.seed)
     storage = layer.storage(batch)
     packed = blocks * BLOCK_TOKENS
     for side, quantizer, kind in ((storage.key, layer.key, "key"), (storage.value, layer.value, "value")):
@@ -410,6 +414,51 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     torch.testing.assert_close(got.double(), values[:, :, part], rtol=1e-5, atol=1e-5)
     half = dequantize(machine.launcher, layer.tables[1], pages[1], batch, wanted, case.dtype)
     assert half.dtype == case.dtype
+
+
+def test_the_cases_have_every_kind() -> None:
+    """Steps of keys and tiles of values of all kinds that the kernel has code for, read by the cases above."""
+    machine = Machine(HostLauncher(), torch.device("cpu"))
+    seen: dict[Kind, set[Widths]] = {"key": set(), "value": set()}
+    for case in CASES.values():
+        shape = geometry(case.size, case.heads, case.group, case.rope)
+        layer = Layer(machine, KVCacheSpec(key=case.key, value=case.value), shape, case.seed)
+        for table, names in zip(layer.tables, (KEY_KINDS, VALUE_KINDS), strict=True):
+            if table.decode.kinds is None:
+                continue
+            for ends in table.decode.kinds.int():
+                steps = ends[: len(names)].diff(prepend=ends.new_zeros(1))
+                seen[table.kind] |= {name for name, count in zip(names, steps, strict=True) if count > 0}
+    assert seen == {"key": set(KEY_KINDS), "value": set(VALUE_KINDS)}
+
+
+def test_coefficients_of_any_size(machine: Machine) -> None:
+    """A power of two in the coefficients of keys meets its reciprocal in the scores, one of values is in the result."""
+    layer = Layer(machine, KVCacheSpec(key=paths(7), value=paths(5)), geometry(64, 2, 2, "none"))
+    storage = layer.storage(1)
+    layer.torch.pack(storage, layer.tokens("key", 1, 256), layer.tokens("value", 1, 256))
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
+    blocks = torch.tensor([[[32 * block, -1] for block in range(PAGE_BLOCKS)]], dtype=torch.int32)
+    context = DecodeContext(
+        blocks.to(machine.device), torch.empty(1, 0, dtype=torch.int32, device=machine.device)
+    )
+    query = torch.randn(1, 4, 64, generator=layer.generator).to(machine.device).half()
+    none = layer.tokens("key", 1, 0)
+
+    def attend(key_power: float, value_power: float) -> Tensor:
+        tables = []
+        for quantizer, kind, power in ((layer.key, "key", key_power), (layer.value, "value", value_power)):
+            scaled = dataclasses.replace(
+                quantizer.params, coefficients=quantizer.params.coefficients.float() * power
+            )
+            tables.append(KernelTables(quantizer.with_params(scaled), kind))
+        step = DecodeStep(query, *pages, [(none, none)] * 2, context, scaling=0.125 / key_power)
+        return decode_attention(machine.launcher, *tables, step)
+
+    plain = attend(1.0, 1.0)
+    assert plain.abs().max() > 0.1
+    assert torch.equal(attend(2.0**40, 2.0**12), plain * 2.0**12)
+    assert torch.equal(attend(2.0**-40, 1.0), plain)
 
 
 def test_nothing_visible_is_zero(machine: Machine) -> None:
@@ -674,7 +723,7 @@ def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) ->
 def test_parameter_structures_match_the_sources() -> None:
     from shim.host import KERNELS, build
 
-    variant = DecodeVariant(64, 1, 3, 3, 8, 8, False, False, True, True, False, False, False)
+    variant = DecodeVariant(64, 1, 3, 3, False, False, True, True, False, False, False)
     for source, kernels in KERNELS.items():
         library = build(source, variant.defines if source == "decode.cu" else ())
         for kernel, name in kernels.items():

@@ -1,4 +1,4 @@
-// Shared by all kernels: 16-bit floats, the packed layout of docs/kernels.md, level lookup, warp matrix products.
+// Shared by all kernels: 16-bit floats, the packed layout of docs/kernels.md, warp matrix products.
 //
 // Everything here is written once for all bit widths. The same files build with nvcc and, in tests, as C++ for the
 // host, where tests/shim stands in for the CUDA headers.
@@ -95,6 +95,28 @@ struct Channel {
     uint16_t coordinate;
     uint16_t bits;
 };
+
+// Words of codes, by the widest loads that their alignment allows.
+template <int Words> KVQ_DEVICE void load_words(const uint32_t *source, uint32_t *words) {
+    if constexpr (Words % 4 == 0) {
+        for (int i = 0; i < Words / 4; ++i) {
+            const uint4 four = __ldg(reinterpret_cast<const uint4 *>(source) + i);
+            words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+        }
+    } else if constexpr (Words % 2 == 0) {
+        for (int i = 0; i < Words / 2; ++i) {
+            const uint2 two = __ldg(reinterpret_cast<const uint2 *>(source) + i);
+            words[2 * i] = two.x, words[2 * i + 1] = two.y;
+        }
+    } else {
+        for (int i = 0; i < Words; ++i) words[i] = __ldg(source + i);
+    }
+}
+
+// The codes of a channel in a page, of which `codes` has those of all: one multiply-add.
+KVQ_DEVICE const uint32_t *region_of(const uint32_t *codes, const Channel &channel) {
+    return codes + uint64_t(channel.word) * kPageBlocks;
+}
 
 // The bits words of a unit (32 codes of one channel) as four slices of eight nibbles: selectors[s] holds the low
 // four bits of the codes of tokens 8 s .. 8 s + 7. Of width 4 and wider the nibble is complete; narrower codes are
@@ -215,81 +237,14 @@ KVQ_DEVICE uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
     return result;
 }
+
+// The bits of x where the mask is set, of y elsewhere, in one instruction; left to itself the compiler takes two.
+KVQ_DEVICE uint32_t choose_bits(uint32_t mask, uint32_t x, uint32_t y) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(result) : "r"(mask), "r"(x), "r"(y));
+    return result;
+}
 #endif
-
-// ---- level lookup --------------------------------------------------------------------------------------------
-
-// Levels are halves whose low and high bytes stand in separate planes: eight bytes of a plane are what one byte
-// permute selects from. `Levels<8>` serves indices of 1 to 3 bits, `Levels<16>` of 4, `Levels<32>` of 5, whose top
-// bits stand in the nibbles of `high`.
-template <int Count> struct Levels;
-
-template <> struct Levels<8> {
-    uint4 plane;  // low bytes (x, y), high bytes (z, w)
-
-    KVQ_DEVICE void load(const uint4 *table, int channel) { plane = table[channel]; }
-
-    // Half a slice: pair[i] holds tokens 4 half + 2 i and the next.
-    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t, int half, uint32_t *pair) const {
-        const uint32_t select = half ? selectors >> 16 : selectors;
-        const uint32_t low = permute(plane.x, plane.y, select);
-        const uint32_t high = permute(plane.z, plane.w, select);
-        pair[0] = permute(low, high, 0x5140);
-        pair[1] = permute(low, high, 0x7362);
-    }
-};
-
-template <> struct Levels<16> {
-    uint4 low_plane, high_plane;
-
-    KVQ_DEVICE void load(const uint4 *table, int channel) {
-        low_plane = table[2 * channel];
-        high_plane = table[2 * channel + 1];
-    }
-
-    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t, int half, uint32_t *pair) const {
-        // Byte i of the first or second result, by the top bit of code i. Both words serve eight tokens.
-        uint32_t within = masked(selectors, 0x77777777u);
-        uint32_t choose = masked_or(selectors >> 1, 0x44444444u, 0x32103210u);
-        if (half) within >>= 16, choose >>= 16;
-        const uint32_t low = permute(permute(low_plane.x, low_plane.y, within),
-                                     permute(low_plane.z, low_plane.w, within), choose);
-        const uint32_t high = permute(permute(high_plane.x, high_plane.y, within),
-                                      permute(high_plane.z, high_plane.w, within), choose);
-        pair[0] = permute(low, high, 0x5140);
-        pair[1] = permute(low, high, 0x7362);
-    }
-};
-
-template <> struct Levels<32> {
-    uint4 low_plane[2], high_plane[2];
-
-    KVQ_DEVICE void load(const uint4 *table, int channel) {
-        for (int i = 0; i < 2; ++i) {
-            low_plane[i] = table[4 * channel + i];
-            high_plane[i] = table[4 * channel + 2 + i];
-        }
-    }
-
-    static KVQ_DEVICE uint32_t bytes(const uint4 *plane, uint32_t within, uint32_t choose, uint32_t choose_upper) {
-        uint32_t found[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            found[i] = permute(permute(plane[i].x, plane[i].y, within), permute(plane[i].z, plane[i].w, within), choose);
-        return permute(found[0], found[1], choose_upper);
-    }
-
-    KVQ_DEVICE void lookup(uint32_t selectors, uint32_t high, int half, uint32_t *pair) const {
-        uint32_t within = masked(selectors, 0x77777777u);
-        uint32_t choose = masked_or(selectors >> 1, 0x44444444u, 0x32103210u);
-        uint32_t choose_upper = high << 2 | 0x32103210u;
-        if (half) within >>= 16, choose >>= 16, choose_upper >>= 16;
-        const uint32_t lower = bytes(low_plane, within, choose, choose_upper);
-        const uint32_t upper = bytes(high_plane, within, choose, choose_upper);
-        pair[0] = permute(lower, upper, 0x5140);
-        pair[1] = permute(lower, upper, 0x7362);
-    }
-};
 
 // 2^x, to 2^-22 relative; 0 for minus infinity and where the result would be subnormal.
 #ifdef __CUDACC__
@@ -311,13 +266,6 @@ KVQ_DEVICE void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uin
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// The same with A 16 x 8 (a0, a1) and B 8 x 8 (b0).
-KVQ_DEVICE void mma_16x8x8(float *d, uint32_t a0, uint32_t a1, uint32_t b0) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b0));
 }
 
 // Transposes an 8 x 8 matrix of halves whose row g, columns 2 j and 2 j + 1 each thread holds.

@@ -1,14 +1,15 @@
 // Keys or values of whole blocks as ordinary 16-bit or 32-bit tensors, for attention over many queries at once:
 // decoded, outliers added, keys turned to their positions.
-#include "common.cuh"
+#include "channel_levels.cuh"
 
 constexpr int kThreads = 128;
 
 struct DequantizeParams {
     const PagePointers *pages;      // of the whole tensor
-    const float *levels;            // [C or 1, levels]
+    const float *levels;            // of every channel, or null: they are computed
     const float *scale;             // [C] of the channels, or null
     const float *zero_point;        // [C]
+    const float *coefficients;      // [C, 6] of computed levels, which have no scale and no zero point
     const uint8_t *bits;            // [C]
     const int *word_offset;         // [C], sum of the widths before
     const uint2 *angles;            // [H, D / 2] turns per token and at position 0, or null: no rotary embedding
@@ -16,10 +17,9 @@ struct DequantizeParams {
     const int *positions;           // [B, 32 * blocks]
     void *out;                      // [B, H, 32 * blocks, D]
     float rope_scaling;             // on pairs that turn with the position
-    int level_count, level_stride;
     int heads, head_dim, words;
     int first_block;
-    int token, channel_normalized, storage_bfloat, trellis;
+    int token, channel_normalized, storage_bfloat, paths;
     int type;                       // of out: 0 float16, 1 bfloat16, 2 float32
 };
 
@@ -42,13 +42,19 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) dequantize_blocks(const __grid_co
         uint32_t words[8], low[4], high[4];
         for (int w = 0; w < 8; ++w) words[w] = w < bits ? unit[w] : 0u;
         unpack_unit(words, bits, low, high);
-        if (p.trellis) trellis_index(low, high);
-        const float *levels = p.levels + int64_t(channel) * p.level_stride * p.level_count;
+        if (p.paths) trellis_index(low, high);
+        float *column = tile + i;
+        if (p.coefficients) {
+            const ChannelLevels levels(p.coefficients, p.bits, channel, p.paths);
+#pragma unroll
+            for (int t = 0; t < kBlockTokens; ++t) column[t * p.head_dim] = levels.level(code_of(low, high, t));
+            continue;
+        }
 #pragma unroll
         for (int t = 0; t < kBlockTokens; ++t) {
             const float scale = p.token ? stored(p, params[2 * t]) : p.scale[channel];
             const float zero_point = p.token ? stored(p, params[2 * t + 1]) : p.zero_point[channel];
-            tile[t * p.head_dim + i] = __fadd_rn(zero_point, __fmul_rn(scale, levels[code_of(low, high, t)]));
+            column[t * p.head_dim] = __fadd_rn(zero_point, __fmul_rn(scale, p.levels[code_of(low, high, t)]));
         }
     }
     __syncthreads();

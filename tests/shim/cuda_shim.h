@@ -307,6 +307,7 @@ inline int thread_anew() { return int(threadIdx.x); }
 inline int block_y_anew() { return int(blockIdx.y); }
 template <typename T> inline T *opaque(T *address) { return address; }
 inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline uint32_t choose_bits(uint32_t mask, uint32_t x, uint32_t y) { return (x & mask) | (y & ~mask); }
 
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
     const uint64_t bytes = uint64_t(high) << 32 | low;
@@ -342,8 +343,6 @@ inline void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_
     });
     for (int i = 0; i < 4; ++i) d[i] += __uint_as_float(out[i]);
 }
-
-inline void mma_16x8x8(float *d, uint32_t a0, uint32_t a1, uint32_t b0) { mma_16x8x16(d, a0, a1, 0, 0, b0, 0); }
 
 inline uint32_t transpose_8x8(uint32_t row) {
     return *shim::exchange(shim::kTranspose, &row, 1, [](auto &from, auto &to) {

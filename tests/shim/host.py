@@ -37,7 +37,7 @@ def build(source: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
     folder = kernel_folder()
     digest = hashlib.sha256("\0".join([text, *options, *defines]).encode())
-    for path in (folder / source, folder / "common.cuh", SHIM / "cuda_shim.h"):
+    for path in (folder / source, *sorted(folder.glob("*.cuh")), SHIM / "cuda_shim.h"):
         digest.update(path.read_bytes())
     library = BUILDS / f"{Path(source).stem}-{digest.hexdigest()[:32]}.so"
     if not library.exists():

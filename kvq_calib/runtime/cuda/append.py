@@ -12,7 +12,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.pages import page_rows
 from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, AppendParams, AppendSide, PlaceParams, pointer
-from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.cuda.tables import QuantizerTables
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 
 __all__ = ["append_blocks"]
@@ -25,8 +25,8 @@ _SOURCE = "append.cu"
 
 def append_blocks(
     launcher: Launcher,
-    key: KernelTables,
-    value: KernelTables,
+    key: QuantizerTables,
+    value: QuantizerTables,
     storage: LayerStorage,
     keys: Tensor,
     values: Tensor,
@@ -64,7 +64,7 @@ class _Side:
             or ``None``.
     """
 
-    def __init__(self, table: KernelTables, packed: PackedTensor, x: Tensor) -> None:
+    def __init__(self, table: QuantizerTables, packed: PackedTensor, x: Tensor) -> None:
         self.table, self.packed, self.x = table, packed, x
         self.batch, self.blocks = x.shape[0], x.shape[2] // BLOCK_TOKENS
         self._check()
@@ -113,8 +113,9 @@ class _Side:
             scale=pointer(table.scale),
             reciprocal=pointer(table.reciprocal),
             zero_point=pointer(table.zero_point),
-            levels=table.levels.data_ptr(),
+            levels=pointer(table.levels),
             boundaries=pointer(table.boundaries),
+            coefficients=pointer(table.coefficients),
             bits=table.bits.data_ptr(),
             word_offset=table.word_offset.data_ptr(),
             compensation=pointer(table.compensation),
@@ -124,16 +125,13 @@ class _Side:
             refinements=table.refinements,
             type=TYPES[x.dtype],
             words=table.words,
-            level_count=table.levels.shape[1],
-            level_stride=table.level_stride,
             token=int(table.token),
             channel_normalized=int(table.channel_normalized),
             per_side=table.per_side,
             cap=table.cap,
             capacity=BLOCK_TOKENS * table.cap,
             storage_bfloat=int(table.storage_bfloat),
-            trellis=int(table.trellis),
-            boundary_count=table.boundaries.shape[1],
+            paths=int(table.paths),
         )
         side.stride[:] = x.stride()[:3]
         if table.pair_rotation is not None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.slot_view import DecodeContext
 from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, ReduceParams, check, pointer
-from kvq_calib.runtime.cuda.tables import KernelTables, unsupported
 
 __all__ = ["DecodeStep", "DecodeVariant", "decode_attention"]
 
@@ -65,8 +65,6 @@ class DecodeVariant:
     group: int
     key_bits: int
     value_bits: int
-    key_entries: int
-    value_entries: int
     key_outliers: bool
     value_outliers: bool
     value_token: bool
@@ -74,8 +72,8 @@ class DecodeVariant:
     softcap: bool
     query_bfloat: bool
     storage_bfloat: bool
-    key_trellis: bool = False
-    value_trellis: bool = False
+    key_paths: bool = False
+    value_paths: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -197,19 +195,17 @@ def _variant(key: KernelTables, value: KernelTables, step: DecodeStep, division:
     return DecodeVariant(
         head_dim=key.head_dim,
         group=-(-division.group // division.subgroups),
-        key_bits=key.uniform_bits,
-        value_bits=value.uniform_bits,
-        key_entries=key.entries,
-        value_entries=value.entries,
+        key_bits=key.decode.bits,
+        value_bits=value.decode.bits,
         key_outliers=key.cap > 0,
         value_outliers=value.cap > 0,
         value_token=value.token,
-        rope=key.turns,
+        rope=key.rotates,
         softcap=step.softcap is not None,
         query_bfloat=step.query.dtype == torch.bfloat16,
         storage_bfloat=key.storage_bfloat,
-        key_trellis=key.trellis,
-        value_trellis=value.trellis,
+        key_paths=key.decode.paths,
+        value_paths=value.decode.paths,
     )
 
 
@@ -225,13 +221,15 @@ def _params(
         key_pages=pointer(step.key_pages),
         value_pages=pointer(step.value_pages),
         blocks=pointer(step.context.blocks),
-        key_channels=key.channels.data_ptr(),
-        value_channels=value.channels.data_ptr(),
-        key_levels=key.level_table.data_ptr(),
-        value_levels=value.level_table.data_ptr(),
-        key_angles=key.ordered_angles.data_ptr(),
-        key_pair_scale=key.pair_scale.data_ptr(),
-        value_affine=value.affine.data_ptr(),
+        key_channels=key.decode.channels.data_ptr(),
+        value_channels=value.decode.channels.data_ptr(),
+        key_levels=key.decode.levels.data_ptr(),
+        value_levels=value.decode.levels.data_ptr(),
+        key_kinds=pointer(key.decode.kinds),
+        value_kinds=pointer(value.decode.kinds),
+        key_angles=key.decode.angles.data_ptr(),
+        key_pair_scale=key.decode.pair_scale.data_ptr(),
+        value_affine=value.decode.affine.data_ptr(),
         exact_positions=pointer(step.context.exact_positions),
         exact_angles=key.frequencies.data_ptr(),
         exact_pairs=key.pairs.data_ptr(),
@@ -251,7 +249,7 @@ def _params(
         scaling=step.scaling,
         softcap=step.softcap or 0.0,
         rope_scaling=key.rope_scaling,
-        key_rope=int(key.turns),
+        key_rope=int(key.rotates),
         block_stride=step.context.blocks.shape[1],
     )
     for number, (keys, values) in enumerate(step.exact):

@@ -9,7 +9,7 @@ from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, DequantizeParams, check, pointer
-from kvq_calib.runtime.cuda.tables import KernelTables
+from kvq_calib.runtime.cuda.tables import QuantizerTables
 
 __all__ = ["dequantize"]
 
@@ -18,7 +18,7 @@ _THREADS = 128
 
 def dequantize(
     launcher: Launcher,
-    table: KernelTables,
+    table: QuantizerTables,
     pages: Tensor,
     batch: int,
     blocks: range,
@@ -57,9 +57,10 @@ def dequantize(
         return out
     params = DequantizeParams(
         pages=pages.data_ptr(),
-        levels=table.levels.data_ptr(),
+        levels=pointer(table.levels),
         scale=pointer(table.scale),
         zero_point=pointer(table.zero_point),
+        coefficients=pointer(table.coefficients),
         bits=table.bits.data_ptr(),
         word_offset=table.word_offset.data_ptr(),
         angles=None if positions is None else table.angles.data_ptr(),
@@ -67,8 +68,6 @@ def dequantize(
         positions=pointer(positions),
         out=out.data_ptr(),
         rope_scaling=table.rope_scaling,
-        level_count=table.levels.shape[1],
-        level_stride=table.level_stride,
         heads=heads,
         head_dim=size,
         words=table.words,
@@ -76,7 +75,7 @@ def dequantize(
         token=int(table.token),
         channel_normalized=int(table.channel_normalized),
         storage_bfloat=int(table.storage_bfloat),
-        trellis=int(table.trellis),
+        paths=int(table.paths),
         type=TYPES[dtype],
     )
     grid = (len(blocks), heads, batch)

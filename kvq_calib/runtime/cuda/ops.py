@@ -12,12 +12,13 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.append import append_blocks
 from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
+from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.pages import PageTable
 from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.cuda.structs import TYPES
-from kvq_calib.runtime.cuda.tables import CODECS, KernelTables, unsupported
+from kvq_calib.runtime.cuda.tables import CODECS
 from kvq_calib.runtime.dense import attend_dense
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.slots import SlotTable

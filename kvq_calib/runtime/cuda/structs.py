@@ -41,10 +41,8 @@ class DecodeParams(ctypes.Structure):
             (name, _P)
             for name in ("query", "key_pages", "value_pages", "blocks", "key_channels", "value_channels")
         ),
-        *(
-            (name, _P)
-            for name in ("key_levels", "value_levels", "key_angles", "key_pair_scale", "value_affine")
-        ),
+        *((name, _P) for name in ("key_levels", "value_levels", "key_kinds", "value_kinds", "key_angles")),
+        *((name, _P) for name in ("key_pair_scale", "value_affine")),
         ("exact_key", _P * 2),
         ("exact_value", _P * 2),
         *(
@@ -82,16 +80,12 @@ class AppendSide(ctypes.Structure):
             (name, _P)
             for name in ("x", "pages", "cosine", "sine", "partner", "scale", "reciprocal", "zero_point")
         ),
-        *((name, _P) for name in ("levels", "boundaries", "bits", "word_offset")),
+        *((name, _P) for name in ("levels", "boundaries", "coefficients", "bits", "word_offset")),
         *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
-        *(
-            (name, _I)
-            for name in ("type", "words", "level_count", "level_stride", "token", "channel_normalized")
-        ),
-        *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat")),
-        *((name, _I) for name in ("trellis", "boundary_count", "refinements", "padding")),
+        *((name, _I) for name in ("type", "words", "token", "channel_normalized")),
+        *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat", "paths", "refinements")),
     )
 
 
@@ -117,14 +111,12 @@ class DequantizeParams(ctypes.Structure):
     """Of ``dequantize_blocks``."""
 
     _fields_ = (
-        *((name, _P) for name in ("pages", "levels", "scale", "zero_point", "bits", "word_offset")),
+        *((name, _P) for name in ("pages", "levels", "scale", "zero_point", "coefficients", "bits")),
+        ("word_offset", _P),
         *((name, _P) for name in ("angles", "pairs", "positions", "out")),
         ("rope_scaling", _F),
-        *(
-            (name, _I)
-            for name in ("level_count", "level_stride", "heads", "head_dim", "words", "first_block")
-        ),
-        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "trellis", "type")),
+        *((name, _I) for name in ("heads", "head_dim", "words", "first_block")),
+        *((name, _I) for name in ("token", "channel_normalized", "storage_bfloat", "paths", "type")),
     )
 
 

@@ -17,14 +17,13 @@ from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
 from kvq_calib.schema.spec import Kind
 
-__all__ = ["CODECS", "MAX_HEAD_DIM", "KernelTables", "unsupported"]
+__all__ = ["CODECS", "QuantizerTables"]
 
-MAX_HEAD_DIM = 256
 #: Codecs that the kernels know.
 CODECS = (ScalarQuantizer.codec, TrellisQuantizer.codec)
 
 
-class KernelTables:
+class QuantizerTables:
     """One quantizer's numbers as the kernels read them; made once.
 
     Args:
@@ -34,8 +33,8 @@ class KernelTables:
     Attributes:
         heads, head_dim: shape of a token; ``words`` code words of a sequence in a page.
         bits, word_offset: uint8 and int32 ``[C]``.
-        levels, boundaries: float32 ``[C or 1, L]`` and ``[C or 1, L - 1]``, with a trellis ``[C or 1, L - 4]``: between
-            neighbours in a subset. ``level_stride`` is 0 where all channels share the row.
+        levels, boundaries: float32 ``[L]`` and ``[L - 1]`` of all channels, where they share their levels; or ``None``.
+        coefficients: float32 ``[C, 6]``, of computed levels; or ``None``.
         scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
         compensation: float32 ``[H, D, D]``, shares of the errors of the coordinates before; or ``None``.
         refinement: the same of all others, for ``refinements`` further passes; or ``None``.
@@ -51,7 +50,7 @@ class KernelTables:
         self.heads, self.head_dim = layout.heads, layout.head_dim
         self.words = PAGE_BLOCKS * layout.words_per_block
         self.token = layout.token_params
-        self.trellis = quantizer.codes_in_blocks
+        self.paths = quantizer.codes_in_blocks
         self.channel_normalized = quantizer.channel_normalised
         self.cap = quantizer.outlier_cap
         self.per_side = 0
@@ -62,34 +61,30 @@ class KernelTables:
         self.rope = quantizer.read_rope if kind == "key" else None
         self.bits = self._tensor(layout.widths, torch.uint8)
         self.word_offset = torch.tensor(layout.word_offsets, dtype=torch.int32, device=self.device)
-        shared = quantizer.shared_levels is not None
-        rows = slice(0, 1) if shared else slice(None)
-        self.levels = quantizer.levels[rows].contiguous()
-        if self.trellis:
-            self.boundaries = ((self.levels[:, :-4] + self.levels[:, 4:]) * 0.5).contiguous()
-        else:
-            self.boundaries = nearest_boundaries(self.levels, self.bits[rows]).contiguous()
-        self.level_stride = 0 if shared else 1
         self.scale: Tensor | None = None
         self.zero_point: Tensor | None = None
         self.reciprocal: Tensor | None = None
         if quantizer.has_channel_thresholds:
             self.scale, self.zero_point = quantizer.scale.contiguous(), quantizer.zero_point.contiguous()
             self.reciprocal = reciprocal(self.scale)
-        elif not self.token:  # levels that stand for themselves
-            self.scale = self.reciprocal = torch.ones(layout.channels, device=self.device)
-            self.zero_point = torch.zeros(layout.channels, device=self.device)
+        self.levels: Tensor | None = None
+        self.boundaries: Tensor | None = None
+        if quantizer.shared_levels is not None:
+            self.levels = quantizer.shared_levels.float().contiguous()
+            self.boundaries = nearest_boundaries(self.levels[None], self.bits[:1])[0].contiguous()
+        self.coefficients: Tensor | None = None
         self.refinements = 0
         self.compensation: Tensor | None = None
         self.refinement: Tensor | None = None
         self.token_weight: Tensor | None = None
         self.weight_edges: Tensor | None = None
         if isinstance(quantizer, TrellisQuantizer):
-            self._set_encoder(quantizer)
+            self._set_trellis(quantizer)
 
-    def _set_encoder(self, quantizer: TrellisQuantizer) -> None:
-        """What only the encoder of the trellis codec reads."""
+    def _set_trellis(self, quantizer: TrellisQuantizer) -> None:
+        """What the trellis codec has beside."""
         made, params = quantizer.compensation, quantizer.params
+        self.coefficients = quantizer.coefficients.contiguous()
         if made is not None:
             self.compensation, self.refinements = made.shares.contiguous(), made.refinement_passes
             self.refinement = None if made.refinement_shares is None else made.refinement_shares.contiguous()
@@ -119,7 +114,7 @@ class KernelTables:
     @cached_property
     def frequencies(self) -> Tensor:
         """int32 ``[D / 2]``: turns per token of each pair, in 2^-32."""
-        return _turns(self._tensor(self.rope_pairs[1], torch.float64))
+        return turns(self._tensor(self.rope_pairs[1], torch.float64))
 
     @property
     def rope_scaling(self) -> float:
@@ -127,7 +122,7 @@ class KernelTables:
         return 1.0 if self.rope is None else self.rope.attention_scaling
 
     @cached_property
-    def turns(self) -> bool:
+    def rotates(self) -> bool:
         """Whether any pair turns with the position."""
         return any(self.rope_pairs[1])
 
@@ -138,7 +133,7 @@ class KernelTables:
         angle = self.quantizer.pair_angle
         if angle is not None:
             start[:, : angle.shape[1]] = -angle.double()
-        return torch.stack((self.frequencies.expand(self.heads, -1), _turns(start)), dim=-1).contiguous()
+        return torch.stack((self.frequencies.expand(self.heads, -1), turns(start)), dim=-1).contiguous()
 
     @cached_property
     def pair_rotation(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -152,109 +147,6 @@ class KernelTables:
             place[second] = first | number << 16 | 1 << 15
         return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, angle.shape[1]])
 
-    # Tables of the decode kernel.
-
-    @cached_property
-    def uniform_bits(self) -> int:
-        """The width of every channel, or 0: each has its own, or all need a wide table."""
-        widths = set(self.quantizer.layout.widths)
-        return widths.pop() if len(widths) == 1 and max(widths) <= 4 and min(widths) > 0 else 0
-
-    @cached_property
-    def entries(self) -> int:
-        """Levels in a row of the decode kernel's table: what byte permutes serve, or all."""
-        return max(8, self.quantizer.level_count(max(self.quantizer.layout.widths)))
-
-    @cached_property
-    def order(self) -> Tensor:
-        """int64 ``[H, D]``: coordinates as the decode kernel takes them.
-
-        Keys by RoPE pairs, first and second. Channels of like widths stand side by side.
-        """
-        widths = self.bits.view(self.heads, self.head_dim).tolist()
-        orders = []
-        for head in range(self.heads):
-            if self.kind == "key":
-                numbers = sorted(
-                    range(self.head_dim // 2),
-                    key=lambda pair: tuple(
-                        widths[head][coordinate] for coordinate in self.rope_pairs[0][pair]
-                    ),
-                )
-                orders.append([coordinate for pair in numbers for coordinate in self.rope_pairs[0][pair]])
-            else:
-                orders.append(sorted(range(self.head_dim), key=lambda coordinate: widths[head][coordinate]))
-        return self._tensor(orders, torch.int64)
-
-    @cached_property
-    def _pair_order(self) -> Tensor:
-        """int64 ``[H, D / 2]``: pairs in the order of :attr:`order`."""
-        number = torch.empty(self.head_dim, dtype=torch.int64, device=self.device)
-        for index, pair in enumerate(self.rope_pairs[0]):
-            number[list(pair)] = index
-        return number[self.order[:, ::2]]
-
-    @cached_property
-    def channels(self) -> Tensor:
-        """int32 ``[H, D, 2]``: word offset, and ``coordinate | bits << 16``, in :attr:`order`."""
-        channel = self.order + self.head_dim * torch.arange(self.heads, device=self.device)[:, None]
-        packed = self.order | self.bits[channel].to(torch.int64) << 16
-        return torch.stack((self.word_offset[channel], packed.to(torch.int32)), dim=-1).contiguous()
-
-    @cached_property
-    def ordered_angles(self) -> Tensor:
-        """:attr:`angles` in :attr:`order`."""
-        return self.angles.gather(1, self._pair_order[..., None].expand(-1, -1, 2)).contiguous()
-
-    @cached_property
-    def _ordered_levels(self) -> Tensor:
-        """What a code stands for before token scales, float32 ``[H, D, L]`` in :attr:`order`."""
-        channels = self.heads * self.head_dim
-        values = self.levels.expand(channels, -1)
-        if not self.token:
-            assert self.scale is not None
-            assert self.zero_point is not None
-            values = self.zero_point[:, None] + self.scale[:, None] * values
-        by_head = values.reshape(self.heads, self.head_dim, -1)
-        return by_head.gather(1, self.order[..., None].expand(-1, -1, by_head.shape[-1]))
-
-    @cached_property
-    def largest_level(self) -> float:
-        """Of :attr:`_ordered_levels`, in magnitude; reads the device once."""
-        return float(self._ordered_levels.abs().max())
-
-    @cached_property
-    def _pair_norm(self) -> Tensor:
-        """float32 ``[H, D / 2]``: the largest level of a pair, which leaves its table in [-1, 1]."""
-        norm = self._ordered_levels.abs().amax(-1).unflatten(-1, (-1, 2)).amax(-1)
-        return torch.where(norm > 0, norm, 1.0)
-
-    @cached_property
-    def pair_scale(self) -> Tensor:
-        """float32 ``[H, D / 2, 2]``: what a query is multiplied by for a pair; its levels' reciprocal factor."""
-        turned = self.ordered_angles[..., 0] != 0
-        factor = self._pair_norm * torch.where(turned, self.rope_scaling, 1.0)
-        return torch.stack((factor, 1.0 / self._pair_norm), dim=-1).contiguous()
-
-    @cached_property
-    def level_table(self) -> Tensor:
-        """The decode kernel's levels, uint8 ``[H, D, 2 * entries]``; keys divided by their pair's norm."""
-        levels = self._ordered_levels
-        if self.kind == "key":
-            levels = levels / self._pair_norm.repeat_interleave(2, dim=-1)[..., None]
-        return _planes(levels.to(torch.float16), self.entries)
-
-    @cached_property
-    def affine(self) -> Tensor:
-        """float32 ``[H, D, 2]``: factor and offset of the mixed output's channels."""
-        channels = self.heads * self.head_dim
-        pair = torch.stack((torch.ones(channels), torch.zeros(channels)), dim=-1).to(self.device)
-        if self.channel_normalized:
-            assert self.scale is not None
-            assert self.zero_point is not None
-            pair = torch.stack((self.scale, self.zero_point), dim=-1)
-        return pair.view(self.heads, self.head_dim, 2).contiguous()
-
     def tensors(self) -> list[Tensor]:
         """Everything held beside the quantizer's parameters."""
         held = [value for value in vars(self).values() if isinstance(value, Tensor)]
@@ -262,30 +154,7 @@ class KernelTables:
         return [tensor for tensor in held if tensor.data_ptr() not in own]
 
 
-def unsupported(key: KernelTables, value: KernelTables) -> str:
-    """Why there is no decode kernel for a layer, or an empty string."""
-    if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
-        return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
-    if key.token:
-        return "keys with a scale per token have no kernel"
-    if value.largest_level > torch.finfo(torch.float16).max:
-        return "value thresholds beyond float16 have no kernel"
-    return ""
-
-
-def _turns(radians: Tensor) -> Tensor:
+def turns(radians: Tensor) -> Tensor:
     """Angles as 32-bit fractions of a turn: float64 radians to int32 of the same shape."""
     units = torch.round(radians.double() / (2 * math.pi) * 2.0**32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(units >= 1 << 31, units - (1 << 32), units).to(torch.int32)
-
-
-def _planes(levels: Tensor, entries: int) -> Tensor:
-    """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
-
-    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
-    """
-    padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
-    width = min(entries, levels.shape[-1])
-    padded[..., :width] = levels[..., :width]
-    pairs: Tensor = padded.view(torch.uint8).unflatten(-1, (entries, 2))
-    return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()

@@ -1,0 +1,106 @@
+// Attention to exact tokens, and what the warps of a thread block found as one partial result.
+#pragma once
+
+#include "decode_params.cuh"
+
+// Combines what the warps of a block found and writes it as one split. Packed values are still to be scaled.
+KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
+    __syncthreads();
+    const Share share(p, block_y_anew());
+    const float2 *affine = p.value_affine + share.head * kDim;
+    const int row = blockIdx.z;
+    for (int i = thread_anew(); i < share.heads * kDim; i += kThreads) {
+        const int h = i / kDim, coordinate = i % kDim;
+        float maximum = kMinusInfinity, sum = 0.0f, offset = 0.0f, mixed = 0.0f;
+        for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, s.maximum[w][h]);
+        for (int w = 0; w < kWarps; ++w) {
+            if (s.maximum[w][h] == kMinusInfinity) continue;
+            const float weight = power_of_two(s.maximum[w][h] - maximum);
+            sum += weight * s.sum[w][h];
+            offset += weight * s.offset[w][h];
+            mixed += weight * s.out[(w * kGroup + h) * kDim + coordinate];
+        }
+        const float2 channel = packed ? affine[coordinate] : make_float2(1.0f, 0.0f);
+        const int64_t split = (int64_t(row) * p.query_heads + share.first + h) * p.splits + blockIdx.x;
+        p.partial[split * kDim + coordinate] = channel.y * sum + channel.x * (offset + mixed);
+        if (coordinate == 0) p.partial_sum[split] = make_float2(maximum, sum);
+    }
+}
+
+// Sinks and tail: 16-bit keys and values, a token at a time per warp.
+KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int first_head, int heads) {
+    constexpr int kOwn = (kDim + kWarp - 1) / kWarp;
+    constexpr int kPairs = (kDim / 2 + kWarp - 1) / kWarp;
+    const int row = blockIdx.z, lane = lane_id();
+    const int count = p.exact_count[0] + p.exact_count[1];
+    const uint16_t *query = p.query + (int64_t(row) * p.query_heads + first_head) * kDim;
+    for (int i = threadIdx.x; i < heads * kDim; i += kThreads) s.plain_query[i] = p.scaling * Query::to_float(query[i]);
+    __syncthreads();
+    const int parts = p.splits - p.packed_splits, part = blockIdx.x - p.packed_splits;
+    const int begin = int(int64_t(count) * part / parts), end = int(int64_t(count) * (part + 1) / parts);
+    float out[kGroup][kOwn], maximum[kGroup], sum[kGroup];
+#pragma unroll
+    for (int h = 0; h < kGroup; ++h) {
+        maximum[h] = kMinusInfinity, sum[h] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) out[h][i] = 0.0f;
+    }
+    for (int token = begin + warp_id(); token < end; token += kWarps) {
+        const int position = __ldg(p.exact_positions + int64_t(row) * count + token);
+        if (position == kMasked) continue;
+        const int side = token >= p.exact_count[0];
+        const int64_t place = p.exact_stride[side][0] * row + p.exact_stride[side][1] * head +
+                              int64_t(side ? token - p.exact_count[0] : token) * kDim;
+        float score[kGroup];
+#pragma unroll
+        for (int h = 0; h < kGroup; ++h) score[h] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            const int pair = i * kWarp + lane;
+            if (pair >= kDim / 2) continue;
+            const int first = __ldg(p.exact_pairs + pair) & 0xffffu, second = __ldg(p.exact_pairs + pair) >> 16;
+            float a = Storage::to_float(p.exact_key[side][place + first]);
+            float b = Storage::to_float(p.exact_key[side][place + second]);
+            const uint32_t frequency = __ldg(p.exact_angles + pair);
+            if (p.key_rope && frequency) {
+                float sine, cosine;
+                exact_sincos(uint32_t(position) * frequency, &sine, &cosine);
+                const float turned = (a * cosine - b * sine) * p.rope_scaling;
+                b = (a * sine + b * cosine) * p.rope_scaling;
+                a = turned;
+            }
+#pragma unroll
+            for (int h = 0; h < kGroup; ++h)
+                if (h < heads) score[h] += a * s.plain_query[h * kDim + first] + b * s.plain_query[h * kDim + second];
+        }
+#pragma unroll
+        for (int h = 0; h < kGroup; ++h) {
+            for (int step = 16; step; step /= 2) score[h] += __shfl_xor_sync(kAll, score[h], step);
+            if (KVQ_SOFTCAP) score[h] = p.softcap * tanhf(score[h] / p.softcap);
+            const float x = score[h] * kLog2e, top = fmaxf(maximum[h], x);
+            const float rescale = power_of_two(maximum[h] - top), probability = power_of_two(x - top);
+            maximum[h] = top;
+            sum[h] = sum[h] * rescale + probability;
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const int coordinate = i * kWarp + lane;
+                if (coordinate < kDim)
+                    out[h][i] = out[h][i] * rescale +
+                                probability * Storage::to_float(p.exact_value[side][place + coordinate]);
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < kGroup; ++h) {
+        if (lane == 0) {
+            s.maximum[warp_id()][h] = maximum[h];
+            s.sum[warp_id()][h] = sum[h];
+            s.offset[warp_id()][h] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+            if (i * kWarp + lane < kDim) s.out[(warp_id() * kGroup + h) * kDim + i * kWarp + lane] = out[h][i];
+    }
+    write_split(p, s, false);
+}

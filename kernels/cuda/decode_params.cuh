@@ -1,0 +1,176 @@
+// What the decode kernel is given, and how it lays out shared memory. The compile-time constants are listed in
+// decode.cu, docs/kernels.md derives the mapping of tokens and channels to lanes.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int kDim = KVQ_HEAD_DIM;
+constexpr int kGroup = KVQ_GROUP;
+constexpr bool kKeyComputed = KVQ_KEY_BITS == 0, kValueComputed = KVQ_VALUE_BITS == 0;
+constexpr int kTiles = kDim / 16;      // of 16 value channels
+constexpr int kKeySteps = kDim / 8;    // of four RoPE pairs
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+typedef Float16<KVQ_QUERY_BFLOAT != 0>::type Query;
+typedef Float16<KVQ_STORAGE_BFLOAT != 0>::type Storage;
+static_assert(kDim % 16 == 0 && kGroup >= 1 && kGroup <= 8, "no such variant");
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+constexpr int kMasked = -2147483647 - 1;  // position of an exact token that is not attended
+constexpr int kWeightExponent = 12;       // probabilities are scaled by 2^12, clear of half's subnormals
+
+// ---- which tokens and heads a lane serves --------------------------------------------------------------------
+
+// Of 16 tokens, product m of 8 takes two, in slots 0 and 1: neighbours where levels are looked up, t and t + 4 where
+// they are computed.
+constexpr bool kNeighbours = !kKeyComputed && !kValueComputed;
+constexpr int kSlotStep = kNeighbours ? 1 : 4;
+KVQ_DEVICE constexpr int token_of(int m, int slot) {
+    return (kNeighbours ? 2 * m : 8 * (m / 4) + m % 4) + kSlotStep * slot;
+}
+
+// Up to four query heads, the eight columns of a product are two slots of four heads; else one slot a product.
+constexpr bool kFold = kGroup <= 4;
+constexpr int kSets = kFold ? 1 : 2;  // of scores, one for each slot that lanes do not share
+KVQ_DEVICE int lane_slot() { return kFold ? lane_id() % 4 / 2 : 0; }
+KVQ_DEVICE int lane_head(int i) { return 2 * (kFold ? lane_id() % 2 : lane_id() % 4) + i; }
+
+// ---- parameters ----------------------------------------------------------------------------------------------
+
+// Channels of computed levels are sorted so that a step of four pairs, or a tile of 16 value channels, is of one kind:
+// the widths of its pairs' first and second channels, or of its first and second eight channels. Negative ones are
+// kNarrow, kMedium and kAnyWidth. kvq_calib/runtime/cuda/kinds.py lists the same.
+#define KVQ_KEY_KINDS 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, -1, -1, -2, -2, -3, -3
+#define KVQ_VALUE_KINDS 0, 0, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 3, -2, 4, -2, -2, -2, -3, -3
+constexpr int kKinds = 16;  // room for their number
+
+struct DecodeParams {
+    const uint16_t *query;            // [B, Hq, D] as the model rotated it
+    const PagePointers *key_pages;    // [pages], the first is page first_page of the blocks
+    const PagePointers *value_pages;  // [pages]
+    const int2 *blocks;               // [B, block_stride]: position of the first token, bits of attended tokens
+    const Channel *key_channels;      // [H, D]: RoPE pairs (2 i, 2 i + 1), of like widths side by side
+    const Channel *value_channels;    // [H, D]
+    const uint4 *key_levels;          // [H, D, entries] halves in the order of key_channels, planes up to 32 entries:
+    const uint4 *value_levels;        // or [H, D] ChannelNumbers, of values without c0, which is in value_affine
+    const uint8_t *key_kinds;         // [H, kKinds] where the steps of each kind end, with computed levels
+    const uint8_t *value_kinds;       // [H, kKinds] where the tiles of each kind end
+    const uint2 *key_angles;          // [H, D / 2]: turns per token, turns at position 0
+    const float2 *key_pair_scale;     // [H, D / 2]: factor of the levels of a pair, its reciprocal
+    const float2 *value_affine;       // [H, D]: factor and offset of a channel of the mixed output
+    const uint16_t *exact_key[2];     // sinks and tail, [B, H, n, D]
+    const uint16_t *exact_value[2];
+    const int *exact_positions;       // [B, n0 + n1], kMasked where not attended
+    const uint32_t *exact_angles;     // [D / 2]: turns per token
+    const uint32_t *exact_pairs;      // [D / 2]: coordinates of a pair, first | second << 16
+    float *partial;                   // [B, Hq, splits, D], not divided by the sum
+    float2 *partial_sum;              // [B, Hq, splits]: maximum (log2), sum
+    int64_t exact_stride[2][2];       // elements from sequence to sequence, from head to head
+    int key_words, value_words;       // 32-bit words of a sequence in a page
+    int kv_heads, query_heads, subgroups;
+    int first_page, pages;            // pages to read
+    int packed_splits, splits;
+    int exact_count[2];
+    int first_token;                  // tokens of blocks before it, counted from block 0, are not attended
+    float scaling, softcap;           // of the scores
+    float rope_scaling;               // on rotated pairs of exact keys
+    int key_rope;                     // exact keys are rotated on read
+    int block_stride;
+    int group;  // query heads that share a key-value head; given, because a quotient takes a register throughout
+};
+
+// ---- shared memory -------------------------------------------------------------------------------------------
+
+// 16-byte rows of a channel's levels: coefficients, or byte planes; tables of more than 32 levels stay outside.
+constexpr int level_rows(int bits) { return bits == 0 ? 2 : bits <= 3 ? 1 : bits <= 5 ? 1 << bits >> 3 : 0; }
+constexpr int kKeyRows = level_rows(KVQ_KEY_BITS), kValueRows = level_rows(KVQ_VALUE_BITS);
+constexpr int kTokenRow = 33;  // a block of 32 tokens and one column against bank conflicts
+constexpr int kScores = KVQ_KEY_OUTLIERS || KVQ_VALUE_OUTLIERS ? kPageBlocks * kTokenRow * kGroup : 0;
+
+// The column operands of a product: queries of a pair's two channels for the tokens of both slots.
+template <bool Twice> struct QueryOperand {
+    uint2 both;
+
+    KVQ_DEVICE void set(const float2 (&q)[2]) {
+        both = make_uint2(pack_half2(q[0].x, q[1].x), pack_half2(q[0].y, q[1].y));
+    }
+    KVQ_DEVICE uint2 all() const { return both; }
+    KVQ_DEVICE uint2 of_slot(int slot) const {
+        const uint32_t mask = slot ? 0xffff0000u : 0xffffu;
+        return make_uint2(both.x & mask, both.y & mask);
+    }
+};
+// The same with each slot by itself, so that nothing is left to be masked.
+template <> struct QueryOperand<true> {
+    uint4 slots;
+
+    KVQ_DEVICE void set(const float2 (&q)[2]) {
+        slots.x = pack_half2(q[0].x, 0.0f), slots.y = pack_half2(q[0].y, 0.0f);
+        slots.z = pack_half2(0.0f, q[1].x), slots.w = pack_half2(0.0f, q[1].y);
+    }
+    KVQ_DEVICE uint2 all() const { return make_uint2(slots.x | slots.z, slots.y | slots.w); }
+    KVQ_DEVICE uint2 of_slot(int slot) const {
+        return slot ? make_uint2(slots.z, slots.w) : make_uint2(slots.x, slots.y);
+    }
+};
+typedef QueryOperand<!kFold && kDim <= 128> Queries;  // twice where there is room
+
+struct KeyPlace {  // where outliers of a coordinate find their query and angle
+    uint32_t frequency, turn;
+    int pair;
+    float scale;
+};
+
+struct alignas(16) ChannelPair { Channel first, second; };
+
+struct Shared {
+    union {
+        Queries query[8 * kKeySteps * kWarp];
+        float plain_query[kGroup * kDim];
+        float out[kWarps * kGroup * kDim];
+    };
+    uint4 key_levels[kDim * kKeyRows + 1];
+    uint4 value_levels[kDim * kValueRows + 1];
+    ChannelPair key_channels[kDim / 2];
+    Channel value_channels[kDim];
+    uint2 key_angles[kDim / 2];
+    KeyPlace places[KVQ_KEY_OUTLIERS ? kDim : 1];
+    float scores[kWarps][kScores + 1];
+    float4 tiles[kWarps][kTiles][kWarp];  // mixed values, as matrix accumulators: see mix_page
+    uint16_t value_place[KVQ_VALUE_OUTLIERS ? kDim : 1];  // of a coordinate in the order of value_channels
+    uint8_t key_kinds[kKinds], value_kinds[kKinds];
+    float query_scale[8];
+    float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
+};
+
+KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));
+
+KVQ_DEVICE int query_index(int m, int step, int lane) { return (m * kKeySteps + step) * kWarp + lane; }
+KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kGroup + head; }
+
+struct Share {  // the query heads of a thread block
+    int head;   // their key-value head
+    int first, heads;
+
+    KVQ_DEVICE Share(const DecodeParams &p, int block) {
+        head = block / p.subgroups;
+        const int before = block % p.subgroups * kGroup;
+        first = head * p.group + before;
+        heads = min(kGroup, p.group - before);
+    }
+};
+
+// A quarter of the outlier list of the block that four lanes share: entries are sorted by token, so lanes rarely meet.
+struct OutlierRange {
+    int begin, end;
+
+    KVQ_DEVICE OutlierRange(const DecodeParams &p, const PagePointers &page, int row, int head) {
+        const int block = lane_id() / 4, part = lane_id() % 4;
+        const int batch = gridDim.z;
+        const int list = (block * batch + row) * p.kv_heads + head;
+        const int first = list_start(page, list), count = list_start(page, list + 1) - first;
+        begin = first + count * part / 4;
+        end = first + count * (part + 1) / 4;
+    }
+};

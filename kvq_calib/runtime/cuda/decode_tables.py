@@ -1,0 +1,253 @@
+"""What of a quantizer the decode kernel reads, in the order in which it reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.computed_levels import level_counts
+from kvq_calib.codec.trellis import TrellisQuantizer
+from kvq_calib.runtime.cuda.kinds import KIND_ROOM, Arrangement, arrange_pairs, arrange_values
+from kvq_calib.runtime.cuda.tables import QuantizerTables
+
+__all__ = ["MAX_HEAD_DIM", "DecodeTables", "KernelTables", "unsupported"]
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class DecodeTables:
+    """Keys or values of a layer as the decode kernel reads them.
+
+    Attributes:
+        bits: width of every channel with levels from a table; 0: each has its own, and levels are computed.
+        paths: with computed levels, codes are of a trellis.
+        channels: int32 ``[H, D, 2]``, word offset and ``coordinate | bits << 16``, in the kernel's order.
+        levels: uint8 ``[H, D, n]``: tables, or the coefficients of polynomials.
+        kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
+        angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
+        pair_scale: float32 ``[H, D / 2, 2]``: what a query is multiplied by for a pair, and the reciprocal of that of
+            its levels.
+        affine: float32 ``[H, D, 2]``: factor and offset of the mixed output's channels.
+        fits: whether half precision holds the levels.
+    """
+
+    bits: int
+    paths: bool
+    channels: Tensor
+    levels: Tensor
+    kinds: Tensor | None
+    angles: Tensor
+    pair_scale: Tensor
+    affine: Tensor
+    fits: bool = True
+
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        found = (getattr(self, field.name) for field in fields(self))
+        return [value for value in found if isinstance(value, Tensor)]
+
+
+class KernelTables(QuantizerTables):
+    """All that the kernels read of keys or values."""
+
+    @cached_property
+    def decode(self) -> DecodeTables:
+        """What the decode kernel reads; of heads of a multiple of 16 channels."""
+        if isinstance(self.quantizer, TrellisQuantizer):
+            return _computed(self, self.quantizer)
+        return _looked_up(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held beside the quantizer's parameters."""
+        return super().tensors() + (self.decode.tensors() if "decode" in vars(self) else [])
+
+
+def unsupported(key: KernelTables, value: KernelTables) -> str:
+    """Why there is no decode kernel for a layer, or an empty string."""
+    if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
+        return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
+    if key.token:
+        return "keys with a scale per token have no kernel"
+    if not value.decode.fits:
+        return "value thresholds beyond float16 have no kernel"
+    return ""
+
+
+def _channels(tables: QuantizerTables, order: Tensor) -> Tensor:
+    channel = order + tables.head_dim * torch.arange(tables.heads, device=tables.device)[:, None]
+    packed = order | tables.bits[channel].to(torch.int64) << 16
+    return torch.stack((tables.word_offset[channel], packed.to(torch.int32)), dim=-1).contiguous()
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    """``[C, n]`` to ``[H, D, n]`` in the kernel's order."""
+    by_head: Tensor = values.unflatten(0, tuple(order.shape))
+    return by_head.gather(1, order[..., None].expand(-1, -1, by_head.shape[-1]))
+
+
+def _pair_angles(tables: QuantizerTables, order: Tensor) -> Tensor:
+    """The angles of pairs, negative where the second channel comes first."""
+    number = torch.empty(tables.head_dim, dtype=torch.int64, device=tables.device)
+    is_first = torch.zeros(tables.head_dim, dtype=torch.bool, device=tables.device)
+    for index, (first, second) in enumerate(tables.rope_pairs[0]):
+        number[first] = number[second] = index
+        is_first[first] = True
+    leading = order[:, ::2]
+    angles = tables.angles.gather(1, number[leading][..., None].expand(-1, -1, 2))
+    return torch.where(is_first[leading][..., None], angles, -angles).contiguous()
+
+
+def _pair_scale(tables: QuantizerTables, angles: Tensor, norm: Tensor) -> Tensor:
+    """From what the levels of each pair are divided by, float32 ``[H, D / 2]``."""
+    factor = norm * torch.where(angles[..., 0] != 0, tables.rope_scaling, 1.0)
+    return torch.stack((factor, 1.0 / norm), dim=-1).contiguous()
+
+
+# ---- levels from tables ----------------------------------------------------------------------------------------------
+
+
+def _looked_up(tables: QuantizerTables) -> DecodeTables:
+    heads, size = tables.heads, tables.head_dim
+    coordinates = torch.arange(size)
+    if tables.kind == "key":
+        coordinates = torch.tensor([coordinate for pair in tables.rope_pairs[0] for coordinate in pair])
+    order = coordinates.to(tables.device).expand(heads, -1).contiguous()
+    assert tables.levels is not None
+    levels = tables.levels.expand(heads * size, -1)
+    if not tables.token:
+        assert tables.scale is not None
+        assert tables.zero_point is not None
+        levels = tables.zero_point[:, None] + tables.scale[:, None] * levels
+    levels = _in_order(levels, order)
+    fits = float(levels.abs().max()) <= torch.finfo(torch.float16).max
+    angles, norm = _pair_angles(tables, order), torch.ones(heads, size // 2, device=tables.device)
+    if tables.kind == "key":  # the largest level of a pair leaves its table in [-1, 1]
+        norm = levels.abs().amax(-1).unflatten(-1, (-1, 2)).amax(-1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        levels = levels / norm.repeat_interleave(2, dim=-1)[..., None]
+    affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads * size, 1)
+    if tables.channel_normalized:
+        assert tables.scale is not None
+        assert tables.zero_point is not None
+        affine = torch.stack((tables.scale, tables.zero_point), dim=-1)
+    bits = tables.quantizer.layout.widths[0]
+    return DecodeTables(
+        bits=bits,
+        paths=False,
+        channels=_channels(tables, order),
+        levels=_planes(levels.to(torch.float16), max(8, 1 << bits)),
+        kinds=None,
+        angles=angles,
+        pair_scale=_pair_scale(tables, angles, norm),
+        affine=affine.view(heads, size, 2).contiguous(),
+        fits=fits,
+    )
+
+
+def _planes(levels: Tensor, entries: int) -> Tensor:
+    """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
+
+    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
+    """
+    padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
+    padded[..., : levels.shape[-1]] = levels
+    pairs: Tensor = padded.view(torch.uint8).unflatten(-1, (entries, 2))
+    return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()
+
+
+# ---- levels that are computed ----------------------------------------------------------------------------------------
+
+
+def _computed(tables: QuantizerTables, quantizer: TrellisQuantizer) -> DecodeTables:
+    heads, size = tables.heads, tables.head_dim
+    widths = quantizer.widths
+    made = [_arrange(tables, widths[head * size : (head + 1) * size]) for head in range(heads)]
+    order = torch.tensor([each.order for each in made], dtype=torch.int64, device=tables.device)
+    kinds = torch.zeros(heads, KIND_ROOM, dtype=torch.uint8)
+    for head, each in enumerate(made):
+        kinds[head, : len(each.ends)] = torch.tensor(each.ends, dtype=torch.uint8)
+    exact = _in_order(_about_lower_end(quantizer), order)
+    angles = _pair_angles(tables, order)
+    norm = torch.ones(heads, size // 2, device=tables.device)
+    affine = torch.tensor([1.0, 0.0], device=tables.device).repeat(heads, size, 1)
+    if tables.kind == "key":
+        norm = _power_of_two(exact.abs().sum(-1).unflatten(-1, (-1, 2)).amax(-1))
+        polynomial = exact / norm.repeat_interleave(2, dim=-1)[..., None]
+    else:
+        constant, polynomial = exact[..., 0], exact.clone()
+        polynomial[..., 0] = 0.0
+        factor = _power_of_two(polynomial.abs().sum(-1))
+        polynomial /= factor[..., None]
+        by_coordinate = torch.stack((factor, constant), dim=-1)
+        affine = torch.empty_like(by_coordinate).scatter_(
+            1, order[..., None].expand(-1, -1, 2), by_coordinate
+        )
+    return DecodeTables(
+        bits=0,
+        paths=tables.paths,
+        channels=_channels(tables, order),
+        levels=_channel_numbers(polynomial, made, tables),
+        kinds=kinds.to(tables.device),
+        angles=angles,
+        pair_scale=_pair_scale(tables, angles, norm.float()),
+        affine=affine.float().contiguous(),
+    )
+
+
+def _arrange(tables: QuantizerTables, widths: tuple[int, ...]) -> Arrangement:
+    if tables.kind == "key":
+        return arrange_pairs(widths, tables.rope_pairs[0])
+    return arrange_values(widths)
+
+
+def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: QuantizerTables) -> Tensor:
+    """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width.
+
+    Args:
+        polynomial: float64 ``[H, D, 6]``.
+        made: the order of each head.
+        tables: of the layer.
+
+    Returns:
+        uint8 ``[H, D, 32]``.
+    """
+    widths = torch.tensor([each.widths for each in made], device=polynomial.device)
+    count = 1 << (widths + int(tables.paths)).clamp(0, 3)
+    index = torch.arange(8, device=polynomial.device).minimum(count[..., None] - 1)
+    v = 2 * index.double() / count[..., None] - 1
+    levels = torch.zeros_like(v)
+    for coefficient in reversed(polynomial.unbind(-1)):
+        levels = levels * v + coefficient[..., None]
+    table = _planes(levels.half(), 8)
+    twice = polynomial.half().repeat_interleave(2, dim=-1).contiguous().view(torch.uint8)
+    twice = torch.nn.functional.pad(twice, (0, 32 - twice.shape[-1]))
+    table = torch.nn.functional.pad(table, (0, 32 - table.shape[-1]))
+    has_table = (widths > 0) & (widths + int(tables.paths) <= 3)
+    return torch.where(has_table[..., None], table, twice).contiguous()
+
+
+def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
+    """The polynomials in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 6]``."""
+    coefficients = quantizer.coefficients.double()
+    step = 1.0 / level_counts(quantizer.spec, quantizer.params.bits).double()
+    count = coefficients.shape[1]
+    moved = [
+        sum(
+            (math.comb(power, k) * step ** (power - k) * coefficients[:, power] for power in range(k, count)),
+            torch.zeros_like(step),
+        )
+        for k in range(count)
+    ]
+    return torch.stack(moved, dim=-1)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The least power of two that is not below, 1 for 0."""
+    mantissa, exponent = torch.frexp(size)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.where(size > 0, torch.ldexp(torch.ones_like(size), exponent), 1.0)

@@ -1,0 +1,136 @@
+"""How the decode kernel takes channels whose widths differ: sorted, so that it meets few kinds of them.
+
+The kernel reads four RoPE pairs of keys at a time (a *step*), and 16 channels of values (a *tile*). It has code of its
+own for each *kind* of them: pairs whose first channel has one width and whose second has another, and tiles whose first
+and second eight channels have these widths. What is left over goes to kinds that take any widths up to 3, up to 5, or
+all, more slowly.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+__all__ = [
+    "ANY",
+    "KEY_KINDS",
+    "KIND_ROOM",
+    "MEDIUM",
+    "NARROW",
+    "VALUE_KINDS",
+    "Arrangement",
+    "arrange_pairs",
+    "arrange_values",
+]
+
+#: In the place of a width: channels of up to 3 bits, up to 5, any.
+NARROW, MEDIUM, ANY = -1, -2, -3
+_MOST = {NARROW: 3, MEDIUM: 5, ANY: 8}
+Widths = tuple[int, int]
+#: Widths of a pair's first and second channel, in the order in which their steps stand; ``decode_params.cuh`` has the
+#: same.
+KEY_KINDS: tuple[Widths, ...] = (
+    *((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5)),
+    *((NARROW, NARROW), (MEDIUM, MEDIUM), (ANY, ANY)),
+)
+#: Widths of a tile's first and second eight channels.
+VALUE_KINDS: tuple[Widths, ...] = (
+    *((0, 0), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5)),
+    *((3, MEDIUM), (4, MEDIUM), (MEDIUM, MEDIUM), (ANY, ANY)),
+)
+#: Bytes of a head's table of ends.
+KIND_ROOM = 16
+_STEP, _TILE = 4, 16
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The channels of one head as the kernel takes them.
+
+    Attributes:
+        order: coordinates; of keys pair after pair, the narrower channel first.
+        widths: that the kernel has code for, or :data:`NARROW`, :data:`MEDIUM`, :data:`ANY`; of each of ``order``.
+        ends: of each kind, the number of steps or tiles up to its last.
+    """
+
+    order: tuple[int, ...]
+    widths: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+def arrange_pairs(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Arrangement:
+    """Keys of one head.
+
+    Args:
+        widths: of its channels.
+        pairs: their coordinates, all of them, a multiple of four pairs.
+    """
+    by_widths: dict[Widths, list[tuple[int, int]]] = defaultdict(list)
+    for pair in pairs:
+        first, second = sorted(pair, key=lambda coordinate: widths[coordinate])
+        by_widths[widths[first], widths[second]].append((first, second))
+    steps: dict[Widths, list[tuple[int, int]]] = {kind: [] for kind in KEY_KINDS}
+    left: list[tuple[int, int]] = []
+    for kind in sorted(by_widths):
+        whole, rest = _cut(by_widths[kind], _STEP if kind in steps else 0)
+        if whole:
+            steps[kind] = whole
+        left += rest
+    for most in (NARROW, MEDIUM, ANY):
+        fitting = [pair for pair in left if widths[pair[1]] <= _MOST[most]]
+        steps[most, most], _ = _cut(fitting, _STEP)
+        left = [pair for pair in left if pair not in steps[most, most]]
+    coordinates = {kind: [coordinate for pair in steps[kind] for coordinate in pair] for kind in KEY_KINDS}
+    return _arranged(coordinates, 2 * _STEP, 1)
+
+
+def arrange_values(widths: Sequence[int]) -> Arrangement:
+    """Values of one head, a multiple of 16 channels of these widths."""
+    half = _TILE // 2
+    tiles: dict[Widths, list[int]] = {kind: [] for kind in VALUE_KINDS}
+    eights: dict[int, list[int]] = {}  # eight channels of one width that found no others
+    left: list[int] = []
+    for width in sorted(set(widths)):
+        channels = [channel for channel, own in enumerate(widths) if own == width]
+        tiles_of_width, rest = _cut(channels, _TILE if (width, width) in tiles else 0)
+        if tiles_of_width:
+            tiles[width, width] = tiles_of_width
+        if len(rest) >= half:
+            eights[width], rest = rest[:half], rest[half:]
+        left += rest
+    for width in sorted(eights):
+        if (width, width + 1) in tiles and width in eights and width + 1 in eights:
+            tiles[width, width + 1] += eights.pop(width) + eights.pop(width + 1)
+    for width in sorted(eights):
+        if (width, MEDIUM) in tiles:
+            medium = [channel for channel in left if widths[channel] <= _MOST[MEDIUM]][:half]
+            if len(medium) == half:
+                tiles[width, MEDIUM] += eights.pop(width) + medium
+                left = [channel for channel in left if channel not in medium]
+    left += [channel for channels in eights.values() for channel in channels]
+    left.sort(key=lambda channel: widths[channel])
+    tiles[MEDIUM, MEDIUM], _ = _cut([channel for channel in left if widths[channel] <= _MOST[MEDIUM]], _TILE)
+    tiles[ANY, ANY] = [channel for channel in left if channel not in tiles[MEDIUM, MEDIUM]]
+    return _arranged(tiles, _TILE, half)
+
+
+def _cut(items: list[Item], size: int) -> tuple[list[Item], list[Item]]:
+    """As many as fill whole groups of a size, and the others; none of size 0."""
+    whole = len(items) // size * size if size else 0
+    return items[:whole], items[whole:]
+
+
+def _arranged(by_kind: Mapping[Widths, Sequence[int]], size: int, run: int) -> Arrangement:
+    """Channels by kind, in groups of ``size`` where runs of ``run`` have the first width and the second in turn."""
+    order: list[int] = []
+    widths: list[int] = []
+    ends: list[int] = []
+    for kind, channels in by_kind.items():
+        order += channels
+        widths += [kind[place // run % 2] for place in range(len(channels))]
+        ends.append(len(order) // size)
+    return Arrangement(tuple(order), tuple(widths), tuple(ends))
