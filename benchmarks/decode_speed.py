@@ -1,11 +1,13 @@
 """Tokens per second in decode, beside the caches of transformers, in one run on one machine.
 
-    python benchmarks/decode_speed.py MODEL --artifact FILE [--artifact FILE ...] [--contexts 1024 4096 16384]
+    python benchmarks/decode_speed.py MODEL --artifact FILE [--artifact FILE ...] [--contexts 1024 4096 8192 16384]
 
 Keys and values of a real text of 1,024 tokens are computed once and repeated until a cache holds the context,
 so the filling costs no forward passes; what a step costs does not depend on what the tokens are. Then single
-tokens are decoded through the whole model with all caches in turns, and the median times are reported. Peers
-whose package is not installed are left out.
+tokens are decoded through the whole model with all caches in turns. The mean is over whole blocks of 32 tokens, so
+that what is done once in a block counts; the longest step stands beside it, and the median, which shows neither. Then
+attention alone is timed, of one token to the keys and values of all layers. Peers whose package is not installed are
+left out.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from kvq_calib.model.capture import LayerKV, intercept
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 
 SAMPLE_TOKENS = 1024
 WARM_UP = 2
+ATTENTION_RUNS = 7
 
 
 def sample_layers(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -62,6 +66,12 @@ def fill(cache: Cache, layers: list[tuple[Tensor, Tensor, Tensor]], tokens: int)
         return
     for index, (_, rotated, values) in enumerate(layers):
         cache.update(repeated(rotated, tokens), repeated(values, tokens), index)
+
+
+def query_group(model: Any) -> int:
+    """Query heads of a key-value head."""
+    config = model.config.get_text_config()
+    return int(config.num_attention_heads // config.num_key_value_heads)
 
 
 def held_bytes(root: object) -> int:
@@ -109,74 +119,127 @@ def measure(
                     )
                 )
                 times[name].append(seconds)
+        alone = attention_alone(filled, layers, context, query_group(model))
     rows = []
     for name, cache in filled.items():
-        wall, cpu = (
-            statistics.median(getattr(seconds, clock) for seconds in times[name][WARM_UP:])
-            for clock in ("wall", "cpu")
-        )
-        size = cache.nbytes if isinstance(cache, KVQCache) else held_bytes(cache)
-        rows.append(
-            {"cache": name, "context": context, "wall_seconds": wall, "cpu_seconds": cpu, "bytes": size}
-        )
-    return rows
+        row: dict[str, Any] = {"cache": name, "context": context, "threads": torch.get_num_threads()}
+        for clock in ("wall", "cpu"):
+            each = [getattr(seconds, clock) for seconds in times[name][WARM_UP:]]
+            row[f"{clock}_mean"], row[f"{clock}_longest"] = statistics.mean(each), max(each)
+            row[f"{clock}_median"] = statistics.median(each)
+        row["bytes"] = cache.nbytes if isinstance(cache, KVQCache) else held_bytes(cache)
+        row["backend"] = cache.backend if isinstance(cache, KVQCache) else None
+        rows.append(row)
+    return rows + alone
+
+
+def attention_alone(filled: dict[str, Cache], layers: Any, context: int, group: int) -> list[dict[str, Any]]:
+    """Rows of the attention of one token in all layers: torch's best of two ways, and that of packed caches."""
+    heads, size = layers[0][1].shape[1], layers[0][1].shape[3]
+    works: dict[str, Callable[[], Any]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        sides = [(repeated(k, context).to(dtype), repeated(v, context).to(dtype)) for _, k, v in layers]
+        query = torch.randn(1, heads * group, 1, size).to(dtype)
+        works[f"torch {dtype}, sdpa".replace("torch.", "")] = lambda sides=sides, query=query: [
+            nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=True) for k, v in sides
+        ]
+        by_head = query.view(1, heads, group, size)
+        works[f"torch {dtype}, matmul".replace("torch.", "")] = lambda sides=sides, query=by_head: [
+            (query @ k.mT * size**-0.5).softmax(-1) @ v for k, v in sides
+        ]
+    for name, cache in filled.items():
+        if isinstance(cache, KVQCache):
+            works[name] = packed_attention(cache, torch.randn(1, heads * group, 1, size))
+    times: dict[str, list[Seconds]] = {name: [] for name in works}
+    for _ in range(ATTENTION_RUNS):
+        for name, work in works.items():
+            times[name].append(timed(work)[1])
+    return [
+        {
+            "attention": name,
+            "context": context,
+            "threads": torch.get_num_threads(),
+            "wall_least": min(seconds.wall for seconds in each),
+            "cpu_least": min(seconds.cpu for seconds in each),
+        }
+        for name, each in times.items()
+    ]
+
+
+def packed_attention(cache: KVQCache, query: Tensor) -> Callable[[], Any]:
+    """Attention of one token to everything that a cache holds, in all layers."""
+    assert cache.table is not None
+    table = cache.table
+    request = AttentionRequest(query, Visibility(None, table.length, 1, None), query.shape[-1] ** -0.5)
+    pairs = [(layer.ops, layer.storage) for layer in cache.layers]
+    return lambda: [ops.attend(request, storage, table) for ops, storage in pairs]
 
 
 def report(content: dict[str, Any]) -> list[str]:
     """The results for people, in Markdown."""
-    settings = content["settings"]
+    settings, rows = content["settings"], content["rows"]
     lines = [
         "# Decode on a CPU",
         "",
-        f"{settings['model']}, float32, one sequence, median of {settings['steps']} tokens, all caches in turns in one "
-        "process. Times are of the whole model; processor time is over all threads, and hardly changes with other "
-        "work on the machine. The steps in which a peer quantizes its window of 128 tokens do not show in a median.",
+        f"{settings['model']}, {settings['dtype']}, one sequence, {settings['steps']} tokens, all caches in turns in "
+        "one process. Milliseconds of processor time of the whole model, over all threads: other work on the machine "
+        "hardly changes it. The mean is over whole blocks of 32 tokens.",
         "",
     ]
+    steps = [row for row in rows if "cache" in row]
+    plain = {(row["context"], row["threads"]): row for row in steps if row["cache"] == "DynamicCache"}
     table = []
-    for row in content["rows"]:
-        dynamic = next(
-            other
-            for other in content["rows"]
-            if other["context"] == row["context"] and other["cache"] == "DynamicCache"
-        )
+    for row in steps:
+        base = plain[row["context"], row["threads"]]
         table.append(
             [
-                row["cache"],
+                row["cache"] + (f" ({row['backend']})" if row["backend"] else ""),
                 f"{row['context']:,}",
-                f"{1 / row['wall_seconds']:.2f}",
-                f"{1e3 * row['wall_seconds']:.0f}",
-                f"{1e3 * row['cpu_seconds']:.0f}",
-                f"{row['cpu_seconds'] / dynamic['cpu_seconds']:.2f}",
+                str(row["threads"]),
+                *(f"{1e3 * row[f'cpu_{part}']:.0f}" for part in ("mean", "median", "longest")),
+                f"{1e3 * row['wall_mean']:.0f}",
+                f"{row['cpu_mean'] / base['cpu_mean']:.2f}",
                 f"{row['bytes'] / 2**20:.1f}",
             ]
         )
     headings = [
         "cache",
         "context",
-        "tokens/s",
-        "ms/token",
-        "processor ms/token",
+        "threads",
+        "mean",
+        "median",
+        "longest",
+        "wall mean",
         "/ DynamicCache",
-        "MiB held",
+        "MiB",
     ]
-    return [*lines, *markdown_table(headings, table), "", *environment_lines(content["environment"])]
+    lines += markdown_table(headings, table)
+    alone = [
+        [row["attention"], f"{row['context']:,}", str(row["threads"])]
+        + [f"{1e3 * row[f'{clock}_least']:.1f}" for clock in ("cpu", "wall")]
+        for row in rows
+        if "attention" in row
+    ]
+    lines += ["", "## Attention alone", "", f"All layers, least of {ATTENTION_RUNS} runs, milliseconds.", ""]
+    lines += markdown_table(["", "context", "threads", "processor", "wall"], alone)
+    return [*lines, "", *environment_lines(content["environment"])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--artifact", type=Path, action="append", default=[])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
+    parser.add_argument("--steps", type=int, default=64, help="whole blocks of 32")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument(
+        "--backend", action="append", default=[], help="of packed caches; the best by default"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "decode_speed.json")
     parser.add_argument("--note", default="", help="about the machine, for the record")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    loaded = load_model(options.model, device="cpu", dtype="float32")
+    loaded = load_model(options.model, device="cpu", dtype=options.dtype)
     model = loaded.model
     text = (Path(transformers.__file__).parent / "cache_utils.py").read_text(encoding="utf-8")
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids[:, :SAMPLE_TOKENS]
@@ -186,9 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     caches: dict[str, Callable[[], Cache]] = {"DynamicCache": DynamicCache}
     for path in options.artifact:
         artifact = KVArtifact.load(path)
-        caches[path.name.removesuffix(".kvq.safetensors")] = lambda a=artifact: KVQCache(
-            a, model, max_tokens=max(options.contexts) + WARM_UP + options.steps
-        )
+        name = path.name.removesuffix(".kvq.safetensors")
+        for backend in options.backend or ["auto"]:
+            caches[name if backend == "auto" else f"{name}, {backend}"] = lambda a=artifact, b=backend: (
+                KVQCache(a, model, max_tokens=max(options.contexts) + WARM_UP + options.steps, backend=b)
+            )
     for backend, package in (("hqq", "hqq"), ("quanto", "optimum.quanto")):
         if not _is_installed(package):
             print(f"{package} is not installed: not measured")
@@ -199,14 +264,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
     content: dict[str, Any] = {
-        "settings": {"model": Path(options.model).name, "steps": options.steps},
+        "settings": {"model": Path(options.model).name, "steps": options.steps, "dtype": options.dtype},
         "environment": environment(options.note),
         "rows": [],
     }
     for context in options.contexts:
-        content["rows"] += measure(model, caches, layers, context, options.steps)
-        write_results(options.output, content, report(content))
-        gc.collect()
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            content["rows"] += measure(model, caches, layers, context, options.steps)
+            write_results(options.output, content, report(content))
+            gc.collect()
     print("\n".join(report(content)))
 
 

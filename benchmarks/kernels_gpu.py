@@ -30,7 +30,7 @@ from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
 from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
-from kvq_calib.runtime.cuda.slot_view import DecodeContext
+from kvq_calib.runtime.slot_view import DecodeContext
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.schema.geometry import LayerGeometry, RopeSpec
 from kvq_calib.schema.spec import KINDS, Kind

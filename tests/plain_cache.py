@@ -27,11 +27,12 @@ def record(cache: KVQCache) -> Recording:
     recording: Recording = [[] for _ in cache.layers]
     for layer in cache.layers:
 
-        def store(storage, keys, values, table, calls=recording[layer.index], inner=layer.store):
-            calls.append((keys.clone(), values.clone()))
-            inner(storage, keys, values, table)
+        def store_call(storage, call, rotation, table, calls=recording[layer.index], inner=layer.store_call):
+            keys = call.key if rotation is None else rotation.unrotate(call.key)
+            calls.append((keys.clone(), call.value.clone()))
+            inner(storage, call, rotation, table)
 
-        layer.store = store
+        layer.store_call = store_call
     return recording
 
 

@@ -26,8 +26,8 @@ from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.ops import CudaOps, ops_with
 from kvq_calib.runtime.cuda.pages import PageTable
-from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.page_reader import PageReader
+from kvq_calib.runtime.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 from kvq_calib.runtime.torch_ops import TorchOps

@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_factory import built_folder, compile_cpu, trellis_quantizer
+from native_factory import built_folder, compile_cpu, threads, trellis_quantizer, variables
 from torch import Tensor
 
 from kvq_calib.codec.trellis import TrellisQuantizer
@@ -44,31 +42,6 @@ def libraries(folder: Path) -> list[Library]:
     found = [library_of(isa, folder) for isa in usable_isas(folder)]
     assert found
     return found
-
-
-@contextmanager
-def variables(**values: str) -> Iterator[None]:
-    """Environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def by_torch(quantizer: TrellisQuantizer, y: Tensor, weight: Tensor | None) -> Encoded:
@@ -561,11 +534,11 @@ def test_nothing_is_read_or_written_beyond_its_end(folder: Path, tmp_path: Path)
         "PYTHONMALLOC": "malloc",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    script = Path(__file__).parent / "native_sanitized.py"
-    command = [sys.executable, str(script), isa, str(tmp_path), str(folder)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "equal" in ran.stdout
+    for script in ("native_sanitized.py", "native_sanitized_reading.py"):
+        command = [sys.executable, str(Path(__file__).parent / script), isa, str(tmp_path), str(folder)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        assert "equal" in ran.stdout
 
 
 def test_tables_are_checked_in_every_field() -> None:

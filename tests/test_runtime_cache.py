@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from kvq_calib.model.compat import with_cache
+from kvq_calib.native.loader import library
 from kvq_calib.runtime import KVQCache, attached, detach
 from kvq_calib.schema.spec import KVCacheSpec
 
@@ -317,7 +318,7 @@ def test_work_space_does_not_grow_with_the_text():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_ops, "WORK_ELEMENTS", 4 * 256 * 32)
         for tokens in (2500, 5000):
-            cache = KVQCache(artifact, model)
+            cache = KVQCache(artifact, model, backend="torch")
             logits_through(model, cache, token_ids(1, tokens), [tokens - 4, 1, 1, 1])
             with Largest() as mode:
                 logits_through(model, cache, token_ids(1, 1), [1])
@@ -346,10 +347,13 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeypatch, backend):
     """Peak of a step: the packed bytes, and what a step over 4 pages needs as well; nothing stays behind."""
     from kvq_calib.runtime import torch_ops
 
+    if backend == "native" and library() is None:
+        pytest.skip("no native library is there")
     monkeypatch.setattr(torch_ops, "WORK_ELEMENTS", 2 * 256 * 32)
     monkeypatch.setattr(torch_ops, "ANGLE_ELEMENTS", 2 * 256 * 16)
     model = tiny("llama", max_position_embeddings=1 << 16)
@@ -357,7 +361,7 @@ def test_a_step_at_32k_tokens_needs_one_work_space_beside_what_is_packed(monkeyp
     generator = torch.Generator().manual_seed(0)
     beside = {}
     for tokens in (1024, 32768):
-        cache = KVQCache(artifact, model)
+        cache = KVQCache(artifact, model, backend=backend)
         cache.append(torch.randn(2, 1, 2, tokens, 16, generator=generator) for _ in cache.layers)
         logits_through(model, cache, token_ids(1, 1), [1])
         packed = cache.nbytes

@@ -8,8 +8,9 @@ import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for
 from models_zoo import tiny_model, token_ids
+from native_factory import built_folder
 
-from kvq_calib.errors import ConfigError, RuntimeMismatchError
+from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
 from kvq_calib.native import loader
 from kvq_calib.runtime import KVQCache, ops
@@ -30,6 +31,9 @@ class ToyOps:
         self._torch, self._calls = TorchOps(pair["key"], pair["value"]), calls
         self.rope = self._torch.rope
 
+    def join(self, storage, keys, values, rotation):
+        return None
+
     def pack(self, storage, keys, values):
         self._calls.append("pack")
         self._torch.pack(storage, keys, values)
@@ -44,8 +48,9 @@ class ToyOps:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry of backends that is put back."""
-    monkeypatch.setattr(ops, "_backends", dict(ops._backends))
+    """A registry of backends that is put back, without the native one, which is there or not."""
+    others = {name: backend for name, backend in ops._backends.items() if name != "native"}
+    monkeypatch.setattr(ops, "_backends", others)
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     ops._warn_once.cache_clear()
 
@@ -99,18 +104,46 @@ def test_an_argument_wins_over_the_environment(toy, model, artifact, monkeypatch
     assert KVQCache(artifact, model).backend == "toy"
 
 
-def test_the_native_encoder_is_asked_for_without_a_backend_of_that_name(
-    toy, model, artifact, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("KVQ_CALIB_OPS", "native")
-    monkeypatch.setattr(ops, "library", lambda: None)
-    assert KVQCache(artifact, model).backend == "toy"
-    with pytest.raises(RuntimeMismatchError, match="unknown backend 'native'"):
-        KVQCache(artifact, model, backend="native")
-    monkeypatch.setattr(ops, "library", loader.library)
+@pytest.fixture
+def native(request, monkeypatch):
+    """Libraries as the sources stand, and no variable set."""
+    monkeypatch.setattr(loader, "FOLDER", built_folder(request.config))
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.delenv("KVQ_CALIB_ISA", raising=False)
+    ops._warn_once.cache_clear()
+
+
+def test_native_kernels_are_what_a_cpu_gets(native, model, artifact, monkeypatch):
+    cache = KVQCache(artifact, model)
+    assert cache.backend == "native"
+    found = logits(model, cache)
+    monkeypatch.setenv("KVQ_CALIB_OPS", "torch")
+    plain = KVQCache(artifact, model)
+    assert plain.backend == "torch"
+    theirs = logits(model, plain)
+    assert float((found - theirs).abs().max()) < 1e-4 * float(theirs.std())
+    held = [(layer.storage.key, layer.storage.value) for layer in cache.layers]
+    others = [(layer.storage.key, layer.storage.value) for layer in plain.layers]
+    for ours, torchs in zip(held, others, strict=True):
+        for mine, other in zip(ours, torchs, strict=True):
+            for page, same in zip(mine.pages, other.pages, strict=True):
+                for name, tensor in page.tensors().items():
+                    assert torch.equal(tensor.view(torch.uint8), same.tensors()[name].view(torch.uint8)), name
+
+
+def test_native_kernels_that_are_not_there(native, model, artifact, monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "FOLDER", tmp_path)
-    with pytest.raises(ConfigError, match="no native library is there"):
+    assert KVQCache(artifact, model).backend == "torch"
+    with pytest.raises(
+        RuntimeMismatchError, match="the native operations cannot be used: no native library is"
+    ):
+        KVQCache(artifact, model, backend="native")
+    monkeypatch.setenv("KVQ_CALIB_OPS", "native")
+    with pytest.raises(RuntimeMismatchError, match="KVQ_CALIB_OPS: the native operations cannot be used: "):
         KVQCache(artifact, model)
+    monkeypatch.setenv("KVQ_CALIB_OPS", "torch")
+    with pytest.raises(RuntimeMismatchError, match="cannot be used: KVQ_CALIB_OPS is 'torch'"):
+        KVQCache(artifact, model, backend="native")
 
 
 def test_a_name_from_the_environment_that_cannot_be_used_says_where_it_comes_from(
@@ -161,7 +194,7 @@ def test_no_backend_is_another_one():
 def test_tokens_can_be_stored_without_a_forward_pass(model, artifact):
     """Keys and values computed elsewhere, here by another cache of the same recipe."""
     ids = token_ids(2, 75)
-    first, second = KVQCache(artifact, model), KVQCache(artifact, model)
+    first, second = (KVQCache(artifact, model, backend="torch") for _ in range(2))
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in first.layers:
 

@@ -34,37 +34,6 @@ struct Blocks {
     }
 };
 
-// Four floats, and sixteen bytes.
-typedef float Quad __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-
-#if defined(__clang__)
-#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
-#endif
-#define KVQ_QUADS(a, b, ...) KVQ_SHUFFLE(Ints<4>, a, b, __VA_ARGS__)
-
-template <class Vector>
-KVQ_INLINE Vector load(const void* from) {
-    Vector vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-template <class Vector>
-KVQ_INLINE void store(void* to, Vector vector) {
-    std::memcpy(to, &vector, sizeof vector);
-}
-
-KVQ_INLINE void transpose(Quad (&q)[4]) {
-    const Quad a = KVQ_QUADS(q[0], q[1], 0, 4, 1, 5), b = KVQ_QUADS(q[0], q[1], 2, 6, 3, 7);
-    const Quad c = KVQ_QUADS(q[2], q[3], 0, 4, 1, 5), d = KVQ_QUADS(q[2], q[3], 2, 6, 3, 7);
-    q[0] = KVQ_QUADS(a, c, 0, 1, 4, 5);
-    q[1] = KVQ_QUADS(a, c, 2, 3, 6, 7);
-    q[2] = KVQ_QUADS(b, d, 0, 1, 4, 5);
-    q[3] = KVQ_QUADS(b, d, 2, 3, 6, 7);
-}
-
 // Sixteen rows of bytes: four times row n is interleaved with row n + 8.
 KVQ_INLINE void transpose(Bytes (&rows)[16]) {
 #pragma GCC unroll 4

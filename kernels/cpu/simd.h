@@ -5,11 +5,19 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds both in its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#if defined(__SSSE3__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define KVQ_INLINE inline __attribute__((always_inline))
+#define KVQ_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace kvq {
 
@@ -34,18 +42,21 @@ template <>
 struct Lanes<4> {
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
+    typedef uint32_t W __attribute__((vector_size(16)));
     typedef uint8_t B __attribute__((vector_size(4)));
 };
 template <>
 struct Lanes<8> {
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
+    typedef uint32_t W __attribute__((vector_size(32)));
     typedef uint8_t B __attribute__((vector_size(8)));
 };
 template <>
 struct Lanes<16> {
     typedef float F __attribute__((vector_size(64)));
     typedef int32_t I __attribute__((vector_size(64)));
+    typedef uint32_t W __attribute__((vector_size(64)));
     typedef uint8_t B __attribute__((vector_size(16)));
 };
 
@@ -53,6 +64,39 @@ template <int L>
 using Floats = typename Lanes<L>::F;
 template <int L>
 using Ints = typename Lanes<L>::I;
+template <int L>
+using Words = typename Lanes<L>::W;
+
+// Four floats, and sixteen bytes.
+typedef float Quad __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KVQ_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+#define KVQ_QUADS(a, b, ...) KVQ_SHUFFLE(Ints<4>, a, b, __VA_ARGS__)
+
+template <class Vector>
+KVQ_INLINE Vector load(const void* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+template <class Vector>
+KVQ_INLINE void store(void* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+KVQ_INLINE void transpose(Quad (&q)[4]) {
+    const Quad a = KVQ_QUADS(q[0], q[1], 0, 4, 1, 5), b = KVQ_QUADS(q[0], q[1], 2, 6, 3, 7);
+    const Quad c = KVQ_QUADS(q[2], q[3], 0, 4, 1, 5), d = KVQ_QUADS(q[2], q[3], 2, 6, 3, 7);
+    q[0] = KVQ_QUADS(a, c, 0, 1, 4, 5);
+    q[1] = KVQ_QUADS(a, c, 2, 3, 6, 7);
+    q[2] = KVQ_QUADS(b, d, 0, 1, 4, 5);
+    q[3] = KVQ_QUADS(b, d, 2, 3, 6, 7);
+}
 
 template <int L>
 KVQ_INLINE Floats<L> splat(float x) {

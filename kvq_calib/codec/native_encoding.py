@@ -1,16 +1,19 @@
-"""A trellis quantizer's numbers as the native encoder reads them."""
+"""A quantizer's numbers as the native encoders read them."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvq_calib.codec.error_compensation import Compensation
 from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.encode import TrellisTables
+from kvq_calib.native.encode_scalar import ScalarTables
 
-__all__ = ["trellis_tables"]
+__all__ = ["scalar_tables", "trellis_tables"]
 
 
 @torch.no_grad()
@@ -50,4 +53,35 @@ def trellis_tables(
         size_edges=None if unit is None or weight is None else size_edges(unit).contiguous(),
         class_weight=None if weight is None else weight.float().contiguous(),
         **turned,
+    )
+
+
+@torch.no_grad()
+def scalar_tables(quantizer: Quantizer, boundaries: Tensor, per_side: int) -> ScalarTables:
+    """The tables of the scalar codec; the numbers must be on the CPU, and must not be changed in place from now on.
+
+    Args:
+        quantizer: of the scalar codec.
+        boundaries: float32 ``[L - 1]``, between its levels.
+        per_side: elements that thresholds of tokens leave out at each end.
+    """
+    levels = quantizer.shared_levels
+    assert levels is not None
+    thresholds = {}
+    if quantizer.has_channel_thresholds:
+        thresholds = {
+            "scale": quantizer.scale.contiguous(),
+            "zero_point": quantizer.zero_point.contiguous(),
+            "inverse": reciprocal(quantizer.scale).contiguous(),
+        }
+    return ScalarTables(
+        heads=quantizer.shape.heads,
+        size=quantizer.shape.head_dim,
+        storage=quantizer.storage,
+        levels=levels.contiguous(),
+        boundaries=boundaries.contiguous(),
+        token_scales=quantizer.per_token,
+        per_side=per_side,
+        outlier_cap=quantizer.outlier_cap,
+        **thresholds,
     )

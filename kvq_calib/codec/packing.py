@@ -34,6 +34,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from kvq_calib.native.loader import library
+from kvq_calib.native.pack import list_outliers, pack_codes
+
 BLOCK_TOKENS = 32
 PAGE_BLOCKS = 8
 PAGE_TOKENS = BLOCK_TOKENS * PAGE_BLOCKS
@@ -169,6 +172,11 @@ class PageLayout:
             total += width
         return tuple(offsets)
 
+    @cached_property
+    def _packed_widths(self) -> Tensor:
+        """The widths, uint8 ``[C]``."""
+        return torch.tensor(self.widths, dtype=torch.uint8)
+
     def groups(self, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Channels by width: ``(width, channels int64 [n], rows int64 [n, width])``.
 
@@ -193,6 +201,9 @@ class PageLayout:
         blocks = tokens // BLOCK_TOKENS
         if tokens % BLOCK_TOKENS or first_block + blocks > PAGE_BLOCKS:
             raise ValueError(f"{tokens} tokens at block {first_block} do not fill whole blocks of one page")
+        if page.device.type == "cpu" and codes.dtype == torch.uint8 and (native := library()) is not None:
+            pack_codes(native, self._packed_widths, codes.contiguous(), page, first_block)
+            return
         rows_view = page.view(batch, self.words_per_block, PAGE_BLOCKS)
         units = codes.transpose(1, 2).unflatten(-1, (blocks, BLOCK_TOKENS))
         for width, channels, rows in self.groups(page.device):
@@ -252,6 +263,8 @@ def pack_outliers(mask: Tensor, residual: Tensor, heads: int) -> OutlierLists:
         residual: ``[B, 32 * n, C]`` in the storage dtype; read where ``mask`` is set.
         heads: key-value heads in ``C``.
     """
+    if mask.device.type == "cpu" and (native := library()) is not None:
+        return OutlierLists(*list_outliers(native, mask.contiguous(), residual.contiguous(), heads))
     order = mask.unflatten(1, (-1, BLOCK_TOKENS)).unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4)
     values = residual.unflatten(1, (-1, BLOCK_TOKENS)).unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4)
     places = order.nonzero()

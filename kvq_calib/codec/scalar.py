@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.native_encoding import scalar_tables
 from kvq_calib.codec.outliers import cap_per_token
 from kvq_calib.codec.packing import PageLayout
 from kvq_calib.codec.params import Params, StoredTensor, TensorProblem
 from kvq_calib.codec.quantizer import Normalised, Quantized, Quantizer
 from kvq_calib.codec.thresholds import online_thresholds, reciprocal, token_thresholds
+from kvq_calib.native.encode_scalar import EncodedTokens, ScalarTables, encode_scalar
+from kvq_calib.native.loader import library
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import QuantSpec, ScalarSpec
 
@@ -174,9 +178,14 @@ class ScalarQuantizer(Quantizer):
         return self.params.codebook[0][codes.to(torch.int64)]
 
     def quantize(self, x: Tensor) -> Quantized:
-        """Quantize ``[B, H, T, D]`` keys or values."""
+        """Quantize ``[B, H, T, D]`` keys or values; natively where a library is there."""
+        if found := self._encode_natively(x.float()):
+            token_scale, token_zero_point = found.token or (None, None)
+            return Quantized(
+                found.codes, found.outliers, found.residual, token_scale, token_zero_point, None, None
+            )
         n = self.normalise(x)
-        codes = torch.bucketize(n.normalised, self.boundaries).to(torch.uint8)
+        codes = torch.bucketize(n.normalised.contiguous(), self.boundaries).to(torch.uint8)
         residual = None
         if n.outliers is not None:
             dense = n.zero_point + n.scale * self.decode(codes)
@@ -192,6 +201,30 @@ class ScalarQuantizer(Quantizer):
             n.scale if online else None,
             n.zero_point if online else None,
         )
+
+    def derived(self) -> list[Tensor]:
+        """What the native encoder reads besides the numbers of the artifact, where it codes."""
+        online = self.spec.thresholds == "channel_online"
+        if online or self.device.type != "cpu" or library() is None:
+            return []
+        found = (self.native_tables.boundaries, self.native_tables.inverse)
+        return [tensor for tensor in found if tensor is not None]
+
+    @cached_property
+    def native_tables(self) -> ScalarTables:
+        """What the native encoder reads; the numbers must be on the CPU."""
+        outliers = self.spec.outliers
+        per_side = outliers.per_side(self.shape.channels) if self.per_token else 0
+        return scalar_tables(self, self.boundaries, per_side)
+
+    def _encode_natively(self, x: Tensor) -> EncodedTokens | None:
+        """See :func:`kvq_calib.native.encode_scalar.encode_scalar`; ``None`` where torch is to compute."""
+        online = self.spec.thresholds == "channel_online"
+        if online or x.device.type != "cpu" or (native := library()) is None:
+            return None
+        if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
+            return None
+        return encode_scalar(native, self.native_tables, x)
 
     def dequantize(self, q: Quantized) -> Tensor:
         """Keys or values from codes: float32 ``[B, H, T, D]``."""

@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -88,6 +88,21 @@ def _rotated_width(apply: ApplyRotary, head_dim: int, width: int) -> int:
     raise RopeLayoutError(f"its rotary function takes neither {head_dim} nor {width} channels")
 
 
+@lru_cache(maxsize=256)
+def _turns_pairs(apply: ApplyRotary, pairs: tuple[tuple[int, int], ...], head_dim: int, width: int) -> bool:
+    if width > head_dim or any(coordinate >= width for pair in pairs for coordinate in pair):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = torch.randn(2, 1, 5, width, generator=generator)
+    x = torch.randn(1, 3, 5, head_dim, generator=generator)
+    first, second = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    want = x.clone()
+    a, b = x[..., first], x[..., second]
+    want[..., first] = a * cos[..., first] + -b * sin[..., first]
+    want[..., second] = b * cos[..., second] + a * sin[..., second]
+    return torch.equal(Rotation(apply, cos, sin).rotate(x), want)
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """The rotation that one attention layer applied to the keys of one forward pass.
@@ -115,9 +130,23 @@ class Rotation:
         """Return pre-RoPE keys: `R⁻¹ k`, exact also where RoPE is scaled (YaRN) or rounded to bfloat16."""
         if self.cos is None or self.sin is None:
             return rotated
+        return self._call(rotated, *self.inverse)
+
+    @cached_property
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """The cosines and sines that undo it, at least float32."""
+        assert self.cos is not None
+        assert self.sin is not None
         cos, sin = _wide(self.cos), _wide(self.sin)
         norm = cos.square() + sin.square()
-        return self._call(rotated, cos / norm, -sin / norm)
+        return cos / norm, -sin / norm
+
+    def turns(self, pairs: tuple[tuple[int, int], ...], head_dim: int) -> bool:
+        """Whether pairs are turned coordinate by coordinate, in float32 bit for bit: ``x[a] cos[a] + (-x[b]) sin[a]``
+        and ``x[b] cos[b] + x[a] sin[b]``, and nothing else is touched."""
+        if self.apply is None or self.cos is None:
+            return False
+        return _turns_pairs(self.apply, pairs, head_dim, self.cos.shape[-1])
 
     def adjoint(self, grad: Tensor) -> Tensor:
         """Return the gradient with respect to pre-RoPE keys from that with respect to rotated keys: `Rᵀ g`.

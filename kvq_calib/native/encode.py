@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvq_calib.native.checks import check, pointer
 from kvq_calib.native.loader import KvqTrellis, Library
 
 __all__ = ["Encoded", "TrellisTables", "encode_trellis"]
@@ -58,27 +59,27 @@ class TrellisTables:
             ValueError: a tensor of another dtype, shape or place, or counts that do not fit.
         """
         heads, size, channels = self.heads, self.size, self.heads * self.size
-        _check("level_count", self.level_count, torch.int32, (channels,))
+        check("level_count", self.level_count, torch.int32, (channels,))
         if self.levels.ndim != 2:
             raise ValueError(f"levels: has {self.levels.ndim} dimensions")
-        _check("levels", self.levels, torch.float32, (channels, self.levels.shape[1]))
+        check("levels", self.levels, torch.float32, (channels, self.levels.shape[1]))
         for name in ("shares", "refinement_shares"):
             if (matrix := getattr(self, name)) is not None:
-                _check(name, matrix, torch.float32, (heads, size, size))
+                check(name, matrix, torch.float32, (heads, size, size))
         classes = 0 if self.class_weight is None else self.class_weight.shape[-1]
         if self.class_weight is not None and self.size_edges is not None:
-            _check("class_weight", self.class_weight, torch.float32, (heads, classes))
-            _check("size_edges", self.size_edges, torch.float32, (heads, classes - 1))
+            check("class_weight", self.class_weight, torch.float32, (heads, classes))
+            check("size_edges", self.size_edges, torch.float32, (heads, classes - 1))
         elif self.class_weight is not None or self.size_edges is not None:
             raise ValueError("size_edges: needed with class_weight, and only then")
         if self.pair is not None and self.cosine is not None and self.sine is not None:
-            _check("pair", self.pair, torch.int32, (len(self.pair), 2))
+            check("pair", self.pair, torch.int32, (len(self.pair), 2))
             if sorted(set(places := self.pair.flatten().tolist())) != sorted(places) or (
                 places and not 0 <= min(places) <= max(places) < size
             ):
                 raise ValueError(f"pair: names coordinates that a head of {size} does not have, or one twice")
             for name in ("cosine", "sine"):
-                _check(name, getattr(self, name), torch.float32, (heads, len(self.pair)))
+                check(name, getattr(self, name), torch.float32, (heads, len(self.pair)))
         elif not self.pair is self.cosine is self.sine is None:
             raise ValueError("pair: needed with cosine and sine, and only then")
         if self.refinement_passes and (self.shares is None or self.refinement_shares is None):
@@ -182,10 +183,10 @@ def encode_trellis(
         x = x.contiguous()
     batch, tokens = x.shape[0], x.shape[-2]
     rest = (tables.heads, tokens, tables.size) if by_head else (tokens, tables.heads * tables.size)
-    _check("x", x, torch.float32, (batch, *rest), contiguous=False)
+    check("x", x, torch.float32, (batch, *rest), contiguous=False)
     if weight is not None:
         weight = weight.contiguous()
-        _check("weight", weight, torch.float32, (batch, tokens, tables.heads))
+        check("weight", weight, torch.float32, (batch, tokens, tables.heads))
     if by_size and (weight is not None or tables.class_weight is None):
         raise ValueError("by_size: needs classes of sizes, and no weights")
     codes = torch.empty((batch, tokens, tables.heads * tables.size), dtype=torch.uint8)
@@ -193,9 +194,9 @@ def encode_trellis(
     strides = (x.stride(0), x.stride(2), x.stride(1)) if by_head else (x.stride(0), x.stride(1), tables.size)
     status = library.functions.kvq_encode_trellis(
         ctypes.byref(tables.described(compensated, by_size, by_head)),
-        *(x.data_ptr(), (ctypes.c_int64 * 3)(*strides), _pointer(weight)),
+        *(x.data_ptr(), (ctypes.c_int64 * 3)(*strides), pointer(weight)),
         *(batch, tokens, torch.get_num_threads()),
-        *(codes.data_ptr(), _pointer(coded)),
+        *(codes.data_ptr(), pointer(coded)),
     )
     if status == _NO_MEMORY:
         raise MemoryError("the native encoder found no memory")
@@ -204,27 +205,5 @@ def encode_trellis(
     return None if status == _NOT_A_NUMBER else Encoded(codes, coded)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _check(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, contiguous: bool = True
-) -> None:
-    """Refuse a tensor whose memory is not what a pointer would be taken for.
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"{name}: is on {tensor.device}, layout {tensor.layout}, where the CPU reads")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name}: is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is needed"
-        )
-    if (contiguous and not tensor.is_contiguous()) or tensor.is_neg():
-        raise ValueError(f"{name}: is not contiguous")

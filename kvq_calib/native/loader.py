@@ -15,13 +15,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from kvq_calib.errors import ConfigError
 
-__all__ = ["ABI", "FOLDER", "ISAS", "KvqTrellis", "Library", "library", "library_of", "usable_isas"]
+__all__ = [
+    "ABI",
+    "FOLDER",
+    "ISAS",
+    "KvqAttention",
+    "KvqCodes",
+    "KvqDequantize",
+    "KvqExact",
+    "KvqJoin",
+    "KvqScalar",
+    "KvqTrellis",
+    "KvqTurns",
+    "Library",
+    "library",
+    "library_of",
+    "usable_isas",
+]
 
 #: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
-ABI = 2
+ABI = 3
 #: Where the package's build puts the libraries.
 FOLDER = Path(__file__).parent.parent / "_native"
 #: Instruction sets by machine, the best first.
@@ -33,6 +50,12 @@ _BY_MACHINE = {
 }
 #: Those of this machine.
 ISAS = _BY_MACHINE.get(platform.machine().lower(), ())
+
+#: Functions that return a ``KvqStatus``.
+_RETURN_STATUS = (
+    *("kvq_encode_trellis", "kvq_encode_scalar", "kvq_pack", "kvq_list_outliers"),
+    *("kvq_join", "kvq_attend", "kvq_dequantize", "kvq_turns_within", "kvq_turns_of_blocks"),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +69,94 @@ class KvqTrellis(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("level_count", "levels")),
         *((name, ctypes.c_void_p) for name in ("shares", "refinement_shares", "size_edges", "class_weight")),
         *((name, ctypes.c_void_p) for name in ("pair", "cosine", "sine")),
+    ]
+
+
+def _numbers(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class KvqScalar(ctypes.Structure):
+    """``KvqScalar`` of ``kernels/cpu/kvq_native.h``, which says what the fields are."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "heads", "size", "level_count", "bfloat", "token_scales", "per_side"),
+        *_numbers(ctypes.c_int32, "outlier_cap", "unused"),
+        *_numbers(ctypes.c_void_p, "level", "boundary", "scale", "zero_point", "inverse"),
+    ]
+
+
+class KvqCodes(ctypes.Structure):
+    """``KvqCodes`` of ``kernels/cpu/kvq_native.h``, which says what the fields are."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "heads", "size", "trellis", "token_scales", "bfloat", "row_words"),
+        *_numbers(ctypes.c_int32, "level_count", "unused"),
+        *_numbers(ctypes.c_void_p, "width", "offset", "level", "coefficient"),
+        *_numbers(ctypes.c_void_p, "scale", "zero_point"),
+    ]
+
+
+class KvqExact(ctypes.Structure):
+    """``KvqExact`` of the same."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_void_p, "key", "value"),
+        *_numbers(ctypes.c_int64 * 2, "key_stride", "value_stride"),
+        *_numbers(ctypes.c_int32, "tokens", "unused"),
+    ]
+
+
+class KvqTurns(ctypes.Structure):
+    """``KvqTurns`` of the same."""
+
+    _fields_ = [
+        ("pairs", ctypes.c_int32),
+        ("scaling", ctypes.c_float),
+        *_numbers(ctypes.c_void_p, "pair", "own_cosine", "own_sine", "within", "block", "exact"),
+    ]
+
+
+class KvqAttention(ctypes.Structure):
+    """``KvqAttention`` of the same."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "batch", "group", "pages", "first_page", "table_pages", "threads"),
+        ("first_token", ctypes.c_int64),
+        *_numbers(ctypes.c_float, "scale", "softcap"),
+        *_numbers(ctypes.c_void_p, "query", "key_page", "value_page", "seen", "exact_seen", "sink_logit"),
+        ("out", ctypes.c_void_p),
+        ("turns", KvqTurns),
+        *_numbers(KvqExact, "sinks", "tail"),
+    ]
+
+
+class KvqDequantize(ctypes.Structure):
+    """``KvqDequantize`` of the same."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "batch", "pages", "first_block", "blocks", "threads", "pairs"),
+        *_numbers(ctypes.c_void_p, "page", "pair", "own_cosine", "own_sine", "cosine", "sine", "out"),
+        ("scaling", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class KvqJoin(ctypes.Structure):
+    """``KvqJoin`` of the same."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "batch", "heads"),
+        ("size", ctypes.c_int32 * 2),
+        *_numbers(ctypes.c_int32, "bfloat", "pairs"),
+        *_numbers(ctypes.c_int64, "held", "tokens"),
+        ("tail", ctypes.c_void_p * 2),
+        ("tail_stride", ctypes.c_int64 * 2 * 2),
+        ("x", ctypes.c_void_p * 2),
+        ("stride", ctypes.c_int64 * 3 * 2),
+        *_numbers(ctypes.c_void_p, "pair", "cosine", "sine"),
+        *_numbers(ctypes.c_int64, "angle_stride", "width"),
+        ("out", ctypes.c_void_p * 2),
     ]
 
 
@@ -152,5 +263,19 @@ def library_of(isa: str, folder: Path) -> Library:
         *(ctypes.POINTER(KvqTrellis), pointer, strides, pointer),
         *(size, size, ctypes.c_int32, pointer, pointer),
     ]
-    encode.restype = ctypes.c_int32
+    attend = functions.kvq_attend
+    codes = ctypes.POINTER(KvqCodes)
+    attend.argtypes = [codes, codes, ctypes.POINTER(KvqAttention)]
+    functions.kvq_dequantize.argtypes = [codes, ctypes.POINTER(KvqDequantize)]
+    functions.kvq_turns_within.argtypes = [pointer, ctypes.c_int32, pointer]
+    functions.kvq_turns_of_blocks.argtypes = [pointer, ctypes.c_int32, pointer, size, pointer]
+    number, outputs = ctypes.c_int32, (pointer, pointer, pointer, pointer)
+    scalar = functions.kvq_encode_scalar
+    scalar.argtypes = [ctypes.POINTER(KvqScalar), pointer, strides, size, size, number, *outputs]
+    functions.kvq_pack.argtypes = [pointer, size, pointer, size, number, number, pointer]
+    lists = functions.kvq_list_outliers
+    lists.argtypes = [pointer, pointer, size, number, number, number, pointer, size, pointer, pointer]
+    functions.kvq_join.argtypes = [ctypes.POINTER(KvqJoin)]
+    for name in _RETURN_STATUS:
+        getattr(functions, name).restype = ctypes.c_int32
     return Library(isa, functions)

@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,8 +44,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         recent_tokens: newest tokens kept exact; the artifact's by default.
         max_tokens: tokens after which the cache refuses more; the model's ``max_position_embeddings`` by
             default.
-        backend: ``"torch"`` or ``"cuda"``, or ``"auto"``: the kernels on a GPU where they can run, else torch. By
-            default what the environment variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
+        backend: ``"torch"``, ``"native"`` or ``"cuda"``, or ``"auto"``: the kernels of the device where they can run,
+            else torch. By default what the environment variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
 
     Attributes:
         artifact: as given, or as read.
@@ -222,10 +221,8 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ memory
 
-    @cached_property
     def _fixed_memory(self) -> dict[str, int]:
-        """Bytes that do not depend on what is stored: the artifact's numbers and what the operations
-        derive."""
+        """Bytes besides what is stored: the artifact's numbers and what the operations derive."""
         counted: set[int] = set()
 
         def count(tensors: list[Tensor]) -> int:
@@ -247,7 +244,7 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``."""
-        return {**self._fixed_memory, **self.contents.memory()}
+        return {**self._fixed_memory(), **self.contents.memory()}
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.cache_layer import AttendingLayer
 from kvq_calib.model.intercept import AttentionCall
-from kvq_calib.model.rope import RopeTable, Rotation, find_apply_rotary
+from kvq_calib.model.rope import Rotation
 from kvq_calib.runtime.attention import readable_mask
 from kvq_calib.runtime.forward_pass import ForwardPass
 from kvq_calib.runtime.ops import Ops
@@ -70,29 +70,29 @@ class KVQCacheLayer(AttendingLayer):
             RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
                 pass.
         """
-        with self.forward_pass.attention(self.index, call.module):
-            batch, _, tokens, size = call.query.shape
-            options = call.kwargs
-            window = options.get("sliding_window")
-            visibility = Visibility(readable_mask(call), self.length + tokens, tokens, window)
-            rope, keys = self.ops.rope, call.key
-            if rope is not None:
-                keys = self._rotation(call).unrotate(call.key)
-            positions = options.get("position_ids")
-            storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
-            if rope is not None and self.checks_rope:
-                newest = table.positions(table.length - tokens, table.length)
-                self._check_rope(rope, keys, call.key, newest)
-            self.store(storage, keys, call.value, table)
-            scaling = options.get("scaling")
-            request = AttentionRequest(
-                call.query,
-                visibility,
-                size**-0.5 if scaling is None else float(scaling),
-                options.get("softcap"),
-                options.get("s_aux"),
-            )
-            return self.ops.attend(request, storage, table)
+        return self.forward_pass.attention(self.index, call.module, lambda: self._attend(call))
+
+    def _attend(self, call: AttentionCall) -> Tensor:
+        batch, _, tokens, size = call.query.shape
+        options = call.kwargs
+        window = options.get("sliding_window")
+        visibility = Visibility(readable_mask(call), self.length + tokens, tokens, window)
+        rotation = None if self.ops.rope is None else self._rotation(call)
+        positions = options.get("position_ids")
+        storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
+        if rotation is not None and self.checks_rope:
+            newest = table.positions(table.length - tokens, table.length)
+            self._check_rope(rotation.unrotate(call.key), call.key, newest)
+        self.store_call(storage, call, rotation, table)
+        scaling = options.get("scaling")
+        request = AttentionRequest(
+            call.query,
+            visibility,
+            size**-0.5 if scaling is None else float(scaling),
+            options.get("softcap"),
+            options.get("s_aux"),
+        )
+        return self.ops.attend(request, storage, table)
 
     def store(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
         """Store the newest tokens, which have their slots already, and free what a sliding window has passed.
@@ -102,9 +102,25 @@ class KVQCacheLayer(AttendingLayer):
             keys, values: ``[B, H, T, D]``, keys un-rotated where they are turned on every read.
             table: of the cache.
         """
+        self._drop_passed(storage, table)
+        storage.append(keys, values, table, self.ops.pack)
+
+    def store_call(
+        self, storage: LayerStorage, call: AttentionCall, rotation: Rotation | None, table: SlotTable
+    ) -> None:
+        """Store the keys and values of a call, un-rotated on the way where the operations can."""
+        joined = self.ops.join(storage, call.key, call.value, rotation)
+        if joined is None:
+            keys = call.key if rotation is None else rotation.unrotate(call.key)
+            self.store(storage, keys, call.value, table)
+            return
+        self._drop_passed(storage, table)
+        storage.hold(*joined, table, self.ops.pack)
+
+    def _drop_passed(self, storage: LayerStorage, table: SlotTable) -> None:
+        """Free what a sliding window has passed."""
         if self.sliding_window is not None:
             storage.drop_before(storage.length + 1 - self.sliding_window, table)
-        storage.append(keys, values, table, self.ops.pack)
 
     def _rotation(self, call: AttentionCall) -> Rotation:
         if call.position_embeddings is None:
@@ -112,10 +128,12 @@ class KVQCacheLayer(AttendingLayer):
                 f"layer {self.index} was called without position_embeddings; "
                 "calibrate this model with --set cache.key.pre_rope=false"
             )
-        return Rotation(find_apply_rotary(call.module), *call.position_embeddings)
+        return self.forward_pass.rotation(call.module, *call.position_embeddings)
 
-    def _check_rope(self, rope: RopeTable, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
+    def _check_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
         """Refuse angles other than those of the artifact: they would be wrong on every later read."""
+        rope = self.ops.rope
+        assert rope is not None
         again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))
         error = (rope.scale_(again).mT - rotated).abs().amax()
         slack = max(1e-3, 8 * torch.finfo(rotated.dtype).eps)

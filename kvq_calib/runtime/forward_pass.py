@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, StorageMark
@@ -42,6 +43,8 @@ class ForwardPass:
         self._announced: int | None = None
         #: Slots and packed blocks before the pass; ``None`` outside one.
         self._before: tuple[int, int] | None = None
+        #: Rotations of the pass under way: layers share them.
+        self._rotations: list[tuple[type[nn.Module], Rotation]] = []
         #: Storages that have tokens of the pass, and where they stood.
         self._marks: list[tuple[LayerStorage, StorageMark]] = []
 
@@ -59,26 +62,39 @@ class ForwardPass:
             )
         self._announced = layer
 
-    @contextmanager
-    def attention(self, layer: int, module: nn.Module) -> Iterator[None]:
-        """Around the attention of one layer: where it fails, the cache becomes what it was before the pass.
+    def rotation(self, module: nn.Module, cos: Tensor, sin: Tensor) -> Rotation:
+        """What an attention module did to keys, given its cosines and sines."""
+        for kind, known in self._rotations:
+            if kind is type(module) and known.cos is cos and known.sin is sin:
+                return known
+        made = Rotation(find_apply_rotary(module), cos, sin)
+        self._rotations = [*self._rotations[-3:], (type(module), made)]
+        return made
+
+    def attention(self, layer: int, module: nn.Module, attend: Callable[[], Tensor]) -> Tensor:
+        """Run the attention of one layer: where it fails, the cache becomes what it was before the pass.
 
         Args:
             layer: its number.
             module: the attention module that calls.
+            attend: the attention.
 
         Raises:
             RuntimeMismatchError: the module is not one of the cache's model.
         """
         self._announced = None
-        with self.undone_on_failure():
+        try:
             if module not in self.modules:
                 raise RuntimeMismatchError(
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
-            yield
+            result = attend()
             if layer == len(self.contents.stored) - 1:
                 self.end()
+            return result
+        except BaseException:
+            self.roll_back()
+            raise
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -160,7 +176,7 @@ class ForwardPass:
         """The last layer is done: from now on the pass stays."""
         if self.contents.table is not None:
             self.contents.table.angles.clear()
-        self._before, self._marks = None, []
+        self._before, self._marks, self._rotations = None, [], []
 
     def roll_back(self) -> None:
         """Become what the cache was before the pass under way, if there is one."""

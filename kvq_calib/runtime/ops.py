@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.rope import RopeTable
-from kvq_calib.native.loader import library
+from kvq_calib.model.rope import RopeTable, Rotation
 from kvq_calib.runtime.cuda.ops import make_cuda_ops
+from kvq_calib.runtime.native_ops import can_run, make_native_ops
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.torch_ops import TorchOps
@@ -28,8 +28,6 @@ __all__ = ["Backend", "LayerQuantizers", "Ops", "backends", "choose_ops", "regis
 #: Names a backend where no argument does.
 VARIABLE = "KVQ_CALIB_OPS"
 AUTO = "auto"
-#: Asks for the native encoder, which :mod:`kvq_calib.native` answers for; attention has no native operations.
-_NATIVE_ENCODER = "native"
 
 #: Of one layer, on the device of the model.
 LayerQuantizers = Mapping[Kind, Quantizer]
@@ -45,6 +43,23 @@ class Ops(Protocol):
     @property
     def rope(self) -> RopeTable | None:
         """What turns keys on every read; ``None`` where they are stored as attention uses them."""
+
+    def join(
+        self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The tail of a storage with new tokens behind it, as :meth:`LayerStorage.hold` takes them.
+
+        Args:
+            storage: of this layer.
+            keys, values: the new tokens, ``[B, H, T, D]``, any float dtype.
+            rotation: what is undone in the keys, or ``None``.
+
+        Returns:
+            ``None`` where torch is to do it.
+
+        Raises:
+            RuntimeMismatchError: a number does not fit the storage dtype.
+        """
 
     def pack(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Code whole blocks and store them.
@@ -84,6 +99,7 @@ def _make_torch_ops(quantizers: Sequence[LayerQuantizers], device: torch.device)
 _TORCH = Backend("torch", _make_torch_ops, lambda device: True)
 _backends: dict[str, Backend] = {
     "cuda": Backend("cuda", make_cuda_ops, lambda device: device.type == "cuda"),
+    "native": Backend("native", make_native_ops, can_run),
     "torch": _TORCH,
 }
 
@@ -115,9 +131,6 @@ def choose_ops(
         RuntimeMismatchError: there is no such backend, or the one that is named cannot run.
     """
     named = (os.environ.get(VARIABLE) or AUTO) if backend is None else backend
-    if backend is None and named == _NATIVE_ENCODER:
-        library()  # or a line on why there is none
-        named = AUTO
     if named != AUTO:
         return _named(named, quantizers, device, "" if backend is not None else f"{VARIABLE}: "), ""
     note = ""

@@ -22,7 +22,7 @@ from kvq_calib.codec.quantizer import Quantized
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.slots import SlotTable
 
-__all__ = ["LayerStorage", "PackedTensor", "Page", "StorageMark", "Stored"]
+__all__ = ["LayerStorage", "PackedTensor", "Page", "StorageMark", "Stored", "not_finite"]
 
 
 class Stored(Protocol):
@@ -280,20 +280,28 @@ class LayerStorage:
         """
         storage = self.tail_key.dtype
         keys, values = keys.to(storage), values.to(storage)
-        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
         # To look at the numbers a host must wait for its GPU, so there they are looked at block by block.
-        on_cpu = keys.device.type == "cpu"
-        if packed and not on_cpu:
-            self._check_finite(self.tail_key)
-            self._check_finite(self.tail_value)
-        if packed or on_cpu:
+        if keys.device.type == "cpu":
             self._check_finite(keys)
             self._check_finite(values)
-        start = self.length
-        if table.sinks_found_at == start and table.sink_slots.shape[1]:
-            self._store_sinks(keys, values, table.sink_slots, start)
         keys = torch.cat((self.tail_key, keys), dim=2)
         values = torch.cat((self.tail_value, values), dim=2)
+        if table.blocks > self.key.blocks and keys.device.type != "cpu":
+            self._check_finite(keys)
+            self._check_finite(values)
+        self.hold(keys, values, table, pack)
+
+    def hold(self, keys: Tensor, values: Tensor, table: SlotTable, pack: Pack) -> None:
+        """Let a tail with new tokens behind it take the place of the tail, and pack the blocks that ``table`` lists.
+
+        Args:
+            keys, values: storage dtype ``[B, H, t + T, D]``, finite: the tail, then the last ``T`` slots of ``table``.
+            table, pack: as for :meth:`append`.
+        """
+        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
+        start, held = self.length, self.tail_key.shape[2]
+        if table.sinks_found_at == start and table.sink_slots.shape[1]:
+            self._store_sinks(keys[:, :, held:], values[:, :, held:], table.sink_slots, start)
         if packed:
             pack(self, keys[:, :, :packed], values[:, :, :packed])
             keys, values = keys[:, :, packed:].clone(), values[:, :, packed:].clone()
@@ -303,10 +311,7 @@ class LayerStorage:
     @staticmethod
     def _check_finite(x: Tensor) -> None:
         if not bool(x.isfinite().all()):
-            raise RuntimeMismatchError(
-                f"keys or values are not finite in {str(x.dtype).removeprefix('torch.')}; "
-                "check the model's dtype, or calibrate with --set cache.storage_dtype=bfloat16"
-            )
+            raise not_finite(x.dtype)
 
     def _store_sinks(self, keys: Tensor, values: Tensor, slots: Tensor, start: int) -> None:
         row, place = (slots >= start).nonzero(as_tuple=True)
@@ -353,6 +358,14 @@ class LayerStorage:
         yield from self.value.memory().items()
         yield "exact_recent", self.tail_key.nbytes + self.tail_value.nbytes
         yield "exact_sinks", self.sink_key.nbytes + self.sink_value.nbytes
+
+
+def not_finite(storage: torch.dtype) -> RuntimeMismatchError:
+    """What is raised where numbers do not fit the storage dtype."""
+    return RuntimeMismatchError(
+        f"keys or values are not finite in {str(storage).removeprefix('torch.')}; "
+        "check the model's dtype, or calibrate with --set cache.storage_dtype=bfloat16"
+    )
 
 
 #: Codes whole blocks of keys and values, ``[B, H, 32 * n, D]`` each, and stores them.

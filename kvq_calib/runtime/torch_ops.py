@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.codec.quantizer import Quantizer
-from kvq_calib.model.rope import RopeTable
+from kvq_calib.model.rope import RopeTable, Rotation
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.online_softmax import OnlineSoftmax
 from kvq_calib.runtime.page_reader import PageReader
@@ -101,6 +101,9 @@ class TorchOps:
             for _, channels, rows in quantizer.layout.groups(torch.device("cpu")):
                 found += [channels, rows]
         return found + (self.rope.tensors() if self.rope is not None else [])
+
+    def join(self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None) -> None:
+        """Nothing: torch does it."""
 
     def pack(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Code whole blocks, ``[B, H, 32 * n, D]`` each, and store them."""

@@ -12,8 +12,8 @@ from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.launcher import Launcher
-from kvq_calib.runtime.cuda.slot_view import DecodeContext
 from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, ReduceParams, check, pointer
+from kvq_calib.runtime.slot_view import DecodeContext
 
 __all__ = ["DecodeStep", "DecodeVariant", "decode_attention"]
 

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.rope import Rotation
 from kvq_calib.runtime.cuda.append import append_blocks
 from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
 from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
 from kvq_calib.runtime.cuda.pages import PageTable
-from kvq_calib.runtime.cuda.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.cuda.structs import TYPES
 from kvq_calib.runtime.cuda.tables import CODECS
 from kvq_calib.runtime.dense import attend_dense
 from kvq_calib.runtime.exact_tokens import ExactTokens
+from kvq_calib.runtime.slot_view import DecodeContext, SlotView
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.torch_ops import TorchOps
@@ -58,6 +59,9 @@ class CudaOps:
         pages = [table.tensor for table in self._pages or ()]
         rope = [] if self.rope is None else self.rope.tensors()
         return [*self.key_tables.tensors(), *self.value_tables.tensors(), *pages, *rope]
+
+    def join(self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None) -> None:
+        """Nothing: torch does it."""
 
     def pack(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Code whole blocks, ``[B, H, 32 * n, D]`` each, and store them."""

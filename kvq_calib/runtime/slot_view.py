@@ -13,10 +13,12 @@ from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.visibility import Visibility
 
-__all__ = ["DecodeContext", "SlotView"]
+__all__ = ["MASKED", "DecodeContext", "SlotView"]
 
 #: Stands for "not attended" among positions.
-_MASKED = -(2**31)
+MASKED = -(2**31)
+#: Steps that are remembered.
+MOST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,19 @@ class SlotView:
         self._table: tuple[Any, ...] = ()
         self._blocks: Tensor | None = None
         self._regular = True
-        self._step: tuple[Any, ...] = ()
-        self._context: DecodeContext | None = None
+        #: The latest steps; layers with a window and layers without take turns.
+        self._steps: list[tuple[tuple[Any, ...], DecodeContext | None]] = []
 
     def context(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
         """What to read for one new token per sequence, or ``None`` where the kernel cannot express it: a mask
         per head, one that adds more than "visible" and "hidden", or positions that jump within a block."""
         step = (visibility.mask, visibility.window, table, table.version, table.length)
-        if len(self._step) == len(step) and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(step, self._step, strict=True)
-        ):
-            return self._context
-        self._step, self._context = step, self._make(visibility, table)
-        return self._context
+        for known, context in self._steps:
+            if all(a is b or (isinstance(a, int) and a == b) for a, b in zip(step, known, strict=True)):
+                return context
+        made = self._make(visibility, table)
+        self._steps = [*self._steps[1 - MOST_STEPS :], (step, made)]
+        return made
 
     def _make(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
         mask = visibility.mask
@@ -121,19 +123,21 @@ class SlotView:
             1, (-1, BLOCK_TOKENS)
         ) - token
         keep = keep.unflatten(1, (-1, BLOCK_TOKENS))
-        highest = origin.masked_fill(~keep, _MASKED).amax(-1)
-        lowest = origin.masked_fill(~keep, -_MASKED).amin(-1)
+        highest = origin.masked_fill(~keep, MASKED).amax(-1)
+        lowest = origin.masked_fill(~keep, -MASKED).amin(-1)
         seen = keep.any(-1)
         bits = (keep.to(torch.int64) << token).sum(-1)
         bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
-        blocks = torch.stack((torch.where(seen, highest, 0), bits), dim=-1).to(torch.int32)
+        # That of a block of which nothing is seen matters to nobody; but masks that differ should agree on it.
+        position = torch.where(seen, highest, origin[..., -1])
+        blocks = torch.stack((position, bits), dim=-1).to(torch.int32)
         return blocks, bool((~seen | (highest == lowest)).all())
 
 
 def _exact_positions(visibility: Visibility, table: SlotTable) -> Tensor:
     exact = ExactTokens(table)
     hidden = ~visibility.of_one_token(exact.slots)
-    return exact.positions.masked_fill(hidden, _MASKED).contiguous()
+    return exact.positions.masked_fill(hidden, MASKED).contiguous()
 
 
 def _whole_pages(blocks: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""Packed blocks as ordinary tensors: everything is checked before a pointer is passed."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import torch
+from torch import Tensor
+
+from kvq_calib.native.attend import CodeTables, PageRows, Turns, raise_status
+from kvq_calib.native.checks import check
+from kvq_calib.native.loader import KvqDequantize, Library
+
+__all__ = ["Dequantizer"]
+
+_BLOCK_TOKENS = 32
+_PAGE_BLOCKS = 8
+
+
+class Dequantizer:
+    """Reads the packed keys or values of a layer.
+
+    Args:
+        library: that computes.
+        tables: how codes are read.
+        turns: RoPE, or ``None`` where nothing is turned.
+        own_angle: float32 ``[H, P]``, by which each pair was turned before it was coded, or ``None``.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        tables: CodeTables,
+        turns: Turns | None = None,
+        own_angle: Tensor | None = None,
+    ) -> None:
+        self.library, self.tables, self.turns = library, tables, turns
+        self._codes, self._held = tables.described()
+        self._call = KvqDequantize(scaling=1.0)
+        #: Copies of a cache share this object, and threads may have one each.
+        self._lock = threading.Lock()
+        if turns is not None and len(turns.pair):
+            if int(turns.pair.max()) >= tables.size:
+                raise ValueError(f"turns: a pair lies outside heads of {tables.size}")
+            self._call.scaling, self._call.pair = turns.scaling, turns.pair.data_ptr()
+            if own_angle is not None:
+                check(
+                    "own_angle", own_angle, torch.float32, (tables.heads, len(turns.pair)), contiguous=False
+                )
+                cosine, sine = own_angle.cos().contiguous(), own_angle.sin().contiguous()
+                self._call.own_cosine, self._call.own_sine = cosine.data_ptr(), sine.data_ptr()
+                self._held += [cosine, sine]
+
+    def read(
+        self, pages: PageRows, first: int, blocks: int, angles: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Blocks as numbers.
+
+        Args:
+            pages: of the tensor.
+            first: block that is read first, counted from the first page.
+            blocks: how many are read.
+            angles: cosines and sines of the tokens' positions, float32 ``[B, 32 * blocks, P]`` each, contiguous;
+                with RoPE, and only then.
+
+        Returns:
+            float32 ``[B, H, 32 * blocks, D]``.
+
+        Raises:
+            ValueError: something does not fit.
+        """
+        with self._lock:
+            tables, call, batch = self.tables, self._call, pages.batch
+            if pages.tables is not tables or not 0 <= first <= first + blocks <= _PAGE_BLOCKS * pages.count:
+                raise ValueError(
+                    f"pages: blocks {first} to {first + blocks} of {pages.count} pages of this tensor"
+                )
+            pairs = 0 if self.turns is None else len(self.turns.pair)
+            tokens = _BLOCK_TOKENS * blocks
+            if (angles is None) != (pairs == 0):
+                raise ValueError("angles: needed with RoPE, and only then")
+            if angles is not None:
+                for each in angles:
+                    check("angles", each, torch.float32, (batch, tokens, pairs))
+                call.cosine, call.sine = angles[0].data_ptr(), angles[1].data_ptr()
+            out = torch.empty(batch, tables.heads, tokens, tables.size)
+            call.batch, call.pages, call.first_block, call.blocks = batch, pages.count, first, blocks
+            call.threads, call.pairs = torch.get_num_threads(), pairs
+            call.page, call.out = pages.address, out.data_ptr()
+            raise_status(self.library.functions.kvq_dequantize(ctypes.byref(self._codes), ctypes.byref(call)))
+            return out

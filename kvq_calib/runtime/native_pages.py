@@ -1,0 +1,56 @@
+"""A tensor's pages as native readers take them, kept up to date page by page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvq_calib.native.attend import CodeTables, PageRows
+from kvq_calib.runtime.storage import PackedTensor, Page
+
+__all__ = ["PageAddresses"]
+
+
+class PageAddresses:
+    """Where the pages of a packed tensor stand.
+
+    Args:
+        packed: the tensor.
+        tables: how it is read.
+    """
+
+    def __init__(self, packed: PackedTensor, tables: CodeTables) -> None:
+        self.packed = packed
+        self.rows = PageRows(tables, packed.batch)
+        #: Pages, and the outliers that their addresses are of.
+        self._known: list[tuple[Page, Tensor | None]] = []
+        self._state: tuple[Any, ...] = ()
+
+    def refresh(self) -> PageRows:
+        """The pages as they are now. Buffers of a page change only with its outliers."""
+        packed = self.packed
+        pages = packed.pages
+        last = pages[-1] if pages else None
+        state = (packed.blocks, packed.dropped_pages, pages, last, last and last.outlier_index)
+        known = self._state
+        if (
+            known
+            and all(a is b for a, b in zip(state[2:], known[2:], strict=True))
+            and state[:2] == known[:2]
+        ):
+            return self.rows
+        if self.rows.batch != packed.batch:
+            self.rows, self._known = PageRows(self.rows.tables, packed.batch), []
+        same = 0
+        for page, (known_page, outliers) in zip(pages[:-1], self._known, strict=False):
+            if page is not known_page or page.outlier_index is not outliers:
+                break
+            same += 1
+        self.rows.truncate(same)
+        for page in pages[same:]:
+            self.rows.append(
+                page.codes, page.token_params, page.outlier_index, page.outlier_residual, page.outlier_start
+            )
+        self._known, self._state = [(page, page.outlier_index) for page in pages], state
+        return self.rows

@@ -1,0 +1,131 @@
+"""Slots and masks as native attention reads them: what layers that see the same tokens share in a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import PAGE_BLOCKS
+from kvq_calib.native.attend import DecodeStep, Turns
+from kvq_calib.native.loader import Library
+from kvq_calib.runtime.slot_view import MASKED, DecodeContext, SlotView
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.runtime.visibility import Visibility
+from kvq_calib.schema.geometry import RopeSpec
+
+__all__ = ["BlockTurns", "StepView"]
+
+
+class BlockTurns:
+    """Cosines and sines of blocks' first positions, computed once for each page and rotary embedding.
+
+    Args:
+        turns: the rotary embedding.
+    """
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self._positions = torch.empty(0, 0, dtype=torch.int32)
+        #: Of the latest tokens: positions, cosines and sines. Dropped by the next decode step.
+        self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        #: Float32 ``[B, n, P, 2, 8]``, with pages to spare.
+        self.table = torch.empty(0, 0, len(turns.pair), 2, PAGE_BLOCKS)
+
+    def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of tokens, float32 ``[B, S, P]`` each; layers that ask for the same share them.
+
+        Args:
+            positions: int32 ``[B, S]``.
+        """
+        if self._angles is None or not torch.equal(positions, self._angles[0]):
+            angle = positions[..., None].float() * self.turns.frequency.float()
+            self._angles = positions, (angle.cos(), angle.sin())
+        return self._angles[1]
+
+    def of(self, positions: Tensor, pages: int) -> Tensor:
+        """The table of at least ``pages`` pages.
+
+        Args:
+            positions: int32 ``[B, 8 * n]``, of the first token of each block.
+            pages: that the table is to have.
+        """
+        self._angles = None
+        batch, blocks = positions.shape
+        if self.table.shape[:2] != (batch, pages):
+            self.table = torch.empty(batch, pages, *self.table.shape[2:])
+            self._positions = torch.empty(batch, 0, dtype=torch.int32)
+        known = min(self._positions.shape[1], blocks)
+        if known and not torch.equal(self._positions[:, :known], positions[:, :known]):
+            known = 0  # others may still read the table that is there
+            self.table = torch.empty_like(self.table)
+        first = known // PAGE_BLOCKS
+        if known < blocks:
+            for row in range(batch):
+                new = positions[row, first * PAGE_BLOCKS :].contiguous()
+                self.turns.of_blocks(new, self.table[row, first : blocks // PAGE_BLOCKS])
+        self._positions = positions
+        return self.table
+
+
+class StepView:
+    """Turns a cache's slots and a step's mask into what native attention reads; one for all layers of a cache.
+
+    Args:
+        library: that computes.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self._slots = SlotView()
+        self._turns: dict[RopeSpec, BlockTurns] = {}
+        self._steps: dict[tuple[int, int], tuple[DecodeContext, DecodeStep]] = {}
+
+    def turns(self, rope: RopeSpec) -> BlockTurns:
+        """The tables of a rotary embedding."""
+        if rope not in self._turns:
+            made = Turns(self.library, rope.pairs, rope.inv_freq, rope.attention_scaling)
+            self._turns[rope] = BlockTurns(made)
+        return self._turns[rope]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held from step to step."""
+        found = [turns.table for turns in self._turns.values()]
+        for turns in self._turns.values():
+            found += [turns.turns.pair, turns.turns.frequency, turns.turns.within]
+        return found
+
+    def step(self, visibility: Visibility, table: SlotTable, turns: BlockTurns | None) -> DecodeStep | None:
+        """What to read for one new token of each sequence; ``None`` where a kernel cannot express it, see
+        :meth:`~kvq_calib.runtime.slot_view.SlotView.context`."""
+        context = self._slots.context(visibility, table)
+        if context is None:
+            return None
+        key = (id(context), id(turns))
+        known = self._steps.get(key)
+        if known is not None and known[0] is context:
+            return known[1]
+        if len(self._steps) >= 8:  # steps that have passed
+            self._steps.clear()
+        step = self._make(context, turns)
+        self._steps[key] = context, step
+        return step
+
+    @staticmethod
+    def _make(context: DecodeContext, turns: BlockTurns | None) -> DecodeStep:
+        batch, blocks, _ = context.blocks.shape
+        pages = _with_room(blocks // PAGE_BLOCKS)
+        seen = torch.zeros(batch, pages * PAGE_BLOCKS, dtype=torch.int32)
+        seen[:, :blocks] = context.blocks[..., 1]
+        positions = context.exact_positions
+        exact_seen = positions != MASKED
+        if turns is None:
+            return DecodeStep(seen, exact_seen, None, None, context.first_token)
+        table = turns.of(context.blocks[..., 0].contiguous(), pages)
+        exact = turns.turns.of_tokens(positions.masked_fill(~exact_seen, 0))
+        return DecodeStep(seen, exact_seen, table, exact, context.first_token)
+
+
+def _with_room(pages: int) -> int:
+    """As many and up to a quarter more, so that tables seldom grow."""
+    step = max(1 << max(pages.bit_length() - 3, 0), 4)
+    return -(-max(pages, 1) // step) * step
