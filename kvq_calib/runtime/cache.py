@@ -196,6 +196,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         """Free everything; the cache can be used again, also for another batch size."""
         self.contents.reset()
         self.forward_pass.forget()
+        for layer in self.layers:
+            layer.ops.forget()
 
     def _select(self, rows: Tensor) -> None:
         self.forward_pass.roll_back()

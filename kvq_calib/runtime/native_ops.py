@@ -61,6 +61,11 @@ class NativeOps:
         self._undoes = False
         self._pages: tuple[PageAddresses, PageAddresses] | None = None
 
+    def forget(self) -> None:
+        """Drop the addresses of pages, and what all layers have made of positions."""
+        self._pages = None
+        self.view.forget()
+
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
         rope = [] if self.rope is None else self.rope.tensors()

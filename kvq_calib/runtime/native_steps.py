@@ -25,11 +25,16 @@ class BlockTurns:
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        self._positions = torch.empty(0, 0, dtype=torch.int32)
         #: Of the latest tokens: positions, cosines and sines. Dropped by the next decode step.
         self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all positions."""
+        self._angles = None
+        self._positions = torch.empty(0, 0, dtype=torch.int32)
         #: Float32 ``[B, n, P, 2, 8]``, with pages to spare.
-        self.table = torch.empty(0, 0, len(turns.pair), 2, PAGE_BLOCKS)
+        self.table = torch.empty(0, 0, len(self.turns.pair), 2, PAGE_BLOCKS)
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of tokens, float32 ``[B, S, P]`` each; layers that ask for the same share them.
@@ -93,6 +98,13 @@ class StepView:
         for turns in self._turns.values():
             found += [turns.turns.pair, turns.turns.frequency, turns.turns.within]
         return found
+
+    def forget(self) -> None:
+        """Drop what was made of a text."""
+        self._slots = SlotView()
+        self._steps.clear()
+        for turns in self._turns.values():
+            turns.forget()
 
     def step(self, visibility: Visibility, table: SlotTable, turns: BlockTurns | None) -> DecodeStep | None:
         """What to read for one new token of each sequence; ``None`` where a kernel cannot express it, see

@@ -72,6 +72,9 @@ class Ops(Protocol):
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
         """Attend to everything stored: ``[B, T, Hq, D]``, ``D`` of the values, contiguous, the query's dtype."""
 
+    def forget(self) -> None:
+        """Drop what was made of the tokens of a text; the cache was reset."""
+
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
 

@@ -93,6 +93,9 @@ class TorchOps:
         """Decoders of keys and values."""
         return PageReader(self.key), PageReader(self.value)
 
+    def forget(self) -> None:
+        """Nothing is kept of a text."""
+
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
         found = [tensor for reader in self.readers for tensor in reader.tensors()]

@@ -54,6 +54,10 @@ class CudaOps:
         self.rope = self._torch.rope
         self._pages: tuple[PageTable, PageTable] | None = None
 
+    def forget(self) -> None:
+        """Drop the addresses of pages."""
+        self._pages = None
+
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
         pages = [table.tensor for table in self._pages or ()]
