@@ -215,7 +215,7 @@ def test_compensation_and_token_weighting_need_gradients():
     for setting in ({"error_compensation": {}}, {"token_weighting": True}):
         cache = {kind: {"codec": "trellis", "max_bits": 4, **setting} for kind in ("key", "value")}
         CalibrationConfig.model_validate({"cache": cache, "allocation": {}})
-        with pytest.raises(ValueError, match="they need fit"):
+        with pytest.raises(ValueError, match="they need --weights fisher"):
             CalibrationConfig.model_validate(
                 {"cache": cache, "allocation": {}, "fit": {"weights": "uniform"}}
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -106,6 +107,8 @@ def reachable(root: object) -> tuple[dict[int, Tensor], dict[int, array]]:
         if id(item) in seen or isinstance(item, nn.Module | type):
             continue
         seen.add(id(item))
+        if isinstance(item, np.ndarray):
+            item = torch.from_numpy(item)
         if isinstance(item, Tensor):
             if item.numel():
                 tensors[item.untyped_storage().data_ptr()] = item
@@ -131,7 +134,9 @@ def test_everything_reachable_from_the_cache_is_counted(name):
     found += sum(len(item) * item.itemsize for item in arrays.values())
     # Index tensors of the layout are shared by all caches; they are counted, but hang on no cache.
     assert cache.nbytes >= found > 0.9 * cache.nbytes
-    layouts = {op.layout for layer in cache.layers for op in (layer.ops.key, layer.ops.value)}
+    layouts = (
+        {q.layout for pair in cache.quantizers for q in pair.values()} if cache.backend == "torch" else set()
+    )
     shared = {
         tensor.untyped_storage().data_ptr(): tensor.nbytes
         for layout in layouts

@@ -189,7 +189,10 @@ def test_numbers_that_do_not_fit_leave_the_cache_as_it_was(family, held):
         fill(model, cache, 45)  # the layers before the last have stored them
     hook.remove()
     if family == "llama":  # what a sliding window has passed may be gone
-        assert cache.memory() == before
+        after = cache.memory()
+        # What is made of positions stays for the next pass.
+        del before["tables"], after["tables"]
+        assert after == before
     assert cache.get_seq_length() == held
     again, expected = (fill(model, each, 3).logits for each in (cache, clean))
     assert torch.equal(again, expected)

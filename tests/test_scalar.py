@@ -36,7 +36,7 @@ def test_codes_are_the_nearest_levels(bits):
     quantizer, x = quantizer_of(bits), values()
     codes = quantizer.quantize(x).codes
     u = quantizer.normalise(x).normalised
-    distance = (u[..., None] - quantizer.table[0]).abs()
+    distance = (u[..., None] - quantizer.shared_levels).abs()
     chosen = distance.gather(-1, codes[..., None].long())[..., 0]
     torch.testing.assert_close(chosen, distance.amin(-1), atol=1e-6, rtol=0)
 

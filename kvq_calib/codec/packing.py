@@ -173,7 +173,7 @@ class PageLayout:
         return tuple(offsets)
 
     @cached_property
-    def _packed_widths(self) -> Tensor:
+    def width_table(self) -> Tensor:
         """The widths, uint8 ``[C]``."""
         return torch.tensor(self.widths, dtype=torch.uint8)
 
@@ -198,11 +198,13 @@ class PageLayout:
             first_block: block of the page the first token goes to; ``first_block + n`` is at most 8.
         """
         batch, tokens, _ = codes.shape
+        if not tokens:
+            return
         blocks = tokens // BLOCK_TOKENS
         if tokens % BLOCK_TOKENS or first_block + blocks > PAGE_BLOCKS:
             raise ValueError(f"{tokens} tokens at block {first_block} do not fill whole blocks of one page")
         if page.device.type == "cpu" and codes.dtype == torch.uint8 and (native := library()) is not None:
-            pack_codes(native, self._packed_widths, codes.contiguous(), page, first_block)
+            pack_codes(native, self.width_table, codes.contiguous(), page, first_block)
             return
         rows_view = page.view(batch, self.words_per_block, PAGE_BLOCKS)
         units = codes.transpose(1, 2).unflatten(-1, (blocks, BLOCK_TOKENS))

@@ -36,6 +36,7 @@ class Dequantizer:
         own_angle: Tensor | None = None,
     ) -> None:
         self.library, self.tables, self.turns = library, tables, turns
+        #: What the description points to.
         self._codes, self._held = tables.described()
         self._call = KvqDequantize(scaling=1.0)
         #: Copies of a cache share this object, and threads may have one each.
@@ -51,6 +52,10 @@ class Dequantizer:
                 cosine, sine = own_angle.cos().contiguous(), own_angle.sin().contiguous()
                 self._call.own_cosine, self._call.own_sine = cosine.data_ptr(), sine.data_ptr()
                 self._held += [cosine, sine]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return self._held
 
     def read(
         self, pages: PageRows, first: int, blocks: int, angles: tuple[Tensor, Tensor] | None = None

@@ -230,9 +230,10 @@ class KVQCache(Cache):  # type: ignore[misc]
         def count(tensors: list[Tensor]) -> int:
             total = 0
             for tensor in tensors:
-                if tensor.untyped_storage().data_ptr() not in counted and tensor.numel():
-                    counted.add(tensor.untyped_storage().data_ptr())
-                    total += tensor.nbytes
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in counted and tensor.numel():
+                    counted.add(storage.data_ptr())
+                    total += storage.nbytes()
             return total
 
         sizes = {"parameters": 0, "tables": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -57,7 +58,7 @@ class NativeOps:
         )
         self._joiner = Joiner(view.library, key.storage, None if turns is None else turns.pair)
         #: The latest rotation, and whether it can be undone here.
-        self._rotation: Rotation | None = None
+        self._rotation: weakref.ref[Rotation] | None = None
         self._undoes = False
         self._pages: tuple[PageAddresses, PageAddresses] | None = None
 
@@ -71,7 +72,9 @@ class NativeOps:
         rope = [] if self.rope is None else self.rope.tensors()
         pages = [addresses.rows.tensor for addresses in self._pages or ()]
         derived = [tensor for quantizer in self._quantizers for tensor in quantizer.derived()]
-        return [*derived, *self.kernel.tensors(), *self.view.tensors(), *pages, *rope]
+        derived += [quantizer.layout.width_table for quantizer in self._quantizers]
+        read = [tensor for reader in self._readers for tensor in reader.tensors()]
+        return [*derived, *self.kernel.tensors(), *read, *self.view.tensors(), *pages, *rope]
 
     def join(
         self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None
@@ -79,8 +82,10 @@ class NativeOps:
         """The tail with new tokens behind it; see :meth:`kvq_calib.runtime.ops.Ops.join`."""
         angles = None
         if rotation is not None:
-            if rotation is not self._rotation:  # the same for all layers of a pass
-                self._rotation, rope = rotation, self._rope
+            if (
+                self._rotation is None or rotation is not self._rotation()
+            ):  # the same for all layers of a pass
+                self._rotation, rope = weakref.ref(rotation), self._rope
                 self._undoes = rope is not None and rotation.turns(rope.pairs, keys.shape[-1])
             if not self._undoes:
                 return None

@@ -36,6 +36,18 @@ class BlockTurns:
         #: Float32 ``[B, n, P, 2, 8]``, with pages to spare.
         self.table = torch.empty(0, 0, len(self.turns.pair), 2, PAGE_BLOCKS)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        latest = [] if self._angles is None else [self._angles[0], *self._angles[1]]
+        return [
+            self.table,
+            self._positions,
+            *latest,
+            self.turns.pair,
+            self.turns.frequency,
+            self.turns.within,
+        ]
+
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of tokens, float32 ``[B, S, P]`` each; layers that ask for the same share them.
 
@@ -94,9 +106,12 @@ class StepView:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held from step to step."""
-        found = [turns.table for turns in self._turns.values()]
+        found = self._slots.tensors()
         for turns in self._turns.values():
-            found += [turns.turns.pair, turns.turns.frequency, turns.turns.within]
+            found += turns.tensors()
+        for context, step in self._steps.values():
+            parts = (context.blocks, context.exact_positions, step.seen, step.exact_seen)
+            found += [*parts, *(part for part in (step.block_turns, step.exact_turns) if part is not None)]
         return found
 
     def forget(self) -> None:
@@ -116,9 +131,8 @@ class StepView:
         known = self._steps.get(key)
         if known is not None and known[0] is context:
             return known[1]
-        if len(self._steps) >= 8:  # steps that have passed
-            self._steps.clear()
         step = self._make(context, turns)
+        self._steps = {k: each for k, each in self._steps.items() if self._slots.remembers(each[0])}
         self._steps[key] = context, step
         return step
 

@@ -49,6 +49,14 @@ class SlotView:
         #: The latest steps; layers with a window and layers without take turns.
         self._steps: list[tuple[tuple[Any, ...], DecodeContext | None]] = []
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held from step to step."""
+        found = [] if self._blocks is None else [self._blocks]
+        for known, context in self._steps:
+            found += [part for part in known if isinstance(part, Tensor)]
+            found += [] if context is None else [context.blocks, context.exact_positions]
+        return found
+
     def context(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
         """What to read for one new token per sequence, or ``None`` where the kernel cannot express it: a mask
         per head, one that adds more than "visible" and "hidden", or positions that jump within a block."""
@@ -57,8 +65,14 @@ class SlotView:
             if all(a is b or (isinstance(a, int) and a == b) for a, b in zip(step, known, strict=True)):
                 return context
         made = self._make(visibility, table)
-        self._steps = [*self._steps[1 - MOST_STEPS :], (step, made)]
+        # Of the same tokens: what was read before they came is not read again.
+        same = [each for each in self._steps if each[0][2:] == step[2:]]
+        self._steps = [*same[1 - MOST_STEPS :], (step, made)]
         return made
+
+    def remembers(self, context: DecodeContext) -> bool:
+        """Whether a context is of the latest steps."""
+        return any(context is known for _, known in self._steps)
 
     def _make(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
         mask = visibility.mask
