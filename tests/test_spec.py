@@ -98,13 +98,13 @@ def test_a_spec_says_what_it_is_in_words():
         "1.0% exact outliers",
     ]
     assert FULL.width_words == "up to 3 bits per element"
-    assert FULL.features()[3:] == [
+    assert FULL.features()[2:] == [
         "trellis codes",
         "turned RoPE pairs",
         "error compensation",
         "token weighting",
     ]
-    assert TrellisSpec(max_bits=2, states=1).features() == FULL.features()[:3]
+    assert TrellisSpec(max_bits=2, states=1).features() == FULL.features()[:2]
 
 
 @pytest.mark.parametrize(

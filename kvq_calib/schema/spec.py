@@ -240,7 +240,7 @@ class TrellisSpec(QuantSpec):
 
     def features(self) -> list[str]:
         """What it has beyond uniform levels with one scale for all, in a few words each, for people."""
-        words = ["a width for each channel", "fitted levels", "thresholds for each channel"]
+        words = ["a width for each channel", "computed levels for each channel"]
         if self.states > 1:
             words.append("trellis codes")
         if self.pair_rotation:
