@@ -7,8 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 import pytest
 import torch
 from models_zoo import tiny_tokenizer
+from native_factory import libraries  # noqa: F401  a fixture
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from kvq_calib.native.loader import library
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -25,3 +28,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same tokenizer, adding a beginning-of-sequence token."""
     return tiny_tokenizer(bos=True)
+
+
+@pytest.fixture(params=["native", "torch"])
+def each_cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What caches on the CPU use: the native kernels, and the operations of torch."""
+    if request.param == "native" and library() is None:
+        pytest.skip("no native library is there")
+    monkeypatch.setenv("KVQ_CALIB_OPS", request.param)
+    backend: str = request.param
+    return backend

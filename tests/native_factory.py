@@ -17,6 +17,7 @@ import torch
 from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
+from kvq_calib.native.loader import Library, library_of, usable_isas
 from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
 
@@ -79,6 +80,15 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def libraries(request: pytest.FixtureRequest) -> list[Library]:
+    """Of every instruction set that runs here."""
+    folder = built_folder(request.config)
+    found = [library_of(isa, folder) for isa in usable_isas(folder)]
+    assert found
+    return found
 
 
 def trellis_quantizer(

@@ -35,7 +35,7 @@ from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.recipe import calibration_config, read_recipe
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, LayerSpec, ScalarSpec
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("each_cpu_backend")]
 
 
 def filled(model, artifact, tokens: int, batch: int = 1, **options) -> KVQCache:

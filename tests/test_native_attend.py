@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from artifact_factory import random_quantizer, trellis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_factory import built_folder, threads
+from native_factory import threads
 from torch import Tensor
 
 from kvq_calib.codec.native_reading import code_tables
@@ -19,7 +18,7 @@ from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.native.attend import DecodeStep, LayerKernel, Turns
 from kvq_calib.native.dequantize import Dequantizer
-from kvq_calib.native.loader import Library, library_of, usable_isas
+from kvq_calib.native.loader import Library
 from kvq_calib.runtime.native_pages import PageAddresses
 from kvq_calib.runtime.native_steps import StepView
 from kvq_calib.runtime.page_reader import PageReader
@@ -33,15 +32,6 @@ from kvq_calib.schema.spec import ScalarSpec, TrellisSpec
 CPU = torch.device("cpu")
 #: Of the largest value; scores are of unit spread.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def libraries(request: pytest.FixtureRequest) -> list[Library]:
-    """Of every instruction set that runs here."""
-    folder: Path = built_folder(request.config)
-    found = [library_of(isa, folder) for isa in usable_isas(folder)]
-    assert found
-    return found
 
 
 def rope_of(kind: str, size: int) -> RopeSpec | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.native import loader
 from kvq_calib.native.encode import Encoded, TrellisTables, encode_trellis
-from kvq_calib.native.loader import Library, library_of, usable_isas
+from kvq_calib.native.loader import Library, usable_isas
 
 ARTIFACT = (
     Path(__file__).parent.parent
@@ -34,14 +34,6 @@ ARTIFACT = (
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest) -> Path:
     return built_folder(request.config)
-
-
-@pytest.fixture(scope="module")
-def libraries(folder: Path) -> list[Library]:
-    """Of every instruction set that runs here."""
-    found = [library_of(isa, folder) for isa in usable_isas(folder)]
-    assert found
-    return found
 
 
 def by_torch(quantizer: TrellisQuantizer, y: Tensor, weight: Tensor | None) -> Encoded:

@@ -3,15 +3,13 @@ and new tokens behind the exact tail."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from artifact_factory import random_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_factory import built_folder, variables
+from native_factory import variables
 from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PageLayout, pack_outliers
@@ -19,22 +17,13 @@ from kvq_calib.codec.scalar import ScalarQuantizer
 from kvq_calib.model.rope import Rotation
 from kvq_calib.native.encode_scalar import encode_scalar
 from kvq_calib.native.join import Joiner
-from kvq_calib.native.loader import Library, library_of, usable_isas
+from kvq_calib.native.loader import Library
 from kvq_calib.native.pack import list_outliers, pack_codes
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import ScalarSpec
 
 #: Numbers beyond float16, subnormal there, tied, and of no size at all.
 SIZES = st.sampled_from([1.0, 1e-6, 3e4, 1e5, 0.0])
-
-
-@pytest.fixture(scope="module")
-def libraries(request: pytest.FixtureRequest) -> list[Library]:
-    """Of every instruction set that runs here."""
-    folder: Path = built_folder(request.config)
-    found = [library_of(isa, folder) for isa in usable_isas(folder)]
-    assert found
-    return found
 
 
 def same(mine: Tensor | None, theirs: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from kvq_calib.native.loader import library
 from kvq_calib.runtime import KVQCache, attached, detach
 from kvq_calib.schema.spec import KVCacheSpec
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("each_cpu_backend")]
 
 #: Issue: "logits agree to 1e-4 in float32", relative to logits of unit spread.
 TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, attach, detach
 from kvq_calib.runtime.visibility import Visibility
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("each_cpu_backend")]
 
 
 @pytest.fixture

@@ -52,15 +52,21 @@ KVQ_INLINE F spread(const float* of) {
 
 KVQ_INLINE F greater(F a, F b) { return a > b ? a : b; }
 
+// All lanes joined, halves with halves.
+template <typename Join>
+KVQ_INLINE float joined(F x, Join join) {
+    float halves[kLanes];
+    store(halves, x);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int lane = 0; lane < n; lane++) halves[lane] = join(halves[lane], halves[lane + n]);
+    return halves[0];
+}
+
 KVQ_INLINE float sum_of(F x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
 #else
-    float halves[kLanes];
-    store(halves, x);
-    for (int n = kLanes / 2; n > 0; n /= 2)
-        for (int lane = 0; lane < n; lane++) halves[lane] += halves[lane + n];
-    return halves[0];
+    return joined(x, [](float a, float b) { return a + b; });
 #endif
 }
 
@@ -68,12 +74,7 @@ KVQ_INLINE float greatest_of(F x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
 #else
-    float halves[kLanes];
-    store(halves, x);
-    for (int n = kLanes / 2; n > 0; n /= 2)
-        for (int lane = 0; lane < n; lane++)
-            halves[lane] = halves[lane] > halves[lane + n] ? halves[lane] : halves[lane + n];
-    return halves[0];
+    return joined(x, [](float a, float b) { return a > b ? a : b; });
 #endif
 }
 

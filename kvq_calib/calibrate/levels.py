@@ -89,6 +89,8 @@ def fit_levels(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec)
         index, error = _followed(spec, bits, current, samples)
         best = torch.where((error < least)[:, None], current, best)
         least = torch.minimum(error, least)
+        if not left:
+            break
         mass = few.scatter_add(1, index, torch.ones_like(samples))
         moment = (few * first).scatter_add(1, index, samples)
         wanted = least_squares(basis, mass, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny))

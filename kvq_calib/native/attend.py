@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvq_calib.native.checks import check, pointer
+from kvq_calib.native.checks import are_numbers, check, pointer
 from kvq_calib.native.loader import KvqAttention, KvqCodes, KvqExact, Library
 
-__all__ = ["CodeTables", "DecodeStep", "LayerKernel", "PageRows", "Turns", "raise_status"]
+__all__ = ["CodeTables", "DecodeStep", "LayerKernel", "PageRows", "Turns"]
 
 #: Fields of ``KvqPage``, eight bytes each.
 PAGE_FIELDS = 8
 _PAGE_BLOCKS = 8
 _PAGE_TOKENS = 256
 _COEFFICIENTS = 6
-_OK, _, _BAD_ARGUMENT, _NO_MEMORY = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +127,7 @@ class Turns:
         ):
             raise ValueError("pairs: a coordinate stands twice, or not each has a frequency")
         make = library.functions.kvq_turns_within
-        raise_status(make(self.frequency.data_ptr(), len(self.pair), self.within.data_ptr()))
+        are_numbers(make(self.frequency.data_ptr(), len(self.pair), self.within.data_ptr()))
 
     def of_blocks(self, positions: Tensor, out: Tensor) -> None:
         """Fill the cosines and sines of blocks.
@@ -141,7 +140,7 @@ class Turns:
         check("positions", positions, torch.int32, (count * _PAGE_BLOCKS,))
         check("out", out, torch.float32, (count, len(self.pair), 2, _PAGE_BLOCKS))
         fill = self.library.functions.kvq_turns_of_blocks
-        raise_status(
+        are_numbers(
             fill(self.frequency.data_ptr(), len(self.pair), positions.data_ptr(), count, out.data_ptr())
         )
 
@@ -401,7 +400,7 @@ class LayerKernel:
             call.query, call.out, call.sink_logit = query.data_ptr(), out.data_ptr(), pointer(sink_logits)
             call.key_page, call.value_page = keys.address, values.address
             call.seen, call.exact_seen, call.turns.block, call.turns.exact = step.pointers
-            raise_status(self.library.functions.kvq_attend(*self._arguments))
+            are_numbers(self.library.functions.kvq_attend(*self._arguments))
             return out
 
     def _describe_exact(self, to: KvqExact, part: tuple[Tensor, Tensor], batch: int) -> int:
@@ -416,11 +415,3 @@ class LayerKernel:
         to.key_stride[0], to.key_stride[1] = keys.stride()[:2]
         to.value_stride[0], to.value_stride[1] = values.stride()[:2]
         return tokens
-
-
-def raise_status(status: int) -> None:
-    """Say what a call's status means."""
-    if status == _NO_MEMORY:
-        raise MemoryError("native attention found no memory")
-    if status != _OK:
-        raise ValueError("native attention refused its arguments")

@@ -1,11 +1,14 @@
-"""What every tensor must pass before its pointer is passed."""
+"""Before a call of the native kernels: what every tensor must pass. After it: what its status means."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["check", "pointer"]
+__all__ = ["are_numbers", "check", "pointer"]
+
+#: ``KvqStatus`` of ``kernels/cpu/kvq_native.h``.
+_OK, _NOT_A_NUMBER, _, _NO_MEMORY = range(4)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -29,3 +32,16 @@ def check(
         )
     if (contiguous and not tensor.is_contiguous()) or tensor.is_neg():
         raise ValueError(f"{name}: is not contiguous")
+
+
+def are_numbers(status: int) -> bool:
+    """Whether a call that has ended met numbers alone; what it wrote is not to be used if not.
+
+    Raises:
+        MemoryError, ValueError: it did not end well.
+    """
+    if status == _NO_MEMORY:
+        raise MemoryError("the native kernels found no memory")
+    if status not in (_OK, _NOT_A_NUMBER):
+        raise ValueError("the native kernels refused their arguments")
+    return status == _OK

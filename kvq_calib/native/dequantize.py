@@ -8,8 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
-from kvq_calib.native.attend import CodeTables, PageRows, Turns, raise_status
-from kvq_calib.native.checks import check
+from kvq_calib.native.attend import CodeTables, PageRows, Turns
+from kvq_calib.native.checks import are_numbers, check
 from kvq_calib.native.loader import KvqDequantize, Library
 
 __all__ = ["Dequantizer"]
@@ -93,5 +93,5 @@ class Dequantizer:
             call.batch, call.pages, call.first_block, call.blocks = batch, pages.count, first, blocks
             call.threads, call.pairs = torch.get_num_threads(), pairs
             call.page, call.out = pages.address, out.data_ptr()
-            raise_status(self.library.functions.kvq_dequantize(ctypes.byref(self._codes), ctypes.byref(call)))
+            are_numbers(self.library.functions.kvq_dequantize(ctypes.byref(self._codes), ctypes.byref(call)))
             return out

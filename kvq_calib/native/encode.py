@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvq_calib.native.checks import check, pointer
+from kvq_calib.native.checks import are_numbers, check, pointer
 from kvq_calib.native.loader import KvqTrellis, Library
 
 __all__ = ["Encoded", "TrellisTables", "encode_trellis"]
 
-_OK, _NOT_A_NUMBER, _BAD_ARGUMENT, _NO_MEMORY = range(4)
 #: Beyond this a squared error could overflow for some levels of a channel and not for others.
 _LARGEST_LEVEL = 2.0**39
 _MOST_LEVELS = 256
@@ -198,11 +197,7 @@ def encode_trellis(
         *(batch, tokens, torch.get_num_threads()),
         *(codes.data_ptr(), pointer(coded)),
     )
-    if status == _NO_MEMORY:
-        raise MemoryError("the native encoder found no memory")
-    if status == _BAD_ARGUMENT:
-        raise ValueError("the native encoder refused its arguments")
-    return None if status == _NOT_A_NUMBER else Encoded(codes, coded)
+    return Encoded(codes, coded) if are_numbers(status) else None
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

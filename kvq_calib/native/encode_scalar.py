@@ -9,12 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvq_calib.native.checks import check, pointer
+from kvq_calib.native.checks import are_numbers, check, pointer
 from kvq_calib.native.loader import KvqScalar, Library
 
 __all__ = ["EncodedTokens", "ScalarTables", "encode_scalar"]
-
-_OK, _NOT_A_NUMBER, _BAD_ARGUMENT, _NO_MEMORY = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +120,6 @@ def encode_scalar(library: Library, tables: ScalarTables, x: Tensor) -> EncodedT
         *(batch, tokens, torch.get_num_threads()),
         *(codes.data_ptr(), pointer(token), pointer(outliers), pointer(residual)),
     )
-    if status == _NO_MEMORY:
-        raise MemoryError("the native encoder found no memory")
-    if status == _BAD_ARGUMENT:
-        raise ValueError("the native encoder refused its arguments")
-    if status == _NOT_A_NUMBER:
+    if not are_numbers(status):
         return None
     return EncodedTokens(codes, outliers, residual, None if token is None else (token[0], token[1]))

@@ -8,12 +8,10 @@ import threading
 import torch
 from torch import Tensor
 
-from kvq_calib.native.checks import check
+from kvq_calib.native.checks import are_numbers, check
 from kvq_calib.native.loader import KvqJoin, Library
 
 __all__ = ["Joiner"]
-
-_OK, _NOT_A_NUMBER = 0, 1
 
 
 class Joiner:
@@ -84,6 +82,4 @@ class Joiner:
                 call.cosine, call.sine = cosine.data_ptr(), sine.data_ptr()
                 call.angle_stride = 0 if len(cosine) == 1 else tokens * width
             status = self.library.functions.kvq_join(self._argument)
-            if status not in (_OK, _NOT_A_NUMBER):
-                raise ValueError("the native kernels refused their arguments")
-            return None if status == _NOT_A_NUMBER else (out[0], out[1])
+            return (out[0], out[1]) if are_numbers(status) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_calib.native.checks import check
+from kvq_calib.native.checks import are_numbers, check
 from kvq_calib.native.loader import Library
 
 __all__ = ["list_outliers", "pack_codes"]
@@ -73,6 +73,5 @@ def list_outliers(
         *(outliers.data_ptr(), residual.data_ptr(), batch, blocks, heads, channels // heads),
         *(counts.data_ptr(), entries, index.data_ptr() if entries else None, listed.data_ptr()),
     )
-    if status:
-        raise ValueError("the native kernels refused their arguments")
+    are_numbers(status)
     return index, listed, counts
