@@ -6,14 +6,28 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.error_compensation import Compensation
+from kvq_calib.codec.params import Params
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.encode import TrellisTables
 from kvq_calib.native.encode_scalar import ScalarTables
+from kvq_calib.native.loader import Library, library
 
-__all__ = ["scalar_tables", "trellis_tables"]
+__all__ = ["encoding_library", "scalar_tables", "trellis_tables"]
+
+
+def encoding_library(x: Tensor, params: Params) -> Library | None:
+    """The native library that is to code ``x``; ``None`` where torch is to.
+
+    That is where none is there, ``x`` is not float32 on the CPU, or the numbers ``params`` are being trained.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    if torch.is_grad_enabled() and any(each.requires_grad for each in params.tensors().values()):
+        return None
+    return library()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.native_encoding import scalar_tables
+from kvq_calib.codec.native_encoding import encoding_library, scalar_tables
 from kvq_calib.codec.outliers import cap_per_token
 from kvq_calib.codec.packing import PageLayout
 from kvq_calib.codec.params import Params, StoredTensor, TensorProblem
@@ -140,9 +140,14 @@ class ScalarQuantizer(Quantizer):
         """Whether a channel is normalised before a token takes its thresholds."""
         return self.spec.thresholds == "token_normalized"
 
+    @property
+    def _online(self) -> bool:
+        """Whether thresholds of channels come from the text itself."""
+        return self.spec.thresholds == "channel_online"
+
     def cannot_stream(self) -> str | None:
         """Online thresholds per channel cannot; neither can thresholds beyond the storage dtype."""
-        if self.spec.thresholds == "channel_online":
+        if self._online:
             return (
                 "online thresholds per channel need the whole text at once and serve evaluation only; "
                 "calibrate with thresholds: channel, as in --set cache.key.thresholds=channel"
@@ -163,7 +168,7 @@ class ScalarQuantizer(Quantizer):
         if self.per_token:
             token = token_thresholds(y, self.spec.outliers.per_side(y.shape[-1]), self.storage)
             scale, zero_point = (part.float()[..., None] for part in token)
-        elif self.spec.thresholds == "channel_online":
+        elif self._online:
             scale, zero_point = online_thresholds(y, self.spec.outliers.fraction)
         else:
             scale, zero_point = self.scale, self.zero_point
@@ -191,21 +196,19 @@ class ScalarQuantizer(Quantizer):
             dense = n.zero_point + n.scale * self.decode(codes)
             residual = torch.where(n.outliers, n.y - dense, 0.0).to(self.storage)
         token_scale, token_zero_point = n.token or (None, None)
-        online = self.spec.thresholds == "channel_online"
         return Quantized(
             codes,
             n.outliers,
             residual,
             token_scale,
             token_zero_point,
-            n.scale if online else None,
-            n.zero_point if online else None,
+            n.scale if self._online else None,
+            n.zero_point if self._online else None,
         )
 
     def derived(self) -> list[Tensor]:
         """What the native encoder reads besides the numbers of the artifact, where it codes."""
-        online = self.spec.thresholds == "channel_online"
-        if online or self.device.type != "cpu" or library() is None:
+        if self._online or self.device.type != "cpu" or library() is None:
             return []
         found = (self.native_tables.boundaries, self.native_tables.inverse)
         return [tensor for tensor in found if tensor is not None]
@@ -219,10 +222,7 @@ class ScalarQuantizer(Quantizer):
 
     def _encode_natively(self, x: Tensor) -> EncodedTokens | None:
         """See :func:`kvq_calib.native.encode_scalar.encode_scalar`; ``None`` where torch is to compute."""
-        online = self.spec.thresholds == "channel_online"
-        if online or x.device.type != "cpu" or (native := library()) is None:
-            return None
-        if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
+        if self._online or (native := encoding_library(x, self.params)) is None:
             return None
         return encode_scalar(native, self.native_tables, x)
 

@@ -27,7 +27,7 @@ from kvq_calib.codec.computed_levels import (
     unpack_coefficients,
 )
 from kvq_calib.codec.error_compensation import Compensation
-from kvq_calib.codec.native_encoding import trellis_tables
+from kvq_calib.codec.native_encoding import encoding_library, trellis_tables
 from kvq_calib.codec.pair_rotation import turn_pairs
 from kvq_calib.codec.params import StoredTensor, TensorProblem
 from kvq_calib.codec.paths import Subsets, best_path, level_index
@@ -254,9 +254,7 @@ class TrellisQuantizer(Quantizer):
         self, x: Tensor, weight: Tensor | None = None, *, compensated: bool = True, by_size: bool = False
     ) -> Encoded | None:
         """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` where torch is to compute."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or (native := library()) is None:
-            return None
-        if torch.is_grad_enabled() and any(each.requires_grad for each in self.params.tensors().values()):
+        if (native := encoding_library(x, self.params)) is None:
             return None
         return encode_trellis(native, self.native_tables, x, weight, compensated=compensated, by_size=by_size)
 

@@ -83,7 +83,7 @@ class ForwardPass:
             RuntimeMismatchError: the module is not one of the cache's model.
         """
         self._announced = None
-        try:
+        with self.undone_on_failure():
             if module not in self.modules:
                 raise RuntimeMismatchError(
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
@@ -92,9 +92,6 @@ class ForwardPass:
             if layer == len(self.contents.stored) - 1:
                 self.end()
             return result
-        except BaseException:
-            self.roll_back()
-            raise
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
