@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from kvq_calib import KVQCache
 
 pytestmark = pytest.mark.model
 
+needs_the_newest_transformers = pytest.mark.skipif(
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24),
+    reason="families came with newer versions",
+)
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -37,7 +43,12 @@ def models() -> Any:
         ("llama", "works", "heads of 16"),
         ("opt", "works", "heads of 16, no RoPE"),
         ("gemma2", "works", "heads of 16, window 4096; heads of 16"),
-        ("mamba", "refused", "has layers without a KV cache (linear_attention); it cannot be captured"),
+        # The configuration of older versions does not say of what kind its layers are.
+        (
+            "mamba",
+            "refused",
+            "(has layers without a KV cache|cannot be captured: 2 of its 2 layers do not call)",
+        ),
         (
             "bloom",
             "refused",
@@ -49,7 +60,7 @@ def models() -> Any:
 def test_what_is_found(models: Any, family: str, outcome: str, detail: str) -> None:
     found = models.examine(family)
     assert (found.family, found.outcome) == (family, outcome), found
-    assert found.detail.startswith(detail)
+    assert re.match(detail, found.detail), found
 
 
 def test_a_family_that_would_generate_nonsense_is_a_fault(
@@ -110,4 +121,8 @@ def test_the_page_counts_and_names_faults(models: Any) -> None:
 def test_every_family_of_this_transformers_is_looked_at(models: Any) -> None:
     assert {"llama", "mamba", "gemma3_text", "phi3"} <= set(models.families())
     assert models.arguments([]).families == []
+
+
+@needs_the_newest_transformers
+def test_settings_are_for_families_that_exist(models: Any) -> None:
     assert set(models.EXTRA) <= set(models.families())
