@@ -29,7 +29,7 @@ from kvq_calib.files import write_atomically
 from kvq_calib.runtime.cuda.build import compile_cubin
 from kvq_calib.runtime.cuda.decode import DecodeVariant
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths, arrange_pairs, arrange_values
-from kvq_calib.schema.geometry import KINDS, Kind
+from kvq_calib.schema.geometry import KINDS, Kind, channel_pairs
 
 #: Elements of a thread that one matrix product takes, where up to four query heads share a key-value head.
 PRODUCT_ELEMENTS = 8
@@ -194,11 +194,10 @@ def kinds_of(quantizer: Quantizer, kind: Kind, head_dim: int) -> Counter[Widths]
     found: Counter[Widths] = Counter()
     for widths in joined_heads(quantizer.widths, size, heads):
         if kind == "key":
-            pairs = [] if quantizer.rope is None else quantizer.rope.pairs
-            joined = [(a + size * head, b + size * head) for head in range(heads) for a, b in pairs]
-            taken = {coordinate for pair in joined for coordinate in pair}
-            rest = [coordinate for coordinate in range(len(widths)) if coordinate not in taken]
-            made = arrange_pairs(widths, [*joined, *zip(rest[::2], rest[1::2], strict=True)])
+            pairs = channel_pairs(quantizer.rope, size)
+            made = arrange_pairs(
+                widths, [(a + size * head, b + size * head) for head in range(heads) for a, b in pairs]
+            )
         else:
             made = arrange_values(widths)
         before = 0

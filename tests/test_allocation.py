@@ -13,7 +13,7 @@ from statistic_helpers import normal
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
-from kvq_calib.fit.allocation import allocate, width_errors, within_budget
+from kvq_calib.fit.allocation import Choices, allocate, width_errors, within_budget
 from kvq_calib.fit.density import lloyd
 from kvq_calib.schema.recipe import CalibrationConfig
 
@@ -24,6 +24,12 @@ def gaussian_errors(deviations: list[float], max_bits: int = 6) -> torch.Tensor:
     weights = torch.exp(-grid.square() / 2).expand_as(points).contiguous()
     levels = [1 << bits for bits in range(max_bits + 1)]
     return width_errors(points, weights / weights.sum(1, keepdim=True), lloyd, levels)
+
+
+def alone(errors: torch.Tensor, floor: int = 0, tokens: int = 1) -> Choices:
+    """Every channel chooses for itself."""
+    widths = torch.arange(floor, errors.shape[1])
+    return Choices(errors[:, floor:], widths, len(errors), tokens)
 
 
 def test_curves_of_a_normal_channel_follow_the_published_quantizer() -> None:
@@ -46,8 +52,8 @@ def test_allocation_is_optimal_for_what_it_spends(
 ) -> None:
     halving = 4.0 ** -torch.arange(4, dtype=torch.float64)
     tables = [halving * normal(2, 1, seed=seed + part).double().exp() for part in range(2)]
-    widths = allocate(tables, [floor, floor], tokens, budget)
-    chosen = torch.cat(widths).tolist()
+    choices = [alone(table, floor, each) for table, each in zip(tables, tokens, strict=True)]
+    chosen = (torch.cat(allocate(choices, budget)) + floor).tolist()
     price = [tokens[0]] * 2 + [tokens[1]] * 2
 
     def stored(option: Sequence[int]) -> int:
@@ -67,10 +73,10 @@ def test_allocation_is_optimal_for_what_it_spends(
 
 def test_allocation_follows_reverse_water_filling() -> None:
     errors = gaussian_errors([0.001, 1.0, 2.0, 4.0])
-    (widths,) = allocate([errors], [0], [1], 2.25)
+    (widths,) = allocate([alone(errors)], 2.25)
     assert widths.tolist() == [0, 2, 3, 4]  # one bit for every factor of two
     with pytest.raises(ConfigError, match="min_key_bits"):
-        allocate([errors], [3], [1], 2.25)
+        allocate([alone(errors, 3)], 2.25)
 
 
 def test_budget_counts_what_is_stored_beside_the_codes() -> None:
@@ -79,10 +85,10 @@ def test_budget_counts_what_is_stored_beside_the_codes() -> None:
     def stored(widths: list[torch.Tensor]) -> float:
         return float(widths[0].float().mean()) + 0.01 * float(widths[0].max()) + 0.1
 
-    widths = within_budget(3.0, lambda b: allocate([errors], [1], [1], b), stored)
+    widths = within_budget(3.0, lambda b: allocate([alone(errors)], b), stored)
     assert 2.5 < stored(widths) <= 3.0
     with pytest.raises(ConfigError, match="bits_per_element"):
-        within_budget(0.05, lambda b: allocate([errors], [0], [1], max(b, 0.0)), stored)
+        within_budget(0.05, lambda b: allocate([alone(errors)], max(b, 0.0)), stored)
 
 
 def recipe(**changes: object) -> CalibrationConfig:

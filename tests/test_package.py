@@ -104,6 +104,28 @@ def test_the_wheel_is_of_this_platform_and_its_libraries_are_found(wheel, tmp_pa
     assert compile_cpu.library_name(ran.stdout.strip()) in built
 
 
+def check_wheels(folder):
+    command = [sys.executable, str(ROOT / "kernels" / "check_wheel.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_wheels_are_checked_before_they_are_shared(wheel, tmp_path):
+    if wheel.name.endswith("-any.whl"):
+        pytest.skip("no native kernels for this machine")
+    checked = check_wheels(wheel.parent)
+    assert (checked.returncode, checked.stdout) == (0, f"{wheel.name}: good\n"), checked.stderr
+    missing = sorted(name for name in zipfile.ZipFile(wheel).namelist() if "/_native/" in name)[0]
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(tmp_path / wheel.name, "w") as part:
+        for name in whole.namelist():
+            if name != missing:
+                part.writestr(name, whole.read(name))
+    checked = check_wheels(tmp_path)
+    assert (checked.returncode, checked.stdout) == (1, f"{wheel.name}: {missing} is missing\n")
+    (tmp_path / wheel.name).rename(tmp_path / "kvq_calib-0.1.0-py3-none-any.whl")
+    assert "its tags are not" in check_wheels(tmp_path).stdout
+    assert check_wheels(tmp_path / "none").stdout.endswith("no wheels\n")
+
+
 def test_without_a_compiler_the_wheel_is_for_any_platform_and_says_so_once(source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))

@@ -131,6 +131,12 @@ def test_a_tie_at_the_threshold_is_no_outlier():
     assert not (quantizer.quantize(by_head(at_threshold[None, None])).outliers & exactly).any()
 
 
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0), (-0.0, -0.0)])
+def test_the_zero_point_of_zeros_has_no_sign(zeros):
+    _, zero_point = token_thresholds(torch.tensor([zeros]), 0, torch.float16)
+    assert zero_point.view(torch.int16).tolist() == [0]
+
+
 @pytest.mark.parametrize("thresholds", ["channel", "token"])
 def test_equal_elements_have_scale_zero_and_survive(thresholds):
     quantizer = quantizer_of(2, thresholds=thresholds)

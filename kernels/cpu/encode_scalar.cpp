@@ -54,7 +54,7 @@ bool token_thresholds(const KvqScalar& codec, int channels, const Room& room, ui
     const bool bfloat = codec.bfloat != 0;
     const float low = trimmed(room.y, channels, codec.per_side, true, room.sorted);
     const float high = trimmed(room.y, channels, codec.per_side, false, room.sorted);
-    zero_point = float_to_half((low + high) * 0.5f, bfloat);
+    zero_point = float_to_half((low + high) * 0.5f + 0.0f, bfloat);  // never a negative zero
     const float middle = half_to_float(zero_point, bfloat);
     const float above = high - middle, below = middle - low, exact = above > below ? above : below;
     scale = float_to_half(exact, bfloat);

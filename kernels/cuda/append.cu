@@ -62,7 +62,7 @@ KVQ_DEVICE void token_thresholds(const AppendSide &s, int64_t token, int heads, 
                                  uint16_t *zero_point) {
     const float high = ranked(s, token, heads, head_dim, s.per_side, false);
     const float low = ranked(s, token, heads, head_dim, s.per_side, true);
-    *zero_point = to_storage(s, __fmul_rn(__fadd_rn(low, high), 0.5f));
+    *zero_point = to_storage(s, __fadd_rn(__fmul_rn(__fadd_rn(low, high), 0.5f), 0.0f));
     const float middle = from_storage(s, *zero_point);
     const float exact = fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low));
     *scale = to_storage(s, exact);

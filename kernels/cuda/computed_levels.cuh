@@ -195,8 +195,8 @@ template <bool Paths> KVQ_DEVICE Indices<true> any_indices(const uint32_t *words
 
 // ---- polynomials ---------------------------------------------------------------------------------------------
 
-// c0 + c1 v + c2 v^2 + ... of one channel, each coefficient twice in a register: cubics of up to 16 levels, whose
-// indices stand in nibbles, quintics of more.
+// c0 + c1 v + c2 v^2 + ... of one channel, each coefficient twice in a register: cubics of up to 32 levels, quintics of
+// more.
 template <bool Quintic> struct Polynomial {
     static constexpr int kCount = Quintic ? 6 : 4;
     uint32_t c[kCount];
@@ -214,10 +214,10 @@ template <bool Quintic> struct Polynomial {
     }
 };
 
-// Levels of a unit: `eight` has those of a slice, tokens i and i + 4.
-template <bool Bytes> struct PolynomialLevels {
+// Levels of a unit: `eight` has those of a slice, tokens i and i + 4. Indices of up to four bits stand in nibbles.
+template <bool Bytes, bool Quintic> struct PolynomialLevels {
     Indices<Bytes> index;
-    Polynomial<Bytes> polynomial;
+    Polynomial<Quintic> polynomial;
 
     KVQ_DEVICE void eight(int slice, uint32_t (&pairs)[4]) const {
         uint32_t v[4];
@@ -258,11 +258,12 @@ template <int Bits, int Count, bool Paths> struct ComputedUnits {
     }
     KVQ_DEVICE auto levels(int unit, int, const ChannelNumbers &own) const {
         typedef UnitIndices<Bits, Paths> Unit;
+        constexpr bool kQuintic = Bits + Paths > 5;
         const auto index = Unit::of(words + unit * Bits);
         if constexpr (has_table(Bits, Paths))
             return TableLevels{index, {own.first}};
         else
-            return PolynomialLevels<Unit::kBytes>{index, Polynomial<Unit::kBytes>(own)};
+            return PolynomialLevels<Unit::kBytes, kQuintic>{index, Polynomial<kQuintic>(own)};
     }
 };
 
@@ -290,17 +291,17 @@ template <int Most, int Count> struct SomeUnits {
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kNarrow, Count, Paths> : SomeUnits<3, Count> {
-    KVQ_DEVICE PolynomialLevels<false> levels(int unit, int bits, const ChannelNumbers &own) const {
+    KVQ_DEVICE PolynomialLevels<false, false> levels(int unit, int bits, const ChannelNumbers &own) const {
         return {narrow_indices<Paths>(this->words + unit * 3, bits), Polynomial<false>(own)};
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kMedium, Count, Paths> : SomeUnits<5, Count> {
-    KVQ_DEVICE PolynomialLevels<true> levels(int unit, int bits, const ChannelNumbers &own) const {
+    KVQ_DEVICE PolynomialLevels<true, true> levels(int unit, int bits, const ChannelNumbers &own) const {
         return {medium_indices<Paths>(this->words + unit * 5, bits), Polynomial<true>(own)};
     }
 };
 template <int Count, bool Paths> struct ComputedUnits<kAnyWidth, Count, Paths> : SomeUnits<8, Count> {
-    KVQ_DEVICE PolynomialLevels<true> levels(int unit, int bits, const ChannelNumbers &own) const {
+    KVQ_DEVICE PolynomialLevels<true, true> levels(int unit, int bits, const ChannelNumbers &own) const {
         return {any_indices<Paths>(this->words + unit * 8, bits), Polynomial<true>(own)};
     }
 };

@@ -22,8 +22,9 @@ from kvq_calib.codec.computed_levels import coefficient_counts
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.fit.allocation import allocate, within_budget
+from kvq_calib.fit.width_groups import WidthGroups, channel_groups, pair_groups
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
-from kvq_calib.schema.geometry import KVGeometry, RopeSpec
+from kvq_calib.schema.geometry import KVGeometry, RopeSpec, channel_pairs
 from kvq_calib.schema.recipe import AllocationConfig
 from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, LayerSpec, QuantSpec, TrellisSpec
 
@@ -140,7 +141,7 @@ class _Tensor:
         errors: what every width costs every channel, float64 ``[C, widths]``.
         points, weights: the distributions that levels are fitted to, float64 ``[C, n]``.
         constant: the parameters that do not depend on the widths, by name.
-        floor: least width of a channel.
+        groups: channels that share a width.
         held: tokens that a cache holds of them.
     """
 
@@ -150,7 +151,7 @@ class _Tensor:
     points: Tensor
     weights: Tensor
     constant: Mapping[str, Tensor]
-    floor: int
+    groups: WidthGroups
     held: int
 
 
@@ -179,17 +180,21 @@ def _prepared(
         constant |= _compensation_tensors(found, spec.error_compensation)
         left = found.left * (found.left.log().mean() * (_TRUST - 1)).exp()
         weights = weights * left.flatten()[:, None]
+    errors = errors_by_width(points, weights, spec)
+    groups = _groups(at, errors, settings, geometry)
+    return _Tensor(at, spec, errors, points, weights, constant, groups, layer.held_tokens(settings.context))
+
+
+def _groups(
+    at: CachedTensor, errors: Tensor, settings: AllocationConfig, geometry: KVGeometry
+) -> WidthGroups:
+    """Channels of one layer's keys or values that share a width."""
+    shape = at.shape_in(geometry)
     least = settings.min_key_bits if at.kind == "key" else settings.min_value_bits
-    return _Tensor(
-        at,
-        spec,
-        errors_by_width(points, weights, spec),
-        points,
-        weights,
-        constant,
-        min(least, spec.max_bits),
-        layer.held_tokens(settings.context),
-    )
+    floor = min(least, errors.shape[1] - 1)
+    if at.kind == "value" or shape.head_dim % 2:
+        return channel_groups(errors, shape.heads, floor)
+    return pair_groups(errors, shape.heads, channel_pairs(at.rope_in(geometry), shape.head_dim), floor)
 
 
 def _compensation_tensors(found: CompensationFactors, spec: ErrorCompensationSpec) -> dict[str, Tensor]:
@@ -250,15 +255,14 @@ class _BudgetedFit:
             table if tensor.at.layer else table * self.settings.first_layer_weight
             for table, tensor in zip(errors, self.tensors, strict=True)
         ]
-        floors, held = [t.floor for t in self.tensors], [t.held for t in self.tensors]
+        options = [t.groups.options(table, t.held) for t, table in zip(self.tensors, counted, strict=True)]
 
         def widths_at(budget: float) -> list[Tensor]:
             if self.settings.scope == "model":
-                return allocate(counted, floors, held, budget)
-            return [
-                allocate([table], [floor], [1], budget)[0]
-                for table, floor in zip(counted, floors, strict=True)
-            ]
+                chosen = allocate(options, budget)
+            else:
+                chosen = [allocate([own], budget)[0] for own in options]
+            return [t.groups.widths(own) for t, own in zip(self.tensors, chosen, strict=True)]
 
         return within_budget(self.settings.bits_per_element, widths_at, self._stored_bits)
 

@@ -5,7 +5,7 @@ Level ``i`` of ``L`` is, with every operation rounded to float32::
     u     = (2 i + 1) / L - 1
     level = c[0] + u (c[1] + u (c[2] + u (c[3] + u (c[4] + u c[5]))))
 
-A channel of up to 16 levels has four coefficients, but no more than levels, so any four levels can be had; one of more
+A channel of up to 32 levels has four coefficients, but no more than levels, so any four levels can be had; one of more
 levels has six. The others are 0.
 """
 
@@ -29,7 +29,7 @@ __all__ = [
 
 MOST_COEFFICIENTS = 6
 #: Coefficients of channels of up to so many levels.
-_FEW_COEFFICIENTS, _FEW_LEVELS = 4, 16
+_FEW_COEFFICIENTS, _FEW_LEVELS = 4, 32
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 

@@ -2,13 +2,14 @@
 
 The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes most
 of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
-(:func:`within_budget`). Everything is computed from weighted distributions, so it needs no activations.
+(:func:`within_budget`). Channels of a group choose together (:mod:`kvq_calib.fit.width_groups`). Everything is computed from weighted distributions, so it needs no activations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,65 +53,79 @@ def width_errors(
     return distortion.cummin(1).values
 
 
-def allocate(
-    distortion: Sequence[Tensor], floors: Sequence[int], tokens: Sequence[int], budget: float
-) -> list[Tensor]:
-    """Widths that minimise the summed distortion at a mean width of at most ``budget``.
+@dataclass(frozen=True)
+class Choices:
+    """What the rows of a table (channels, or groups of them) may choose between.
 
-    Each channel takes the width of least ``distortion + multiplier * bits stored``; the multiplier, found by
-    bisection, is the same for all, so that the last stored bit of every channel is worth the same (reverse
-    water-filling). A bit of width is stored for every token that is held: where a sliding window leaves few, it costs
-    little.
+    Attributes:
+        cost: error of every choice, float64 ``[R, K]``.
+        bits: stored by each choice, of one row and token, ``[K]``.
+        channels: of all rows together.
+        tokens: that are held of them, in any unit.
+    """
+
+    cost: Tensor
+    bits: Tensor
+    channels: int
+    tokens: int
+
+
+def allocate(tables: Sequence[Choices], budget: float) -> list[Tensor]:
+    """Choices that minimise the summed error at a mean of at most ``budget`` bits.
+
+    Each row makes the choice of least ``cost + multiplier * bits``; the multiplier, found by bisection, is the same for
+    all, so that the last stored bit of every row is worth the same (reverse water-filling). A bit is stored for every
+    token that is held: where a sliding window leaves few, it costs little.
 
     Args:
-        distortion: one float64 ``[C, widths]`` for each layer and kind.
-        floors: least width of the channels of each.
-        tokens: that are held of each, in any unit.
+        tables: one for each layer and kind.
         budget: bits per number held, on average over all.
 
     Returns:
-        uint8 ``[C]`` for each.
+        the choice of every row, int64 ``[R]``, for each table.
 
     Raises:
-        ConfigError: the budget is below the floors.
+        ConfigError: the budget is below what the least choices take.
     """
-    curves = [
-        table.masked_fill(torch.arange(table.shape[1]) < floor, torch.inf)
-        for table, floor in zip(distortion, floors, strict=True)
-    ]
-    held = sum(len(table) * count for table, count in zip(curves, tokens, strict=True))
+    held = sum(table.channels * table.tokens for table in tables)
     # In units of the mean, which is exact where all are equal.
-    price = [count * sum(map(len, curves)) / held for count in tokens]
-    least = sum(len(t) * count * floor for t, count, floor in zip(curves, tokens, floors, strict=True)) / held
+    channels = sum(table.channels for table in tables)
+    price = [table.tokens * channels / held for table in tables]
+
+    def mean(chosen: Sequence[Tensor]) -> float:
+        stored = (
+            int(table.bits[own].sum()) * table.tokens for table, own in zip(tables, chosen, strict=True)
+        )
+        return sum(stored) / held
+
+    least = mean([table.bits.argmin().expand(len(table.cost)) for table in tables])
     if budget < least:
         raise ConfigError(
             f"{budget:.3f} bits are left for codes, but the least widths take {least:.3f}; raise "
             "allocation.bits_per_element or lower allocation.min_key_bits and min_value_bits"
         )
 
-    def widths(multiplier: float) -> list[Tensor]:
+    def chosen(multiplier: float) -> list[Tensor]:
         return [
-            (table + multiplier * each * torch.arange(table.shape[1], dtype=table.dtype)).argmin(1)
-            for table, each in zip(curves, price, strict=True)
+            (table.cost + multiplier * each * table.bits).argmin(1)
+            for table, each in zip(tables, price, strict=True)
         ]
 
-    def mean(chosen: list[Tensor]) -> float:
-        return sum(int(table.sum()) * count for table, count in zip(chosen, tokens, strict=True)) / held
-
-    finite = torch.cat([table[torch.isfinite(table)] for table in curves])
-    high = max(float(finite.max()), 1e-300) * 2 / min(price)  # more than any bit can save
+    high = (
+        max(max(float(table.cost.max()) for table in tables), 1e-300) * 2 / min(price)
+    )  # more than a bit can save
     low = high * 1e-30
-    if mean(widths(low)) <= budget:
+    if mean(chosen(low)) <= budget:
         high = low
     for _ in range(_MULTIPLIER_STEPS):
         if high == low:
             break
         middle = math.sqrt(low * high)
-        if mean(widths(middle)) > budget:
+        if mean(chosen(middle)) > budget:
             low = middle
         else:
             high = middle
-    return [table.to(torch.uint8) for table in widths(high)]
+    return chosen(high)
 
 
 def within_budget(
@@ -121,7 +136,7 @@ def within_budget(
 ) -> list[Tensor]:
     """Widths whose artifact takes at most ``target`` bits per element, everything counted.
 
-    What is stored beside the codes (scales, codebooks, sinks) depends on the widths in turn, so the budget
+    What is stored beside the codes (coefficients, sinks) depends on the widths in turn, so the budget
     for codes is corrected until the whole fits.
 
     Args:

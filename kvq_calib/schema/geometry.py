@@ -46,6 +46,14 @@ class RopeSpec(Frozen):
         return self
 
 
+def channel_pairs(rope: RopeSpec | None, head_dim: int) -> list[tuple[int, int]]:
+    """The channels of a head in pairs: those of RoPE, then the others as they stand. Of an odd number one is left out."""
+    pairs = [] if rope is None else list(rope.pairs)
+    rotated = {channel for pair in pairs for channel in pair}
+    rest = [channel for channel in range(head_dim) if channel not in rotated]
+    return pairs + list(zip(rest[::2], rest[1::2], strict=False))
+
+
 class HeadShape(NamedTuple):
     """Shape of one token of a layer's keys, or of its values.
 

@@ -15,6 +15,7 @@ from kvq_calib.codec.scalar import ScalarQuantizer
 from kvq_calib.codec.thresholds import reciprocal
 from kvq_calib.codec.token_weighting import size_edges
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
+from kvq_calib.schema.geometry import channel_pairs
 from kvq_calib.schema.spec import Kind
 
 __all__ = ["CODECS", "QuantizerTables"]
@@ -98,12 +99,8 @@ class QuantizerTables:
     @cached_property
     def rope_pairs(self) -> tuple[list[tuple[int, int]], list[float]]:
         """All coordinates of a head in pairs, with radians per token: RoPE's pairs, then the others at 0."""
-        rope = self.rope
-        pairs = [] if rope is None else [(int(a), int(b)) for a, b in rope.pairs]
-        frequencies = [] if rope is None else list(rope.inv_freq)
-        taken = {coordinate for pair in pairs for coordinate in pair}
-        rest = [coordinate for coordinate in range(self.head_dim) if coordinate not in taken]
-        pairs += [(rest[i], rest[i + 1]) for i in range(0, len(rest) - 1, 2)]
+        pairs = channel_pairs(self.rope, self.head_dim)
+        frequencies = [] if self.rope is None else list(self.rope.inv_freq)
         return pairs, frequencies + [0.0] * (len(pairs) - len(frequencies))
 
     @cached_property

@@ -1,0 +1,95 @@
+"""Channels that share a width, so that kernels meet one width at a time.
+
+A vector register or a warp reads several channels at once, and code for one width is shorter than code for any. So widths
+are chosen for groups of channels of one head: eight channels of values, or four RoPE pairs of keys, whose first channels
+have one width and whose second have the same or the next. Channels that want the same width go together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvq_calib.fit.allocation import Choices
+
+__all__ = ["WidthGroups", "channel_groups", "pair_groups"]
+
+_PAIRS, _CHANNELS = 4, 8
+#: Channels are put in order by their errors at this width.
+_COMPARED_AT = 2
+
+
+@dataclass(frozen=True)
+class WidthGroups:
+    """Groups of channels, and the widths that a group may have.
+
+    Attributes:
+        members: channels, int64 ``[G, P, n]``: each group has ``P`` parts of ``n``.
+        choices: the widths of the parts, int64 ``[K, P]``.
+    """
+
+    members: Tensor
+    choices: Tensor
+
+    def options(self, errors: Tensor, tokens: int) -> Choices:
+        """What the groups choose between.
+
+        Args:
+            errors: of every channel at every width, float64 ``[C, widths]``.
+            tokens: that are held.
+        """
+        parts = errors[self.members].sum(2)
+        cost = parts[:, torch.arange(parts.shape[1]), self.choices].sum(2)
+        return Choices(cost, self.members.shape[2] * self.choices.sum(1), self.members.numel(), tokens)
+
+    def widths(self, chosen: Tensor) -> Tensor:
+        """The widths of all channels, uint8 ``[C]``, from the choice of every group, int64 ``[G]``."""
+        found = torch.empty(self.members.numel(), dtype=torch.uint8)
+        found[self.members] = self.choices[chosen][..., None].expand_as(self.members).to(torch.uint8)
+        return found
+
+
+def channel_groups(errors: Tensor, heads: int, floor: int) -> WidthGroups:
+    """Groups of up to eight channels.
+
+    Args:
+        errors: of every channel at every width, float64 ``[C, widths]``.
+        heads: that the channels are of.
+        floor: least width.
+    """
+    channels = torch.arange(len(errors)).view(heads, -1, 1)
+    choices = torch.arange(floor, errors.shape[1])[:, None]
+    return _grouped(channels, errors, _CHANNELS, choices)
+
+
+def pair_groups(errors: Tensor, heads: int, pairs: Sequence[tuple[int, int]], floor: int) -> WidthGroups:
+    """Groups of up to four RoPE pairs, the channel of each that needs less bits first.
+
+    Args:
+        errors: of every channel at every width, float64 ``[C, widths]``.
+        heads: that the channels are of.
+        pairs: all channels of a head.
+        floor: least width.
+    """
+    size = len(errors) // heads
+    both = torch.tensor(pairs) + size * torch.arange(heads)[:, None, None]
+    easier = _compared(errors)[both].argsort(dim=-1, stable=True)
+    widths = range(floor, errors.shape[1])
+    choices = [(a, b) for a in widths for b in widths if b in (a, a + 1)]
+    return _grouped(both.gather(-1, easier), errors, _PAIRS, torch.tensor(choices))
+
+
+def _compared(errors: Tensor) -> Tensor:
+    return errors[:, min(_COMPARED_AT, errors.shape[1] - 1)]
+
+
+def _grouped(parts: Tensor, errors: Tensor, size: int, choices: Tensor) -> WidthGroups:
+    """Groups from channels ``[H, N, P]`` of like errors, ``size`` of a head if that divides their number."""
+    order = _compared(errors)[parts].sum(-1).argsort(dim=1, stable=True)
+    ordered = parts.gather(1, order[..., None].expand_as(parts))
+    groups = ordered.unflatten(1, (-1, math.gcd(parts.shape[1], size))).flatten(0, 1)
+    return WidthGroups(groups.mT.contiguous(), choices)
