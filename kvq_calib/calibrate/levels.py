@@ -7,6 +7,8 @@ each level stands for, weighted least squares moves the polynomial there, and so
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,15 +29,31 @@ from kvq_calib.fit.rising_polynomials import chord, evaluate, least_squares, nea
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec
 
-__all__ = ["errors_by_width", "fit_levels", "level_basis", "storable_coefficients"]
+__all__ = ["DRAFT", "FULL", "Effort", "errors_by_width", "fit_levels", "level_basis", "storable_coefficients"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far levels are fitted.
+
+    Attributes:
+        samples: of each channel.
+        rounds: of finding paths and moving levels.
+    """
+
+    samples: int
+    rounds: int
+
+
+FULL = Effort(samples=8192, rounds=10)
+#: To measure what errors cost, a tenth of the work will do.
+DRAFT = Effort(samples=2048, rounds=3)
+
 
 #: Error of the best path, its levels moved, over that of the nearest level at the start: 2.4 to 2.8 for normal
 #: samples and 1.9 to 2.3 for Laplacian ones, 1 to 4 bits. Only its size against the error without any bits matters
 #: here.
 _PATH_OVER_NEAREST = 2.4
-#: Samples of a channel, and rounds of finding paths and moving levels.
-_SAMPLES = 8192
-_ROUNDS = 10
 #: Powers of the density of levels by which starts are near them.
 _DENSITIES = (2.0, 1.0, 0.0)
 #: How far beyond the least squares coefficients move in all rounds but the last: whole runs of levels creep in one
@@ -72,20 +90,23 @@ def level_basis(spec: TrellisSpec, bits: Tensor) -> Tensor:
     return powers * has_coefficient(spec, bits)[:, None]
 
 
-def fit_levels(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) -> TrellisParams:
+def fit_levels(
+    points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec, effort: Effort = FULL
+) -> TrellisParams:
     """Widths and coefficients, as they are stored.
 
     Args:
         points, weights: float64 ``[C, n]``, the distribution of each channel.
         bits: uint8 ``[C]``.
         spec: of the tensor.
+        effort: how far they are fitted.
     """
-    basis, samples = level_basis(spec, bits), _drawn(points, weights)
+    basis, samples = level_basis(spec, bits), _drawn(points, weights, effort.samples)
     current = _start(spec, bits, basis, _placed(points, weights, bits, spec), samples)
     first = evaluate(basis, current)
-    few = _PRIOR * _SAMPLES / level_counts(spec, bits)[:, None].double() * _is_level(spec, bits)
+    few = _PRIOR * effort.samples / level_counts(spec, bits)[:, None].double() * _is_level(spec, bits)
     best, least = current, torch.full((len(bits),), torch.inf, dtype=torch.float64)
-    for left in reversed(range(_ROUNDS + 1)):
+    for left in reversed(range(effort.rounds + 1)):
         index, error = _followed(spec, bits, current, samples)
         best = torch.where((error < least)[:, None], current, best)
         least = torch.minimum(error, least)
@@ -116,11 +137,11 @@ def _is_level(spec: TrellisSpec, bits: Tensor) -> Tensor:
     return torch.arange(int(counts.max())) < counts[:, None]
 
 
-def _drawn(points: Tensor, weights: Tensor) -> Tensor:
-    """Samples of every channel by weight, in random order: float64 ``[C, n]``, numbers that float32 has."""
-    order = torch.randperm(_SAMPLES, generator=torch.Generator().manual_seed(0))
+def _drawn(points: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Samples of every channel by weight, in random order: float64 ``[C, count]``, numbers that float32 has."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     share = evenly_weighted(weights).cumsum(1)
-    place = torch.searchsorted(share, (order + 0.5) / _SAMPLES * share[:, -1:])
+    place = torch.searchsorted(share, (order + 0.5) / count * share[:, -1:])
     return points.gather(1, place.clamp(max=points.shape[1] - 1)).float().double()
 
 

@@ -16,7 +16,7 @@ from kvq_calib.calibrate.error_compensation import (
     compensation_factors,
 )
 from kvq_calib.calibrate.fitter import layer_params
-from kvq_calib.calibrate.levels import errors_by_width, fit_levels
+from kvq_calib.calibrate.levels import DRAFT, FULL, Effort, errors_by_width, fit_levels
 from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.codec.computed_levels import coefficient_counts
 from kvq_calib.codec.params import LayerParams
@@ -235,7 +235,7 @@ def fit_layers(
     errors = [tensor.errors for tensor in tensors]
     widths = fit.widths(errors)
     for _ in range(settings.corrections):
-        errors = _corrected(errors, widths, tensors, measure(fit.params(widths)))
+        errors = _corrected(errors, widths, tensors, measure(fit.params(widths, DRAFT)))
         widths = fit.widths(errors)
     return fit.params(widths)
 
@@ -266,10 +266,11 @@ class _BudgetedFit:
 
         return within_budget(self.settings.bits_per_element, widths_at, self._stored_bits)
 
-    def params(self, widths: Sequence[Tensor]) -> tuple[LayerParams, ...]:
+    def params(self, widths: Sequence[Tensor], effort: Effort = FULL) -> tuple[LayerParams, ...]:
         """What is stored of all layers with channels of these widths."""
         return self._layers(
-            fit_levels(t.points, t.weights, w, t.spec) for t, w in zip(self.tensors, widths, strict=True)
+            fit_levels(t.points, t.weights, w, t.spec, effort)
+            for t, w in zip(self.tensors, widths, strict=True)
         )
 
     def _stored_bits(self, widths: Sequence[Tensor]) -> float:
