@@ -53,7 +53,7 @@ class FitConfig(_Settings):
 
 
 class AllocationConfig(_Settings):
-    """How many bits every channel of the trellis codec gets (``docs/method.md``, rate and distortion).
+    """How many bits every channel of the trellis codec gets (``docs/explanation/method.md``, rate and distortion).
 
     Attributes:
         bits_per_element: what the artifact may take, everything counted, at ``context`` tokens.
@@ -91,7 +91,7 @@ class AllocationConfig(_Settings):
 
 
 class LearnConfig(_Settings):
-    """Gradient descent on levels and angles of RoPE pairs (``docs/method.md``, learning).
+    """Gradient descent on levels and angles of RoPE pairs (``docs/explanation/method.md``, learning).
 
     Attributes:
         steps: updates, one piece of text each.
