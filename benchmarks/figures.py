@@ -9,7 +9,6 @@ figure when this runs again; ``tests/test_figures.py`` holds that the committed 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 
 from diagrams import draw_page, draw_pipeline
 from method_figures import METHOD_FIGURES
-from plots import THEMES, WIDTH, bare_axes, legend, new_chart
+from plots import THEMES, WIDTH, legend, name_axes, new_chart, record
 
 from kvq_calib.evaluate.charts.axes import Labels, plain
 from kvq_calib.evaluate.charts.chart import Chart, Palette
 from kvq_calib.evaluate.charts.frontier import Point, frontier
 
-RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 #: Name in the record, name in the figure, colour.
@@ -51,11 +49,6 @@ _TEXTS = {
 }
 _WITH_TABLES = {"kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4", "gemma3-270m-wikitext2"}
 _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p": "other"}
-
-
-def record(name: str) -> Any:
-    """A committed record."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def kl_by_bits(palette: Palette) -> Chart:
@@ -106,13 +99,13 @@ def kl_by_recipe(palette: Palette) -> Chart:
                     markerfacecolor=chart.colour("panel") if tables else fill, markeredgecolor=fill,
                 )  # fmt: skip
         axes.set_yscale("log")
-        axes.set_ylim(0.0018, 0.1)
+        axes.set_ylim(0.0016, 0.12)
         ticks = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]
         axes.set_yticks(ticks, [plain(tick) for tick in ticks])
         axes.set_yticks([], minor=True)
         axes.set_xlim(-0.5, len(_TEXTS) - 0.5)
         axes.set_xticks(range(len(_TEXTS)), list(_TEXTS))
-        bare_axes(chart, "", "KL divergence, nats per token")
+        name_axes(chart, "", "KL divergence, nats per token")
     legend(chart, [*_RECIPES.items(), ("hollow: levels in tables", None)])
     return chart
 
@@ -145,7 +138,7 @@ def _by_context(
         axes.set_xlim(0, 16384)
         axes.set_xticks([1024, 4096, 8192, 16384], ["1K", "4K", "8K", "16K"])
         axes.set_ylim(*ends)
-        bare_axes(chart, "tokens in the cache", y)
+        name_axes(chart, "tokens in the cache", y)
     return chart
 
 
