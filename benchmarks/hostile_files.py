@@ -1,7 +1,7 @@
 """Safetensors files as damage or an attacker would leave them, for robustness.py.
 
 What the files hold is not known here: tensors are taken by their names in the header, and metadata as any JSON, so that
-a change of format needs no change of this. Only a digest is: where the metadata has one that is made as docs/format.md
+a change of format needs no change of this. Only a digest is: where the metadata has one that is made as docs/reference/format.md
 says, an attacker can make it too, and half of what changes the header is signed again, so that it reaches what checks
 values.
 """
@@ -84,7 +84,7 @@ class Parts:
         return key, json.loads(text)
 
     def set_metadata(self, key: str, value: Any) -> None:
-        """Write JSON as rule 2 of docs/format.md says, but for what is no JSON."""
+        """Write JSON as rule 2 of docs/reference/format.md says, but for what is no JSON."""
         text = json.dumps(value, sort_keys=True, separators=(",", ":"))
         for number, raw in enumerate(_RAW_TEXTS):
             text = text.replace(json.dumps(f"{_RAW}{number}"), raw)
@@ -92,7 +92,7 @@ class Parts:
 
 
 def digest(parts: Parts) -> str:
-    """What docs/format.md calls the digest of this file."""
+    """What docs/reference/format.md calls the digest of this file."""
     _, metadata = parts.metadata()
     metadata.pop("digest", None)
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

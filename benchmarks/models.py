@@ -1,6 +1,6 @@
 """Every family of causal language models that transformers can make small: does it work, or why is it refused?
 
-    python benchmarks/models.py [FAMILY ...] [--seconds 120] [--output docs/models.md]
+    python benchmarks/models.py [FAMILY ...] [--seconds 120] [--output docs/reference/models.md]
 
 Each family is made with random weights and a few layers by ``AutoConfig.for_model``, in a process of its own with a
 limit on time and memory. It is calibrated with the default recipe. Then it generates with a `KVQCache` that keeps all
@@ -41,7 +41,7 @@ from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
-DOCS = Path(__file__).parent.parent / "docs" / "models.md"
+DOCS = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
 #: Seconds by the clock, bytes beyond what a process has, and parameters of a model that counts as small.
 SECONDS = 120.0
 _MEMORY = 8 << 30
@@ -339,7 +339,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a family, default %(default).0f")
     parser.add_argument("--note", default="", help="a sentence for the record")
     parser.add_argument(
-        "--output", type=Path, help="the page; by default it is printed, and for all families docs/models.md"
+        "--output",
+        type=Path,
+        help="the page; by default it is printed, and for all families docs/reference/models.md",
     )
     return parser.parse_args(words)
 

@@ -95,13 +95,13 @@ def test_round_trip(tmp_path, codec):
 
 @both
 def test_golden_bytes(codec):
-    """The format is pinned: a change that breaks this needs a new format version (docs/format.md)."""
+    """The format is pinned: a change that breaks this needs a new format version (docs/reference/format.md)."""
     assert TINY[codec]().to_bytes() == golden_file(codec).read_bytes()
     assert same(KVArtifact.load(golden_file(codec)), TINY[codec]())
 
 
 def test_the_page_on_the_format_names_every_key_and_tensor():
-    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
     assert text.startswith(f"# The artifact format, version {FORMAT_VERSION}\n")
     declared = (
         *(KVCacheSpec, ScalarSpec, OutlierSpec, TrellisSpec, ErrorCompensationSpec),

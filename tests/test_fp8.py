@@ -19,7 +19,7 @@ from kvq_calib.errors import ConfigError, KVQError
 from kvq_calib.model.compat import cache_of
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "integrations.md"
 ROPE = RopeSpec(
     pairs=tuple((i, i + 6) for i in range(6)),
     inv_freq=tuple(0.5**i for i in range(6)),

@@ -25,7 +25,7 @@ from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KINDS
 
 CPU = torch.device("cpu")
-PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "integrations.md"
 PAIRS = [(name, kind) for name in RECIPES for kind in KINDS]
 
 

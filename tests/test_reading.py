@@ -12,7 +12,7 @@ from tiny_artifacts import TINY, golden_file
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry, RopeSpec
 
-PAGE = Path(__file__).parent.parent / "docs" / "reading.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "reading.md"
 ROPE = RopeSpec(pairs=tuple((i, i + 6) for i in range(6)), inv_freq=tuple(0.5**i for i in range(6)))
 GEOMETRY = KVGeometry(
     layers=tuple(

@@ -142,7 +142,7 @@ def test_an_unforeseen_error_is_a_failure() -> None:
 
 
 def test_a_forger_can_sign(good: bytes) -> None:
-    """The digest of docs/format.md is no secret, so values are checked although it is right."""
+    """The digest of docs/reference/format.md is no secret, so values are checked although it is right."""
     from hostile_files import Parts, can_sign, signed
 
     assert can_sign(good)

@@ -1,4 +1,4 @@
-// Shared by all kernels: 16-bit floats, the packed layout of docs/kernels.md, warp matrix products.
+// Shared by all kernels: 16-bit floats, the packed layout of docs/reference/kernels.md, warp matrix products.
 //
 // Everything here is written once for all bit widths. The same files build with nvcc and, in tests, as C++ for the
 // host, where tests/shim stands in for the CUDA headers.

@@ -1,6 +1,6 @@
 // Attention of one new token per sequence, straight from the packed cache: key scores with RoPE on the fly, online
 // softmax, value mix and outliers in one pass; split over the context, with a small reduction behind.
-// docs/kernels.md derives the mapping of tokens and channels to lanes.
+// docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
 //
 // Compile-time constants:
 //   KVQ_HEAD_DIM         multiple of 16

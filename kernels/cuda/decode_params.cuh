@@ -1,5 +1,5 @@
 // What the decode kernel is given, and how it lays out shared memory. The compile-time constants are listed in
-// decode.cu, docs/kernels.md derives the mapping of tokens and channels to lanes.
+// decode.cu, docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
 #pragma once
 
 #include "common.cuh"

@@ -1,4 +1,4 @@
-"""The artifact: one safetensors file that says everything a reader needs. ``docs/format.md`` is normative.
+"""The artifact: one safetensors file that says everything a reader needs. ``docs/reference/format.md`` is normative.
 
 Tensors are named ``layers.{i}.{key|value}.{name}``; which there are is said by the codec
 (:meth:`kvq_calib.codec.quantizer.Quantizer.stored_tensors`). The safetensors metadata holds one entry, ``kvq``: a JSON

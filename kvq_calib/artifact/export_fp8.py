@@ -3,7 +3,8 @@
 Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and
 one for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. Calibration
 records it (:func:`recorded_amax`); for an artifact from elsewhere, :func:`amax_of` says what follows from what its
-quantizers reach. File and key names are those that the three projects document; ``docs/integrations.md`` lists them.
+quantizers reach. File and key names are those that the three projects document;
+``docs/guides/integrations.md`` lists them.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def _scales(artifact: KVArtifact, amax: Amax | None) -> dict[Kind, list[float]]:
         if len(known) < len(numbers):
             raise ConfigError(
                 f"the artifact does not hold the range of its {_PLURAL[kind]} (layer {numbers.index(None)}): their "
-                "thresholds come from the text itself; measure it as docs/integrations.md shows and give it with --amax"
+                "thresholds come from the text itself; measure it as docs/guides/integrations.md shows, and give it with "
+                "--amax"
             )
         # A layer whose keys or values are all zero still needs a scale to divide by.
         scales[kind] = [max(number, _SMALLEST_AMAX) / _FP8_MAX for number in known]

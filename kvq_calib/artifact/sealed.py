@@ -1,7 +1,7 @@
 """Files with a seal: safetensors whose metadata holds one JSON object with a digest of everything.
 
-Artifacts, saved caches and checkpoints of a calibration are such files. The digest is the one that ``docs/format.md``
-defines for artifacts. It tells damage, and no forger: values are to be checked although it is right.
+Artifacts, saved caches and checkpoints of a calibration are such files. ``docs/reference/format.md`` defines the
+digest. It reveals damage, but stops no forger: values are checked although it is right.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     SETTINGS,
     FilePath,
@@ -30,18 +31,24 @@ def artifact_group() -> None:
     """Look at artifacts, convert and share them; no model is loaded."""
 
 
-@artifact_group.command("inspect")
-@click.argument("file", type=FilePath(), metavar="ARTIFACT")
-@click.option(
-    "--context",
-    "contexts",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(2048, 4096, 32768, 131072),
-    show_default=True,
-    help="Context lengths at which bits are stated.",
+@artifact_group.command(
+    "inspect", cls=Command, examples=("kvq-artifact inspect model.kvq.safetensors --layers",)
 )
-@click.option("--layers", is_flag=True, help="Also a line per layer.")
+@click.argument("file", type=FilePath(), metavar="ARTIFACT")
+@section(
+    "Output",
+    click.option(
+        "--context",
+        "contexts",
+        type=click.IntRange(1),
+        multiple=True,
+        default=(2048, 4096, 32768, 131072),
+        show_default=True,
+        metavar="TOKENS",
+        help="Contexts at which bits are stated; may be given several times.",
+    ),
+    click.option("--layers", is_flag=True, help="Also a line for each layer."),
+)
 @json_option
 @debug_option
 def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None) -> None:
@@ -56,11 +63,24 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
     write_json(json_file, artifact_facts(loaded, contexts))
 
 
-@artifact_group.command("shard")
+@artifact_group.command(
+    "shard",
+    cls=Command,
+    examples=("kvq-artifact shard model.kvq.safetensors --ranks 2 -o 'model.{rank}.kvq.safetensors'",),
+)
 @click.argument("file", type=FilePath(), metavar="ARTIFACT")
-@click.option("--ranks", type=click.IntRange(2), required=True, help="Ranks that divide the key-value heads.")
-@click.option(
-    "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="With {rank} in its name."
+@section(
+    "Output",
+    click.option(
+        "--ranks",
+        type=click.IntRange(2),
+        required=True,
+        metavar="N",
+        help="Ranks that divide the key-value heads.",
+    ),
+    click.option(
+        "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="With {rank} in its name."
+    ),
 )
 @debug_option
 def shard_command(file: str, ranks: int, output: str) -> None:
@@ -81,24 +101,46 @@ def shard_command(file: str, ranks: int, output: str) -> None:
         click.echo(target)
 
 
-@artifact_group.command("import-kvquant")
+@artifact_group.command(
+    "import-kvquant",
+    cls=Command,
+    examples=(
+        "kvq-artifact import-kvquant quantizers.pickle --model MODEL -o model.kvq.safetensors --outliers 0.01",
+    ),
+)
 @click.argument("file", type=FilePath(), metavar="PICKLE")
-@click.option("-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The artifact to write.")
-@click.option(
-    "--model",
-    type=FilePath(),
-    required=True,
-    metavar="MODEL",
-    help="Model it was made for; its configuration is read.",
+@section(
+    "Output",
+    click.option(
+        "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The artifact to write."
+    ),
 )
-@click.option(
-    "--outliers",
-    type=click.FloatRange(0, 0.05),
-    default=0.01,
-    show_default=True,
-    help="Share of elements kept exact, which the pickle does not say.",
+@section(
+    "What the pickle does not say",
+    click.option(
+        "--model",
+        type=FilePath(),
+        required=True,
+        metavar="MODEL",
+        help="Model it was made for (hub id or folder); its configuration is read.",
+    ),
+    click.option(
+        "--outliers",
+        type=click.FloatRange(0, 0.05),
+        default=0.01,
+        show_default=True,
+        metavar="SHARE",
+        help="Share of elements kept exact.",
+    ),
+    click.option(
+        "--sink-tokens",
+        type=click.IntRange(0, 1024),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="First tokens kept exact.",
+    ),
 )
-@click.option("--sink-tokens", type=click.IntRange(0, 1024), default=0, show_default=True)
 @debug_option
 def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
     """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
@@ -114,37 +156,55 @@ def import_command(file: str, output: str, model: str, outliers: float, sink_tok
     click.echo(f"{output}: {made.bits_per_element(4096):.3f} bits per element at 4096 tokens of context")
 
 
-@artifact_group.command("export")
+@artifact_group.command(
+    "export",
+    cls=Command,
+    examples=("kvq-artifact export model.kvq.safetensors --format fp8-scales -o scales/ --force",),
+)
 @click.argument("file", type=FilePath(), metavar="ARTIFACT")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["fp8-scales", "modelopt", "sglang"]),
-    required=True,
-    help="FP8 cache scales for vLLM (compressed-tensors), TensorRT-LLM (ModelOpt) or SGLang.",
+@section(
+    "Output",
+    click.option(
+        "--format",
+        "format_name",
+        type=click.Choice(["fp8-scales", "modelopt", "sglang"]),
+        required=True,
+        help="FP8 cache scales for vLLM (compressed-tensors), TensorRT-LLM (ModelOpt) or SGLang.",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=FilePath(),
+        required=True,
+        metavar="FOLDER",
+        help="Where the files go; made if it is not there.",
+    ),
+    click.option(
+        "--force", is_flag=True, help="Write although an FP8 cache cannot express all of the artifact."
+    ),
 )
-@click.option(
-    "-o",
-    "--output",
-    type=FilePath(),
-    required=True,
-    metavar="FOLDER",
-    help="Where the files go; made if it is not there.",
+@section(
+    "Scales",
+    click.option(
+        "--amax",
+        type=FilePath(),
+        metavar="FILE",
+        help='JSON: {"key": [...], "value": [...]}, measured magnitudes of each layer.',
+    ),
+    click.option(
+        "--prefix",
+        metavar="NAME",
+        help="Name of the attention modules in the checkpoint.  [default: model.layers.{layer}.self_attn]",
+    ),
+    click.option(
+        "--ranks",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Tensor-parallel ranks (sglang).",
+    ),
 )
-@click.option(
-    "--amax",
-    type=FilePath(),
-    metavar="FILE",
-    help='JSON: {"key": [...], "value": [...]}, measured magnitudes per layer.',
-)
-@click.option(
-    "--prefix",
-    help="Name of the attention modules in the checkpoint, default model.layers.{layer}.self_attn.",
-)
-@click.option(
-    "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks (sglang)."
-)
-@click.option("--force", is_flag=True, help="Write although an FP8 cache cannot express all of the artifact.")
 @debug_option
 def export_command(
     file: str,
@@ -186,25 +246,37 @@ class PushOptions:
 _push_options = collected(
     PushOptions,
     "how",
-    click.option(
-        "--private/--public", default=None, help="Of a repository that is made; the account's default."
+    section(
+        "Upload",
+        click.option(
+            "--private/--public",
+            default=None,
+            help="Whether a repository that is made is private.  [default: the account's]",
+        ),
+        click.option("--revision", metavar="BRANCH", help="Made if it is not there.  [default: main]"),
+        click.option("--message", "commit_message", metavar="TEXT", help="Message of the commit."),
+        click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch."),
     ),
-    click.option("--revision", metavar="BRANCH", help="Made if it is not there; the main branch by default."),
-    click.option("--message", "commit_message", metavar="TEXT", help="Of the commit."),
-    click.option("--create-pr", is_flag=True, help="Ask for the change in place of making it."),
 )
 
 
-@artifact_group.command("push")
+@artifact_group.command(
+    "push",
+    cls=Command,
+    examples=("kvq-artifact push me/model-kv --artifact model.kvq.safetensors --results results.json",),
+)
 @click.argument("repository", metavar="NAME/REPOSITORY")
 @artifact_options()
-@click.option(
-    "--results",
-    "result_files",
-    type=FilePath(),
-    multiple=True,
-    metavar="FILE",
-    help="JSON of kvq-eval perplexity on these artifacts, for the card; may be given several times.",
+@section(
+    "Artifacts",
+    click.option(
+        "--results",
+        "result_files",
+        type=FilePath(),
+        multiple=True,
+        metavar="FILE",
+        help="JSON of kvq-eval perplexity on these artifacts, for the card; may be given several times.",
+    ),
 )
 @_push_options
 @debug_option

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     SETTINGS,
     TEXT_FIELD_HELP,
@@ -75,21 +76,49 @@ class RecipeChanges:
 _changes = collected(
     RecipeChanges,
     "changes",
-    click.option(
-        "--dataset",
-        metavar="NAME|PATH",
-        help="wikitext2, c4, python-docs, a file or folder of text or records, a glob, or - for standard input.",
+    section(
+        "Text",
+        click.option(
+            "--dataset",
+            metavar="NAME|PATH",
+            help="wikitext2, c4, python-docs, a file or folder of text or records, a glob, or - for standard input.  "
+            "[default: wikitext2]",
+        ),
+        click.option("--text-field", metavar="NAME", help=f"{TEXT_FIELD_HELP}  [default: text]"),
+        click.option(
+            "--samples", type=click.IntRange(1), metavar="N", help="Windows of text.  [default: 16]"
+        ),
+        click.option(
+            "--seqlen", type=click.IntRange(8), metavar="TOKENS", help="Tokens of a window.  [default: 2048]"
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0), metavar="N", help="Of every random choice.  [default: 0]"
+        ),
     ),
-    click.option("--text-field", metavar="NAME", help=TEXT_FIELD_HELP),
-    click.option("--samples", type=click.IntRange(1), help="Windows of text, default 16."),
-    click.option("--seqlen", type=click.IntRange(8), help="Tokens of a window, default 2048."),
-    click.option("--seed", type=click.IntRange(0), help="Of every random choice, default 0."),
-    click.option("--weights", type=click.Choice(["fisher", "uniform"]), help="Weights of the codebook fit."),
-    click.option(
-        "--recompute", is_flag=True, default=None, help="Recompute layers in the backward pass: less memory."
+    section(
+        "Recipe",
+        click.option(
+            "--weights",
+            type=click.Choice(["fisher", "uniform"]),
+            help="Weights of the codebook fit: squared gradients, or none, which saves the backward pass.  "
+            "[default: the recipe's]",
+        ),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change one setting of the recipe, e.g. cache.key.bits=4; may be given several times.",
+        ),
     ),
-    click.option(
-        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe."
+    section(
+        "Model",
+        click.option(
+            "--recompute",
+            is_flag=True,
+            default=None,
+            help="Recompute layers in the backward pass: less memory.",
+        ),
     ),
 )
 
@@ -121,31 +150,48 @@ class _Job:
         return self.first.with_name(f"{self.first.name}.checkpoint")
 
 
-@click.command("kvq-calibrate", context_settings=SETTINGS)
-@click.option(
-    "-o",
-    "--output",
-    type=FilePath(),
-    required=True,
-    metavar="ARTIFACT",
-    help="File to write; {recipe} stands for the recipe's name.",
+@click.command(
+    "kvq-calibrate",
+    cls=Command,
+    context_settings=SETTINGS,
+    examples=(
+        "kvq-calibrate MODEL -o model.kvq.safetensors --config kvq3 --dataset wikitext2",
+        "kvq-calibrate MODEL -o '{recipe}.kvq.safetensors' --config kvq4 --config kvq3 --dataset my-text/",
+    ),
 )
-@click.option(
-    "--config",
-    "recipes",
-    type=FilePath(),
-    multiple=True,
-    metavar="NAME|FILE",
-    help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
+@section(
+    "Output",
+    click.option(
+        "-o",
+        "--output",
+        type=FilePath(),
+        required=True,
+        metavar="ARTIFACT",
+        help="File to write; {recipe} stands for the recipe's name.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run."),
+    click.option("--profile", is_flag=True, help="Say where time and memory went."),
+)
+@section(
+    "Recipe",
+    click.option(
+        "--config",
+        "recipes",
+        type=FilePath(),
+        multiple=True,
+        metavar="NAME|FILE",
+        help="Recipe or YAML file; give several to calibrate them in one run.  [default: nuq3-1p]",
+    ),
 )
 @_changes
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
-@click.option("--profile", is_flag=True, help="Say where time and memory went.")
-@click.option(
-    "--max-memory",
-    metavar="DEVICE=SIZE,...",
-    help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is read "
-    "from disk.",
+@section(
+    "Model",
+    click.option(
+        "--max-memory",
+        metavar="DEVICE=SIZE,...",
+        help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is "
+        "read from disk.",
+    ),
 )
 @model_options
 @debug_option
@@ -158,7 +204,10 @@ def calibrate_command(
     profile: bool,
     max_memory: str | None,
 ) -> None:
-    """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
+    """Calibrate MODEL and write one artifact for each recipe.
+
+    MODEL is a hub id, a local folder of safetensors, or a .gguf file.
+    """
     from kvq_calib.files import check_writable
     from kvq_calib.schema.recipe import DEFAULT_RECIPE
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvq_calib.cli.help import section
 from kvq_calib.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ __all__ = [
 
 Decorator = Callable[[Any], Any]
 
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """Of every command."""
 
 
@@ -77,22 +78,25 @@ def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> 
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show a traceback on errors."
 )
-json_option = click.option(
-    "--json", "json_file", type=FilePath(), metavar="FILE", help="Write the result as JSON."
+json_option = section(
+    "Output",
+    click.option("--json", "json_file", type=FilePath(), metavar="FILE", help="Write the result as JSON."),
 )
-context_option = click.option(
-    "--context",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Context at which bits are stated.",
-)
+context_option = section(
+    "Measurement",
+    click.option(
+        "--context", type=click.IntRange(1), default=4096, show_default=True, metavar="TOKENS",
+        help="Context at which bits are stated.",
+    ),
+)  # fmt: skip
 
 
 def mode_option(help: str) -> Decorator:
     """``--mode``, with what a command makes of it."""
     modes = click.Choice(["prefill", "decode"])
-    return click.option("--mode", type=modes, default="prefill", show_default=True, help=help)
+    return section(
+        "Measurement", click.option("--mode", type=modes, default="prefill", show_default=True, help=help)
+    )
 
 
 def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
@@ -119,9 +123,12 @@ def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
 
 def artifact_options(required: bool = True) -> Decorator:
     """``--artifact``, by which several artifacts are named."""
-    return click.option(
-        "--artifact", "artifacts", type=FilePath(), multiple=True, required=required, metavar="FILE",
-        help="May be given several times.",
+    return section(
+        "Artifacts",
+        click.option(
+            "--artifact", "artifacts", type=FilePath(), multiple=True, required=required, metavar="FILE",
+            help="An artifact; may be given several times.",
+        ),
     )  # fmt: skip
 
 
@@ -173,18 +180,27 @@ model_options = collected(
     ModelOptions,
     "model",
     click.argument("model"),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="auto is float32 on a CPU, else the checkpoint's.",
+    section(
+        "Model",
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            help="auto, cpu, cuda, cuda:1, ...",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="auto is float32 on a CPU, else the checkpoint's.",
+        ),
+        click.option(
+            "--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
     ),
-    click.option(
-        "--device-map", metavar="MAP", help="Spread the model over devices (accelerate), e.g. auto."
-    ),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
 )
 
 
@@ -262,25 +278,37 @@ TEXT_FIELD_HELP = "Where records in files of your own (.jsonl, .parquet, .csv) h
 
 
 def text_options(
-    *, seqlen: int = 2048, windows: int | None = None, help: str = "Text that is measured on."
+    *,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    help: str = "wikitext2, c4, python-docs, or a file, folder, glob or - of your own.",
 ) -> Decorator:
     """Options of :class:`TextOptions`, with their defaults; the argument is ``text``."""
-    all_of_them = {"help": "At most this many windows; all by default."}
     return collected(
         TextOptions,
         "text",
-        click.option("--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH", help=help),
-        click.option("--text-field", default="text", show_default=True, metavar="NAME", help=TEXT_FIELD_HELP),
-        click.option(
-            "--seqlen", type=click.IntRange(8), default=seqlen, show_default=True, help="Tokens of a window."
+        section(
+            "Text",
+            click.option(
+                "--dataset", default="wikitext2", show_default=True, metavar="NAME|PATH", help=help
+            ),
+            click.option(
+                "--text-field", default="text", show_default=True, metavar="NAME", help=TEXT_FIELD_HELP
+            ),
+            click.option(
+                "--seqlen", type=click.IntRange(8), default=seqlen, show_default=True, metavar="TOKENS",
+                help="Tokens of a window.",
+            ),
+            click.option(
+                "--windows", type=click.IntRange(1), default=windows, show_default=windows is not None, metavar="N",
+                help="At most this many windows." + ("  [default: all]" if windows is None else ""),
+            ),
+            click.option(
+                "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                help="Which parts of a text are taken, where they are drawn.",
+            ),
         ),
-        click.option(
-            "--windows",
-            type=click.IntRange(1),
-            **(all_of_them if windows is None else {"default": windows, "show_default": True}),
-        ),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    )
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- artifacts and files

@@ -1,4 +1,6 @@
-"""Bit layout of the packed cache: the only place that knows it. ``docs/kernels.md`` states it for other readers.
+"""Bit layout of the packed cache: the only place that knows it.
+
+``docs/reference/kernels.md`` states it for other readers.
 
 A **block** is 32 tokens and a **page** 8 blocks. Inside a page every (sequence, channel) owns one contiguous
 region of ``8 * bits`` 32-bit words: block after block, ``bits`` words each. So every region is a multiple of

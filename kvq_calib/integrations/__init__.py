@@ -1,1 +1,1 @@
-"""The places of other projects that artifacts and packed caches plug into; ``docs/integrations.md`` describes each."""
+"""Where artifacts and packed caches plug into other projects; ``docs/guides/integrations.md`` describes each."""

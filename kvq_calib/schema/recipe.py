@@ -41,11 +41,13 @@ class _TextSettings(_Settings):
 
 
 class FitConfig(_Settings):
-    """How codebooks are fitted.
+    """How levels are fitted.
 
     Attributes:
-        weights: ``fisher`` (squared gradients of the loss; needs a backward pass) or ``uniform``.
-        solver: ``exact`` dynamic programming, or ``lloyd``, scikit-learn's ``KMeans`` as in the paper's code.
+        weights: ``fisher`` weights each value by the squared gradient of the loss, which needs a backward pass;
+            ``uniform`` weights all values alike.
+        solver: ``exact`` is k-means by dynamic programming; ``lloyd`` is scikit-learn's ``KMeans``, as in the paper's
+            code.
     """
 
     weights: Literal["fisher", "uniform"] = "fisher"
@@ -53,28 +55,26 @@ class FitConfig(_Settings):
 
 
 class AllocationConfig(_Settings):
-    """How many bits every channel of the trellis codec gets (``docs/method.md``, rate and distortion).
+    """How many bits every channel of the trellis codec gets (``docs/explanation/widths.md``, ``budget.md``).
 
     Attributes:
-        bits_per_element: what the artifact may take, everything counted, at ``context`` tokens.
+        bits_per_element: the budget: bits per element of the artifact, everything counted, at ``context`` tokens.
         context: tokens of context at which the budget holds.
-        scope: one budget for the whole ``model``, an equal one for keys and values of each ``layer``, or
-            ``uniform``: every channel has the width ``max_bits`` of the cache section.
-        min_key_bits, min_value_bits: least width of a channel. Some channels of keys, such as those of pairs that turn
-            fast, tell next to nothing. The estimate by gradients holds for small errors, so values keep a bit.
-        corrections: rounds of measuring what the errors of every layer cost on the model's output and allocating the
-            budget again. The estimate by gradients can be far too low where a layer's errors are large.
-        shrinkage: how far the weight of an element is moved towards the mean of its channel. Squared gradients are
-            few and heavy-tailed; levels that follow them alone leave no room for what other texts hold.
-        vocabulary_samples: share of tokens drawn from the whole vocabulary in that part of a channel's distribution
-            that follows no weights; all of it in the first layer, where keys and values depend on the token alone. 0
-            leaves out the forward pass that collects them.
-        first_layer_weight: factor on the errors of the first layer. Tokens that the calibration text does not have
-            fare worst there, and no measurement on that text shows it; 4 gives the layer about a bit more.
+        scope: ``model`` has one budget for the whole model, ``layer`` an equal one for the keys and the values of
+            each layer; with ``uniform`` every channel has the width ``max_bits`` of the cache section.
+        min_key_bits: least width of a channel of keys. With 0, channels that matter little get no bits.
+        min_value_bits: least width of a channel of values.
+        corrections: how often the budget is corrected: the cost of each layer's errors is measured on the model's
+            output, and the bits are allocated again. The estimate by gradients is too low for large errors.
+        shrinkage: how far the weight of an element moves towards the mean of its channel. Levels that follow the
+            squared gradients alone leave no room for what other texts hold.
+        vocabulary_samples: share of tokens drawn from the vocabulary in the part of a channel's distribution that has
+            no weights. In the first layer it is all of that part. 0 leaves out the forward pass that collects them.
+        first_layer_weight: factor on the errors of the first layer, where tokens that the calibration text does not
+            have fare worst. 4 gives the layer about a bit more.
         self_generated: windows of text that the model generates itself, for each window of the calibration text. They
-            join it in statistics, corrections and learning. 0 for none.
-        repeats: every third document of that text repeats pieces of the two before it, so that the model has to find
-            again what stands in its context.
+            are used like it. 0 is none.
+        repeats: whether every third generated document repeats pieces of the two before it.
     """
 
     bits_per_element: Annotated[float, Field(gt=0, le=9)] = 3.4
@@ -91,7 +91,7 @@ class AllocationConfig(_Settings):
 
 
 class LearnConfig(_Settings):
-    """Gradient descent on levels and angles of RoPE pairs (``docs/method.md``, learning).
+    """Training of levels and pair angles after the fit (``docs/explanation/learning.md``).
 
     Attributes:
         steps: updates, one piece of text each.
@@ -109,13 +109,14 @@ class CalibrationConfig(_TextSettings):
 
     Attributes:
         description: one line for people.
-        cache: what is quantized how.
-        fit: how codebooks are fitted.
-        allocation: widths per channel from one budget; for the trellis codec.
-        learn: training of what is stored, after the fit; for the trellis codec.
+        cache: how keys and values are quantized.
+        fit: how levels are fitted.
+        allocation: the budget of bits, for the trellis codec.
+        learn: training after the fit, for the trellis codec.
         dataset: name or path of the calibration text.
         text_field: where records in a file of one's own have their text.
-        samples: windows of ``seqlen`` tokens.
+        samples: windows of text.
+        seqlen: tokens of a window.
         seed: of every random choice.
         recompute: recompute layers in the backward pass instead of keeping their activations.
     """

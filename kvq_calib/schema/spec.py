@@ -49,16 +49,16 @@ MAX_BITS = 8
 
 
 class OutlierSpec(Frozen):
-    """Dense-and-sparse storage (KVQuant section 3.4): which elements keep an exact residual.
+    """Which elements keep an exact residual: dense-and-sparse storage (KVQuant section 3.4).
 
     An element is an outlier when ``|x - zero_point| > scale``; of one token's outliers at most the
     ``max_per_token`` largest in ``|x - zero_point| / scale`` are kept (ties: the lower channel), the others are
     clamped.
 
     Attributes:
-        fraction: share of elements meant to be outliers, 0 to 0.05. Thresholds are the ``fraction / 2`` and
-            ``1 - fraction / 2`` quantiles of a channel, or of a token.
-        max_per_token: cap per token and layer; ``None`` derives it from the geometry (:meth:`cap`).
+        fraction: share of elements meant to be outliers. Thresholds are the ``fraction / 2`` and ``1 - fraction / 2``
+            quantiles of a channel, or of a token.
+        max_per_token: most outliers of a token in a layer; ``None`` derives it from the geometry (:meth:`cap`).
     """
 
     fraction: Annotated[float, Field(ge=0.0, le=0.05)] = 0.0
@@ -92,10 +92,10 @@ class QuantSpec(Frozen):
 
     Attributes:
         codec: name of the codec.
+        pre_rope: keys only: whether they are quantized before the rotary embedding.
     """
 
     codec: str
-    #: Whether keys are quantized before the rotary embedding.
     pre_rope: bool = True
 
     @property
@@ -114,15 +114,16 @@ class QuantSpec(Frozen):
 
 
 class ScalarSpec(QuantSpec):
-    """One table of levels for a layer's keys or values, nearest level: KVQuant and its baselines.
+    """One table of levels for the keys or the values of a layer: KVQuant and its baselines.
 
     Attributes:
-        bits: of every code.
-        levels: how the table was chosen.
-        thresholds: where scale and zero point come from.
-        pre_rope: keys only: quantized before the rotary embedding.
-        outliers: dense-and-sparse storage.
-        q_norm: levels were corrected for the shift of mean and standard deviation (KVQuant section 3.5).
+        bits: bits of every code.
+        levels: how the table of levels is chosen.
+        thresholds: where scale and zero point come from: each ``channel`` at calibration; each ``token``, over all
+            channels of the layer; ``token_normalized`` is the second after the first; ``channel_online`` takes each
+            channel from the text itself, for evaluation only.
+        outliers: which elements stay exact.
+        q_norm: whether levels are corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
 
     codec: Literal["scalar"] = "scalar"
@@ -170,11 +171,11 @@ class ScalarSpec(QuantSpec):
 
 
 class ErrorCompensationSpec(Frozen):
-    """How rounding errors of a head's coordinates make good for each other.
+    """How later coordinates of a head make up for the rounding errors of earlier ones.
 
     Attributes:
-        rank: what is stored of the matrix: a factor of so many columns, or with 0 every entry.
-        refinement_passes: times that the coordinates of a head are coded again, each given the errors of all others.
+        rank: what is stored of the matrix: 0 is every entry, another number a factor of so many columns.
+        refinement_passes: how often all coordinates of a head are coded again, each given the errors of the others.
     """
 
     rank: Annotated[int, Field(ge=0, le=MAX_HEAD_DIM)] = 0
@@ -191,14 +192,14 @@ class ErrorCompensationSpec(Frozen):
 
 
 class TrellisSpec(QuantSpec):
-    """A width for each channel, twice as many levels as codes, and the path of least error through a block of tokens.
+    """A width for each channel, computed levels, and the path of least error through a block of tokens.
 
     Attributes:
-        max_bits: of the widest channel; the widths themselves stand in the artifact.
-        states: of the trellis; with 1 it is none, and codes mean the nearest level.
-        pair_rotation: keys only: each RoPE pair is turned by an angle of its own before quantization.
-        error_compensation: of the coordinates of a head, or ``None`` for none.
-        token_weighting: a path weighs the error of each of its tokens by what errors of tokens of this size cost.
+        max_bits: bits of the widest channel. The widths themselves are found by calibration.
+        states: states of the trellis. 1 is no trellis: a code means the nearest level.
+        pair_rotation: keys only: whether each RoPE pair is turned by an angle of its own before quantization.
+        error_compensation: how errors of a head's coordinates are compensated; ``None`` is not at all.
+        token_weighting: whether a path weighs the error of each token by what tokens of its size cost.
     """
 
     codec: Literal["trellis"] = "trellis"
@@ -294,14 +295,15 @@ class LayerSpec(Frozen):
 
 
 class KVCacheSpec(Frozen):
-    """The whole cache.
+    """How the keys and values of all layers are quantized.
 
     Attributes:
-        key, value: what holds for every layer.
-        layers: overrides by layer number; negative numbers count from the end, as in Python.
-        sink_tokens: this many first tokens of a sequence stay exact (KVQuant section 3.6, attention sink).
-        recent_tokens: this many newest tokens stay exact.
-        storage_dtype: of exact tokens, outlier residuals and scales of tokens.
+        key: how keys are quantized.
+        value: how values are quantized.
+        layers: layers that differ, by number; negative numbers count from the end, as in Python.
+        sink_tokens: how many first tokens of a sequence stay exact (KVQuant section 3.6, attention sink).
+        recent_tokens: how many newest tokens stay exact.
+        storage_dtype: dtype of exact tokens, outlier residuals and scales of tokens.
     """
 
     key: AnySpec

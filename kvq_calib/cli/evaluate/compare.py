@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     FilePath,
     ModelOptions,
@@ -47,20 +48,24 @@ class RivalOptions:
 _rival_options = collected(
     RivalOptions,
     "beside",
-    click.option(
-        "--rival",
-        "rivals",
-        multiple=True,
-        metavar="NAME",
-        help="May be given several times; all by default, a wrong name lists them.",
-    ),
-    click.option("--calibration", metavar="NAME|PATH", help="Text of rivals that are calibrated."),
-    click.option(
-        "--calibration-samples",
-        type=click.IntRange(1),
-        default=16,
-        show_default=True,
-        help="Windows of that text.",
+    section(
+        "Rivals",
+        click.option(
+            "--rival",
+            "rivals",
+            multiple=True,
+            metavar="NAME",
+            help="May be given several times; all by default, a wrong name lists them.",
+        ),
+        click.option("--calibration", metavar="NAME|PATH", help="Text of rivals that are calibrated."),
+        click.option(
+            "--calibration-samples",
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            metavar="N",
+            help="Windows of that text.",
+        ),
     ),
 )
 
@@ -91,27 +96,41 @@ _compare_files = collected(
     CompareFiles,
     "files",
     json_option,
-    click.option(
-        "--chart",
-        "chart_file",
-        type=FilePath(),
-        metavar="FILE",
-        help="Draw divergence against bits, .svg or .png.",
+    section(
+        "Output",
+        click.option(
+            "--chart",
+            "chart_file",
+            type=FilePath(),
+            metavar="FILE",
+            help="Draw KL divergence against bits, .svg or .png.",
+        ),
     ),
 )
 
 
-@click.command("compare")
+@click.command(
+    "compare",
+    cls=Command,
+    examples=(
+        "kvq-eval compare MODEL --artifact model.kvq.safetensors --dataset eval.txt --windows 3 --chart compare.svg",
+        "kvq-eval compare MODEL --artifact model.kvq.safetensors --rival fp8-head --rival kivi-4bit --windows 1",
+    ),
+)
 @artifact_options()
 @_rival_options
 @text_options()
 @mode_option(
     "How artifacts are measured; rivals, and artifacts with recent exact tokens, as their windows ask for."
 )
-@click.option(
-    "--context",
-    type=click.IntRange(1),
-    help="Context at which bits are stated; by default the windows' length, which is what was measured.",
+@section(
+    "Measurement",
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        metavar="TOKENS",
+        help="Context at which bits are stated.  [default: the windows' length, which is what is measured]",
+    ),
 )
 @_compare_files
 @model_options

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     FilePath,
     artifact_options,
@@ -41,46 +42,63 @@ class ShapeOptions:
 _shape_options = collected(
     ShapeOptions,
     "alone",
-    click.option(
-        "--shape",
-        metavar="NAME",
-        help="A model's shape alone (llama-7b, llama-3-8b, mistral-7b, ...), with --config.",
-    ),
-    click.option(
-        "--config",
-        "recipes",
-        type=FilePath(),
-        multiple=True,
-        default=("nuq4-1p", "nuq3-1p", "nuq2-1p"),
-        metavar="NAME|FILE",
-        help="Recipes for --shape, default the paper's three.",
-    ),
-    click.option(
-        "--gpus",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="GPUs of 80 GB that share heads and layers of --shape.",
-    ),
-    click.option(
-        "--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures."
+    section(
+        "A shape without an artifact",
+        click.option(
+            "--shape",
+            metavar="NAME",
+            help="A model's shape alone (llama-7b, llama-3-8b, mistral-7b, ...), with --config.",
+        ),
+        click.option(
+            "--config",
+            "recipes",
+            type=FilePath(),
+            multiple=True,
+            default=("nuq4-1p", "nuq3-1p", "nuq2-1p"),
+            metavar="NAME|FILE",
+            help="Recipes for --shape.  [default: the paper's three, nuq4-1p, nuq3-1p, nuq2-1p]",
+        ),
+        click.option(
+            "--gpus",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="GPUs of 80 GB that share heads and layers of --shape.",
+        ),
+        click.option(
+            "--paper", is_flag=True, help="LLaMA-7B from 128K to 10M tokens beside the paper's figures."
+        ),
     ),
 )
 
 
-@click.command("memory")
+@click.command(
+    "memory",
+    cls=Command,
+    examples=(
+        "kvq-eval memory --artifact model.kvq.safetensors --context 131072",
+        "kvq-eval memory --shape llama-7b --config kvq3 --config nuq2 --context 1000000 --gpus 8",
+    ),
+)
 @artifact_options(required=False)
 @_shape_options
-@click.option(
-    "--context",
-    "contexts",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(4096, 32768, 131072),
-    show_default=True,
-    help="Tokens of context; may be given several times.",
+@section(
+    "Measurement",
+    click.option(
+        "--context",
+        "contexts",
+        type=click.IntRange(1),
+        multiple=True,
+        default=(4096, 32768, 131072),
+        show_default=True,
+        metavar="TOKENS",
+        help="Tokens of context; may be given several times.",
+    ),
+    click.option(
+        "--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences."
+    ),
 )
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
 @json_option
 @debug_option
 def memory_command(

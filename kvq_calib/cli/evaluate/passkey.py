@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     ModelOptions,
     artifact_options,
@@ -35,33 +36,61 @@ class PasskeyOptions:
 _passkey_options = collected(
     PasskeyOptions,
     "texts",
-    click.option(
-        "--length",
-        "lengths",
-        type=click.IntRange(64),
-        multiple=True,
-        default=(512, 1024, 2048),
-        show_default=True,
-        help="Tokens of the text; may be given several times.",
+    section(
+        "Texts",
+        click.option(
+            "--length",
+            "lengths",
+            type=click.IntRange(64),
+            multiple=True,
+            default=(512, 1024, 2048),
+            show_default=True,
+            metavar="TOKENS",
+            help="Tokens of the text; may be given several times.",
+        ),
+        click.option(
+            "--depth",
+            "depths",
+            type=click.FloatRange(0, 1),
+            multiple=True,
+            default=(0.0, 0.25, 0.5, 0.75, 1.0),
+            show_default=True,
+            metavar="SHARE",
+            help="Where the number is hidden, 0 beginning to 1 end; may be given several times.",
+        ),
+        click.option(
+            "--trials",
+            type=click.IntRange(1),
+            default=5,
+            show_default=True,
+            metavar="N",
+            help="Texts for each length and depth.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            metavar="N",
+            help="Of the texts and numbers.",
+        ),
+        click.option(
+            "--chunk",
+            type=click.IntRange(1),
+            default=256,
+            show_default=True,
+            metavar="TOKENS",
+            help="Tokens per call.",
+        ),
     ),
-    click.option(
-        "--depth",
-        "depths",
-        type=click.FloatRange(0, 1),
-        multiple=True,
-        default=(0.0, 0.25, 0.5, 0.75, 1.0),
-        show_default=True,
-        help="Where the number is hidden, 0 beginning to 1 end.",
-    ),
-    click.option(
-        "--trials", type=click.IntRange(1), default=5, show_default=True, help="Texts per length and depth."
-    ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens per call."),
 )
 
 
-@click.command("passkey")
+@click.command(
+    "passkey",
+    cls=Command,
+    examples=("kvq-eval passkey MODEL --artifact model.kvq.safetensors --length 1024 --trials 2",),
+)
 @artifact_options()
 @_passkey_options
 @json_option

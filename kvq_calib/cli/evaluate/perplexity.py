@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     ModelOptions,
     TextOptions,
@@ -29,16 +30,27 @@ if TYPE_CHECKING:
 __all__ = ["perplexity_command"]
 
 
-@click.command("perplexity")
+@click.command(
+    "perplexity",
+    cls=Command,
+    examples=(
+        "kvq-eval perplexity MODEL --artifact model.kvq.safetensors --dataset wikitext2 --windows 8 --json results.json",
+        "kvq-eval perplexity MODEL --artifact a.kvq.safetensors --artifact b.kvq.safetensors --mode decode",
+    ),
+)
 @artifact_options()
 @text_options()
 @mode_option("Artifacts with a window of recent exact tokens are always measured in decode mode.")
-@click.option(
-    "--chunk",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="Tokens per step of decode mode; at most 32 where recent tokens are exact.",
+@section(
+    "Measurement",
+    click.option(
+        "--chunk",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        metavar="TOKENS",
+        help="Tokens per step of decode mode; at most 32 where recent tokens are exact.",
+    ),
 )
 @context_option
 @json_option

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from kvq_calib.cli.help import Command, section
 from kvq_calib.cli.options import (
     FilePath,
     ModelOptions,
@@ -23,24 +24,39 @@ from kvq_calib.cli.outputs import check_output
 __all__ = ["report_command"]
 
 
-@click.command("report")
-@artifact_options()
-@click.option(
-    "--results",
-    "result_files",
-    type=FilePath(),
-    multiple=True,
-    metavar="FILE",
-    help="JSON of kvq-eval perplexity (or compare) on these artifacts; may be given several times.",
+@click.command(
+    "report",
+    cls=Command,
+    examples=(
+        "kvq-eval report MODEL --artifact model.kvq.safetensors --results results.json --dataset calib.txt -o report.html",
+    ),
 )
-@click.option(
-    "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The HTML file to write."
+@artifact_options()
+@section(
+    "Artifacts",
+    click.option(
+        "--results",
+        "result_files",
+        type=FilePath(),
+        multiple=True,
+        metavar="FILE",
+        help="JSON of kvq-eval perplexity (or compare) on these artifacts; may be given several times.",
+    ),
+)
+@section(
+    "Output",
+    click.option(
+        "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="The HTML file to write."
+    ),
 )
 @text_options(seqlen=512, windows=1, help="Text of the charts by layer and by token.")
-@click.option(
-    "--calibration-dataset",
-    metavar="NAME|PATH",
-    help="Text the artifacts were calibrated on, for the distributions under their codebooks; --dataset by default.",
+@section(
+    "Text",
+    click.option(
+        "--calibration-dataset",
+        metavar="NAME|PATH",
+        help="Text the artifacts were calibrated on, for the distributions under their levels.  [default: --dataset]",
+    ),
 )
 @context_option
 @model_options

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure  # no global state, no window
 
 from kvq_calib.files import write_atomically
 
-__all__ = ["FONT", "PAGE", "PRINT", "Chart", "Palette"]
+__all__ = ["DARK", "FONT", "PAGE", "PRINT", "Chart", "Palette"]
 
 #: Size of text, in units of the chart.
 FONT = 12.0
@@ -67,6 +67,11 @@ PRINT = Palette(
     "#1a1f24", "#56616c", "#dde2e6", "#ffffff", "#0f6ab4", "#c2570c", "#8a949e",
     "#0b7f77", "#8a3fb0", "#c02450", "#66780a", "#2f55d0", "#a06200", "#37803a", "#7a5648",
 )  # fmt: skip
+#: On a dark ground: the dark colours of the same style sheet.
+DARK = Palette(
+    "#e6eaee", "#9eabb7", "#2c353e", "#171c22", "#5cb3f5", "#f2a154", "#7d8994",
+    "#4bd0c3", "#cb9df2", "#ff8aa6", "#c3d566", "#93b0ff", "#efbf62", "#8fcf80", "#d3ab97",
+)  # fmt: skip
 _NAMES = [each.name for each in fields(Palette)]
 #: Stand-ins that no chart would choose, for the style sheet to replace.
 PAGE = Palette(*(f"#0a0b{number:02x}" for number in range(len(_NAMES))))
@@ -108,7 +113,7 @@ class Chart:
 
     Attributes:
         title: for those who cannot see it.
-        palette: ``PAGE`` for inline SVG, ``PRINT`` for files.
+        palette: ``PAGE`` for inline SVG, ``PRINT`` or ``DARK`` for files.
         width, height: of the whole.
         margins: around the plot: left, right, top, bottom.
         axes: to draw on, within :meth:`style`.

@@ -47,6 +47,7 @@ def frontier(
     labels: Labels,
     *,
     palette: Palette = PAGE,
+    width: float = WIDTH,
     height: float = 440.0,
     top: float = 14.0,
 ) -> Chart:
@@ -56,11 +57,12 @@ def frontier(
         points: artifacts are dots, others rings.
         labels: of the axes.
         palette: see :class:`~kvq_calib.evaluate.charts.chart.Chart`.
-        height, top: of the chart, and of the room above the plot.
+        width, height: of the chart.
+        top: height of the room above the plot.
     """
     low, high = span([point.kl for point in points], log=True, pad=0.14)
     ticks = log_ticks(low, high)
-    chart = Chart(labels.title, palette, WIDTH, height, (room_for(map(plain, ticks)), 18.0, top, 46.0))
+    chart = Chart(labels.title, palette, width, height, (room_for(map(plain, ticks)), 18.0, top, 46.0))
     axes = chart.axes
     with chart.style():
         axes.set_yscale("log")

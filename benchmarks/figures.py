@@ -1,0 +1,186 @@
+"""Draw the figures of the README and the documentation from committed records and artifacts.
+
+    python benchmarks/figures.py [NAME ...] [--output docs/figures]
+
+Every figure is written twice, ``NAME-light.svg`` and ``NAME-dark.svg``. A record that is measured again changes its
+figure when this runs again; ``tests/test_figures.py`` holds that the committed figures are those of the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diagrams import draw_page, draw_pipeline
+from method_figures import METHOD_FIGURES
+from plots import THEMES, WIDTH, legend, name_axes, new_chart, record
+
+from kvq_calib.evaluate.charts.axes import Labels, plain
+from kvq_calib.evaluate.charts.chart import Chart, Palette
+from kvq_calib.evaluate.charts.frontier import Point, frontier
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+#: Name in the record, name in the figure, colour.
+_CACHES = [
+    ("kvq4", "kvq4", "s0"), ("kvq3", "kvq3", "s0"), ("kvq2", "kvq2", "s0"),
+    ("nuq4-1p", "KVQuant 4", "s1"), ("nuq3-1p", "KVQuant 3", "s1"), ("nuq2-1p", "KVQuant 2", "s1"),
+    ("fp8-head", "FP8", "s5"), ("turboquant-4bit", "TurboQuant 4", "s5"), ("turboquant-3bit", "TurboQuant 3", "s5"),
+    ("hqq-4bit", "hqq 4", "s4"), ("hqq-2bit", "hqq 2", "s4"),
+    ("quanto-4bit", "quanto 4", "s4"), ("quanto-2bit", "quanto 2", "s4"),
+    ("kivi-4bit", "KIVI 4", "other"), ("kivi-2bit", "KIVI 2", "other"), ("oscar-2bit", "OSCAR 2", "other"),
+]  # fmt: skip
+_ORIGINS = (
+    ("this project", "s0"),
+    ("KVQuant", "s1"),
+    ("vLLM", "s5"),
+    ("transformers", "s4"),
+    ("papers", "other"),
+)
+
+#: Files with the divergence of every window, and what their recipes' levels were; later files go first.
+_TEXTS = {
+    "Wikitext-2": ("kvq4-kvq3-wikitext2", "kvq2-nuq-wikitext2"),
+    "C4": ("kvq4-kvq3-c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
+    "Gemma 3 270M, Wikitext-2": ("gemma3-270m-wikitext2",),
+}
+_WITH_TABLES = {"kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4", "gemma3-270m-wikitext2"}
+_RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p": "other"}
+
+
+def kl_by_bits(palette: Palette) -> Chart:
+    """KL divergence against bits: ours, KVQuant, and what others offer (``compare-wikitext2.json``)."""
+    content = record("compare-wikitext2")
+    measured = {one["name"]: one for one in (*content["artifacts"], *content["rivals"])}
+    points = [
+        Point(name, measured[key]["bits_per_element"], measured[key]["kl_mean"], colour=colour, own=colour in ("s0", "s1"))
+        for key, name, colour in _CACHES
+    ]  # fmt: skip
+    labels = Labels(
+        "KL divergence against bits per element",
+        "bits per element at 2,048 tokens, everything counted",
+        "KL divergence, nats per token",
+    )
+    chart = frontier(points, labels, palette=palette, width=WIDTH, height=480.0, top=44.0)
+    legend(chart, _ORIGINS)
+    return chart
+
+
+def kl_by_recipe(palette: Palette) -> Chart:
+    """Mean KL divergence by recipe and text; bars reach from the least to the largest of the windows."""
+    chart = new_chart("KL divergence by recipe and text", palette, top=44.0)
+    axes = chart.axes
+    with chart.style():
+        for group, files in enumerate(_TEXTS.values()):
+            found: dict[str, tuple[Sequence[float], bool]] = {}
+            for file in files:
+                for one in record(file)["artifacts"]:
+                    tables = file in _WITH_TABLES and one["name"].startswith("kvq")
+                    found.setdefault(one["name"], (one["kl_windows"], tables))
+            for place, (name, colour) in enumerate(_RECIPES.items()):
+                if name not in found:
+                    continue
+                windows, tables = found[name]
+                mean = sum(windows) / len(windows)
+                at, fill = group - 0.36 + 0.18 * place, chart.colour(colour)
+                axes.errorbar(
+                    at,
+                    mean,
+                    [[mean - min(windows)], [max(windows) - mean]],
+                    color=fill,
+                    capsize=4,
+                    linewidth=1.6,
+                )
+                axes.plot(
+                    at, mean, marker="o", markersize=9, markeredgewidth=2, linestyle="none",
+                    markerfacecolor=chart.colour("panel") if tables else fill, markeredgecolor=fill,
+                )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_ylim(0.0016, 0.12)
+        ticks = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]
+        axes.set_yticks(ticks, [plain(tick) for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_xlim(-0.5, len(_TEXTS) - 0.5)
+        axes.set_xticks(range(len(_TEXTS)), list(_TEXTS))
+        name_axes(chart, "", "KL divergence, nats per token")
+    legend(chart, [*_RECIPES.items(), ("hollow: levels in tables", None)])
+    return chart
+
+
+def _by_context(
+    palette: Palette, title: str, y: str, value: Callable[[Any], float], ends: tuple[float, float]
+) -> Chart:
+    """A line per cache over the tokens of context, from ``decode_speed.json``."""
+    chart = new_chart(title, palette, right=172.0)
+    axes = chart.axes
+    rows = [row for row in record("decode_speed")["rows"] if "cache" in row and row["threads"] == 1]
+    names = list(dict.fromkeys(row["cache"] for row in rows))
+    colours = {"DynamicCache": "other", **_RECIPES}
+    with chart.style():
+        lines = {
+            name: [(row["context"], value(row)) for row in rows if row["cache"] == name] for name in names
+        }
+        for name, line in lines.items():
+            colour = chart.colour(colours[name])
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=6, linewidth=2)
+        last = sorted(((line[-1][1], name) for name, line in lines.items()), reverse=True)
+        spot = math.inf
+        for height, name in last:  # names at the ends of lines, pushed apart
+            spot = min(height, spot - 0.055 * (ends[1] - ends[0]))
+            text = "DynamicCache, float32" if name == "DynamicCache" else name
+            axes.annotate(
+                text, (16384, spot), (10, 0), "data", "offset points", va="center", annotation_clip=False,
+                color=chart.colour("ink"),
+            )  # fmt: skip
+        axes.set_xlim(0, 16384)
+        axes.set_xticks([1024, 4096, 8192, 16384], ["1K", "4K", "8K", "16K"])
+        axes.set_ylim(*ends)
+        name_axes(chart, "tokens in the cache", y)
+    return chart
+
+
+def decode_time(palette: Palette) -> Chart:
+    """Time of a decoded token on a CPU, one thread, by context."""
+    title = "Time per token against context, SmolLM2-135M on one CPU thread"
+    return _by_context(palette, title, "milliseconds per token", lambda row: 1000 * row["cpu_mean"], (0, 300))
+
+
+def memory(palette: Palette) -> Chart:
+    """Memory of the cache by context."""
+    title = "Memory of the cache against context, SmolLM2-135M"
+    return _by_context(palette, title, "MiB held", lambda row: row["bytes"] / 2**20, (0, 760))
+
+
+DRAWN: dict[str, Callable[[Palette], Chart]] = {
+    "kl-by-bits": kl_by_bits,
+    "kl-by-recipe": kl_by_recipe,
+    "decode-time": decode_time,
+    "memory": memory,
+    "pipeline": draw_pipeline,
+    "page": draw_page,
+    **METHOD_FIGURES,
+}
+
+
+def main() -> None:
+    """Write the figures that are asked for, by default all."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"figures, all by default: {', '.join(DRAWN)}"
+    )
+    parser.add_argument("--output", type=Path, default=FIGURES, metavar="FOLDER", help="where they go")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in DRAWN]:
+        parser.error(f"no figure {unknown[0]!r}; there are {', '.join(DRAWN)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or DRAWN:
+        for theme, palette in THEMES.items():
+            DRAWN[name](palette).save(str(arguments.output / f"{name}-{theme}.svg"))
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
