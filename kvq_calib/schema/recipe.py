@@ -87,7 +87,7 @@ class AllocationConfig(_Settings):
     first_layer_weight: Annotated[float, Field(gt=0, le=1024)] = 4.0
     self_generated: Annotated[float, Field(ge=0, le=16)] = 0.5
     repeats: bool = True
-    corrections: Annotated[int, Field(ge=0, le=8)] = 1
+    corrections: Annotated[int, Field(ge=0, le=8)] = 2
 
 
 class LearnConfig(_Settings):
