@@ -33,7 +33,7 @@ Transform = Callable[[LayerKV], tuple[Tensor, Tensor]]
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
 #: The recipe that the steps lead to.
-THREE_BITS = "kvq3-3bit"
+THREE_BITS = "kvq-3"
 
 
 def variants() -> list[Variant]:
@@ -71,7 +71,7 @@ def variants() -> list[Variant]:
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
-        """kvq3-3bit without what later steps switch on; after the last step, the recipe itself."""
+        """kvq-3 without what later steps switch on; after the last step, the recipe itself."""
         later = list(switches.values())[max(number - 3, 0) :]
         still_off = [
             setting for off in reversed(later) for setting in off

@@ -141,7 +141,12 @@ def _settings() -> Iterator[str]:
     ]
     for path, model in sections:
         about = _attributes(model)
-        yield from (f"### {path}" if path else "### Of the whole run", "", (model.__doc__ or "").split("\n")[0], "")
+        yield from (
+            f"### {path}" if path else "### Of the whole run",
+            "",
+            (model.__doc__ or "").split("\n")[0],
+            "",
+        )
         yield from ("| key | takes | default | |", "|---|---|---|---|")
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else _default(field)

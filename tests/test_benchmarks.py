@@ -563,3 +563,21 @@ def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, folder: 
     for name, digest in content["config"]["artifact_sha256"].items():
         file = BENCHMARKS / "artifacts" / folder / f"{name}.kvq.safetensors"
         assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_what_quantizing_costs_an_evaluation(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import evaluation_speed
+
+    artifact_for(tiny_model("llama"), RECIPES["nuq4-1p"]).save(tmp_path / "small.kvq.safetensors")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/evaluation_speed.py"])
+    arguments = [str(model_folder), str(tmp_path / "small.kvq.safetensors"), "--dataset", str(text)]
+    output = tmp_path / "found.json"
+    evaluation_speed.main([*arguments, "--windows", "2", "--seqlen", "32", "--output", str(output)])
+    passes = json.loads(output.read_text())["passes"]
+    assert list(passes) == ["unquantized", "small"]
+    assert passes["unquantized"]["ratio"] == {"mean": 1.0, "standard_error": 0.0}
+    assert [len(own["seconds"]) for own in passes.values()] == [2, 2]  # the first window is not counted
+    assert passes["small"]["ratio"]["mean"] > 0
+    assert "| small |" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def test_thresholds_are_quantiles_of_pre_rope_keys(model):
         )
 
 
-@pytest.mark.parametrize("recipe", ["nuq3-1p", "uniform3", "kvq3-3bit"])
+@pytest.mark.parametrize("recipe", ["nuq3-1p", "uniform3", "kvq-3"])
 def test_magnitudes_are_those_of_rotated_keys_and_values(model, recipe):
     largest = {"key": [0.0] * 2, "value": [0.0] * 2}
 

@@ -4,7 +4,13 @@ import pytest
 from pydantic import ValidationError
 
 from kvq_calib.errors import ConfigError
-from kvq_calib.schema.recipe import CalibrationConfig, calibration_config, read_recipe, recipe_names
+from kvq_calib.schema.recipe import (
+    CalibrationConfig,
+    budget_recipe,
+    calibration_config,
+    read_recipe,
+    recipe_names,
+)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -32,6 +38,32 @@ def test_the_recipes_of_this_project_keep_their_budgets(name, budget):
     config = calibration_config(name)
     assert config.codec == "trellis"
     assert config.allocation.bits_per_element == budget
+
+
+@pytest.mark.parametrize(
+    ("name", "max_bits", "learns"),
+    [("kvq-1.5", 3, True), ("kvq-3", 5, False), ("kvq-4.25", 6, False), ("kvq-6", 7, False)],
+)
+def test_a_recipe_of_any_budget(name, max_bits, learns):
+    config = calibration_config(name)
+    bits = float(name.removeprefix("kvq-"))
+    assert budget_recipe(bits) == name
+    assert config.allocation.bits_per_element == bits
+    assert (config.cache.key.max_bits, config.cache.value.max_bits) == (max_bits, max_bits)
+    assert (config.learn is not None) == learns
+    assert config.description.startswith(f"At most {bits:g} bits everything counted")
+
+
+@pytest.mark.parametrize("shipped", ["kvq4", "kvq3", "kvq2"])
+def test_of_a_shipped_budget_it_is_the_shipped_recipe(shipped):
+    config = calibration_config(shipped)
+    assert calibration_config(budget_recipe(config.allocation.bits_per_element)) == config
+
+
+@pytest.mark.parametrize("name", ["kvq-1.49", "kvq-9"])
+def test_a_budget_out_of_range_is_refused(name):
+    with pytest.raises(ConfigError, match=r"a budget is 1\.5 to 6 bits per element"):
+        calibration_config(name)
 
 
 def test_file_then_command_line_then_set(tmp_path):

@@ -182,6 +182,15 @@ class _Job:
         metavar="NAME|FILE",
         help="Recipe or YAML file; give several to calibrate them in one run.  [default: nuq3-1p]",
     ),
+    click.option(
+        "--bits",
+        "budgets",
+        type=click.FloatRange(1.5, 6.0),
+        multiple=True,
+        metavar="BITS",
+        help="A kvq recipe of this budget, 1.5 to 6 bits per element with everything counted; the same as "
+        "--config kvq-BITS.",
+    ),
 )
 @_changes
 @section(
@@ -199,6 +208,7 @@ def calibrate_command(
     model: ModelOptions,
     output: str,
     recipes: tuple[str, ...],
+    budgets: tuple[float, ...],
     changes: RecipeChanges,
     resume: bool,
     profile: bool,
@@ -209,9 +219,9 @@ def calibrate_command(
     MODEL is a hub id, a local folder of safetensors, or a .gguf file.
     """
     from kvq_calib.files import check_writable
-    from kvq_calib.schema.recipe import DEFAULT_RECIPE
+    from kvq_calib.schema.recipe import DEFAULT_RECIPE, budget_recipe
 
-    recipes = recipes or (DEFAULT_RECIPE,)
+    recipes = (*recipes, *map(budget_recipe, budgets)) or (DEFAULT_RECIPE,)
     outputs = _outputs(output, recipes)
     limits = _max_memory(max_memory)
     configs = {name: changes.config(recipe) for name, recipe in zip(outputs, recipes, strict=True)}

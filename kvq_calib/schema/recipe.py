@@ -6,6 +6,8 @@ error. ``--set cache.key.bits=4`` changes one value by its path.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,8 @@ from kvq_calib.schema.problem import first_problem
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, TrellisSpec
 
 DEFAULT_RECIPE = "nuq3-1p"
+#: Bits per element that a recipe of any budget may have.
+BUDGETS = (1.5, 6.0)
 
 
 class _Settings(BaseModel):
@@ -189,12 +193,36 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in shipped_folder("configs").glob("*.yaml"))
 
 
+def budget_recipe(bits: float) -> str:
+    """The name of the recipe that takes at most so many bits per element, :data:`BUDGETS`: ``kvq-3.25``."""
+    return f"kvq-{bits:g}"
+
+
+def _of_budget(bits: float) -> dict[str, Any]:
+    """The shipped recipe of the nearest budget, with this one."""
+    if not BUDGETS[0] <= bits <= BUDGETS[1]:
+        raise ConfigError(
+            f"{budget_recipe(bits)}: a budget is {BUDGETS[0]:g} to {BUDGETS[1]:g} bits per element"
+        )
+    shipped = [read_recipe(name) for name in ("kvq2", "kvq3", "kvq4")]
+    settings = min(shipped, key=lambda own: abs(own["allocation"]["bits_per_element"] - bits))
+    settings["description"] = settings["description"].replace(
+        f"{settings['allocation']['bits_per_element']} bits", f"{bits:g} bits"
+    )
+    settings["allocation"]["bits_per_element"] = bits
+    for kind in KINDS:
+        settings["cache"][kind]["max_bits"] = min(math.floor(bits) + 2, 7)
+    return settings
+
+
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """The content of a shipped recipe, or of a YAML file.
+    """The content of a shipped recipe, of one of any budget (``kvq-3.25``), or of a YAML file.
 
     Raises:
         ConfigError: no such recipe or file, or not a YAML mapping.
     """
+    if budget := re.fullmatch(r"kvq-(\d+(?:\.\d+)?)", name_or_file):
+        return _of_budget(float(budget[1]))
     if name_or_file in recipe_names():
         text = (shipped_folder("configs") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:
