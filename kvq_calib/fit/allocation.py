@@ -1,7 +1,7 @@
 """How many bits every channel gets: rate and distortion measured for each, and one budget for all.
 
-The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes most
-of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
+The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes
+most of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
 (:func:`within_budget`). Everything is computed from weighted distributions, so it needs no activations.
 """
 
