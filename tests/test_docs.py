@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -108,7 +109,7 @@ def small(words):
     words = [replaced.get(word, word) for word in words]
     text = [] if "--dataset" in words else ["--dataset", "wikitext2.txt"]
     if words[0] == "kvq-calibrate":
-        recipes = [name for option, name in zip(words, words[1:], strict=False) if option == "--config"]
+        recipes = [name for option, name in itertools.pairwise(words) if option == "--config"]
         if recipes and all(name.startswith("kvq") for name in recipes):
             text += ["--set", "allocation.self_generated=0"]  # which takes most of the time here
         return [*words, *text, "--samples", "2", "--seqlen", "32", "--device", "cpu"]
