@@ -1,8 +1,8 @@
 """Decode attention from the packed cache against what else could be done with the same tokens, on one GPU.
 
 For the shapes of three models, context lengths and batch sizes it times our kernels with KVQuant's recipes (4, 3 and 2
-bits, 1% outliers) and ours (mixed widths, trellis codes), torch's scaled_dot_product_attention over float16 keys and
-values (its flash decoding), a plain float16 matrix-vector pair, the same pair with FP8, and takes a device-to-device copy as the ceiling. Medians of CUDA
+bits, 1% outliers) and ours (mixed widths, trellis codes), torch's scaled_dot_product_attention over float16 keys and values (its flash decoding), a plain float16
+matrix-vector pair, the same pair with FP8, and takes a device-to-device copy as the ceiling. Medians of CUDA
 events; inputs are rotated so that no cache serves them; what does not fit into memory is left out and named.
 """
 
