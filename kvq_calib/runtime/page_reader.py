@@ -50,8 +50,8 @@ class _Group:
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Levels that all channels share, up to 4 bits, are looked up two at a time: a byte of a nibble slice selects a pair of
-    float32, moved as one float64.
+    Levels that all channels share, up to 4 bits, are looked up two at a time: a byte of a nibble slice selects a pair
+    of float32, moved as one float64.
 
     Args:
         quantizer: of the tensor.

@@ -1,0 +1,159 @@
+"""Check how the documentation is written: `make lint` runs this.
+
+    python docs/style.py [FILE ...]
+
+- No line of prose is longer than 120 characters, in Markdown, docstrings and comments.
+- README, start page and guides have no sentence of more than 35 words.
+- Terms that are the field's are used, not others for them.
+- proselint finds nothing, where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST_LINE = 120
+LONGEST_SENTENCE = 35
+#: What is not said, and what is.
+TERMS = {
+    r"\bforeign tokens?\b": "vocabulary samples",
+    r"\bsweeps? over the coordinates\b": "refinement pass",
+    r"\bnobody's business\b": "say what happens",
+    r"\bdivergence over that\b": "KL divergence relative to the baseline recipe",
+    r"\bper cent\b": "%",
+}
+#: Of proselint's checks, those that do not suit: typographic marks in plain text, and letters of formulas.
+OFF = ("typography", "lexical_illusions", "dates_times", "misc.phrasal_adjectives", "misc.but")
+
+
+def pages() -> list[Path]:
+    """Every page that people read."""
+    own = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+    return [*own, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def sources() -> list[Path]:
+    """Every file of code."""
+    folders = ("kvq_calib", "benchmarks", "kernels", "tests", "docs", "examples")
+    kinds = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+    return sorted(file for folder in folders for kind in kinds for file in (ROOT / folder).rglob(kind))
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """Lines of Markdown that are prose, numbered from 1: no code, no table, no HTML."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not (
+            fenced or line.startswith(("    ", "|", "<", "#")) or ("](" in line and len(line.split()) < 4)
+        ):
+            yield number, line
+
+
+def sentences(text: str) -> Iterator[tuple[int, str]]:
+    """Sentences with the line on which they begin; a list item, a cell of a table or a blank line ends one."""
+    start, words = 0, []
+    for number, line in [*prose(text), (0, "")]:
+        line = re.sub(r"`[^`]*`", "code", re.sub(r"\]\([^)]*\)", "]", line))
+        if not line.strip() or re.match(r"\s*([-*]|\d+\.)\s", line):
+            yield from ((start, " ".join(words)),) if words else ()
+            words = []
+        for word in re.sub(r"^\s*([-*]|\d+\.)\s", "", line).split():
+            start = start if words else number
+            words.append(word)
+            if re.search(r"[.!?:;][)*\"]*$", word) and not re.search(r"\b(e\.g|i\.e|vs|al)\.$", word):
+                yield start, " ".join(words)
+                words = []
+
+
+def _is_prose_of_code(line: str, inside: bool) -> bool:
+    return inside or line.lstrip().startswith(("#", "//", "*"))
+
+
+def long_lines(file: Path) -> Iterator[str]:
+    """Lines of prose that are too long."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        lines = [(number, line) for number, line in prose(text) if not line.startswith("!")]
+    else:
+        inside, lines = False, []
+        for number, line in enumerate(text.splitlines(), 1):
+            if _is_prose_of_code(line, inside) and "://" not in line:
+                lines.append((number, line))
+            if line.count('"""') == 1:
+                inside = not inside
+    for number, line in lines:
+        if len(line) > LONGEST_LINE:
+            yield f"{file}:{number}: {len(line)} characters, more than {LONGEST_LINE}"
+
+
+def long_sentences(file: Path) -> Iterator[str]:
+    """Sentences that are too long."""
+    for number, sentence in sentences(file.read_text(encoding="utf-8")):
+        if (count := len(sentence.split())) > LONGEST_SENTENCE:
+            yield f"{file}:{number}: a sentence of {count} words, more than {LONGEST_SENTENCE}: {sentence[:60]}..."
+
+
+def wrong_terms(file: Path) -> Iterator[str]:
+    """Terms of our own where the field has one."""
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for pattern, better in TERMS.items():
+            if found := re.search(pattern, line, re.IGNORECASE):
+                yield f"{file}:{number}: write {better!r}, not {found[0]!r}"
+
+
+def proselint(files: list[Path]) -> Iterator[str]:
+    """What proselint says of the prose of pages; code and tables are left out."""
+    if importlib.util.find_spec("proselint") is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "settings.json"
+        settings.write_text(json.dumps({"checks": dict.fromkeys(OFF, False)}), encoding="utf-8")
+        copies = {}
+        for number, file in enumerate(files):
+            kept = dict(prose(file.read_text(encoding="utf-8")))
+            copy = Path(folder) / f"{number}.md"
+            lines = [
+                re.sub(r"`[^`]*`", "code", kept.get(line, "")) for line in range(1, max(kept, default=0) + 1)
+            ]
+            copy.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            copies[str(copy)] = file
+        command = [sys.executable, "-m", "proselint", "--config", str(settings), "check", *copies]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for line in found.splitlines():
+        for copy, file in copies.items():
+            if line.startswith(f"{copy}:") and not any(f" {check}" in line for check in OFF):
+                yield line.replace(copy, str(file), 1)
+
+
+def problems(files: list[Path]) -> Iterator[str]:
+    """Everything that is wrong with pages and sources."""
+    guides = [ROOT / "README.md", ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md")]
+    for file in files:
+        yield from long_lines(file)
+        if file.suffix == ".md":
+            yield from wrong_terms(file)
+        if file in guides:
+            yield from long_sentences(file)
+    yield from proselint([file for file in files if file.suffix == ".md"])
+
+
+def main() -> int:
+    """Print what is wrong; the status is 1 if there is anything."""
+    found = list(problems([Path(name).resolve() for name in sys.argv[1:]] or [*pages(), *sources()]))
+    for line in found:
+        print(line.replace(f"{ROOT}/", ""))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
