@@ -1,8 +1,8 @@
 """Channels that share a width, so that kernels meet one width at a time.
 
-A vector register or a warp reads several channels at once, and code for one width is shorter than code for any. So widths
-are chosen for groups of channels of one head: eight channels of values, or four RoPE pairs of keys, whose first channels
-have one width and whose second have the same or the next. Channels that want the same width go together.
+A vector register or a warp reads several channels at once, and code for one width is shorter than code for any. So
+widths are chosen for groups of channels of one head: eight channels of values, or four RoPE pairs of keys, whose first
+channels have one width and whose second have the same or the next. Channels that want the same width go together.
 """
 
 from __future__ import annotations
