@@ -41,8 +41,10 @@ KVQ_DEVICE int lane_head(int i) { return 2 * (kFold ? lane_id() % 2 : lane_id() 
 // Channels of computed levels are sorted so that a step of four pairs, or a tile of 16 value channels, is of one kind:
 // the widths of its pairs' first and second channels, or of its first and second eight channels. Negative ones are
 // kNarrow, kMedium and kAnyWidth. kvq_calib/runtime/cuda/kinds.py lists the same.
-#define KVQ_KEY_KINDS 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, -1, -1, -2, -2, -3, -3
-#define KVQ_VALUE_KINDS 0, 0, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 3, -2, 4, -2, -2, -2, -3, -3
+#define KVQ_KEY_KINDS \
+    0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -1, -1, -2, -2, -3, -3
+#define KVQ_VALUE_KINDS \
+    0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 2, 4, 3, 3, 3, 4, 3, 5, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -2, -2, -3, -3
 constexpr int kKinds = 16;  // room for their number
 
 struct DecodeParams {

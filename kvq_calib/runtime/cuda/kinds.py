@@ -32,13 +32,13 @@ Widths = tuple[int, int]
 #: Widths of a pair's first and second channel, in the order in which their steps stand; ``decode_params.cuh`` has the
 #: same.
 KEY_KINDS: tuple[Widths, ...] = (
-    *((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5)),
+    *((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5), (5, 6), (6, 6)),
     *((NARROW, NARROW), (MEDIUM, MEDIUM), (ANY, ANY)),
 )
 #: Widths of a tile's first and second eight channels.
 VALUE_KINDS: tuple[Widths, ...] = (
-    *((0, 0), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5)),
-    *((3, MEDIUM), (4, MEDIUM), (MEDIUM, MEDIUM), (ANY, ANY)),
+    *((0, 0), (1, 1), (1, 2), (2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (3, 5), (4, 4), (4, 5), (5, 5)),
+    *((5, 6), (6, 6), (MEDIUM, MEDIUM), (ANY, ANY)),
 )
 #: Bytes of a head's table of ends.
 KIND_ROOM = 16
@@ -102,15 +102,10 @@ def arrange_values(widths: Sequence[int]) -> Arrangement:
         if len(rest) >= half:
             eights[width], rest = rest[:half], rest[half:]
         left += rest
-    for width in sorted(eights):
-        if (width, width + 1) in tiles and width in eights and width + 1 in eights:
-            tiles[width, width + 1] += eights.pop(width) + eights.pop(width + 1)
-    for width in sorted(eights):
-        if (width, MEDIUM) in tiles:
-            medium = [channel for channel in left if widths[channel] <= _MOST[MEDIUM]][:half]
-            if len(medium) == half:
-                tiles[width, MEDIUM] += eights.pop(width) + medium
-                left = [channel for channel in left if channel not in medium]
+    for more in (1, 2):
+        for width in sorted(eights):
+            if (width, width + more) in tiles and width in eights and width + more in eights:
+                tiles[width, width + more] += eights.pop(width) + eights.pop(width + more)
     left += [channel for channels in eights.values() for channel in channels]
     left.sort(key=lambda channel: widths[channel])
     tiles[MEDIUM, MEDIUM], _ = _cut([channel for channel in left if widths[channel] <= _MOST[MEDIUM]], _TILE)
