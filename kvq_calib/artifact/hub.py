@@ -42,7 +42,7 @@ def _entries(artifacts: Mapping[str, Described], results: Sequence[Results]) -> 
     for name, artifact in artifacts.items():
         if Path(name).name != name or not name.endswith(SUFFIX):
             raise ArtifactHubError(
-                f"{name!r} is no name for an artifact; write a file name that ends in {SUFFIX}"
+                f"{name!r} is not a name for an artifact; write a file name that ends in {SUFFIX}"
             )
         digest = hashlib.sha256(artifact.to_bytes()).hexdigest()
         measured = [
