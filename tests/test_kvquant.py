@@ -324,7 +324,11 @@ KEY = "model.layers.1.self_attn.k_proj"
             "5 centroids",
         ),
         (changed(lambda c: c.update({KEY: (*c[KEY][:2], ["text"])})), ArtifactFileError, "not an array"),
-        (changed(lambda c: c.update({KEY: (*c[KEY][:2], [[[0.0, 1.0]]])})), ArtifactFileError, "not an array"),
+        (
+            changed(lambda c: c.update({KEY: (*c[KEY][:2], [[[0.0, 1.0]]])})),
+            ArtifactFileError,
+            "not an array",
+        ),
         (
             changed(lambda c: c.update({KEY: ([[1.0] * CHANNELS], *c[KEY][1:])})),
             ArtifactFileError,
