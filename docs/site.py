@@ -31,8 +31,6 @@ _ALWAYS = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"),
     *(f"configs/{file.name}" for file in sorted((ROOT / "configs").glob("*.yaml"))),
 )
-#: In code within a table.
-BAR = "\\|"
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
@@ -124,7 +122,7 @@ def _command(name: str, command: click.Command, level: str) -> Iterator[str]:
         yield from (f"| {title} | |", "|---|---|")
         for option in options:
             if record := option.get_help_record(context):
-                yield f"| `{record[0].replace('|', BAR)}` | {_cell(record[1])} |"
+                yield f"| <code>{record[0].replace('|', '&#124;')}</code> | {_cell(record[1])} |"
         yield ""
     yield from ("```sh", *getattr(command, "examples", ()), "```", "")
 

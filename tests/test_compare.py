@@ -21,6 +21,7 @@ from kvq_calib.evaluate.perplexity import PerplexityResult
 from kvq_calib.evaluate.rivals import make_rivals, rival_names
 from kvq_calib.evaluate.rivals.base import Rival, _WindowLayer, hadamard, uniform_roundtrip
 from kvq_calib.evaluate.rivals.fp8 import FP8
+from kvq_calib.evaluate.rivals.ggml import GGML
 from kvq_calib.evaluate.rivals.kivi import KIVI
 from kvq_calib.evaluate.rivals.oscar import OscarStyle, attention_moments, calibrated_rotation
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
@@ -102,6 +103,35 @@ def test_fp8_rounds_to_e4m3_of_the_scaled_number(scope):
     for head in range(2):
         scale = float((x if scope == "tensor" else x[:, head]).abs().max()) / 448
         assert_nearest(done[0, head].flatten(), x[0, head].flatten(), levels * scale)
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_cache_types_of_llama_cpp_round_blocks_of_32_channels(bits):
+    x = sample(1, 2, 3, 48) * 5
+    x[0, :, 2] = 0  # a token of zeros
+    done = GGML(bits).roundtrip(x, "key", 0)
+    for token in range(3):  # 96 channels of two heads are three blocks
+        row, found = (each[0, :, token].flatten().double().numpy() for each in (x, done))
+        for start in (0, 32, 64):
+            block = row[start : start + 32]
+            top = block[np.abs(block).argmax()]
+            if bits == 8:
+                step = float(np.float16(abs(top) / 127))
+                levels = np.arange(-127, 128) * step
+            else:
+                step = float(np.float16(top / -(2 ** (bits - 1))))
+                levels = np.sort(np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) * step)
+            assert np.abs(found[start : start + 32][:, None] - levels).min(-1).max() < 1e-6
+            # Half a step, and for 4 and 5 bits a whole one at the end that has no code.
+            assert np.abs(found[start : start + 32] - block).max() <= (0.51 if bits == 8 else 1.01) * abs(
+                step
+            )
+            assert found[start + np.abs(block).argmax()] == pytest.approx(top, rel=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(8, 8.5), (5, 5.5), (4, 4.5)])
+def test_cache_types_of_llama_cpp_take_a_half_for_each_block(bits, stored):
+    assert GGML(bits).bits_per_element(geometry(), 512) == stored
 
 
 def test_codebooks_are_those_of_max_1960():

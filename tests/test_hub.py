@@ -204,7 +204,7 @@ def test_what_is_not_there_is_said(artifacts: dict[str, KVArtifact], tmp_path: P
             KVArtifact.from_pretrained(name)
     with pytest.raises(ArtifactHubError, match=r"no artifact maker/kv: there is no such file or folder here"):
         KVArtifact.from_pretrained("maker/kv", cache_dir=tmp_path)  # the tests are offline
-    with pytest.raises(ArtifactHubError, match="is no name for an artifact"):
+    with pytest.raises(ArtifactHubError, match="is not a name for an artifact"):
         artifacts["nuq3-1p"].save_pretrained(tmp_path, filename="../a.kvq.safetensors")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactHubError, match="cannot make the folder"):

@@ -450,7 +450,7 @@ def test_an_instruction_set_is_taken_by_name_or_refused(
     [
         ({"kvq_abi": str(loader.ABI + 1), "kvq_runs_here": "1"}, "it has version"),
         ({"kvq_abi": str(loader.ABI), "kvq_isa": '"pdp-11"', "kvq_runs_here": "1"}, "was built for pdp-11"),
-        (None, "is no library of this package"),
+        (None, "is not a library of this package"),
     ],
 )
 def test_a_library_that_does_not_fit_is_named_once_and_torch_computes(

@@ -126,7 +126,7 @@ def test_outlier_capacities(fraction, channels, per_side, token_cap, channel_cap
 
 
 def test_geometry_is_checked():
-    with pytest.raises(ValidationError, match="no multiple"):
+    with pytest.raises(ValidationError, match="not a multiple"):
         LayerGeometry(num_query_heads=3, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValidationError, match="there are 0"):
         KVGeometry(layers=(SHAPE,))

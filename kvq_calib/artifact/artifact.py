@@ -1,6 +1,6 @@
 """The artifact: one safetensors file that says everything a reader needs. ``docs/reference/format.md`` is normative.
 
-Tensors are named ``layers.{i}.{key|value}.{name}``; which there are is said by the codec
+Tensors are named ``layers.{i}.{key|value}.{name}``; the codec says which there are
 (:meth:`kvq_calib.codec.quantizer.Quantizer.stored_tensors`). The safetensors metadata holds one entry, ``kvq``: a JSON
 object with sorted keys (one entry, because the order of several is not defined and the same inputs must give the same
 bytes).
@@ -52,9 +52,9 @@ class KVArtifact(Shareable):
     """A calibrated key-value cache.
 
     Attributes:
-        spec: what is quantized how.
+        spec: how keys and values are quantized.
         geometry: shapes and rotary embeddings of the model's attention layers.
-        layers: the numbers of each layer.
+        layers: the tensors that calibration found for each layer.
         model: the model it is for: ``id`` (as the user named it) and ``config``, the fields a model must share.
         calibration: where the numbers come from: data, hashes, window, seed, settings, library versions.
         outliers_per_token: expected outliers of one token, per kind and layer, measured at calibration.

@@ -16,7 +16,7 @@ class Described(Protocol):
 
     @property
     def spec(self) -> KVCacheSpec:
-        """What is quantized how."""
+        """How keys and values are quantized."""
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The ways an artifact can be wrong, each with a name."""
+"""The ways in which an artifact can be wrong."""
 
 from kvq_calib.errors import KVQError
 

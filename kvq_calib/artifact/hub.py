@@ -42,7 +42,7 @@ def _entries(artifacts: Mapping[str, Described], results: Sequence[Results]) -> 
     for name, artifact in artifacts.items():
         if Path(name).name != name or not name.endswith(SUFFIX):
             raise ArtifactHubError(
-                f"{name!r} is no name for an artifact; write a file name that ends in {SUFFIX}"
+                f"{name!r} is not a name for an artifact; write a file name that ends in {SUFFIX}"
             )
         digest = hashlib.sha256(artifact.to_bytes()).hexdigest()
         measured = [
@@ -69,7 +69,7 @@ def save(
         The files that were written.
 
     Raises:
-        ArtifactHubError: a name is none for an artifact, or the folder cannot be made.
+        ArtifactHubError: a name is not one for an artifact, or the folder cannot be made.
         WriteError: a file cannot be written.
     """
     place = Path(folder)
@@ -98,11 +98,11 @@ class Upload:
 
     Attributes:
         repo_id: ``name/repository``.
-        private: of a repository that is made; the account's default for ``None``.
-        revision: branch, made if it is not there; the repository's main one for ``None``.
-        token: of the account; the one that is logged in for ``None``.
-        commit_message: of the commit.
-        create_pr: ask for the change in place of making it.
+        private: whether a repository that is made is private; ``None`` is the account's default.
+        revision: branch, made if it is not there; ``None`` is the repository's main branch.
+        token: token of the account; ``None`` is the account that is logged in.
+        commit_message: message of the commit.
+        create_pr: open a pull request instead of changing the branch.
     """
 
     repo_id: str
@@ -125,7 +125,7 @@ def push(target: Upload, artifacts: Mapping[str, Described], results: Sequence[R
         Address of the commit, or of the pull request.
 
     Raises:
-        ArtifactHubError: a name is none for an artifact, or the hub refuses, or cannot be reached.
+        ArtifactHubError: a name is not one for an artifact, or the hub refuses, or cannot be reached.
     """
     entries = _entries(artifacts, results)
     api = huggingface_hub.HfApi(token=target.token, library_name="kvq-calib")

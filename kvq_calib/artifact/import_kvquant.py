@@ -161,7 +161,7 @@ def _array(name: str, part: Any, most: int) -> Tensor:
     elif isinstance(part, Tensor | np.ndarray):
         size = part.numel() if isinstance(part, Tensor) else part.size
     else:
-        raise ArtifactFileError(f"{name} holds something that is no array of numbers")
+        raise ArtifactFileError(f"{name} holds something that is not an array of numbers")
     if size > most:
         raise ArtifactFileError(f"{name} holds {size} numbers where {most} are the most")
     try:

@@ -215,7 +215,7 @@ class _Program:
         holder = self.stack[-1]
         if not isinstance(holder, list):
             raise PickleProblem(
-                "is not a readable pickle of quantizers: it appends to something that is no list"
+                "is not a readable pickle of quantizers: it appends to something that is not a list"
             )
         holder.extend(items)
 
@@ -239,7 +239,7 @@ class _Program:
             )
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):  # the hash of nested tuples can take forever
-                raise PickleProblem(f"has a key that is no text, but {type(key).__name__}: refused")
+                raise PickleProblem(f"has a key that is not text but {type(key).__name__}: refused")
             holder[key] = value
 
     def named(self, value: str) -> None:
@@ -348,14 +348,14 @@ def _sizes(limits: _Limits, values: Any) -> tuple[int, ...]:
     """A shape or strides: a few numbers that are not negative and not beyond any file."""
     fine = isinstance(values, tuple) and len(values) <= 8
     if not fine or any(type(size) is not int or not 0 <= size < 2**62 for size in values):
-        raise PickleProblem("has an array whose shape is no shape")
+        raise PickleProblem("has an array with an impossible shape")
     return tuple(values)
 
 
 def _array(limits: _Limits, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
     """An array over bytes of the file."""
     if not isinstance(dtype, _Dtype):
-        raise PickleProblem("has an array of something that is no number")
+        raise PickleProblem("has an array of something that is not a number")
     shape = (shape,) if type(shape) is int else shape
     sizes, kind = _sizes(limits, shape), dtype.numpy()
     wanted = math.prod(sizes) * kind.itemsize
@@ -379,7 +379,7 @@ def _reconstruct(limits: _Limits, kind: Any, shape: Any, code: Any) -> _Array:
 
 def _dtype(limits: _Limits, number: Any, align: Any = False, copy: Any = True) -> _Dtype:
     if not isinstance(number, str) or number not in _NUMBERS:
-        raise PickleProblem(f"has an array of {str(number)[:40]!r}, which are no numbers")
+        raise PickleProblem(f"has an array of {str(number)[:40]!r}, which are not numbers")
     return _Dtype(number)
 
 

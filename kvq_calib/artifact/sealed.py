@@ -145,4 +145,4 @@ def _parse(data: bytes, key: str) -> Sealed:
 
 
 def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")

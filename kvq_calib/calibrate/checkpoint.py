@@ -121,7 +121,7 @@ class Checkpoint:
             found[name] = tensor
         if not empty.is_possible(found):
             raise self._problem(
-                f"tensor {_name(position, min(found))!r}, or one beside it, has values of no text"
+                f"tensor {_name(position, min(found))!r}, or one beside it, has values that no text gives"
             )
         return found
 

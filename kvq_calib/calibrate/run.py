@@ -223,8 +223,8 @@ def _generate(key: SelfGeneratedKey, job: _Job, passes: Passes) -> SelfGenerated
     """
     if is_offloaded(passes.model):
         raise ConfigError(
-            "to write text, a model whose weights wait on disk or in CPU memory reads all of them for every token; "
-            "leave that out with --set allocation.self_generated=0"
+            "generating text would read all weights from disk or CPU memory for every token; "
+            "leave it out with --set allocation.self_generated=0"
         )
     passes.prepare([key])
     text = passes.state.statistics.get(key)

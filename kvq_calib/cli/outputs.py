@@ -1,4 +1,4 @@
-"""What a command writes: it can be written, and nothing that stands there goes without a word."""
+"""What a command writes: checked before the work, and a file that will be replaced is named."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Loss gradients of a token's keys, or of its values, differ by orders of magnitude from token to token, for much of the
 attention goes to few. Who is to be one of them is not known when a block is coded, but their sizes tell: tokens that
-take up attention for want of a better place have small values. (Which weights: ``docs/explanation/method.md``.)
+take up attention that is needed nowhere else have small values. (``docs/explanation/token-weighting.md``)
 """
 
 from __future__ import annotations

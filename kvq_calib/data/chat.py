@@ -21,9 +21,9 @@ def check_messages(value: list[Any], where: str) -> Messages:
     """
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: message {number} is no object with a role and a content")
+            raise DataError(f"{where}: message {number} is not an object with a role and a content")
         if not isinstance(message.get("content"), str | list | None):
-            raise DataError(f"{where}: the content of message {number} is no text")
+            raise DataError(f"{where}: the content of message {number} is not text")
     if not value:
         raise DataError(f"{where}: a chat without a message")
     return value

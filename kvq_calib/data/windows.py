@@ -80,10 +80,10 @@ def load_windows(
         tokenizer: a transformers tokenizer.
         samples: windows to return; None for all of the consecutive cut.
         seqlen: tokens in a window, the beginning-of-sequence token included.
-        seed: of the random choices.
+        seed: seed of the random choices.
         split: "calibration" or "evaluation".
         convention: see the module's text.
-        text_field: of records in local files; see `read_records`.
+        text_field: field of records in local files that has their text; see `read_records`.
 
     Raises:
         DataError: unknown data set, unreadable text, no network, or less text than one window. Where the text

@@ -39,7 +39,7 @@ class ComparedResult:
         origin: ``artifact``, or a rival's ``library``, ``reference`` or ``in the style of``.
         source, settings: what it is.
         bits_at: bits per element at other contexts.
-        on_frontier: nothing measured in the same run has less divergence in as few bits.
+        on_frontier: whether nothing measured in the same run has less KL divergence in as few bits.
     """
 
     result: PerplexityResult

@@ -1,4 +1,4 @@
-"""Bytes of a packed cache at any context, for an artifact or for nothing but a model's shape and a recipe.
+"""Bytes of a packed cache at any context, for an artifact, or for a model's shape and a recipe alone.
 
 There is one formula, :func:`stored_bytes`, over that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes
 of filled caches. Sizes in GB are 2 ** 30 bytes, as in the KVQuant paper.
@@ -109,7 +109,7 @@ def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:
 
 
 def _nominal(spec: QuantSpec, geometry: LayerGeometry, kind: Kind) -> TensorShape:
-    """Keys or values of an artifact that is not there; RoPE pairs are taken to cover the head."""
+    """Keys or values as a recipe alone describes them; RoPE pairs are taken to cover the head."""
     codec, shape = codec_of(spec), geometry.shape(kind)
     pairs = shape.head_dim // 2 if kind == "key" else 0
     return TensorShape(
@@ -127,7 +127,7 @@ def shape_report(
     batch: int = 1,
     allocation: AllocationConfig | None = None,
 ) -> MemoryReport:
-    """What a recipe would need for a model, no artifact at hand.
+    """What a recipe would need for a model, without an artifact.
 
     Outliers take their nominal share. Thresholds of calibration are fitted to other text, so what an artifact measures
     may differ a little. Channels take the width that the spec names; where a recipe has a budget, codes take what it

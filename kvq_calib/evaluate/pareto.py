@@ -1,4 +1,4 @@
-"""Which of several results no other beats in size and in divergence."""
+"""Which of several results no other beats in both size and KL divergence."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PasskeyConfig:
         lengths: tokens of the prompt.
         depths: where the number stands, 0 (beginning) to 1 (end).
         trials: texts per length and depth, each with a number of five digits of its own.
-        seed: of the numbers.
+        seed: seed of the numbers.
         chunk: tokens per call.
     """
 

@@ -27,14 +27,14 @@ class PerplexityResult:
     """What one cache costs.
 
     Attributes:
-        name: of the artifact or rival.
+        name: name of the artifact or rival.
         mode: how it was measured: ``prefill`` or ``decode``.
         bits_per_element: everything stored at the configured context, with the outliers counted in this run.
         perplexity, baseline_perplexity: ``exp`` of the mean negative log likelihood of the same tokens.
         kl_mean: KL divergence from the unquantized to the quantized prediction, nats per predicted token.
-        kl_p99: its 99th percentile over tokens.
-        kl_windows: its mean over each window, in the order of the text. Results on the same windows can be compared in
-            pairs: windows differ from each other by more than caches do.
+        kl_p99: 99th percentile of that divergence over tokens.
+        kl_windows: mean of that divergence over each window, in the order of the text. Results on the same windows can
+            be compared in pairs: windows differ from each other by more than caches do.
         top1_agreement: share of tokens where both predict the same most likely token.
         tokens: predicted tokens.
         seconds: wall time of this cache's passes.

@@ -250,7 +250,7 @@ def library_of(isa: str, folder: Path) -> Library:
         built_for = functions.kvq_isa().decode()
         runs = bool(functions.kvq_runs_here())
     except AttributeError as error:
-        raise OSError(f"{_file(isa, folder)} is no library of this package") from error
+        raise OSError(f"{_file(isa, folder)} is not a library of this package") from error
     if abi != ABI:
         raise OSError(f"it has version {abi} of the interface where {ABI} is needed; build the package again")
     if built_for != isa:

@@ -92,7 +92,7 @@ class LayerGeometry(Frozen):
     def _check(self) -> LayerGeometry:
         if self.num_query_heads % self.num_kv_heads:
             raise ValueError(
-                f"{self.num_query_heads} query heads are no multiple of {self.num_kv_heads} key-value heads"
+                f"{self.num_query_heads} query heads are not a multiple of {self.num_kv_heads} key-value heads"
             )
         return self
 

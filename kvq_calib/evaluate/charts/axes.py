@@ -20,10 +20,10 @@ _CHARACTER = 0.56
 
 @dataclass(frozen=True)
 class Labels:
-    """What is written at a chart.
+    """The texts of a chart.
 
     Attributes:
-        title: for those who cannot see it.
+        title: read to people who cannot see the chart.
         x, y: what the axes show, with units.
     """
 

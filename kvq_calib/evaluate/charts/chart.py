@@ -35,9 +35,9 @@ class Palette:
     """Colours by meaning.
 
     Attributes:
-        ink, soft, line, panel: of what is read first, of axes and notes, of a grid, and of the ground.
-        key, value, other: of keys, values, and what is measured beside artifacts.
-        s0, s1, s2, s3, s4, s5, s6, s7: of artifacts, in turn.
+        ink, soft, line, panel: colours of main text, of axes and notes, of the grid, and of the background.
+        key, value, other: colours of keys, of values, and of what is measured beside artifacts.
+        s0, s1, s2, s3, s4, s5, s6, s7: colours of artifacts, in turn.
     """
 
     ink: str
@@ -112,7 +112,7 @@ class Chart:
     """A figure of one plot, measured in units: 72 to an inch, and those of the inline SVG's view box.
 
     Attributes:
-        title: for those who cannot see it.
+        title: read to people who cannot see the chart.
         palette: ``PAGE`` for inline SVG, ``PRINT`` or ``DARK`` for files.
         width, height: of the whole.
         margins: around the plot: left, right, top, bottom.

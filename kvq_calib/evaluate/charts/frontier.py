@@ -1,4 +1,4 @@
-"""Divergence against bits, with the frontier of what nothing else beats."""
+"""KL divergence against bits, with the frontier: the results that no other beats in both."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Point:
     """A measured point of the frontier chart.
 
     Attributes:
-        name: of what was measured.
-        bits: per element.
-        kl: nats per token, positive.
-        tip: shown when pointed at.
-        colour: of its mark, a name of the palette.
-        own: whether it is an artifact and not only measured beside them.
+        name: name of what was measured.
+        bits: bits per element.
+        kl: KL divergence, nats per token, positive.
+        tip: text shown when the point is pointed at.
+        colour: colour of the point, a name of the palette.
+        own: whether it is an artifact; others are measured beside them.
     """
 
     name: str
@@ -51,7 +51,7 @@ def frontier(
     height: float = 440.0,
     top: float = 14.0,
 ) -> Chart:
-    """Divergence (logarithmic) against bits, with the frontier drawn: down and left is better.
+    """KL divergence (logarithmic) against bits, with the frontier drawn: down and left is better.
 
     Args:
         points: artifacts are dots, others rings.

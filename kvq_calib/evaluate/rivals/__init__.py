@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from kvq_calib.errors import ConfigError
 from kvq_calib.evaluate.rivals.base import Rival
 from kvq_calib.evaluate.rivals.fp8 import FP8
+from kvq_calib.evaluate.rivals.ggml import GGML
 from kvq_calib.evaluate.rivals.kivi import KIVI
 from kvq_calib.evaluate.rivals.oscar import OscarStyle
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
@@ -22,6 +23,9 @@ def _all() -> tuple[Rival, ...]:
     return (
         FP8("tensor"),
         FP8("head"),
+        GGML(8),
+        GGML(5),
+        GGML(4),
         TransformersCache("hqq", 4),
         TransformersCache("hqq", 2),
         TransformersCache("quanto", 4),

@@ -1,6 +1,6 @@
 """Kernels on their way to a GPU. pycuda is imported here only, when a cache on a GPU asks for kernels.
 
-``docs/reference/kernels.md`` says how its streams and context go together with torch's.
+``docs/kernels.md`` says how its streams and context go together with torch's.
 """
 
 from __future__ import annotations
