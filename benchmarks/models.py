@@ -37,7 +37,7 @@ from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError, one_line
 from kvq_calib.files import write_atomically
-from kvq_calib.model.compat import with_cache
+from kvq_calib.model.compat import keeps_keys, own_layers, with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
@@ -49,6 +49,8 @@ _PARAMETERS = 150_000_000
 #: What stays exact is stored in float16, so results are those of float16; a wrong key or mask changes them altogether.
 _TOLERANCE = 0.02
 _PROMPT, _NEW = 40, 6
+#: Layers of a small model beside its settings' own: in some families of several kinds only the later keep keys and values.
+_DEPTHS = (None, 4, 8)
 
 #: Fields of configurations that make a model small, under the names that families have for them.
 SMALL: dict[str, Any] = {
@@ -63,14 +65,18 @@ _SEQ2SEQ = {
     "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96,
 }  # fmt: skip
+#: States of Mamba.
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
 #: What single families need beside SMALL; ``None`` leaves a field out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
     **dict.fromkeys(("mbart", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
+    "bamba": {"attn_layer_indices": [1], **_MAMBA},
     "codegen": {"rotary_dim": 16},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
     "falcon": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
     "gemma4_text": {
@@ -79,10 +85,14 @@ EXTRA: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
     },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA},
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], **_MAMBA},
+    "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
 }
 
@@ -135,9 +145,9 @@ def small_model(family: str) -> Any:
         name: value for name, value in {**SMALL, **EXTRA.get(family, {})}.items() if value is not None
     }
     failures: list[Exception] = []
-    for arguments in (settings, {"text_config": settings}):
+    for nested in (False, True):
         try:
-            config = AutoConfig.for_model(family, **arguments)
+            config = _small_config(family, settings, nested)
             with torch.device("meta"):
                 count = sum(
                     weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
@@ -154,6 +164,22 @@ def small_model(family: str) -> Any:
         except Exception as error:
             failures.append(error)
     raise failures[0]
+
+
+def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
+    """A configuration with these settings, of its text part where ``nested``; deeper where that takes keys and values."""
+    config: Any = None
+    for layers in _DEPTHS:
+        sizes = settings if layers is None else {**settings, "num_hidden_layers": layers}
+        try:
+            config = AutoConfig.for_model(family, **({"text_config": sizes} if nested else sizes))
+        except Exception:
+            if config is None:
+                raise
+            break
+        if any(map(keeps_keys, own_layers(config))):
+            break
+    return config
 
 
 def examine(family: str) -> Finding:
@@ -189,7 +215,8 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     """Passes and generation through an exact cache beside passes without one; how they differ, or nothing."""
     prompt = ids[:1, :_PROMPT]
     cache = KVQCache(artifact, model, recent_tokens=10**6)
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split([17, 22, 1], dim=1)]
+    sizes = [38, 1, 1] if cache.single_tokens else [17, 22, 1]
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split(sizes, dim=1)]
     wanted = model(input_ids=prompt, use_cache=False).logits
     error = float((torch.cat(parts, 1) - wanted).abs().max() / wanted.abs().max())
     if not error <= _TOLERANCE:
@@ -210,7 +237,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     if not torch.equal(text, own) and not bool((behind <= _TOLERANCE * scores.abs().max()).all()):
         return "it generates other tokens than with its own cache"
     packed = KVQCache(artifact, model)
-    for part in (ids[:, :60], ids[:, 60:]):
+    for part in (ids[:, :60], *ids[:, 60:].split(1 if cache.single_tokens else 4, dim=1)):
         if not bool(model(input_ids=part, **with_cache(packed)).logits.isfinite().all()):
             return "through the packed cache predictions are not finite"
     return ""

@@ -72,10 +72,47 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 """Family (`model_type`) to what its configuration has beyond the common sizes."""
 
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_GATED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_GATED_DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+
+HYBRIDS: dict[str, dict[str, object]] = {
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_GATED_DELTA,
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 32,
+        **_GATED_DELTA,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
+}
+"""Families in which some layers keep a state: instead of keys and values, or beside them (``falcon_h1``)."""
+FAMILIES_OF_ALL_KINDS = {**FAMILIES, **HYBRIDS}
+
 
 def tiny_config(family: str, **overrides: object):
     """Return the configuration of a tiny model; `overrides` replace single fields."""
-    known = FAMILIES.get(family, {})
+    known = FAMILIES_OF_ALL_KINDS.get(family, {})
     return AutoConfig.for_model(family, **{**_COMMON, **known, **overrides})
 
 

@@ -257,7 +257,6 @@ _GPTJ = "cannot be un-rotated" if "cache" in with_cache(None) else "do not call 
         ("deepseek_v3", {"qk_nope_head_dim": 8, "v_head_dim": 8}, "multi-head latent attention"),
         ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, _GPTJ),
         ("bloom", {"n_layer": 2, "n_head": 4}, "do not call transformers'"),
-        ("qwen3_next", {"head_dim": 16, "num_hidden_layers": 4}, "without a KV cache"),
         (
             "llama4_text",
             {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},

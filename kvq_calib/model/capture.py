@@ -24,7 +24,7 @@ class LayerKV:
     """Keys and values of one layer in one forward pass.
 
     Attributes:
-        layer: index of the layer.
+        layer: which of the geometry's layers.
         rotated_keys: keys as the model handed them to attention [B, Hkv, T, D], in the model's dtype.
         values: [B, Hkv, T, Dv].
         queries: rotated queries [B, Hq, T, D].
@@ -58,9 +58,9 @@ class LayerKV:
         )
 
 
-def _layer_kv(call: AttentionCall, has_rope: bool) -> LayerKV:
+def _layer_kv(call: AttentionCall, layer: int, has_rope: bool) -> LayerKV:
     return LayerKV(
-        call.layer,
+        layer,
         call.key,
         call.value,
         call.query,
@@ -91,7 +91,9 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
     geometry = inspect_model(model)
 
     def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        kv = _layer_kv(call, geometry.layers[call.layer].rope is not None)
+        index = geometry.index_of(call.layer)
+        assert index is not None
+        kv = _layer_kv(call, index, geometry.layers[index].rope is not None)
         changed = transform(kv)
         if changed is None:
             return None

@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kvq_calib.errors import ModelError, one_line
-from kvq_calib.model.compat import uncompiled
+from kvq_calib.model.compat import (
+    cache_of,
+    keeps_keys,
+    keeps_more,
+    keeps_state,
+    own_layers,
+    states_are_common,
+    uncompiled,
+)
 from kvq_calib.model.intercept import (
     AttentionCall,
     attention_modules,
@@ -23,6 +32,7 @@ from kvq_calib.model.intercept import (
 )
 from kvq_calib.model.placement import input_device
 from kvq_calib.model.rope import RopeLayoutError, discover_rope, find_apply_rotary
+from kvq_calib.model.states import held_bytes
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 __all__ = ["inspect_model", "why_no_table"]
@@ -70,15 +80,7 @@ def _inspect(model: nn.Module) -> KVGeometry:
     # ones.
     far_calls = _probe(model, short if far is None else far, explicit=far is not None)
     short_calls = _probe(model, short, explicit=False)
-    expected = int(text.num_hidden_layers)
-    missing = sorted(set(range(expected)) - set(short_calls))
-    if missing:
-        raise ModelError(
-            f"{name} cannot be captured: {len(missing)} of its {expected} layers do not call "
-            "transformers' attention interface"
-        )
-    if sorted(short_calls) != list(range(len(short_calls))):
-        raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
+    attends_to = _attends_to(model, sorted(short_calls), int(text.num_hidden_layers))
 
     candidates = [buffer for buffer in model.buffers() if buffer.ndim == 1 and buffer.is_floating_point()]
     passes = _Passes(short if far is None else far, short, candidates)
@@ -94,7 +96,57 @@ def _inspect(model: nn.Module) -> KVGeometry:
         _geometry(call, _index(ropes, spec))
         for (_, call), spec in zip(sorted(short_calls.items()), specs, strict=True)
     ]
-    return KVGeometry(layers=tuple(layers), ropes=tuple(ropes))
+    return KVGeometry(
+        layers=tuple(layers),
+        ropes=tuple(ropes),
+        attends_to=attends_to,
+        state_bytes=_state_bytes(model),
+    )
+
+
+def _attends_to(model: nn.Module, called: list[int], expected: int) -> tuple[int | None, ...]:
+    """See :class:`KVGeometry`; checks that layers without keys and values keep what a cache can keep for them.
+
+    Args:
+        model: of which layers ``called`` attend.
+        called: their numbers.
+        expected: layers of the model.
+    """
+    name = type(model).__name__
+    own: list[Any] = own_layers(model.config)
+    missing = [
+        layer
+        for layer in range(expected)
+        if layer not in called and (layer >= len(own) or keeps_keys(own[layer]))
+    ]
+    if missing:
+        raise ModelError(
+            f"{name} cannot be captured: {len(missing)} of its {expected} layers do not call "
+            "transformers' attention interface"
+        )
+    if not called:
+        raise ModelError(f"{name} has no layer that caches keys and values: there is nothing to quantize")
+    if any(layer >= max(expected, len(called)) for layer in called):
+        raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
+    for layer in own:
+        if keeps_more(layer):
+            raise ModelError(
+                f"{name} cannot generate with a packed cache: its cache layers keep more than keys and values "
+                f"({type(layer).__name__})"
+            )
+    if called == list(range(max(expected, len(called)))):
+        return ()
+    return tuple(called.index(layer) if layer in called else None for layer in range(expected))
+
+
+def _state_bytes(model: Any) -> int:
+    """Bytes that layers keep of one sequence beside keys and values."""
+    if not any(map(keeps_state, own_layers(model.config))):
+        return 0
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    return held_bytes(cache_of(output))
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -112,9 +164,10 @@ def _text_config(model: nn.Module) -> Any:
         )
     kinds = getattr(text, "layer_types", None) or []
     without = sorted({kind for kind in kinds if "attention" not in kind or kind.startswith("linear")})
-    if without:
+    if without and not states_are_common():
         raise ModelError(
-            f"{name} has layers without a KV cache ({', '.join(without)}); it cannot be captured"
+            f"{name} has layers without keys and values ({', '.join(without)}), and transformers "
+            f"{transformers.__version__} keeps their state in a cache class of the model's own; use 5.5 or newer"
         )
     return text
 

@@ -11,23 +11,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.cache_layer import AttendingLayer
 from kvq_calib.model.compat import cache_of, uncompiled, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
 from kvq_calib.model.placement import input_device
+from kvq_calib.model.states import cache_layers
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["ExactLayer", "check_generation"]
+__all__ = ["ExactLayer", "Serving", "check_generation"]
 
 #: Tokens of the passes: some at once, some more, and one alone, which needs no mask.
 _PASSES = (6, 4, 1)
+#: The same for models that continue a text by single tokens only.
+_SINGLE_PASSES = (9, 1, 1)
 
 
 class ExactLayer(AttendingLayer):
@@ -79,26 +83,53 @@ class ExactLayer(AttendingLayer):
         return result
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class Serving:
+    """How a packed cache serves a model.
+
+    Attributes:
+        single_tokens: a text in the cache is continued by one token at a time only. So do some models whose layers keep
+            a state: with more tokens they begin anew, with their own cache too.
+    """
+
+    single_tokens: bool = False
 
 
-def check_generation(model: nn.Module, geometry: KVGeometry) -> None:
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Serving | str] = weakref.WeakKeyDictionary()
+
+
+def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
     """Refuse a model that a packed cache cannot serve. What was found is kept per model object.
 
     Args:
         model: a causal language model, or the model inside one; left as it was.
         geometry: of the model.
 
+    Returns:
+        How one serves it.
+
     Raises:
         ModelError: the model would give other output than its own, in one line that says why.
     """
     model = uncompiled(model)
-    obstacle = _KNOWN.get(model)
-    if obstacle is None:
+    found = _KNOWN.get(model)
+    if found is None:
         with torch.no_grad(), _evaluating(model):
-            obstacle = _KNOWN[model] = _Trial(model, geometry).obstacle()
-    if obstacle:
-        raise ModelError(f"{type(model).__name__} cannot generate with a packed cache: {obstacle}")
+            found = _KNOWN[model] = _try(model, geometry)
+    if isinstance(found, str):
+        raise ModelError(f"{type(model).__name__} cannot generate with a packed cache: {found}")
+    return found
+
+
+def _try(model: nn.Module, geometry: KVGeometry) -> Serving | str:
+    """How a packed cache serves a model, or why it cannot."""
+    trial = _Trial(model, geometry, _PASSES)
+    obstacle = trial.obstacle()
+    if not obstacle:
+        return Serving()
+    if geometry.state_bytes and not trial.faithful and not _Trial(model, geometry, _SINGLE_PASSES).obstacle():
+        return Serving(single_tokens=True)
+    return obstacle
 
 
 @contextmanager
@@ -119,14 +150,21 @@ class _Trial:
 
     Args:
         model, geometry: as for :func:`check_generation`.
+        passes: tokens of each.
+
+    Attributes:
+        faithful: whether the model gives with its own cache what it gives without, as far as that was tried.
     """
 
-    def __init__(self, model: Any, geometry: KVGeometry) -> None:
-        self.model = model
+    def __init__(self, model: Any, geometry: KVGeometry, passes: tuple[int, ...]) -> None:
+        self.model, self.geometry, self.passes = model, geometry, passes
+        self.faithful = True
         self.layers = [ExactLayer(layer.sliding_window) for layer in geometry.layers]
-        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(_PASSES) + 1)
-        ids = torch.arange(1, sum(_PASSES) + 1) % vocabulary
+        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(passes) + 1)
+        ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
+        #: The class of the model's own cache, once it was used.
+        self.own_cache: type = DynamicCache
 
     def obstacle(self) -> str:
         """Why a packed cache cannot serve the model; empty where it can."""
@@ -139,16 +177,18 @@ class _Trial:
             own = self._through(None)
         except Exception as error:
             return f"it fails with its own cache ({one_line(error)})"
-        first = _PASSES[0]
+        first = self.passes[0]
         if not self._alike(own[:, :first], wanted[:, :first]):
             return "what it computes for a token depends on later tokens, so it is no causal model"
-        faithful = self._alike(own[:, first:], wanted[:, first:])
-        if faithful and got is not None and self._close(got, own):
+        self.faithful = self._alike(own[:, first:], wanted[:, first:])
+        if self.faithful and got is not None and self._close(got, own):
             return ""
-        return self._reason(faithful, failure)
+        return self._reason(failure)
 
-    def _reason(self, faithful: bool, failure: Exception | None) -> str:
-        """Why the exact cache did not do; ``faithful`` says whether the model's own does."""
+    def _reason(self, failure: Exception | None) -> str:
+        """Why the exact cache did not do."""
+        if self.own_cache is not DynamicCache:
+            return f"it keeps what it caches in a class of its own ({self.own_cache.__name__})"
         detail = "" if failure is None else f" ({one_line(failure)})"
         if isinstance(failure, TypeError | AttributeError) and "None" in str(failure):
             return f"it uses the weights of attention, which are not computed{detail}"
@@ -159,7 +199,7 @@ class _Trial:
                 return f"the keys that layer {index} gets back from the cache do not come to attention as they are"
             if layer.changed:
                 return f"it changes the keys or values of layer {index} between the cache and attention"
-        if not faithful:
+        if not self.faithful:
             return "it gives other output with its own cache than without"
         return (
             "it uses keys or values outside the attention call, where a packed cache has none of earlier tokens"
@@ -170,7 +210,8 @@ class _Trial:
         """What the model gives with layers that attend themselves, or how it failed."""
         holds = [Hold(module) for module in attention_modules(self.model)]
         try:
-            return self._through(Cache(layers=list(self.layers))), None
+            layers = cache_layers(self.model.config, self.geometry, self.layers)
+            return self._through(Cache(layers=layers)), None
         except Exception as error:  # whatever a family's forward makes of it
             return None, error
         finally:
@@ -180,9 +221,11 @@ class _Trial:
     def _through(self, cache: Any) -> Tensor:
         """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the model's own for ``None``."""
         scores, start = [], 0
-        for tokens in _PASSES:
+        for tokens in self.passes:
             output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))
-            cache = cache_of(output) if cache is None else cache
+            if cache is None:
+                cache = cache_of(output)
+                self.own_cache = type(cache)
             scores.append(_scores(output))
             start += tokens
         return torch.cat(scores, dim=1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.rope import Rotation, find_apply_rotary
+from kvq_calib.model.states import States
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, StorageMark
@@ -26,6 +27,8 @@ class ForwardPass:
         modules: the attention modules of its model.
         max_tokens: tokens after which a pass is refused, or ``None``.
         rope_switch: of the model, see :func:`kvq_calib.model.rope.rope_switch`.
+        states: of the layers that keep something beside keys and values.
+        single_tokens: a text is continued by one token at a time only.
     """
 
     def __init__(
@@ -33,8 +36,13 @@ class ForwardPass:
         contents: CacheContents,
         modules: Set[nn.Module],
         max_tokens: int | None,
-        rope_switch: int | None = None,
+        rope_switch: int | None,
+        states: States,
+        *,
+        single_tokens: bool,
     ) -> None:
+        self.single_tokens = single_tokens
+        self.states = states
         self.contents = contents
         self.modules = modules
         self.max_tokens = max_tokens
@@ -100,7 +108,15 @@ class ForwardPass:
             yield
         except BaseException:
             self.roll_back()
+            self._states_are_ahead()
             raise
+
+    def _states_are_ahead(self) -> None:
+        """Layers without keys and values took up a pass that is undone now."""
+        if self.contents.table is None:
+            self.states.reset()
+        else:
+            self.states.spoiled = bool(self.states)
 
     def enter(
         self, layer: int, batch: int, visibility: Visibility, position_ids: Tensor | None = None
@@ -135,6 +151,7 @@ class ForwardPass:
 
     def _begins(self, layer: int, batch: int, tokens: int) -> bool:
         """Whether ``layer`` is the first of a pass; checks that the pass fits."""
+        self.states.check()
         table, held = self.contents.table, self.contents.length_of(layer)
         known = self.contents.length
         if table is not None and batch != table.batch:
@@ -149,6 +166,11 @@ class ForwardPass:
             raise RuntimeMismatchError(
                 "the layers of the cache hold different numbers of tokens (a forward pass failed midway); "
                 "what it stored is undone now, so run it again"
+            )
+        if self.single_tokens and known and tokens > 1:
+            raise RuntimeMismatchError(
+                f"this model continues a text by one token at a time only, and was given {tokens}: with more, layers "
+                "that keep a state begin anew; give it the whole text at once, or single tokens"
             )
         if self.max_tokens is not None and known + tokens > self.max_tokens:
             raise RuntimeMismatchError(
@@ -186,10 +208,11 @@ class ForwardPass:
         if length == 0:
             self.contents.reset()
             self._announced = None
-            return
-        table.crop(length, blocks)
-        for storage, mark in marks:
-            storage.restore(mark)
+        else:
+            table.crop(length, blocks)
+            for storage, mark in marks:
+                storage.restore(mark)
+        self._states_are_ahead()
 
     def forget(self) -> None:
         """No pass is under way: the cache is empty."""
