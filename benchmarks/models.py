@@ -67,6 +67,10 @@ _SEQ2SEQ = {
 }  # fmt: skip
 #: States of Mamba.
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_PER_LAYER_INPUTS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128, "global_head_dim": 32,
+}  # fmt: skip
 #: What single families need beside SMALL; ``None`` leaves a field out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
@@ -78,12 +82,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
     "falcon": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 128,
-        "num_kv_shared_layers": 0,
-    },
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
+    "gemma4": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA},
     "gptj": {"rotary_dim": 16},

@@ -89,10 +89,20 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
         ModelError: the model cannot be captured (see `inspect_model`), or was called with a filled cache.
     """
     geometry = inspect_model(model)
+    #: What layers that attend to another's keys and values must see.
+    replaced: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         index = geometry.index_of(call.layer)
         assert index is not None
+        if call.layer != geometry.numbers[index]:
+            return replaced[index]
+        changed = own(call, index)
+        if geometry.is_shared(index):
+            replaced[index] = changed
+        return changed
+
+    def own(call: AttentionCall, index: int) -> tuple[Tensor, Tensor] | None:
         kv = _layer_kv(call, index, geometry.layers[index].rope is not None)
         changed = transform(kv)
         if changed is None:

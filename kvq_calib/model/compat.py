@@ -61,8 +61,8 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in the output of a model that was called with `use_cache=True`; names as in `with_cache`."""
-    return getattr(output, _CACHE)
+    """The cache in the output of a model that was called with `use_cache=True`, if any; names as in `with_cache`."""
+    return getattr(output, _CACHE, None)
 
 
 def crop_takes_removed() -> bool:

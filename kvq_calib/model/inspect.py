@@ -48,10 +48,10 @@ _NO_TABLE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary
 def inspect_model(model: nn.Module) -> KVGeometry:
     """Verify by two tiny forward passes that a model can be captured, and return its geometry.
 
-    Every attention layer must come by exactly once per pass, with as many keys as values, and its un-rotated keys must
-    not depend on the position: each attention module is given one and the same hidden state at every position, so
-    pre-RoPE keys that differ between positions mean that un-rotation does not fit the model, and rotated keys that do
-    not differ mean that the layer has no RoPE. Results are kept per model object.
+    Every attention layer must come by exactly once per pass, with as many keys as values. Each attention module is
+    given one and the same hidden state at every position: keys that differ between positions were rotated, and must not
+    differ any more once that is undone. Where they still do, positions are encoded in another way; a layer is then taken
+    for one without rotary embedding, and its keys are quantized as they are. Results are kept per model object.
 
     A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
     `RopeSpec` has no pairs and says `length_dependent`, and `why_no_table` gives the reason.
@@ -78,16 +78,16 @@ def _inspect(model: nn.Module) -> KVGeometry:
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
     # The far pass comes first, so that a rotary module that adapts to length is left as it was for short
     # ones.
-    far_calls = _probe(model, short if far is None else far, explicit=far is not None)
-    short_calls = _probe(model, short, explicit=False)
-    attends_to = _attends_to(model, sorted(short_calls), int(text.num_hidden_layers))
+    far_calls, _ = _probe(model, short if far is None else far, explicit=far is not None)
+    short_calls, shared = _probe(model, short, explicit=False)
+    attends_to = _attends_to(model, sorted(short_calls), shared, int(text.num_hidden_layers))
 
     candidates = [buffer for buffer in model.buffers() if buffer.ndim == 1 and buffer.is_floating_point()]
     passes = _Passes(short if far is None else far, short, candidates)
     specs: list[RopeSpec | str | None] = []
     for layer, call in sorted(short_calls.items()):
         rotates = [_check_layer(name, each) for each in (call, far_calls[layer])]
-        specs.append(passes.rope(far_calls[layer], call) if any(rotates) else None)
+        specs.append(passes.rope(far_calls[layer], call) if all(rotates) else None)
     ropes = list(dict.fromkeys(spec for spec in specs if isinstance(spec, RopeSpec)))
     if reasons := [spec for spec in specs if isinstance(spec, str)]:
         _NO_TABLE[model] = reasons[0]
@@ -104,12 +104,15 @@ def _inspect(model: nn.Module) -> KVGeometry:
     )
 
 
-def _attends_to(model: nn.Module, called: list[int], expected: int) -> tuple[int | None, ...]:
+def _attends_to(
+    model: nn.Module, called: list[int], shared: dict[int, int], expected: int
+) -> tuple[int | None, ...]:
     """See :class:`KVGeometry`; checks that layers without keys and values keep what a cache can keep for them.
 
     Args:
-        model: of which layers ``called`` attend.
+        model: of which layers ``called`` attend to keys and values of their own.
         called: their numbers.
+        shared: by the number of each layer that attends to another's, the other's.
         expected: layers of the model.
     """
     name = type(model).__name__
@@ -117,7 +120,7 @@ def _attends_to(model: nn.Module, called: list[int], expected: int) -> tuple[int
     missing = [
         layer
         for layer in range(expected)
-        if layer not in called and (layer >= len(own) or keeps_keys(own[layer]))
+        if layer not in called and layer not in shared and (layer >= len(own) or keeps_keys(own[layer]))
     ]
     if missing:
         raise ModelError(
@@ -136,7 +139,8 @@ def _attends_to(model: nn.Module, called: list[int], expected: int) -> tuple[int
             )
     if called == list(range(max(expected, len(called)))):
         return ()
-    return tuple(called.index(layer) if layer in called else None for layer in range(expected))
+    sources = {**shared, **{layer: layer for layer in called}}
+    return tuple(called.index(sources[layer]) if layer in sources else None for layer in range(expected))
 
 
 def _state_bytes(model: Any) -> int:
@@ -145,8 +149,10 @@ def _state_bytes(model: Any) -> int:
         return 0
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
     with torch.no_grad():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    return held_bytes(cache_of(output))
+        cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+    if cache is None:
+        raise ModelError(f"{type(model).__name__} keeps what it caches in its modules, not in a cache")
+    return held_bytes(cache)
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -201,22 +207,32 @@ def _geometry(call: AttentionCall, rope: int | None) -> LayerGeometry:
     )
 
 
-def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, AttentionCall]:
-    """Run one sequence through the model, every attention module seeing one hidden state at all positions."""
+def _probe(
+    model: nn.Module, positions: Tensor, *, explicit: bool
+) -> tuple[dict[int, AttentionCall], dict[int, int]]:
+    """Run one sequence through the model, every attention module seeing one hidden state at all positions.
+
+    Returns:
+        By number the calls of layers with keys and values of their own; and of layers that attend to another's, the
+        other's number.
+    """
     name = type(model).__name__
     calls: dict[int, AttentionCall] = {}
-    storages: set[int] = set()
+    shared: dict[int, int] = {}
 
     def handler(call: AttentionCall) -> None:
-        if call.layer in calls:
+        if call.layer in calls or call.layer in shared:
             raise ModelError(
                 f"{name} cannot be captured: layer {call.layer} computes attention more than once"
             )
-        if call.key.untyped_storage().data_ptr() in storages:
-            raise ModelError(
-                f"{name} cannot be captured: layer {call.layer} uses another layer's keys and values"
-            )
-        storages.add(call.key.untyped_storage().data_ptr())
+        for number, other in calls.items():
+            if call.key.untyped_storage().data_ptr() == other.key.untyped_storage().data_ptr():
+                if call.value.untyped_storage().data_ptr() != other.value.untyped_storage().data_ptr():
+                    raise ModelError(
+                        f"{name} cannot be captured: layer {call.layer} uses keys of layer {number} without its values"
+                    )
+                shared[call.layer] = number
+                return
         calls[call.layer] = call
 
     device = input_device(model)
@@ -233,7 +249,7 @@ def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, 
             raise ModelError(
                 f"{name} cannot be captured: a pass over {len(positions)} tokens failed ({one_line(error)})"
             ) from error
-    return calls
+    return calls, shared
 
 
 @contextmanager
@@ -260,7 +276,10 @@ def _level(model: nn.Module) -> Iterator[None]:
 
 
 def _check_layer(name: str, call: AttentionCall) -> bool:
-    """Check shapes and un-rotation of one layer; return whether its keys depend on the position."""
+    """Check shapes of one layer; return whether its keys were rotated, in a way that can be undone.
+
+    Positions that are encoded otherwise stay in the keys, which are then quantized as they are.
+    """
     layer, key, value = call.layer, call.key, call.value
     if key.ndim != 4 or key.shape[:3] != value.shape[:3]:
         raise ModelError(
@@ -275,35 +294,31 @@ def _check_layer(name: str, call: AttentionCall) -> bool:
     if largest == 0.0:
         raise ModelError(f"{name} cannot be captured: all keys of layer {layer} are zero")
     tolerance = max(1e-4, 8 * float(torch.finfo(key.dtype).eps)) * largest
-    if _spread(key) <= tolerance:
-        return False
-    embeddings = call.position_embeddings
+    return _spread(key) > tolerance and _can_be_undone(call, tolerance)
+
+
+def _can_be_undone(call: AttentionCall, tolerance: float) -> bool:
+    """Whether keys that depend on the position can be un-rotated so that they do not."""
+    key, embeddings = call.key, call.position_embeddings
     if (
         find_apply_rotary(call.module) is None
         or not (isinstance(embeddings, tuple | list) and len(embeddings) == 2)
         or not all(isinstance(e, Tensor) and e.is_floating_point() for e in embeddings)
     ):
-        raise ModelError(
-            f"{name} cannot be captured: layer {layer} encodes positions in a way that cannot be undone"
-        )
+        return False
     try:
         rotation = call.rotation()
         plain = rotation.unrotate(key)
         restored = float((rotation.rotate(plain) - key).abs().max())
-    except (RuntimeError, RopeLayoutError) as error:
-        raise ModelError(
-            f"{name} cannot be captured: the keys of layer {layer} cannot be un-rotated"
-        ) from error
-    if not (_spread(plain) <= tolerance and restored <= tolerance):
-        raise ModelError(
-            f"{name} cannot be captured: the un-rotated keys of layer {layer} still depend on the position"
-        )
-    return True
+    except (RuntimeError, RopeLayoutError):
+        return False
+    return _spread(plain) <= tolerance and restored <= tolerance
 
 
 def _spread(keys: Tensor) -> float:
-    """The largest difference between positions."""
-    return float((keys - keys[:, :, :1]).abs().max())
+    """The largest difference between positions, of the latter half: a convolution sees nothing before the first ones."""
+    half = keys[:, :, keys.shape[2] // 2 :]
+    return float((half - half[:, :, :1]).abs().max())
 
 
 @dataclass(frozen=True, eq=False)

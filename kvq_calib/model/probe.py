@@ -46,6 +46,7 @@ class ExactLayer(AttendingLayer):
         self.stored: tuple[Tensor, Tensor] | None = None
         self.updates = 0
         self._handed: tuple[Tensor, Tensor] | None = None
+        self._first = 0
         #: Whether attention got other tensors than ``update`` returned.
         self.changed = False
 
@@ -69,17 +70,20 @@ class ExactLayer(AttendingLayer):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to everything stored; see :class:`AttendingLayer`."""
-        assert self._handed is not None
         new = (call.key, call.value)
+        if self._handed is None:  # another layer attends to the same
+            assert self.stored is not None
+            result, _ = call.attend(*(x[:, :, self._first :] for x in self.stored))
+            return result
         self.changed |= any(
             ours.data_ptr() != theirs.data_ptr() for ours, theirs in zip(self._handed, new, strict=True)
         )
         self._handed = None
-        _, first = self.get_mask_sizes(call.key.shape[2])
+        _, self._first = self.get_mask_sizes(call.key.shape[2])
         old = (call.key[:, :, :0], call.value[:, :, :0]) if self.stored is None else self.stored
         keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
         self.stored = (keys, values)
-        result, _ = call.attend(keys[:, :, first:], values[:, :, first:])
+        result, _ = call.attend(keys[:, :, self._first :], values[:, :, self._first :])
         return result
 
 

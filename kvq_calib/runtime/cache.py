@@ -97,6 +97,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             limit if max_tokens is None else max_tokens,
             rope_switch(config),
             self.states,
+            last_number=geometry.last_number,
             single_tokens=serving.single_tokens,
         )
         # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
@@ -105,7 +106,10 @@ class KVQCache(Cache):  # type: ignore[misc]
         layers += cache_layers(
             config,
             geometry,
-            [KVQCacheLayer(index, op, self.forward_pass, index in checking) for index, op in enumerate(ops)],
+            [
+                KVQCacheLayer(index, number, op, self.forward_pass, index in checking)
+                for index, (number, op) in enumerate(zip(geometry.numbers, ops, strict=True))
+            ],
         )
         super().__init__(layers=layers)
         _log.info(

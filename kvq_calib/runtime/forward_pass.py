@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.intercept import layer_of
 from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.model.states import States
 from kvq_calib.runtime.contents import CacheContents
@@ -28,6 +29,7 @@ class ForwardPass:
         max_tokens: tokens after which a pass is refused, or ``None``.
         rope_switch: of the model, see :func:`kvq_calib.model.rope.rope_switch`.
         states: of the layers that keep something beside keys and values.
+        last_number: of the last layer of the model that attends to what the cache holds.
         single_tokens: a text is continued by one token at a time only.
     """
 
@@ -39,8 +41,10 @@ class ForwardPass:
         rope_switch: int | None,
         states: States,
         *,
+        last_number: int,
         single_tokens: bool,
     ) -> None:
+        self.last_number = last_number
         self.single_tokens = single_tokens
         self.states = states
         self.contents = contents
@@ -79,11 +83,10 @@ class ForwardPass:
         self._rotations = [*self._rotations[-3:], (type(module), made)]
         return made
 
-    def attention(self, layer: int, module: nn.Module, attend: Callable[[], Tensor]) -> Tensor:
+    def attention(self, module: nn.Module, attend: Callable[[], Tensor]) -> Tensor:
         """Run the attention of one layer: where it fails, the cache becomes what it was before the pass.
 
         Args:
-            layer: its number.
             module: the attention module that calls.
             attend: the attention.
 
@@ -97,7 +100,7 @@ class ForwardPass:
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
             result = attend()
-            if layer == len(self.contents.stored) - 1:
+            if layer_of(module) == self.last_number:
                 self.end()
             return result
 

@@ -155,6 +155,17 @@ class KVGeometry(Frozen):
         """Which of ``layers`` layer ``number`` of the model attends to."""
         return self.attends_to[number] if self.attends_to else number
 
+    def is_shared(self, index: int) -> bool:
+        """Whether more than one layer of the model attends to ``layers[index]``."""
+        return self.attends_to.count(index) > 1
+
+    @property
+    def last_number(self) -> int:
+        """The last layer of the model that attends to any of ``layers``."""
+        return max(
+            (n for n, index in enumerate(self.attends_to) if index is not None), default=len(self.layers) - 1
+        )
+
     @property
     def numbers(self) -> tuple[int, ...]:
         """The number that each of ``layers`` has in the model."""
