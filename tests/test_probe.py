@@ -24,8 +24,8 @@ from kvq_calib.errors import ModelError
 from kvq_calib.model import probe
 from kvq_calib.model.compat import cache_of, with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.inspect import inspect_model
-from kvq_calib.model.probe import ExactLayer, check_generation
+from kvq_calib.model.inspect import check_generation, inspect_model
+from kvq_calib.model.probe import ExactLayer
 from kvq_calib.runtime import KVQCache, attached
 from kvq_calib.runtime.attention import is_attached
 from kvq_calib.schema.recipe import calibration_config

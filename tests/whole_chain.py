@@ -11,7 +11,7 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate.perplexity import EvalConfig, measure_perplexity
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.probe import check_generation
+from kvq_calib.model.inspect import check_generation
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.recipe import calibration_config
 

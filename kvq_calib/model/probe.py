@@ -8,7 +8,6 @@ nonsense. So before anything long is done with a model, the same few tokens go t
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvq_calib.errors import ModelError, one_line
-from kvq_calib.model.cache_layer import AttendingLayer
-from kvq_calib.model.compat import cache_of, uncompiled, with_cache
+from kvq_calib.errors import one_line
+from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
+from kvq_calib.model.compat import cache_of, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
 from kvq_calib.model.placement import input_device
 from kvq_calib.model.states import cache_layers
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["ExactLayer", "Serving", "check_generation"]
+__all__ = ["ExactLayer", "Serving", "probe_serving"]
 
 #: Tokens of the passes: some at once, some more, and one alone, which needs no mask.
 _PASSES = (6, 4, 1)
@@ -49,6 +48,8 @@ class ExactLayer(AttendingLayer):
         self._first = 0
         #: Whether attention got other tensors than ``update`` returned.
         self.changed = False
+        #: Names of tensors that attention got beside those a packed cache knows.
+        self.unknown: set[str] = set()
 
     @property
     def length(self) -> int:
@@ -70,6 +71,7 @@ class ExactLayer(AttendingLayer):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to everything stored; see :class:`AttendingLayer`."""
+        self.unknown |= unknown_options(call)
         new = (call.key, call.value)
         if self._handed is None:  # another layer attends to the same
             assert self.stored is not None
@@ -87,53 +89,53 @@ class ExactLayer(AttendingLayer):
         return result
 
 
+class _WholeLayer(ExactLayer):
+    """Keeps keys and values as they are and gives all of them back that a query can see."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values; return all."""
+        self.updates += 1
+        _, first = self.get_mask_sizes(key_states.shape[2])
+        new = (key_states, value_states)
+        old = tuple(x[:, :, :0] for x in new) if self.stored is None else self.stored
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self.stored = (keys, values)
+        return keys[:, :, first:], values[:, :, first:]
+
+
 @dataclass(frozen=True)
 class Serving:
     """How a packed cache serves a model.
 
     Attributes:
+        materialized: the cache gives back all keys and values of a layer, for attention that is the model's own affair.
         single_tokens: a text in the cache is continued by one token at a time only. So do some models whose layers keep
             a state: with more tokens they begin anew, with their own cache too.
     """
 
+    materialized: bool = False
     single_tokens: bool = False
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Serving | str] = weakref.WeakKeyDictionary()
-
-
-def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
-    """Refuse a model that a packed cache cannot serve. What was found is kept per model object.
+def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
+    """How a packed cache serves a model, or why it cannot.
 
     Args:
         model: a causal language model, or the model inside one; left as it was.
         geometry: of the model.
-
-    Returns:
-        How one serves it.
-
-    Raises:
-        ModelError: the model would give other output than its own, in one line that says why.
+        materialized: try a cache that gives back all keys and values, in place of one that attends itself.
     """
-    model = uncompiled(model)
-    found = _KNOWN.get(model)
-    if found is None:
-        with torch.no_grad(), _evaluating(model):
-            found = _KNOWN[model] = _try(model, geometry)
-    if isinstance(found, str):
-        raise ModelError(f"{type(model).__name__} cannot generate with a packed cache: {found}")
-    return found
-
-
-def _try(model: nn.Module, geometry: KVGeometry) -> Serving | str:
-    """How a packed cache serves a model, or why it cannot."""
-    trial = _Trial(model, geometry, _PASSES)
-    obstacle = trial.obstacle()
-    if not obstacle:
-        return Serving()
-    if geometry.state_bytes and not trial.faithful and not _Trial(model, geometry, _SINGLE_PASSES).obstacle():
-        return Serving(single_tokens=True)
-    return obstacle
+    with torch.no_grad(), _evaluating(model):
+        trial = _Trial(model, geometry, _PASSES, materialized)
+        obstacle = trial.obstacle()
+        if not obstacle:
+            return Serving(materialized)
+        by_one = geometry.state_bytes and not trial.faithful
+        if by_one and not _Trial(model, geometry, _SINGLE_PASSES, materialized).obstacle():
+            return Serving(materialized, single_tokens=True)
+        return obstacle
 
 
 @contextmanager
@@ -153,17 +155,18 @@ class _Trial:
     """The passes of one model.
 
     Args:
-        model, geometry: as for :func:`check_generation`.
+        model, geometry, materialized: as for :func:`probe_serving`.
         passes: tokens of each.
 
     Attributes:
         faithful: whether the model gives with its own cache what it gives without, as far as that was tried.
     """
 
-    def __init__(self, model: Any, geometry: KVGeometry, passes: tuple[int, ...]) -> None:
-        self.model, self.geometry, self.passes = model, geometry, passes
+    def __init__(self, model: Any, geometry: KVGeometry, passes: tuple[int, ...], materialized: bool) -> None:
+        self.model, self.geometry, self.passes, self.materialized = model, geometry, passes, materialized
         self.faithful = True
-        self.layers = [ExactLayer(layer.sliding_window) for layer in geometry.layers]
+        kind = _WholeLayer if materialized else ExactLayer
+        self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
         vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(passes) + 1)
         ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
@@ -174,7 +177,8 @@ class _Trial:
         """Why a packed cache cannot serve the model; empty where it can."""
         wanted = _scores(self._call(0, len(self.ids[0]), use_cache=False))
         got, failure = self._through_exact()
-        if got is not None and self._close(got, wanted):
+        known = not any(layer.unknown for layer in self.layers)
+        if known and got is not None and self._close(got, wanted):
             return ""
         # Rounding may tell these passes from a single one; the model's own cache makes the same passes.
         try:
@@ -185,7 +189,7 @@ class _Trial:
         if not self._alike(own[:, :first], wanted[:, :first]):
             return "what it computes for a token depends on later tokens, so it is no causal model"
         self.faithful = self._alike(own[:, first:], wanted[:, first:])
-        if self.faithful and got is not None and self._close(got, own):
+        if self.faithful and known and got is not None and self._close(got, own):
             return ""
         return self._reason(failure)
 
@@ -205,6 +209,10 @@ class _Trial:
                 return f"it changes the keys or values of layer {index} between the cache and attention"
         if not self.faithful:
             return "it gives other output with its own cache than without"
+        if unknown := sorted({name for layer in self.layers for name in layer.unknown}):
+            return f"it gives attention what a packed cache does not know ({', '.join(unknown)})"
+        if self.materialized:
+            return f"it gives other output with a cache that keeps everything exactly{detail}"
         return (
             "it uses keys or values outside the attention call, where a packed cache has none of earlier tokens"
             f"{detail}"

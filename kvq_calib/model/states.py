@@ -25,7 +25,7 @@ from kvq_calib.model.compat import (
 )
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["States", "cache_layers", "held_bytes"]
+__all__ = ["States", "cache_layers", "held_bytes", "with_state"]
 
 
 def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[AttendingLayer]) -> list[Any]:
@@ -42,7 +42,7 @@ def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[Attendin
         if number == len(layers):
             layers.append(layer)
         elif keeps_state(layers[number]):
-            layers[number] = _with_state(layer, layers[number])
+            layers[number] = with_state(layer, layers[number])
         else:
             layers[number] = layer
     return layers
@@ -64,7 +64,8 @@ def _kind_with_state(kind: Any) -> Any:
     return made
 
 
-def _with_state(layer: AttendingLayer, own: Any) -> AttendingLayer:
+def with_state(layer: AttendingLayer, own: Any) -> AttendingLayer:
+    """The same layer with a state beside it, as one of transformers' own has it."""
     kind: Any = type(layer)
     made: AttendingLayer = object.__new__(_kind_with_state(kind))
     made.__dict__.update(layer.__dict__, state=state_alone(own))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
+from kvq_calib.model.inspect import check_generation
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
-from kvq_calib.model.probe import Serving, check_generation
+from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["attach", "attached", "detach", "is_attached", "readable_mask"]

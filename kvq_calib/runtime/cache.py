@@ -24,7 +24,8 @@ from kvq_calib.runtime.cache_layer import KVQCacheLayer
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.forward_pass import ForwardPass
-from kvq_calib.runtime.ops import choose_ops
+from kvq_calib.runtime.materialized_layer import MaterializedLayer
+from kvq_calib.runtime.ops import Ops, choose_ops
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.visibility import Visibility
 from kvq_calib.schema.geometry import KVGeometry
@@ -107,7 +108,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             config,
             geometry,
             [
-                KVQCacheLayer(index, number, op, self.forward_pass, index in checking)
+                self._layer((index, number, op, self.forward_pass, index in checking), serving.materialized)
                 for index, (number, op) in enumerate(zip(geometry.numbers, ops, strict=True))
             ],
         )
@@ -115,6 +116,14 @@ class KVQCache(Cache):  # type: ignore[misc]
         _log.info(
             "packed cache of %d layers: %s operations on %s%s", len(ops), self.backend, self.device, note
         )
+
+    def _layer(self, arguments: tuple[int, int, Ops, ForwardPass, bool], materialized: bool) -> KVQCacheLayer:
+        if not materialized:
+            return KVQCacheLayer(*arguments)
+        index = arguments[0]
+        pair = self.quantizers[index]
+        swapped = self.artifact.geometry.layers[index].swapped
+        return MaterializedLayer(*arguments, quantizers=(pair["key"], pair["value"]), swapped=swapped)
 
     @property
     def packed(self) -> list[KVQCacheLayer]:
@@ -281,6 +290,8 @@ class KVQCache(Cache):  # type: ignore[misc]
                 counted.update(t.untyped_storage().data_ptr() for t in quantizer.params.tensors().values())
         for layer in self.packed:
             sizes["tables"] += count(layer.ops.tables())
+            if isinstance(layer, MaterializedLayer):
+                sizes["tables"] += count(layer.tables())
         return sizes
 
     def memory(self) -> dict[str, int]:

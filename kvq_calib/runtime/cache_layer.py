@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
 from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import Rotation
 from kvq_calib.runtime.attention import readable_mask
@@ -88,8 +88,17 @@ class KVQCacheLayer(AttendingLayer):
         return Visibility(readable_mask(call), length, call.query.shape[2], call.kwargs.get("sliding_window"))
 
     def _attend(self, call: AttentionCall) -> Tensor:
+        if unknown := unknown_options(call):
+            raise RuntimeMismatchError(
+                f"layer {self.index}: attention was given {sorted(unknown)[0]}, which a packed cache does not know"
+            )
+        visibility = self._visibility(call, self.length + call.query.shape[2])
+        storage, table = self._take(call, visibility)
+        return self.ops.attend(_request(call, visibility), storage, table)
+
+    def _take(self, call: AttentionCall, visibility: Visibility) -> tuple[LayerStorage, SlotTable]:
+        """Store the new tokens of a call."""
         batch, _, tokens, _ = call.query.shape
-        visibility = self._visibility(call, self.length + tokens)
         rotation = None if self.ops.rope is None else self._rotation(call)
         positions = call.kwargs.get("position_ids")
         storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
@@ -97,7 +106,7 @@ class KVQCacheLayer(AttendingLayer):
             newest = table.positions(table.length - tokens, table.length)
             self._check_rope(rotation.unrotate(call.key), call.key, newest)
         self.store_call(storage, call, rotation, table)
-        return self.ops.attend(_request(call, visibility), storage, table)
+        return storage, table
 
     def store(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
         """Store the newest tokens, which have their slots already, and free what a sliding window has passed.

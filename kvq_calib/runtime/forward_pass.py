@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from kvq_calib.runtime.storage import LayerStorage, StorageMark
 from kvq_calib.runtime.visibility import Visibility
 
 __all__ = ["ForwardPass"]
+
+X = TypeVar("X")
 
 
 class ForwardPass:
@@ -83,12 +86,12 @@ class ForwardPass:
         self._rotations = [*self._rotations[-3:], (type(module), made)]
         return made
 
-    def attention(self, module: nn.Module, attend: Callable[[], Tensor]) -> Tensor:
-        """Run the attention of one layer: where it fails, the cache becomes what it was before the pass.
+    def attention(self, module: nn.Module, attend: Callable[[], X]) -> X:
+        """Run what a layer does: where it fails, the cache becomes what it was before the pass.
 
         Args:
             module: the attention module that calls.
-            attend: the attention.
+            attend: its attention, or what stores and reads for it.
 
         Raises:
             RuntimeMismatchError: the module is not one of the cache's model.

@@ -71,6 +71,8 @@ class LayerGeometry(Frozen):
         value_head_dim: of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
+        swapped: what is called values here is the first of the two tensors that the model caches: with multi-head latent
+            attention that is the latent, and the second, rotated one is called keys.
     """
 
     num_query_heads: Annotated[int, Field(ge=1)]
@@ -79,6 +81,13 @@ class LayerGeometry(Frozen):
     value_head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     rope: Annotated[int, Field(ge=0)] | None = None
+    swapped: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_swapped(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What few models have is not written where they have it not."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "swapped" or value}
 
     @model_validator(mode="after")
     def _check(self) -> LayerGeometry:
