@@ -71,6 +71,11 @@ _PER_LAYER_INPUTS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 128, "global_head_dim": 32,
 }  # fmt: skip
+#: Multi-head latent attention.
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
 #: What single families need beside SMALL; ``None`` leaves a field out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
@@ -169,17 +174,22 @@ def small_model(family: str) -> Any:
 
 def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
     """A configuration with these settings, of its text part where ``nested``; deeper where that takes keys and values."""
+    if getattr(AutoConfig.for_model(family).get_text_config(), "kv_lora_rank", None):
+        settings = {**{name: value for name, value in settings.items() if name != "head_dim"}, **_LATENT}
     config: Any = None
+    failure: Exception | None = None
     for layers in _DEPTHS:
         sizes = settings if layers is None else {**settings, "num_hidden_layers": layers}
         try:
             config = AutoConfig.for_model(family, **({"text_config": sizes} if nested else sizes))
-        except Exception:
-            if config is None:
-                raise
-            break
+        except Exception as error:
+            failure = failure or error
+            continue
         if any(map(keeps_keys, own_layers(config))):
             break
+    if config is None:
+        assert failure is not None
+        raise failure
     return config
 
 
@@ -226,7 +236,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     text, own = (
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), **with_cache(each), do_sample=False, max_new_tokens=_NEW,
-            min_new_tokens=_NEW, eos_token_id=None,
+            min_new_tokens=_NEW, eos_token_id=None, use_cache=True,
         )
         for each in (cache, None)
     )  # fmt: skip

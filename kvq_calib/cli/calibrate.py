@@ -126,7 +126,6 @@ class _Job:
     "-o",
     "--output",
     type=FilePath(),
-    required=True,
     metavar="ARTIFACT",
     help="File to write; {recipe} stands for the recipe's name.",
 )
@@ -139,6 +138,9 @@ class _Job:
     help="Recipe or YAML file, default nuq3-1p; give several to calibrate them in one run.",
 )
 @_changes
+@click.option(
+    "--check", is_flag=True, help="Say whether MODEL can be used, and how, from its configuration alone."
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
 @click.option("--profile", is_flag=True, help="Say where time and memory went.")
 @click.option(
@@ -151,14 +153,20 @@ class _Job:
 @debug_option
 def calibrate_command(
     model: ModelOptions,
-    output: str,
+    output: str | None,
     recipes: tuple[str, ...],
     changes: RecipeChanges,
+    check: bool,
     resume: bool,
     profile: bool,
     max_memory: str | None,
 ) -> None:
     """Calibrate MODEL (hub id, folder or .gguf file) and write one artifact per recipe."""
+    if check:
+        _check(model)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     from kvq_calib.files import check_writable
     from kvq_calib.schema.recipe import DEFAULT_RECIPE
 
@@ -196,6 +204,18 @@ def calibrate_command(
         from kvq_calib.calibrate.profiling import profile_lines
 
         click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
+
+
+def _check(model: ModelOptions) -> None:
+    """Say how a model can be used."""
+    from kvq_calib.model.check import check_configuration, words_of
+    from kvq_calib.model.load import load_configuration
+
+    config = load_configuration(model.model, trust_remote_code=model.trust_remote_code)
+    verdict = check_configuration(config)
+    click.echo(f"{model.model} ({config.model_type}, {verdict.layers} layers) can be calibrated and used")
+    for line in words_of(verdict):
+        click.echo(f"  {line}")
 
 
 def _calibrate(

@@ -129,15 +129,23 @@ def mark(keys: Tensor, layer: Attends) -> Tensor:
     return marked
 
 
+def _number(module: Any) -> Any:
+    """The number of a module's layer, under either of the names that families have for it."""
+    return (
+        getattr(module, "layer_idx", None)
+        if hasattr(module, "layer_idx")
+        else getattr(module, "layer_id", None)
+    )
+
+
 def layer_of(module: nn.Module) -> int:
     """The number of the layer that an attention module belongs to."""
-    layer: Any = module.layer_idx
-    return int(layer)
+    return int(_number(module))
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that know which layer they are in; those of attention are among them."""
-    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [module for module in model.modules() if isinstance(_number(module), int)]
 
 
 @functools.lru_cache(maxsize=64)
