@@ -39,6 +39,8 @@ from kvq_calib.errors import KVQError, one_line
 from kvq_calib.files import write_atomically
 from kvq_calib.model.compat import keeps_keys, own_layers, with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import check_generation
+from kvq_calib.model.probe import Serving
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
@@ -104,14 +106,30 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 _INTRODUCTION = (
     "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the "
-    "reason before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
-    "transformers knows, made small with random weights, calibrated with the default recipe, and used through a packed "
-    "cache beside its own passes. It says what the code of a family allows, not how well real weights fare."
+    "reason before time is spent. `kvq-calibrate --check MODEL` says which from the configuration alone. This page is what "
+    "`benchmarks/models.py` prints: every family of causal language models that transformers knows, made small with random "
+    "weights, calibrated with the default recipe, and used through a packed cache beside its own passes. It says what the "
+    "code of a family allows, not how well real weights fare."
+)
+_KINDS = (
+    "Most models call transformers' attention interface with what they cache. There, attention goes over packed pages. "
+    "Others have attention of their own, change keys or values on the way, or cache latents (multi-head latent "
+    "attention): their cache stores as few bits, and gives a layer back as numbers whenever it is updated, which is "
+    "slower; that is said once. Layers that keep a state (linear attention, convolutions, Mamba) keep it in the same "
+    "cache, as transformers makes it, from 5.5 on. Layers that attend to other layers' keys and values store none. \"No "
+    'RoPE" means that keys are quantized as they are cached: there is no rotary embedding, or none that can be undone. '
+    '"Continues by single tokens" is what the code of a family does with its own cache too: given more at once, its '
+    "states begin anew."
+)
+_PICTURES = (
+    "Beside families: models of several modalities calibrate with text. Where positions have sections (pictures in "
+    "Qwen2.5-VL and Qwen3-VL), keys must be quantized as they are cached, with a `nuq*` recipe and "
+    "`--set cache.key.pre_rope=false`; a cache made otherwise serves text, and refuses a picture."
 )
 _LONGROPE = (
-    "Beside families: models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with "
-    "`--set cache.key.pre_rope=false`. A cache then serves texts that stay on one side of the length at which the model "
-    "switches its frequencies, and refuses to pass it: the model would rotate all its keys anew."
+    "Models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with `--set cache.key.pre_rope=false` too. A cache "
+    "then serves texts that stay on one side of the length at which the model switches its frequencies, and refuses to "
+    "pass it: the model would rotate all its keys anew."
 )
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -123,8 +141,8 @@ class Finding:
 
     Attributes:
         family: its ``model_type``.
-        outcome: "works", "refused" (at calibration), "not small" (it could not be made small here), or a fault:
-            "crash", "fails", "differs", "slow".
+        outcome: "works", "materialized" (works, and gets its keys and values back as numbers), "refused" (at
+            calibration), "not small" (it could not be made small here), or a fault: "crash", "fails", "differs", "slow".
         detail: what it caches, or the reason.
     """
 
@@ -135,7 +153,7 @@ class Finding:
     @property
     def is_fault(self) -> bool:
         """Whether that must not be."""
-        return self.outcome not in ("works", "refused", "not small")
+        return self.outcome not in ("works", "materialized", "refused", "not small")
 
 
 # -------------------------------------------------------------------------------------------- one family
@@ -218,7 +236,10 @@ def examine(family: str) -> Finding:
         problem = _use(model, artifact, ids)
     except Exception as error:
         return Finding(family, "fails", f"{type(error).__name__}: {one_line(error)}")
-    return Finding(family, "differs" if problem else "works", problem or _cached(artifact))
+    if problem:
+        return Finding(family, "differs", problem)
+    serving = check_generation(model, artifact.geometry)
+    return Finding(family, "materialized" if serving.materialized else "works", _cached(artifact, serving))
 
 
 @torch.no_grad()
@@ -254,9 +275,9 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     return ""
 
 
-def _cached(artifact: Any) -> str:
+def _cached(artifact: Any, serving: Serving) -> str:
     """What the layers of a model cache, in words."""
-    kinds = []
+    geometry, kinds = artifact.geometry, []
     for layer in artifact.geometry.layers:
         heads = (
             str(layer.head_dim)
@@ -265,6 +286,12 @@ def _cached(artifact: Any) -> str:
         )
         window = "" if layer.sliding_window is None else f", window {layer.sliding_window}"
         kinds.append(f"heads of {heads}{window}{'' if layer.rope is not None else ', no RoPE'}")
+    if geometry.state_bytes:
+        kinds.append("states beside")
+    if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
+        kinds.append("layers that share them")
+    if serving.single_tokens:
+        kinds.append("continues by single tokens")
     return "; ".join(dict.fromkeys(kinds))
 
 
@@ -338,24 +365,27 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     counts = Counter(finding.outcome for finding in found)
     faults = [finding for finding in found if finding.is_fault]
     counted = (
-        f"Of {len(found)} families, {counts['works']} work, {counts['refused']} are refused, and {counts['not small']} "
-        f"could not be made small by these settings, so they were not tried. Calibrated and then failing or different: "
-        f"{len(faults)}."
+        f"Of {len(found)} families, {counts['works']} attend to packed pages, {counts['materialized']} get their keys and "
+        f"values back as numbers, {counts['refused']} are refused, and {counts['not small']} could not be made small by "
+        f"these settings, so they were not tried. Calibrated and then failing or different: {len(faults)}."
     )
     measured, *rest = environment_lines(facts)
     lines = ["# Models", ""]
-    for text in (_INTRODUCTION, measured):
+    for text in (_INTRODUCTION, _KINDS, measured):
         lines += [*textwrap.wrap(text, 120), ""]
-    lines += [*rest[1:], *textwrap.wrap(counted, 120), "", *textwrap.wrap(_LONGROPE, 120), ""]
+    lines += rest[1:]
+    for text in (counted, _PICTURES, _LONGROPE):
+        lines += [*textwrap.wrap(text, 120), ""]
     titles = {
-        "works": "Works",
+        "works": "Attention over packed pages",
+        "materialized": "Materialized: keys and values come back as numbers",
         "refused": "Refused at calibration",
         "not small": "Not tried: could not be made small",
     }
     for outcome, title in titles.items():
         rows = [[f"`{each.family}`", _cell(each.detail)] for each in found if each.outcome == outcome]
         if rows:
-            heading = "what it caches here" if outcome == "works" else "reason"
+            heading = "what it caches here" if outcome in ("works", "materialized") else "reason"
             lines += [f"## {title}", "", *_table(["family", heading], rows), ""]
     if faults:
         rows = [[f"`{each.family}`", each.outcome, _cell(each.detail)] for each in faults]

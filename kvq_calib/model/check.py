@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ _SMALL = {
     "vocab_size_per_layer_input": 128,
     "pad_token_id": 0,
 }
+#: What is made small: layers cut, widths, numbers of heads; of one that cannot be built so, less.
+_ATTEMPTS = ((True, True, True), (True, True, False), (True, False, False), (False, True, False))
 #: Layers beyond the first that has keys and values.
 _MOST_LAYERS = 12
 
@@ -49,7 +52,7 @@ class Verdict:
     """What was found of a model that can be served.
 
     Attributes:
-        geometry: of the small model: layers are of the same kinds as the whole model's, and fewer.
+        geometry: of the small model: layers and heads are of the same kinds as the whole model's, and fewer.
         serving: how a packed cache serves it.
         layers: of the whole model.
     """
@@ -95,16 +98,30 @@ def check_configuration(config: Any) -> Verdict:
 
 def _smaller(config: Any) -> Iterator[Any]:
     """Configurations to try, the smallest first."""
-    for shallow, narrow in ((True, True), (True, False), (False, True)):
+    for shallow, narrow, thin in _ATTEMPTS:
         small = copy.deepcopy(config)
         text = small.get_text_config()
         if narrow:
             for name, size in _SMALL.items():
                 if isinstance(getattr(text, name, None), int):
                     setattr(text, name, size)
+        if thin:
+            _thin(text)
         if shallow:
             _cut(text, config)
         yield small
+
+
+def _thin(text: Any) -> None:
+    """Leave as few heads, of their size, as keep queries and keys in proportion."""
+    heads, own = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if not isinstance(heads, int) or not isinstance(own, int | None):
+        return
+    share = math.gcd(heads, own or heads)
+    text.hidden_size = int(text.hidden_size) // heads * (heads // share)
+    text.num_attention_heads = heads // share
+    if own is not None:
+        text.num_key_value_heads = own // share
 
 
 def _cut(text: Any, config: Any) -> None:
@@ -127,7 +144,7 @@ def words_of(verdict: Verdict) -> list[str]:
     """What a user reads, a fact a line."""
     geometry, serving = verdict.geometry, verdict.serving
     kinds = dict.fromkeys(
-        f"{layer.num_kv_heads} x {layer.head_dim}"
+        f"heads of {layer.head_dim}"
         + ("" if layer.value_head_dim is None else f" and {layer.value_head_dim}")
         + ("" if layer.sliding_window is None else f", window {layer.sliding_window}")
         + ("" if layer.rope is not None else ", quantized as cached: no rotary embedding that can be undone")
