@@ -60,7 +60,7 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "shared_expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "unpadded_vocab_size": 128,
 }  # fmt: skip
 #: Names that some families have for the same.
 _SEQ2SEQ = {
