@@ -51,7 +51,7 @@ def test_a_recipe_of_any_budget(name, max_bits, learns):
     assert config.allocation.bits_per_element == bits
     assert (config.cache.key.max_bits, config.cache.value.max_bits) == (max_bits, max_bits)
     assert (config.learn is not None) == learns
-    assert config.description.startswith(f"At most {bits:g} bits everything counted")
+    assert config.description.startswith(f"{bits:g} bits per element in all")
 
 
 @pytest.mark.parametrize("shipped", ["kvq4", "kvq3", "kvq2"])
