@@ -26,7 +26,7 @@ from kvq_calib.codec.packing import BLOCK_TOKENS, COORDINATE_BITS, PAGE_BLOCKS, 
 from kvq_calib.codec.registry import codec_of
 from kvq_calib.errors import KVQError
 from kvq_calib.runtime.cuda.append import append_blocks
-from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
+from kvq_calib.runtime.cuda.decode import DecodeKernel, DecodeStep
 from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
@@ -91,6 +91,7 @@ class PackedLayer:
             for kind, spec in recipe.specs().items()
         }
         self.tables = {kind: KernelTables(q, kind) for kind, q in self.quantizers.items()}
+        self.kernel = DecodeKernel(launcher, self.tables["key"], self.tables["value"])
         self.held: list[Tensor] = []
         self.pages = {kind: self._pages(kind, device) for kind in KINDS}
         start = torch.arange(0, tokens, BLOCK_TOKENS, dtype=torch.int32, device=device)
@@ -146,7 +147,7 @@ class PackedLayer:
         pages = self.pages
         scaling = self.shape.head_dim**-0.5
         step = DecodeStep(query, pages["key"], pages["value"], self.exact, self.context, scaling)
-        return decode_attention(self.launcher, self.tables["key"], self.tables["value"], step)
+        return self.kernel.attend(step)
 
 
 def median_seconds(calls: list[Callable[[], Any]]) -> float:

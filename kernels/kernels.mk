@@ -12,7 +12,7 @@ NVDISASM ?= nvdisasm
 COUNTED ?= $(patsubst %,benchmarks/artifacts/smollm2-135m-wikitext2/%.kvq.safetensors,nuq3-1p kvq2 kvq3 kvq4)
 KERNEL_JOBS ?= $(shell nproc)
 # What pip installs where pycuda is missing; a file or folder where there is no network.
-PYCUDA ?= pycuda>=2024.1
+PYCUDA ?= pycuda>=2025.1.2
 
 .PHONY: kernels kernel-counts gpu
 

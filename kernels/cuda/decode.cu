@@ -163,14 +163,14 @@ KVQ_KERNEL void __launch_bounds__(kThreads) reduce_splits(const __grid_constant_
     for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
     float sum = 0.0f;
     for (int i = lane_id(); i < p.splits; i += kWarp) {
-        const float w = sums[i].x == kMinusInfinity ? 0.0f : power_of_two(sums[i].x - maximum);
+        const float w = sums[i].y == 0.0f ? 0.0f : power_of_two(sums[i].x - maximum);
         sum += w * sums[i].y;
         if (warp_id() == 0) weight[i] = w;
     }
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
     if (own > kMinusInfinity) sum += power_of_two(own - maximum);
     __syncthreads();
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int d = threadIdx.x; d < kDim; d += kThreads) {
         const float *column = p.partial + head * p.splits * kDim + d;
         float packed = 0.0f, exact = 0.0f;

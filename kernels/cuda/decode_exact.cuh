@@ -14,7 +14,7 @@ KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
         float maximum = kMinusInfinity, sum = 0.0f, offset = 0.0f, mixed = 0.0f;
         for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, s.maximum[w][h]);
         for (int w = 0; w < kWarps; ++w) {
-            if (s.maximum[w][h] == kMinusInfinity) continue;
+            if (s.sum[w][h] == 0.0f) continue;  // saw nothing; a NaN goes on to the result
             const float weight = power_of_two(s.maximum[w][h] - maximum);
             sum += weight * s.sum[w][h];
             offset += weight * s.offset[w][h];
