@@ -209,7 +209,7 @@ class _Device:
 
 
 PROPERTIES = types.SimpleNamespace(
-    name="pretended GPU", major=9, minor=0, multi_processor_count=132, total_memory=150 << 30
+    name="pretended GPU", major=9, minor=0, multi_processor_count=132, total_memory=2 << 30
 )
 _CUDA_FUNCTIONS: dict[str, Any] = {
     "_lazy_init": lambda: None,
@@ -229,7 +229,7 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
     "_sleep": lambda cycles: None,
-    "mem_get_info": lambda device=None: (120 << 30, 140 << 30),
+    "mem_get_info": lambda device=None: (2 << 30, 2 << 30),
     "memory_reserved": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,
     "reset_peak_memory_stats": lambda device=None: None,
