@@ -49,6 +49,7 @@ class AllocatedLayer(DynamicLayer):
         self.tokens, self.length = tokens, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything."""
         batch, heads, _, size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.held = torch.empty(2, batch, heads, self.tokens, size, dtype=self.dtype, device=self.device)
@@ -58,6 +59,7 @@ class AllocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Store the new tokens in place."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -72,15 +74,30 @@ def float16_cache(layers: int, tokens: int) -> Cache:
     return Cache(layers=[AllocatedLayer(tokens) for _ in range(layers)])
 
 
-def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
-    """Llama-3-8B's shape with random float16 weights."""
+SHAPES: dict[str, dict[str, int]] = {
+    "Llama-3-8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {  # for rehearsals
+        "vocab_size": 64,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def build_model(shape: str, device: torch.device) -> LlamaForCausalLM:
+    """With random float16 weights."""
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **SHAPES[shape],
         max_position_embeddings=1 << 24,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
@@ -163,7 +180,9 @@ def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.devic
     }
 
 
-def rows_of(model: LlamaForCausalLM, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+def rows_of(
+    model: LlamaForCausalLM, arguments: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """All lengths, with every cache."""
     layers = model.config.num_hidden_layers
     caches: dict[str, Any] = {"float16": lambda tokens: float16_cache(layers, tokens)}
@@ -190,23 +209,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", choices=list(SHAPES), default="Llama-3-8B")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--longest", action="store_true", help="go on to longer texts until none fits")
     parser.add_argument("--recipes", choices=list(RECIPES), nargs="+", default=list(RECIPES))
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row begins")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no row begins"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device; nothing was measured", file=sys.stderr)
         return 1
     begun = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
-    model = build_model(arguments.layers, device)
+    model = build_model(arguments.model, device)
     rows: list[dict[str, Any]] = []
     result = {
         **environment(),
         "gpu": torch.cuda.get_device_name(device),
-        "layers": arguments.layers,
+        "model": arguments.model,
         "complete": False,
         "rows": rows,
     }

@@ -11,6 +11,7 @@ there is one, so neither a network nor nvcc is needed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -39,7 +39,7 @@ print(found)
 """
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Step:
     """A command of a stage.
 
@@ -76,7 +76,13 @@ def steps_of(stage: int, arguments: argparse.Namespace) -> list[Step]:
             Step("memcheck", (*sanitizer, "--tool", "memcheck", *checked), 65, "compute-sanitizer"),
             Step("racecheck", (*sanitizer, "--tool", "racecheck", *checked), 65, "compute-sanitizer"),
         ]
-    sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")
+    sections = (
+        "SpeedOfLight",
+        "WarpStateStats",
+        "Occupancy",
+        "MemoryWorkloadAnalysis",
+        "ComputeWorkloadAnalysis",
+    )
     ncu = ("ncu", "--clock-control", "none", "-k", "regex:decode_attention", "-s", "3", "-c", "1")
     ncu += tuple(word for section in sections for word in ("--section", section))
     profiles = [
@@ -97,7 +103,7 @@ def _timed(
     if arguments.small:
         small = ("--lengths", "512", "--recipes", "nuq3-1p", "kvq3")
         is_kernels = "kernels_gpu" in script[-1]
-        small += ("--models", "Llama-3-8B", "--batches", "1") if is_kernels else ("--layers", "1")
+        small += ("--models", "Llama-3-8B", "--batches", "1") if is_kernels else ("--model", "tiny")
     return (*script, "--json", str(result), "--budget", str(budget), *options, *small)
 
 
@@ -111,7 +117,17 @@ def install_wheels(folder: Path, site: Path) -> list[str]:
         except metadata.PackageNotFoundError:
             missing.append(wheel)
     if missing:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--target",
+            str(site),
+        ]
         subprocess.run([*command, *map(str, missing)], check=True)
     return [wheel.name for wheel in missing]
 
@@ -134,7 +150,12 @@ def run(step: Step, out: Path, environment: dict[str, str]) -> dict[str, object]
     with log.open("w") as file:
         try:
             done = subprocess.run(
-                step.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=step.seconds
+                step.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                timeout=step.seconds,
             )
             status = "passed" if done.returncode == 0 else f"failed: exit status {done.returncode}"
         except subprocess.TimeoutExpired:

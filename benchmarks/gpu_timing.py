@@ -67,7 +67,7 @@ def time_float16(shape: Shape, tokens: int, batch: int, device: torch.device) ->
     """
     nbytes = shape.cache_bytes(tokens, batch, 16)
     if not fits(nbytes * (copies_for(nbytes) + 1)):
-        return {name: LEFT_OUT for name in (*BACKENDS, "matvec")}
+        return dict.fromkeys((*BACKENDS, "matvec"), LEFT_OUT)
     size = (batch, shape.kv_heads, tokens, shape.head_dim)
     sets = [
         tuple(torch.randn(size, device=device, dtype=torch.float16) for _ in range(2))

@@ -168,7 +168,9 @@ def main() -> int:
     parser.add_argument("--models", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--recipes", choices=list(RECIPES), nargs="+", default=list(RECIPES))
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row begins")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no row begins"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device; nothing was measured", file=sys.stderr)

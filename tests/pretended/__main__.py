@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -9,6 +10,8 @@ from pretended.session import start
 
 first, *rest = sys.argv[1:]
 start()
+# What is imported by now, pytest cannot rewrite.
+os.environ.setdefault("PYTEST_ADDOPTS", "-W ignore::pytest.PytestAssertRewriteWarning")
 if first == "-c":
     code, *sys.argv[1:] = rest
     sys.argv[0] = "-c"

@@ -104,6 +104,8 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         _note(name, args, ours, wanted)
         if ours and name in _OF_OBJECT:
             return func(*args, **kwargs)
+        if ours and name == "__get__":  # of the object itself: an alias would have a history
+            return _placed(func(*args, **kwargs))
         plain: dict[int, Tensor] = {id(x): x.as_subclass(Tensor) for x in ours}
 
         def unplaced(x: Any) -> Any:
