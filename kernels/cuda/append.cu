@@ -294,9 +294,7 @@ KVQ_DEVICE int sum_before(int value, int *of_warps, int &all) {
     return before;
 }
 
-template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p) {
-    KVQ_SHARED;
-    int *of_warps = reinterpret_cast<int *>(kvq_shared);
+template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p, int *of_warps) {
     const int page = blockIdx.x;
     const int from = page == 0 ? p.first_block : 0;  // places of this page that are new
     const int block = page * kPageBlocks + from - p.first_block;
@@ -327,8 +325,10 @@ template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p
 // Grid: pages touched; 512 threads; 64 bytes of shared memory. Writes the starts of a page's new lists, those of
 // blocks still to come, and the entries.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
+    KVQ_SHARED;
+    int *of_warps = reinterpret_cast<int *>(kvq_shared);
     if (p.start_bytes == 2)
-        place_outliers_of<uint16_t>(p);
+        place_outliers_of<uint16_t>(p, of_warps);
     else
-        place_outliers_of<int>(p);
+        place_outliers_of<int>(p, of_warps);
 }
