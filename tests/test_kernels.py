@@ -19,7 +19,7 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import structs
 from kvq_calib.runtime.cuda.append import append_blocks
-from kvq_calib.runtime.cuda.decode import DecodeKernel, DecodeStep, DecodeVariant
+from kvq_calib.runtime.cuda.decode import DecodeKernel, DecodeStep, DecodeVariant, PagePool
 from kvq_calib.runtime.cuda.decode import _divide as divide
 from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
@@ -429,6 +429,57 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     torch.testing.assert_close(got.double(), values[:, :, part], rtol=1e-5, atol=1e-5)
     half = dequantize(machine.launcher, layer.tables[1], pages[1], batch, wanted, case.dtype)
     assert half.dtype == case.dtype
+
+
+@pytest.mark.parametrize("name", ["2bit-96-g8-dense", "trellis3-128-g4"])
+def test_pages_of_a_pool(machine: Machine, name: str) -> None:
+    """The same pages, scattered over a pool full of other things, give the same numbers."""
+    case, device, batch, sinks = CASES[name], machine.device, 2, 3
+    shape = geometry(case.size, case.heads, case.group, case.rope)
+    layer = Layer(machine, KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage), shape)
+    storage = layer.storage(batch)
+    layer.torch.pack(storage, layer.tokens("key", batch, 352), layer.tokens("value", batch, 352))
+    count = len(storage.key.pages)
+    blocks = torch.zeros(batch, count * PAGE_BLOCKS, 2, dtype=torch.int32)
+    blocks[0, :11], blocks[1, :8] = torch.tensor([0, -1]), torch.tensor([0, -1])  # the second is shorter
+    blocks[:, :, 0] = 32 * torch.arange(count * PAGE_BLOCKS)
+    positions = torch.arange(360, 360 + sinks + case.tail, dtype=torch.int32).repeat(batch, 1)
+    positions[1, -2:] = -(2**31)
+    context = DecodeContext(blocks.to(device), positions.to(device))
+    exact = [(layer.tokens("key", batch, t), layer.tokens("value", batch, t)) for t in (sinks, case.tail)]
+    query = torch.randn(batch, shape.layers[0].num_query_heads, case.size, generator=layer.generator)
+    query = query.to(device, case.dtype)
+    kernel = DecodeKernel(machine.launcher, *layer.tables)
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
+    want = kernel.attend(DecodeStep(query, *pages, exact, context, scaling=0.1))
+
+    def as_bytes(x: Tensor) -> Tensor:
+        return x.contiguous().view(torch.uint8).flatten()
+
+    key_bytes, value_bytes = (4 * table.words for table in layer.tables)
+    offsets = [16, 16 + key_bytes, 16 + key_bytes + value_bytes]
+    pool = torch.randint(0, 256, (7, offsets[2] + 1024 + 32), dtype=torch.uint8).to(device)
+    table = torch.tensor([[5, 2], [3, -1]], dtype=torch.int32)  # of the second's last page no token is seen
+    for row, page in ((0, 0), (0, 1), (1, 0)):
+        held = pool[int(table[row, page])]
+        held[offsets[0] : offsets[1]] = as_bytes(storage.key.pages[page].codes[row])
+        held[offsets[1] : offsets[2]] = as_bytes(storage.value.pages[page].codes[row])
+        if layer.tables[1].token:
+            held[offsets[2] : offsets[2] + 1024] = as_bytes(storage.value.pages[page].token_params[row])
+    order = [exact[side][kind] for kind in (0, 1) for side in (0, 1)]  # keys of both, then values
+    addresses = torch.tensor([[x[row].data_ptr() for x in order] for row in range(batch)])
+    paged = PagePool(pool, table.to(device), *offsets, addresses.to(device), (sinks, case.tail))
+    none = layer.tokens("key", batch, 0)
+    step = DecodeStep(query, None, None, [(none, none)] * 2, context, scaling=0.1, pool=paged)
+    assert torch.equal(kernel.attend(step), want)
+    for change, message in (
+        ({"pages": pool[:, :100]}, "do not hold"),
+        ({"key_codes": 8}, "aligned"),
+        ({"table": table.to(device).long()}, "int64"),
+        ({"exact": addresses.to(device)[:1]}, "shape"),
+    ):
+        with pytest.raises(RuntimeMismatchError, match=message):
+            kernel.attend(dataclasses.replace(step, pool=dataclasses.replace(paged, **change)))
 
 
 def test_the_cases_have_every_kind() -> None:

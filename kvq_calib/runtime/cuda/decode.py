@@ -16,7 +16,7 @@ from kvq_calib.runtime.cuda.launcher import Kernel, Launcher
 from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, ReduceParams, check, pointer
 from kvq_calib.runtime.slot_view import DecodeContext
 
-__all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant"]
+__all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 
 #: Query heads one thread block serves; larger groups are divided.
 MAX_GROUP = 8
@@ -24,6 +24,30 @@ MAX_GROUP = 8
 EXACT_TOKENS = 64
 _THREADS = 128
 _SOURCE = "decode.cu"
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """Pages that an engine hands out, each of 256 tokens of one sequence: nothing of a sequence stands elsewhere.
+
+    Attributes:
+        pages: uint8 ``[N, page bytes]``, pages contiguous and a multiple of 16 bytes.
+        table: int32 ``[B, n]``, contiguous: which page holds tokens ``256 i`` to ``256 i + 255`` of a sequence. Of a
+            page that the context shows no token of, the number is not read.
+        key_codes, value_codes, value_token: bytes of a page before the codes and before the scales of values' tokens;
+            multiples of 16. Codes stand as in a page of :class:`~kvq_calib.runtime.storage.PackedTensor` of batch 1.
+        exact: int64 ``[B, 4]``, contiguous: addresses of keys of sinks, keys of the tail, values of both, ``[H, t, D]``
+            each.
+        exact_counts: ``t`` of sinks and of the tail; the context hides what a sequence has not.
+    """
+
+    pages: Tensor
+    table: Tensor
+    key_codes: int
+    value_codes: int
+    value_token: int
+    exact: Tensor
+    exact_counts: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -40,21 +64,32 @@ class DecodeStep:
         first_page: number of the first page in ``context.blocks``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
+        pool: takes the place of ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
     """
 
     query: Tensor
-    key_pages: Tensor
-    value_pages: Tensor
+    key_pages: Tensor | None
+    value_pages: Tensor | None
     exact: Sequence[tuple[Tensor, Tensor]]
     context: DecodeContext
     scaling: float
     first_page: int = 0
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    pool: PagePool | None = None
+
+    @property
+    def page_count(self) -> int:
+        """Pages that are read of each sequence."""
+        if self.pool is not None:
+            return self.pool.table.shape[1]
+        return 0 if self.key_pages is None else self.key_pages.shape[0]
 
     @cached_property
     def exact_counts(self) -> list[int]:
         """Sinks, and tokens of the tail."""
+        if self.pool is not None:
+            return list(self.pool.exact_counts)
         return [keys.shape[2] for keys, _ in self.exact]
 
 
@@ -171,7 +206,11 @@ class DecodeKernel:
         """
         key = self.key
         _check_layer(key, step)
-        _check_exact(key, step)
+        if step.pool is None:
+            _check_pages(key, step)
+            _check_exact(key, step)
+        else:
+            self._check_pool(step, step.pool)
         division = self._division(step)
         if division.splits == 0:
             return torch.zeros_like(step.query)
@@ -201,7 +240,7 @@ class DecodeKernel:
 
     def _division(self, step: DecodeStep) -> _Division:
         batch, query_heads, _ = step.query.shape
-        known = batch, query_heads, step.key_pages.shape[0], sum(step.exact_counts)
+        known = batch, query_heads, step.page_count, sum(step.exact_counts)
         found = self._divisions.get(known)
         if found is None:
             self._divisions.clear()  # steps of one length follow each other, and lengths do not come back
@@ -246,8 +285,7 @@ class DecodeKernel:
     def _params(self, step: DecodeStep, division: _Division, partial: tuple[int, int]) -> DecodeParams:
         params = DecodeParams.from_buffer_copy(self._fixed)
         params.query = step.query.data_ptr()
-        params.key_pages = pointer(step.key_pages)
-        params.value_pages = pointer(step.value_pages)
+        params.key_pages, params.value_pages = pointer(step.key_pages), pointer(step.value_pages)
         params.blocks = pointer(step.context.blocks)
         params.exact_positions = pointer(step.context.exact_positions)
         params.partial, params.partial_sum = partial
@@ -255,13 +293,16 @@ class DecodeKernel:
         params.subgroups = division.subgroups
         params.group = division.group
         params.first_page = step.first_page
-        params.pages = step.key_pages.shape[0]
+        params.pages = step.page_count
         params.packed_splits = division.packed
         params.splits = division.splits
         params.first_token = step.context.first_token
         params.scaling = step.scaling
         params.softcap = step.softcap or 0.0
         params.block_stride = step.context.blocks.shape[1]
+        if step.pool is not None:
+            self._point_to_pool(params, step.pool)
+            return params
         for number, (keys, values) in enumerate(step.exact):
             if step.exact_counts[number] == 0:
                 continue
@@ -269,6 +310,51 @@ class DecodeKernel:
             params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = keys.stride()[:2]
             params.exact_count[number] = step.exact_counts[number]
         return params
+
+    def _check_pool(self, step: DecodeStep, pool: PagePool) -> None:
+        """Pages of a pool are as the kernel takes them."""
+        key, value, batch = self.key, self.value, step.query.shape[0]
+        if key.cap or value.cap:
+            raise RuntimeMismatchError("pages of a pool have no room for outliers; use a recipe without")
+        if step.first_page:
+            raise RuntimeMismatchError("pages of a pool are read from the first one on")
+        pages = pool.pages
+        if (
+            pages.device != key.device
+            or pages.dtype != torch.uint8
+            or pages.ndim != 2
+            or pages.stride(1) != 1
+        ):
+            raise RuntimeMismatchError(f"the pool is {pages.dtype} {tuple(pages.shape)} on {pages.device}")
+        ends = pool.key_codes + 4 * key.words, pool.value_codes + 4 * value.words
+        starts = pool.key_codes, pool.value_codes, pool.value_token, pages.stride(0), pages.data_ptr()
+        if max(ends) > pages.shape[1] or any(start % 16 for start in starts):
+            raise RuntimeMismatchError(
+                f"pages of {pages.shape[1]} bytes do not hold the codes, aligned to 16 bytes"
+            )
+        check("the table of pages", pool.table, (batch, pool.table.shape[1]), torch.int32, key.device)
+        check("addresses of exact tokens", pool.exact, (batch, 4), torch.int64, key.device)
+
+    def _point_to_pool(self, params: DecodeParams, pool: PagePool) -> None:
+        params.pool_table, params.pool = pool.table.data_ptr(), pool.pages.data_ptr()
+        params.pool_exact = pool.exact.data_ptr()
+        params.pool_bytes = pool.pages.stride(0)
+        params.pool_offset[:] = pool.key_codes, pool.value_codes, pool.value_token
+        params.pool_stride = pool.table.shape[1]
+        for number, count in enumerate(pool.exact_counts):
+            params.exact_count[number] = count
+            params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = (
+                0,
+                count * self.key.head_dim,
+            )
+
+
+def _check_pages(key: KernelTables, step: DecodeStep) -> None:
+    """Both tables of pages are as the kernel takes them."""
+    for name, table in (("key_pages", step.key_pages), ("value_pages", step.value_pages)):
+        if table is None:
+            raise RuntimeMismatchError(f"{name} are missing")
+        check(name, table, (step.page_count, 6), torch.int64, key.device)
 
 
 def _check_layer(key: KernelTables, step: DecodeStep) -> None:
@@ -282,10 +368,7 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
         raise RuntimeMismatchError(
             f"{query_heads} query heads are no multiple of {key.heads} key-value heads"
         )
-    pages = step.key_pages.shape[0]
-    check("key_pages", step.key_pages, (pages, 6), torch.int64, device)
-    check("value_pages", step.value_pages, (pages, 6), torch.int64, device)
-    context = step.context
+    pages, context = step.page_count, step.context
     blocks = context.blocks.shape[1]
     if blocks < (step.first_page + pages) * PAGE_BLOCKS:
         raise RuntimeMismatchError(f"the block table lists {blocks} blocks, the pages hold more")
