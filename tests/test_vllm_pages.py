@@ -6,6 +6,7 @@ shared.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kvq_calib import KVArtifact
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
 from kvq_calib.integrations.vllm.pages import LayerPages, pages_of
 from kvq_calib.integrations.vllm.step import Step
@@ -63,18 +65,15 @@ class Own:
         self.storage = LayerStorage(pair["key"], pair["value"], 1, sinks, CPU)
         self.table = SlotTable(1, sinks, 0, CPU)
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, layer: PagedLayer) -> Tensor:
         count, first = len(keys), self.storage.length
-        positions = torch.arange(first, first + count, dtype=torch.int32)[None]
-        self.table.append(positions, None)
-        unturned = keys.permute(1, 2, 0).clone()
-        if self.ops.rope is not None:
-            cos, sin = self.ops.rope.cos_sin(positions)
-            factor = self.ops.rope.scaling
-            self.ops.rope.rotate_(unturned, cos[0] / factor, -sin[0] / factor)
-        self.storage.append(unturned.mT[None], values.transpose(0, 1)[None], self.table, self.ops.pack)
+        self.table.append(torch.arange(first, first + count, dtype=torch.int32)[None], None)
+        # Turned back by the same operations: one that rounds otherwise moves codes now and then.
+        step = Step([0, count], [first + count], torch.zeros(1, 9, dtype=torch.int64), 0)
+        unturned, values = layer.unturned(step, keys, values)
+        self.storage.append(unturned[None], values[None], self.table, self.ops.pack)
         seen = Visibility(None, first + count, count, None)
-        request = AttentionRequest(query.transpose(0, 1)[None], seen, scaling)
+        request = AttentionRequest(query.transpose(0, 1)[None], seen, layer.scaling)
         return self.ops.attend(request, self.storage, self.table)[0]
 
 
@@ -86,7 +85,8 @@ class Pool:
         ops, _ = choose_ops(quantizers, CPU, backend)
         self.geometry = artifact.geometry.layers[index]
         scaling = self.geometry.head_dim**-0.5
-        self.layer = PagedLayer(quantizers[index], ops[index], artifact.spec.sink_tokens, scaling)
+        sinks, decoding = artifact.spec.sink_tokens, NativeDecoding()
+        self.layer = PagedLayer(quantizers[index], ops[index], sinks, scaling, None, decoding)
         self.generator = torch.Generator().manual_seed(seed)
         shape = pages, self.layer.pages.page_bytes
         self.pool = torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
@@ -117,7 +117,7 @@ class Pool:
         query, keys, values = (torch.cat(parts) for parts in zip(*new, strict=True))
         out = torch.full((starts[-1], *query.shape[1:]), torch.nan)
         self.layer.forward(step, self.pool, query, keys, values, out)
-        return [out[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [out[a:b] for a, b in itertools.pairwise(starts)]
 
     def codes(self, table: list[int], blocks: int, side: int) -> Tensor:
         """Codes of a sequence's blocks, uint8 ``[C, 32 * blocks]``."""
@@ -149,7 +149,7 @@ def in_chunks(artifact: KVArtifact, index: int, backend: str, lengths: list[int]
         new = [pool.draw(counts[row]) for row in rows]
         found = pool.forward([tables[row] for row in rows], [done[row] for row in rows], new)
         for row, given, out in zip(rows, new, found, strict=True):
-            want = own[row].forward(*given, pool.layer.scaling)
+            want = own[row].forward(*given, pool.layer)
             worst = max(worst, float((out - want).abs().max() / want.abs().max()))
     for table, each in zip(tables, own, strict=True):
         for side in range(2):
@@ -187,8 +187,8 @@ def test_pages_filled_in_the_same_step_are_shared(backend):
     beside = tuple(part[:4] for part in rest)
     outputs = pool.forward([first, second], [260, 260], [whole, beside])
     own = Own(artifact, 0)
-    own.forward(*(part[:256] for part in whole), pool.layer.scaling)
-    want = own.forward(*beside, pool.layer.scaling)
+    own.forward(*(part[:256] for part in whole), pool.layer)
+    want = own.forward(*beside, pool.layer)
     assert torch.allclose(outputs[1], want, atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of, pages_ahead
+from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
 from kvq_calib.integrations.vllm.spec import PackedSpec
 from kvq_calib.integrations.vllm.step import Step
@@ -47,6 +48,7 @@ class _Shared:
         found, _ = choose_ops(self.quantizers, torch.device("cpu"))
         self.ops: list[Ops] = list(found)
         self.pages_ahead = pages_ahead(artifact)
+        self.decoding = NativeDecoding()
 
 
 @lru_cache(maxsize=1)

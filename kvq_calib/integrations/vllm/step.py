@@ -9,9 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.vllm.pages import pages_of
 from kvq_calib.model.rope import RopeTable
+from kvq_calib.native.pooled import PooledSequences
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.schema.geometry import RopeSpec
 
@@ -45,6 +47,11 @@ class Row:
         """Tokens that were there before."""
         return self.length - self.count
 
+    @property
+    def only_kept(self) -> bool:
+        """Whether one new token ends no block and is none of the first."""
+        return self.count == 1 and self.length % BLOCK_TOKENS != 0 and self.held >= self.sink_tokens
+
     @cached_property
     def slots(self) -> SlotTable:
         """The slots of the sequence: token ``i`` stands at position ``i``."""
@@ -53,6 +60,35 @@ class Row:
             if first < stop:
                 table.append(torch.arange(first, stop, dtype=torch.int32)[None], None)
         return table
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The new tokens that end no block and are no first tokens: they join the newest of their sequences.
+
+    Attributes:
+        rows: of these sequences.
+    """
+
+    rows: Sequence[Row]
+    _pages: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Which tokens of the step, int64 ``[n]``."""
+        return torch.tensor([row.start for row in self.rows], dtype=torch.int64)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Which of the newest tokens of its sequence each is, int64 ``[n]``."""
+        return torch.tensor([row.held % BLOCK_TOKENS for row in self.rows], dtype=torch.int64)
+
+    def page(self, ahead: int) -> Tensor:
+        """The page so many after that of the open block, int64 ``[n]``."""
+        if ahead not in self._pages:
+            found = [row.table[row.held // PAGE_TOKENS + ahead] for row in self.rows]
+            self._pages[ahead] = torch.tensor(found, dtype=torch.int64)
+        return self._pages[ahead]
 
 
 @dataclass(eq=False)
@@ -71,6 +107,8 @@ class Step:
     tables: Tensor
     sink_tokens: int
     _unturning: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _by_coordinate: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _sequences: PooledSequences | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,6 +130,25 @@ class Step:
                 yield Row(start, stop, length, table, self.sink_tokens)
 
     @cached_property
+    def single(self) -> Tensor:
+        """The new tokens that come alone, int64 ``[R]``, numbers of tokens in the step."""
+        return torch.tensor([row.start for row in self.rows if row.count == 1], dtype=torch.int64)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Those of them that :class:`Kept` tells of."""
+        return Kept([row for row in self.rows if row.only_kept])
+
+    def sequences(self, pool_pages: int) -> PooledSequences:
+        """The sequences with one new token, as native kernels take them."""
+        if self._sequences is None or self._sequences.pool_pages != pool_pages:
+            rows = [row for row in self.rows if row.count == 1]
+            self._sequences = PooledSequences(
+                [row.length for row in rows], [row.table for row in rows], self.sink_tokens, pool_pages
+            )
+        return self._sequences
+
+    @cached_property
     def positions(self) -> Tensor:
         """Of the new tokens, int32 ``[tokens]``."""
         parts = [torch.arange(row.held, row.length, dtype=torch.int32) for row in self.rows]
@@ -106,4 +163,17 @@ class Step:
                 cos[0, 0] / rope.attention_scaling,
                 -sin[0, 0] / rope.attention_scaling,
             )
+        return found
+
+    def by_coordinate(self, rope: RopeSpec, size: int) -> tuple[Tensor, Tensor]:
+        """The same for each coordinate of a head, float32 ``[1, tokens, size]`` each, as
+        :meth:`kvq_calib.native.join.Joiner.join` takes them."""
+        found = self._by_coordinate.get(rope)
+        if found is None:
+            cos, sin = (part.mT for part in self.unturning(rope))
+            cosine, sine = torch.ones(1, self.tokens, size), torch.zeros(1, self.tokens, size)
+            for side in range(2):
+                at = [pair[side] for pair in rope.pairs]
+                cosine[0, :, at], sine[0, :, at] = cos, sin
+            found = self._by_coordinate[rope] = cosine, sine
         return found
