@@ -5,6 +5,8 @@ Importing this module needs vLLM; :func:`kvq_calib.integrations.vllm.plugin.regi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -59,6 +61,17 @@ def _shared(name: str, rank: int, ranks: int) -> _Shared:
 def _of_this_rank(config: Any) -> _Shared:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     return _shared(artifact_name(config), rank, ranks)
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """While vLLM loads a model, torch makes tensors of the model's dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
@@ -194,6 +207,10 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         raise RuntimeMismatchError("the model has an attention layer that vLLM does not list")
 
     def _be_layer(self, index: int, module: Any) -> None:
+        with _float32_by_default():
+            self._make_layer(index, module)
+
+    def _make_layer(self, index: int, module: Any) -> None:
         shared = _of_this_rank(self._config)
         geometry = shared.artifact.geometry.layers
         if index >= len(geometry):

@@ -1,0 +1,19 @@
+"""Tests inside vLLM: an engine in this process, which starts in seconds. ``make test-vllm`` runs them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_KVCACHE_SPACE="",
+    VLLM_LOGGING_LEVEL="WARNING",
+)
+
+import pytest
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
