@@ -109,7 +109,6 @@ class PooledSequences:
         self.pages: Numbers = np.asarray(pages, dtype=np.int64)
         self.begin: Numbers = np.asarray([table[0] for table in self.tables], dtype=np.int64)
         self._open = blocks // _PAGE_BLOCKS
-        self.seen = self._seen(blocks)
         exact = self.sinks + self.tail
         self.exact_first = np.concatenate(([0], exact.cumsum()))
         self.exact_seen = torch.ones(int(exact.max(initial=0)) or 1, dtype=torch.bool)
@@ -118,6 +117,7 @@ class PooledSequences:
             raise ValueError("lengths: a sequence has no token, or fewer pages than tokens fill")
         if known.min() < 0 or known.max() >= self.pool_pages:
             raise ValueError(f"tables: a page is not one of {self.pool_pages}")
+        self.seen = self._seen(blocks)
 
     def _seen(self, blocks: Numbers) -> Tensor:
         """Bits of the tokens that are attended, int32 ``[8 * n]``: those of blocks, but for exact first tokens."""
