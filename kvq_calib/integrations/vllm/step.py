@@ -106,8 +106,10 @@ class Step:
     lengths: Sequence[int]
     tables: Tensor
     sink_tokens: int
-    _unturning: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _by_coordinate: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: By the identity of rotary embeddings, which layers share: equality takes longer than everything else here.
+    _unturning: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _by_coordinate: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _ropes: list[RopeSpec] = field(default_factory=list)
     _sequences: PooledSequences | None = None
 
     @property
@@ -156,10 +158,11 @@ class Step:
 
     def unturning(self, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """What :meth:`RopeTable.rotate_` takes to undo RoPE in the new tokens: float32 ``[P, tokens]`` each."""
-        found = self._unturning.get(rope)
+        found = self._unturning.get(id(rope))
         if found is None:
+            self._ropes.append(rope)  # an identity is good as long as what it is of
             cos, sin = RopeTable(rope, torch.device("cpu")).cos_sin(self.positions[None])
-            found = self._unturning[rope] = (
+            found = self._unturning[id(rope)] = (
                 cos[0, 0] / rope.attention_scaling,
                 -sin[0, 0] / rope.attention_scaling,
             )
@@ -168,12 +171,12 @@ class Step:
     def by_coordinate(self, rope: RopeSpec, size: int) -> tuple[Tensor, Tensor]:
         """The same for each coordinate of a head, float32 ``[1, tokens, size]`` each, as
         :meth:`kvq_calib.native.join.Joiner.join` takes them."""
-        found = self._by_coordinate.get(rope)
+        found = self._by_coordinate.get(id(rope))
         if found is None:
             cos, sin = (part.mT for part in self.unturning(rope))
             cosine, sine = torch.ones(1, self.tokens, size), torch.zeros(1, self.tokens, size)
             for side in range(2):
                 at = [pair[side] for pair in rope.pairs]
                 cosine[0, :, at], sine[0, :, at] = cos, sin
-            found = self._by_coordinate[rope] = cosine, sine
+            found = self._by_coordinate[id(rope)] = cosine, sine
         return found

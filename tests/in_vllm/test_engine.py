@@ -20,6 +20,8 @@ from engine import Own, engine, folder_of, generated, prompt_nll, texts
 
 from kvq_calib.errors import KVQError
 
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
 ROOT = Path(__file__).parent.parent.parent
 COMMITTED = ROOT / "benchmarks" / "artifacts" / "smollm2-135m-wikitext2"
 MODEL = os.environ.get("KVQ_TEST_MODEL", "")

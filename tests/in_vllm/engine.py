@@ -19,7 +19,7 @@ from kvq_calib.model.load import load_model
 
 GIB = 1 << 30
 #: Tokens of a text.
-TOKENS = 900
+TOKENS = 600
 
 
 def folder_of(model: str, folder: Path) -> None:
