@@ -25,6 +25,7 @@ from typing import Any
 from common import environment
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # others may be at work on the same cores
 
 
 class Lines(logging.Handler):
@@ -35,6 +36,7 @@ class Lines(logging.Handler):
         self.line = ""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Remember it."""
         if "KV cache size" in (text := record.getMessage()):
             self.line = text
 
@@ -128,7 +130,7 @@ def fit_of(line: str) -> int:
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, row["model"], "--one", json.dumps(row)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     results = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not results:
         print(done.stderr[-3000:], file=sys.stderr)

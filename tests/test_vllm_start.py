@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from artifact_factory import artifact_for, random_artifact, recipe, trellis
+from artifact_factory import artifact_for, random_artifact, recipe
 from click.testing import CliRunner
 from models_zoo import tiny_model
 
@@ -121,10 +121,6 @@ def artifact(spec: Any, rope: dict[str, Any] | None = None, **layer: Any) -> KVA
         (lambda: artifact(recipe(key=DENSE, value=DENSE), {"length_dependent": True}), "length of the text"),
         (lambda: artifact(recipe(key={**DENSE, "pre_rope": False}, value=DENSE)), "cache.key.pre_rope=true"),
         (lambda: artifact(recipe(key=DENSE, value=DENSE, sink_tokens=300)), "300 first tokens"),
-        (
-            lambda: artifact(recipe(key=trellis(1), value=trellis(1)), num_query_heads=2),
-            "exact tokens of a layer",
-        ),
     ],
 )
 def test_an_artifact_that_pages_cannot_hold_is_refused(made, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -33,8 +34,8 @@ class PagePlaces:
 
     Attributes:
         page_bytes: of a page.
-        codes, token, sinks, tail: of codes, of tokens' scales, of a sequence's first and of its newest tokens.
-        tail_ahead: how many pages after that of the open block the newest tokens stand.
+        codes, token, sinks, tail: of codes, of tokens' scales, of a sequence's first and of its newest tokens,
+            which stand in the page after that of the open block.
         sink_tokens: first tokens that a first page has room for.
     """
 
@@ -43,7 +44,6 @@ class PagePlaces:
     token: tuple[int, int]
     sinks: tuple[int, int]
     tail: tuple[int, int]
-    tail_ahead: tuple[int, int]
     sink_tokens: int
 
 
@@ -93,7 +93,6 @@ class PooledSequences:
     pool_pages: int
     #: Exact tokens' cosines and sines, by rotary embedding.
     _exact_turns: dict[int, Tensor] = field(default_factory=dict)
-    _ahead: dict[int, Numbers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Look up once what all layers ask."""
@@ -129,15 +128,19 @@ class PooledSequences:
         seen = np.where(hidden == _BLOCK_TOKENS, 0, seen & (-1 << np.minimum(hidden, _BLOCK_TOKENS - 1)))
         return torch.from_numpy(seen.astype(np.int32))
 
-    def ahead(self, pages: int) -> Numbers:
-        """The page so many after that of the open block, of each sequence; 0 where nothing is open."""
-        numbers = self._ahead.get(pages)
-        if numbers is None:
-            each = zip(self.tables, self._open.tolist(), self.tail.tolist(), strict=True)
-            found = [table[at + pages] if tail else 0 for table, at, tail in each]
-            numbers = self._ahead[pages] = np.asarray(found, dtype=np.int64)
-            if numbers.min() < 0 or numbers.max() >= self.pool_pages:
-                raise ValueError(f"tables: a page is not one of {self.pool_pages}")
+    @cached_property
+    def ahead(self) -> Numbers:
+        """The page after that of the open block, of each sequence; 0 where nothing is open.
+
+        Raises:
+            ValueError: it is not in the pool.
+        """
+        each = zip(self.tables, self._open.tolist(), self.tail.tolist(), strict=True)
+        numbers: Numbers = np.asarray(
+            [table[at + 1] if tail else 0 for table, at, tail in each], dtype=np.int64
+        )
+        if numbers.min() < 0 or numbers.max() >= self.pool_pages:
+            raise ValueError(f"tables: a page is not one of {self.pool_pages}")
         return numbers
 
     def exact_turns(self, turns: PooledTurns) -> Tensor:
@@ -249,8 +252,7 @@ class PooledKernel:
         places, base = self.places, pool.data_ptr()
         for side, name in enumerate(("key", "value")):
             calls["sinks"][name] = base + sequences.begin * places.page_bytes + places.sinks[side]
-            ahead = sequences.ahead(places.tail_ahead[side])
-            calls["tail"][name] = base + ahead * places.page_bytes + places.tail[side]
+            calls["tail"][name] = base + sequences.ahead * places.page_bytes + places.tail[side]
         calls["sinks"]["tokens"], calls["tail"]["tokens"] = sequences.sinks, sequences.tail
         calls["exact_seen"] = sequences.exact_seen.data_ptr()
 

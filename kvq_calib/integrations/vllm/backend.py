@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of, pages_ahead
+from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of
 from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
 from kvq_calib.integrations.vllm.spec import PackedSpec
@@ -49,7 +49,6 @@ class _Shared:
         self.quantizers: list[LayerQuantizers] = list(artifact.quantizers())
         found, _ = choose_ops(self.quantizers, torch.device("cpu"))
         self.ops: list[Ops] = list(found)
-        self.pages_ahead = pages_ahead(artifact)
         self.decoding = NativeDecoding()
 
 
@@ -117,8 +116,8 @@ class PackedBackend(AttentionBackend):  # type: ignore[misc]
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
-    #: Bytes of a page of the layer, and pages ahead; ``None`` before the layer is known.
-    pages: ClassVar[tuple[int, int] | None] = None
+    #: Bytes of a page of the layer; ``None`` before the layer is known.
+    page_bytes: ClassVar[int | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -158,9 +157,9 @@ class PackedBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """A page size of the layer's own."""
-        if cls.pages is None or isinstance(spec, PackedSpec):
+        if cls.page_bytes is None or isinstance(spec, PackedSpec):
             return spec
-        return PackedSpec.of(spec, *cls.pages)
+        return PackedSpec.of(spec, cls.page_bytes)
 
 
 class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
@@ -225,8 +224,8 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
             )
         sinks = shared.artifact.spec.sink_tokens
         self._layer = PagedLayer(shared.quantizers[index], shared.ops[index], sinks, self.scale, self.softcap)
-        pages = self._layer.pages.page_bytes, shared.pages_ahead
-        module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), {"pages": pages})
+        known = {"page_bytes": self._layer.pages.page_bytes}
+        module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), known)
 
     def forward(
         self,

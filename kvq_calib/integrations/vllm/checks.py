@@ -14,7 +14,7 @@ from kvq_calib.errors import ConfigError, RuntimeMismatchError
 from kvq_calib.integrations.vllm.pages import LayerPages
 from kvq_calib.model.fingerprint import model_fingerprint
 
-__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration", "pages_ahead"]
+__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration"]
 
 #: Of ``--additional-config``.
 ARTIFACT_KEY = "kvq_artifact"
@@ -32,16 +32,6 @@ def artifact_of(name: str, rank: int = 0, ranks: int = 1) -> KVArtifact:
     """
     whole = KVArtifact.from_pretrained(name)
     return whole if ranks == 1 else shard(whole, rank, ranks)
-
-
-def pages_ahead(artifact: KVArtifact) -> int:
-    """Pages that a sequence needs beyond those that its tokens fill: what the neediest layer wants.
-
-    Raises:
-        RuntimeMismatchError: a layer cannot have pages.
-    """
-    sinks = artifact.spec.sink_tokens
-    return max(LayerPages(pair["key"], pair["value"], sinks).ahead for pair in artifact.quantizers())
 
 
 def artifact_name(config: Any) -> str:

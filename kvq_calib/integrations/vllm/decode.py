@@ -35,7 +35,6 @@ class NativeLayer:
             token=(key.token.start, value.token.start),
             sinks=(key.sinks.start, value.sinks.start),
             tail=(key.tail.start, value.tail.start),
-            tail_ahead=(key.tail_ahead, value.tail_ahead),
             sink_tokens=pages.sink_tokens,
         )
         self._pages = pages
@@ -75,9 +74,8 @@ class NativeLayer:
         kept = step.kept
         if not len(kept.token):
             return
-        for side, (view, x) in enumerate(zip(self._tail_views(pool), (keys, values), strict=True)):
-            ahead = self._pages.areas[side].tail_ahead
-            view[kept.page(ahead), :, kept.place] = x[:, kept.token].transpose(0, 1)
+        for view, x in zip(self._tail_views(pool), (keys, values), strict=True):
+            view[kept.page, :, kept.place] = x[:, kept.token].transpose(0, 1)
 
     def _tail_views(self, pool: Tensor) -> tuple[Tensor, ...]:
         """The areas of newest tokens of all pages, ``[pages, H, 32, D]`` each."""

@@ -6,10 +6,10 @@ bytes; :mod:`kvq_calib.codec.packing` says how codes stand in the first two area
     codes of keys | codes of values | scales of keys' tokens | of values' | first tokens: keys | values
 
 Scales are there only where the recipe has them. The exact first tokens of a sequence stand in its first page, so that
-sequences that share this page share them. The exact newest tokens, fewer than 32, stand raw in the code areas of the
-page after the one that will hold them packed (keys and values in a page each where one is too small), as keys
-``[H, 32, D]`` and values ``[H, 32, D]``. A sequence therefore always has :attr:`LayerPages.ahead` pages beyond those
-that its tokens fill, and nothing of it stands anywhere else.
+sequences that share this page share them. The exact newest tokens, fewer than 32, stand raw from the beginning of the
+page after the one that will hold them packed, as keys ``[H, 32, D]`` and values ``[H, 32, D]``; below two bits per
+element a page is as large as they are. A sequence therefore always has :data:`AHEAD` page beyond those that its tokens
+fill, and nothing of it stands anywhere else.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
-__all__ = ["LayerPages", "SequenceStorage", "pages_of"]
+__all__ = ["AHEAD", "LayerPages", "SequenceStorage", "pages_of"]
 
+#: Pages that a sequence needs beyond those that its tokens fill.
+AHEAD = 1
 #: Areas begin at multiples of it: whole cache lines, and whole sectors of a GPU's memory.
 _ALIGNMENT = 64
 
@@ -53,15 +55,13 @@ class _TensorAreas:
 
     Attributes:
         codes, token, sinks: areas of a page; ``token`` is empty where tokens have no scales.
-        tail: area of the newest tokens.
-        tail_ahead: the page it is in, counted from that of the open block: 1 or 2.
+        tail: area of the newest tokens, in the page after that of the open block.
     """
 
     codes: _Area
     token: _Area
     sinks: _Area
     tail: _Area
-    tail_ahead: int
 
 
 class LayerPages:
@@ -73,10 +73,9 @@ class LayerPages:
 
     Attributes:
         page_bytes: of a page.
-        ahead: pages that a sequence needs beyond those that its tokens fill.
 
     Raises:
-        RuntimeMismatchError: pages of this recipe are too small for what they must hold, or cannot hold it.
+        RuntimeMismatchError: pages cannot hold what this recipe stores.
     """
 
     def __init__(self, key: Quantizer, value: Quantizer, sink_tokens: int) -> None:
@@ -91,22 +90,14 @@ class LayerPages:
                 f"the artifact keeps {sink_tokens} first tokens exact, and a page of vLLM holds {PAGE_TOKENS}"
             )
         self._end = 0
+        tails = [self._area(STORAGE_BYTES * BLOCK_TOKENS * q.layout.channels) for q in self.quantizers]
+        least, self._end = self._end, 0
         codes = [self._area(4 * PAGE_BLOCKS * q.layout.words_per_block) for q in self.quantizers]
-        room = self._end
+        self._end = max(self._end, least)  # scales of tokens are never overwritten, for they must be numbers
         token = [self._area(2 * STORAGE_BYTES * PAGE_TOKENS * q.layout.token_params) for q in self.quantizers]
         sinks = [self._area(STORAGE_BYTES * sink_tokens * q.layout.channels) for q in self.quantizers]
         self.page_bytes = self._end
-        sizes = [STORAGE_BYTES * BLOCK_TOKENS * q.layout.channels for q in self.quantizers]
-        self.ahead = 1 if _whole(sizes[0]) + sizes[1] <= room else 2
-        if max(sizes) > room:
-            raise RuntimeMismatchError(
-                f"{BLOCK_TOKENS} exact tokens of a layer need {max(sizes)} bytes, and a page has {room} for codes"
-            )
-        places = [(1, 0), (1, _whole(sizes[0])) if self.ahead == 1 else (2, 0)]
-        self.areas = tuple(
-            _TensorAreas(codes[n], token[n], sinks[n], _Area(places[n][1], sizes[n]), places[n][0])
-            for n in range(2)
-        )
+        self.areas = tuple(_TensorAreas(*areas) for areas in zip(codes, token, sinks, tails, strict=True))
 
     def _area(self, size: int) -> _Area:
         area = _Area(self._end, size)
@@ -136,7 +127,7 @@ class LayerPages:
     def tail(self, pool: Tensor, table: Sequence[int], tokens: int, side: int) -> Tensor:
         """Room for the newest tokens of a sequence that holds ``tokens``: storage dtype ``[1, H, 32, D]``."""
         areas, quantizer = self.areas[side], self.quantizers[side]
-        page = table[tokens // PAGE_TOKENS + areas.tail_ahead]
+        page = table[tokens // PAGE_TOKENS + AHEAD]
         layout, numbers = quantizer.layout, areas.tail.of(pool[page], quantizer.storage)
         return numbers.view(1, layout.heads, BLOCK_TOKENS, layout.head_dim)
 

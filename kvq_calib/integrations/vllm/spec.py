@@ -15,29 +15,22 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.integrations.vllm.pages import pages_of
+from kvq_calib.integrations.vllm.pages import AHEAD, pages_of
 
 __all__ = ["PackedManager", "PackedSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
-    """Pages of one layer.
-
-    Attributes:
-        pages_ahead: that a sequence needs beyond those that its tokens fill; the same for all layers.
-    """
-
-    pages_ahead: int = 1
+    """Pages of one layer."""
 
     @classmethod
-    def of(cls, spec: Any, page_bytes: int, pages_ahead: int) -> PackedSpec:
+    def of(cls, spec: Any, page_bytes: int) -> PackedSpec:
         """The spec that takes the place of vLLM's own.
 
         Args:
             spec: what vLLM made of the model's configuration.
             page_bytes: of a page of this layer.
-            pages_ahead: see there.
 
         Raises:
             RuntimeMismatchError: the layer is not one of full attention, or pages have another size.
@@ -52,16 +45,16 @@ class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
             )
         known = {each.name: getattr(spec, each.name) for each in fields(spec) if each.init}
         known |= {"dtype": torch.uint8, "num_head_slots": 1, "tokens_per_state": PAGE_TOKENS}
-        known |= {"state_content_bytes": page_bytes, "pages_ahead": pages_ahead}
+        known |= {"state_content_bytes": page_bytes}
         return cls(**known)
 
     def tokens_with_room(self, tokens: int) -> int:
         """Tokens that fill as many pages as a sequence of ``tokens`` needs."""
-        return (pages_of(tokens) + self.pages_ahead) * PAGE_TOKENS
+        return (pages_of(tokens) + AHEAD) * PAGE_TOKENS
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest sequence."""
-        pages = pages_of(vllm_config.model_config.max_model_len) + self.pages_ahead
+        pages = pages_of(vllm_config.model_config.max_model_len) + AHEAD
         return int(pages * self.page_size_bytes)
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.integrations.vllm.pages import pages_of
+from kvq_calib.integrations.vllm.pages import AHEAD, pages_of
 from kvq_calib.model.rope import RopeTable
 from kvq_calib.native.pooled import PooledSequences
 from kvq_calib.runtime.slots import SlotTable
@@ -71,7 +71,6 @@ class Kept:
     """
 
     rows: Sequence[Row]
-    _pages: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def token(self) -> Tensor:
@@ -83,12 +82,11 @@ class Kept:
         """Which of the newest tokens of its sequence each is, int64 ``[n]``."""
         return torch.tensor([row.held % BLOCK_TOKENS for row in self.rows], dtype=torch.int64)
 
-    def page(self, ahead: int) -> Tensor:
-        """The page so many after that of the open block, int64 ``[n]``."""
-        if ahead not in self._pages:
-            found = [row.table[row.held // PAGE_TOKENS + ahead] for row in self.rows]
-            self._pages[ahead] = torch.tensor(found, dtype=torch.int64)
-        return self._pages[ahead]
+    @cached_property
+    def page(self) -> Tensor:
+        """Where it stands, the page after that of its block: int64 ``[n]``."""
+        found = [row.table[row.held // PAGE_TOKENS + AHEAD] for row in self.rows]
+        return torch.tensor(found, dtype=torch.int64)
 
 
 @dataclass(eq=False)
@@ -127,7 +125,7 @@ class Step:
             start, stop = self.starts[number], self.starts[number + 1]
             if start < stop:
                 table = self.tables[number].tolist()
-                if not 0 < stop - start <= length or pages_of(length) >= len(table):
+                if not 0 < stop - start <= length or pages_of(length) + AHEAD > len(table):
                     raise RuntimeMismatchError(f"{length} tokens do not fit {len(table)} pages")
                 yield Row(start, stop, length, table, self.sink_tokens)
 
