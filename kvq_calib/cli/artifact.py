@@ -65,9 +65,7 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
     write_json(json_file, artifact_facts(loaded, contexts))
 
 
-@artifact_group.command(
-    "vllm-args", cls=Command, examples=("kvq-artifact vllm-args model.kvq.safetensors",)
-)
+@artifact_group.command("vllm-args", cls=Command, examples=("kvq-artifact vllm-args model.kvq.safetensors",))
 @click.argument("artifact", type=FilePath(), metavar="ARTIFACT")
 @debug_option
 def vllm_command(artifact: str) -> None:
