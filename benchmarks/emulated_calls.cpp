@@ -1,9 +1,9 @@
 // Answers calls of the CPU kernels that another process makes: built for another machine, run under an emulator.
 //
 // A call comes on standard input, in 64-bit numbers: the function; how many regions of memory, pointers within them,
-// and arguments; of each region its size and its address modulo 64; of each pointer the region and offset where it stands,
-// and those it points to; of each argument a region and an offset, or -1 and a number. The regions' bytes follow. What
-// the function returned and the regions as it left them go to standard output.
+// and arguments; of each region its size and its address modulo 64; of each pointer the region and offset where it
+// stands, and those it points to; of each argument a region and an offset, or -1 and a number. The regions' bytes
+// follow. What the function returned and the regions as it left them go to standard output.
 #include <unistd.h>
 
 #include <cstdint>
