@@ -43,8 +43,8 @@ _ORIGINS = (
 
 #: Files with the divergence of every window, and what their recipes' levels were; later files go first.
 _TEXTS = {
-    "Wikitext-2": ("kvq4-kvq3-wikitext2", "kvq2-nuq-wikitext2"),
-    "C4": ("kvq4-kvq3-c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
+    "Wikitext-2": ("kvq-wikitext2", "nuq-wikitext2"),
+    "C4": ("kvq-c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
     "Gemma 3 270M, Wikitext-2": ("gemma3-270m-wikitext2",),
 }
 _WITH_TABLES = {"kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4", "gemma3-270m-wikitext2"}

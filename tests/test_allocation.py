@@ -15,6 +15,7 @@ from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
 from kvq_calib.fit.allocation import Choices, allocate, width_errors, within_budget
 from kvq_calib.fit.density import lloyd
+from kvq_calib.fit.width_groups import channel_groups
 from kvq_calib.schema.recipe import CalibrationConfig
 
 
@@ -89,6 +90,22 @@ def test_budget_counts_what_is_stored_beside_the_codes() -> None:
     assert 2.5 < stored(widths) <= 3.0
     with pytest.raises(ConfigError, match="bits_per_element"):
         within_budget(0.05, lambda b: allocate([alone(errors)], max(b, 0.0)), stored)
+
+
+def test_a_budget_is_found_where_choices_are_coarse() -> None:
+    """Two groups, and what is stored beside the codes is more than they take at the nearest choices below."""
+    errors = gaussian_errors([1.0] * 8 + [2.0] * 8)
+    groups = channel_groups(errors, 1, 0)
+
+    def stored(widths: list[torch.Tensor]) -> float:
+        return float(widths[0].double().mean()) + 0.003
+
+    def widths_at(budget: float) -> list[torch.Tensor]:
+        return [groups.widths(allocate([groups.options(errors, 1)], budget)[0])]
+
+    assert stored(widths_at(3.0)) == 3.003 > 3.0
+    assert stored(within_budget(3.0, widths_at, stored)) == 2.503
+    assert stored(within_budget(3.6, widths_at, stored)) == 3.503
 
 
 def recipe(**changes: object) -> CalibrationConfig:

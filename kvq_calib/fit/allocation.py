@@ -133,7 +133,7 @@ def within_budget(
     target: float,
     widths_at: Callable[[float], list[Tensor]],
     stored_bits: Callable[[list[Tensor]], float],
-    rounds: int = 8,
+    rounds: int = 12,
 ) -> list[Tensor]:
     """Widths whose artifact takes at most ``target`` bits per element, everything counted.
 
@@ -150,14 +150,21 @@ def within_budget(
         ConfigError: no budget for codes was found that fits.
     """
     budget, best = target, None
+    fits, exceeds, failures = -math.inf, math.inf, 0
     for _ in range(rounds):
         widths = widths_at(budget)
         excess = stored_bits(widths) - target
         if excess <= 0:
-            best = widths
+            best, fits = widths, budget
             if excess > -_CLOSE_ENOUGH:
                 break
-        budget -= excess if excess <= 0 else excess + _MARGIN
+        else:
+            exceeds = budget
+        # Few groups choose coarsely, so that a small step may change nothing: steps grow until something fits.
+        budget -= excess if excess <= 0 else (excess + _MARGIN) * (2**failures if best is None else 1)
+        failures += best is None
+        if best is not None and not fits < budget < exceeds:
+            budget = (fits + exceeds) / 2
     if best is None:
         raise ConfigError(
             f"no allocation fits into {target} bits per element; raise allocation.bits_per_element"
