@@ -132,6 +132,15 @@ def test_attention_that_is_the_models_own(family):
     assert_crops_and_counts(model, artifact)
 
 
+def test_a_geometry_of_other_shapes_is_refused():
+    """As when a release of transformers caches latents that another expanded."""
+    model = tiny_model("bloom")
+    geometry = inspect_model(model)
+    layers = tuple(layer.model_copy(update={"head_dim": 8}) for layer in geometry.layers)
+    with pytest.raises(ModelError, match="caches keys and values of other shapes than at calibration"):
+        check_generation(model, geometry.model_copy(update={"layers": layers}))
+
+
 def test_that_it_is_slower_is_said_once(caplog):
     model = tiny_model("bloom")
     with caplog.at_level(logging.WARNING, logger="kvq_calib"):
