@@ -91,7 +91,20 @@ def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
         raise ModelError(
             f"{type(uncompiled(model)).__name__} cannot generate with a packed cache: {known.serving}"
         )
+    if _shapes(known.found.geometry) != _shapes(geometry):
+        raise ModelError(
+            f"{type(uncompiled(model)).__name__} caches keys and values of other shapes than at calibration (another "
+            "release of transformers can be the reason); calibrate it with this one"
+        )
     return known.serving
+
+
+def _shapes(geometry: KVGeometry) -> object:
+    """What of a geometry decides what is stored."""
+    layers = [
+        (layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.swapped) for layer in geometry.layers
+    ]
+    return layers, geometry.attends_to
 
 
 def _known(model: nn.Module) -> _Known:
