@@ -60,7 +60,9 @@ def kl_by_bits(palette: Palette) -> Chart:
     """
     contents = [record(name) for name in ("compare-wikitext2", "compare-llamacpp-wikitext2")]
     assert len({content["config"]["data"]["sha256"] for content in contents}) == 1
-    measured = {one["name"]: one for content in contents for one in (*content["artifacts"], *content["rivals"])}
+    measured = {
+        one["name"]: one for content in contents for one in (*content["artifacts"], *content["rivals"])
+    }
     points = [
         Point(name, measured[key]["bits_per_element"], measured[key]["kl_mean"], colour=colour, own=colour in ("s0", "s1"))
         for key, name, colour in _CACHES
