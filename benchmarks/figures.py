@@ -29,6 +29,7 @@ _CACHES = [
     ("kvq4", "kvq4", "s0"), ("kvq3", "kvq3", "s0"), ("kvq2", "kvq2", "s0"),
     ("nuq4-1p", "KVQuant 4", "s1"), ("nuq3-1p", "KVQuant 3", "s1"), ("nuq2-1p", "KVQuant 2", "s1"),
     ("fp8-head", "FP8", "s5"), ("turboquant-4bit", "TurboQuant 4", "s5"), ("turboquant-3bit", "TurboQuant 3", "s5"),
+    ("llamacpp-q8_0", "q8_0", "s2"), ("llamacpp-q5_0", "q5_0", "s2"), ("llamacpp-q4_0", "q4_0", "s2"),
     ("hqq-4bit", "hqq 4", "s4"), ("hqq-2bit", "hqq 2", "s4"),
     ("quanto-4bit", "quanto 4", "s4"), ("quanto-2bit", "quanto 2", "s4"),
     ("kivi-4bit", "KIVI 4", "other"), ("kivi-2bit", "KIVI 2", "other"), ("oscar-2bit", "OSCAR 2", "other"),
@@ -37,6 +38,7 @@ _ORIGINS = (
     ("this project", "s0"),
     ("KVQuant", "s1"),
     ("vLLM", "s5"),
+    ("llama.cpp", "s2"),
     ("transformers", "s4"),
     ("papers", "other"),
 )
@@ -52,9 +54,15 @@ _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p"
 
 
 def kl_by_bits(palette: Palette) -> Chart:
-    """KL divergence against bits: ours, KVQuant, and what others offer (``compare-wikitext2.json``)."""
-    content = record("compare-wikitext2")
-    measured = {one["name"]: one for one in (*content["artifacts"], *content["rivals"])}
+    """KL divergence against bits: ours, KVQuant, and what others offer, all on the same 2 windows.
+
+    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the present ``kvq*``, the other record the rest.
+    """
+    contents = [record(name) for name in ("compare-wikitext2", "compare-llamacpp-wikitext2")]
+    assert len({content["config"]["data"]["sha256"] for content in contents}) == 1
+    measured = {
+        one["name"]: one for content in contents for one in (*content["artifacts"], *content["rivals"])
+    }
     points = [
         Point(name, measured[key]["bits_per_element"], measured[key]["kl_mean"], colour=colour, own=colour in ("s0", "s1"))
         for key, name, colour in _CACHES

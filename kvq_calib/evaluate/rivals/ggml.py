@@ -46,8 +46,8 @@ class GGML(QuantizerRival):
         codes = (
             scaled.round() if self.bits == 8 else (scaled + half + 0.5).floor().clamp(max=2 * half - 1) - half
         )
-        restored: Tensor = (codes * step.half().float()).reshape(rows.shape)
-        return restored.transpose(1, 2)
+        read: Tensor = codes * step.half().float()
+        return read.reshape(rows.shape).transpose(1, 2)
 
     def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
         """As :class:`Rival` says."""
