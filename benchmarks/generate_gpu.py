@@ -1,7 +1,10 @@
-"""Tokens per second and peak memory of decoding with DynamicCache and with KVQCache, on one GPU.
+"""Tokens per second and peak memory of decoding with a float16 cache and with KVQCache, on one GPU.
 
 A model with random weights in the shape of Llama-3-8B; caches are filled with random keys and values, then single
-tokens are decoded. Each context length runs with either cache; the longest that fits is searched by doubling.
+tokens are decoded, without a CUDA graph in either case. The float16 cache is allocated whole beforehand and hands out
+views, so that nothing is copied for a new token and attention may take torch's fastest way. Each context length runs
+with every cache; with ``--longest`` the longest that fits is searched by doubling. The file is written anew after every
+row, and no row is begun when the budget is spent.
 """
 
 from __future__ import annotations
@@ -11,37 +14,90 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import environment
 from gpu_recipes import RECIPES, Recipe
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.registry import codec_of
+from kvq_calib.files import write_atomically
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
-LENGTHS = (4096, 8192, 32768, 131072)
+LENGTHS = (131072, 32768, 8192, 4096)
 CHUNK = 8192
+#: Whole blocks, so that what is done once in 32 tokens counts as often as it happens.
 WARM_UP, TOKENS = 4, 64
 
 
-def build_model(layers: int, device: torch.device) -> LlamaForCausalLM:
-    """Llama-3-8B's shape with random float16 weights."""
+class AllocatedLayer(DynamicLayer):
+    """Keys and values in memory for all tokens to come, of which attention gets views."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.length = tokens, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything."""
+        batch, heads, _, size = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.held = torch.empty(2, batch, heads, self.tokens, size, dtype=self.dtype, device=self.device)
+        self.keys, self.values = self.held[:, :, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new tokens in place."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.held[0, :, :, start : self.length] = key_states
+        self.held[1, :, :, start : self.length] = value_states
+        self.keys, self.values = self.held[0, :, :, : self.length], self.held[1, :, :, : self.length]
+        return self.keys, self.values
+
+
+def float16_cache(layers: int, tokens: int) -> Cache:
+    """For so many tokens."""
+    return Cache(layers=[AllocatedLayer(tokens) for _ in range(layers)])
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "Llama-3-8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {  # for rehearsals
+        "vocab_size": 64,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def build_model(shape: str, device: torch.device) -> LlamaForCausalLM:
+    """With random float16 weights."""
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **SHAPES[shape],
         max_position_embeddings=1 << 24,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
@@ -106,12 +162,12 @@ def decode(model: LlamaForCausalLM, cache: Any, device: torch.device) -> float:
 
 
 def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.device) -> dict[str, Any]:
-    """One cache at one length, or "memory" where it does not fit."""
+    """One cache at one length, or "memory" where it does not fit; ``make`` is told how many tokens it is to hold."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        cache = make()
+        cache = make(tokens + WARM_UP + TOKENS)
         with torch.no_grad():
             fill(cache, model, tokens, device)
             rate = decode(model, cache, device)
@@ -124,44 +180,72 @@ def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.devic
     }
 
 
+def rows_of(
+    model: LlamaForCausalLM, arguments: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """All lengths, with every cache."""
+    layers = model.config.num_hidden_layers
+    caches: dict[str, Any] = {"float16": lambda tokens: float16_cache(layers, tokens)}
+    for name in arguments.recipes:
+        artifact = build_artifact(model, RECIPES[name])
+        caches[name] = lambda tokens, artifact=artifact: KVQCache(artifact, model)
+    fitting = set(caches)
+    for tokens in arguments.lengths:
+        for name in caches:
+            yield {"cache": name, "tokens": tokens, **measure(model, caches[name], tokens, device)}
+    tokens = max(arguments.lengths)
+    while arguments.longest and fitting and tokens < 1 << 23:
+        tokens *= 2
+        for name in sorted(fitting):
+            row = {"cache": name, "tokens": tokens, **measure(model, caches[name], tokens, device)}
+            if "left_out" in row:
+                fitting.remove(name)
+            yield row
+
+
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--recipe", choices=list(RECIPES), nargs="+", default=list(RECIPES))
+    parser.add_argument("--model", choices=list(SHAPES), default="Llama-3-8B")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--longest", action="store_true", help="go on to longer texts until none fits")
+    parser.add_argument("--recipes", choices=list(RECIPES), nargs="+", default=list(RECIPES))
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no row begins"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device; nothing was measured", file=sys.stderr)
         return 1
+    begun = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
-    model = build_model(arguments.layers, device)
-    caches: dict[str, Any] = {"dynamic": lambda: DynamicCache(config=model.config)}
-    for name in arguments.recipe:
-        artifact = build_artifact(model, RECIPES[name])
-        caches[name] = lambda artifact=artifact: KVQCache(artifact, model)
-    rows = []
-    for name, make in caches.items():
-        lengths = list(LENGTHS)
-        for tokens in lengths:
-            row = {"cache": name, "tokens": tokens, **measure(model, make, tokens, device)}
-            rows.append(row)
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            if "left_out" in row:
-                break
-            if tokens == lengths[-1] and tokens < 1 << 23:
-                lengths.append(2 * tokens)
-    if arguments.json:
-        result = {
-            **environment(),
-            "gpu": torch.cuda.get_device_name(device),
-            "layers": arguments.layers,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    model = build_model(arguments.model, device)
+    rows: list[dict[str, Any]] = []
+    result = {
+        **environment(),
+        "gpu": torch.cuda.get_device_name(device),
+        "model": arguments.model,
+        "complete": False,
+        "rows": rows,
+    }
+
+    def write() -> None:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+
+    for row in rows_of(model, arguments, device):
+        rows.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        write()
+        if time.perf_counter() - begun > arguments.budget:
+            print(f"{arguments.budget:.0f} seconds are spent", flush=True)
+            return 0
+    result["complete"] = True
+    write()
     return 0
 
 

@@ -1,20 +1,27 @@
-# Included by the Makefile at the top level.
+# Included by the Makefile at the top level. No target but `gpu` needs a GPU.
 #
-#   make kernels   compiles every variant for every architecture; needs nvcc, no GPU; fails on any spill
-#   make kernel-counts   instructions per element of the decode kernel by the widths of artifacts; needs nvcc,
-#                  no GPU; writes benchmarks/results/kernel_instructions.json
-#   make gpu       on a machine with a GPU: builds pycuda if it is missing, checks, times, and writes
-#                  benchmarks/results/gpu-*.json
+#   make kernels        compiles every variant for every architecture; fails on any spill
+#   make kernel-counts  instructions per element of the decode kernel by the widths of artifacts; writes
+#                       benchmarks/results/kernel_instructions.json
+#   make ptx            runs the kernels' tests on what nvcc makes of them, PTX translated to C++
+#   make cubins         compiles into .gpu/cubins what the tests and benchmarks load on a GPU
+#   make gpu-bundle     that, and in .gpu/wheels the packages that a machine may lack: neither network nor nvcc is needed
+#   make gpu            on a machine with a GPU: checks and times in two stages, see benchmarks/gpu_stages.py; writes to
+#                       benchmarks/results/gpu
 PYTHON ?= python3
 NVCC ?= nvcc
 ARCHS ?= sm_80 sm_90 sm_100
+# Of the GPU that the bundle is for.
+GPU_ARCH ?= sm_90
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= cuda-bindings cuda-pathfinder pydantic pydantic-core annotated-types typing-inspection pytest-timeout \
+              rich markdown-it-py mdurl scikit-learn threadpoolctl joblib hypothesis sortedcontainers
 NVDISASM ?= nvdisasm
 COUNTED ?= $(patsubst %,benchmarks/artifacts/smollm2-135m-wikitext2/%.kvq.safetensors,nuq3-1p kvq2 kvq3 kvq4)
 KERNEL_JOBS ?= $(shell nproc)
-# What pip installs where pycuda is missing; a file or folder where there is no network.
-PYCUDA ?= pycuda>=2024.1
+STAGES ?= 1 2
 
-.PHONY: kernels kernel-counts gpu
+.PHONY: kernels kernel-counts ptx cubins gpu-bundle gpu
 
 kernels:
 	$(PYTHON) kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
@@ -24,11 +31,15 @@ kernel-counts: install
 	$(BIN)/python kernels/count_instructions.py --nvcc $(NVCC) --nvdisasm $(NVDISASM) $(COUNTED) \
 	  --json benchmarks/results/kernel_instructions.json
 
+ptx: install
+	PYTHONPATH=tests $(BIN)/python -m pytest -q -p ptx.plugin --timeout 1200 tests/test_kernels.py tests/test_kernels_cache.py tests/test_ptx.py
+
+cubins: install
+	$(BIN)/python kernels/make_cubins.py .gpu/cubins --arch $(GPU_ARCH) --nvcc $(NVCC) --jobs $(KERNEL_JOBS)
+
+gpu-bundle: cubins
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
+	  --dest .gpu/wheels $(GPU_WHEELS)
+
 gpu:
-	$(PYTHON) -c "import pycuda" 2>/dev/null || $(PYTHON) -m pip install "$(PYCUDA)"
-	$(PYTHON) -m pytest tests -m gpu -q
-	if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/kernels_gpu.py --check-only; \
-	fi
-	$(PYTHON) benchmarks/kernels_gpu.py --json benchmarks/results/gpu-kernels.json
-	$(PYTHON) benchmarks/generate_gpu.py --json benchmarks/results/gpu-generate.json
+	$(PYTHON) benchmarks/gpu_stages.py $(STAGES)

@@ -19,7 +19,8 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import structs
 from kvq_calib.runtime.cuda.append import append_blocks
-from kvq_calib.runtime.cuda.decode import DecodeStep, DecodeVariant, decode_attention
+from kvq_calib.runtime.cuda.decode import DecodeKernel, DecodeStep, DecodeVariant, PagePool
+from kvq_calib.runtime.cuda.decode import _divide as divide
 from kvq_calib.runtime.cuda.decode_tables import KernelTables
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths
@@ -179,6 +180,20 @@ def test_append_is_bit_equal(machine: Machine, name: str, size: int) -> None:
     assert_same_pages(ours.value, theirs.value)
     if theirs.key.layout.outlier_cap:
         assert theirs.key.outlier_entries > 0
+
+
+def test_outliers_of_many_sequences(machine: Machine) -> None:
+    """More lists of a page than threads of the block that finds their places."""
+    layer = Layer(machine, APPEND["crowded"], geometry(16, 8, 1))
+    batch = 24
+    ours, theirs = layer.storage(batch), layer.storage(batch)
+    for blocks in (1, 3):
+        keys = layer.tokens("key", batch, blocks * BLOCK_TOKENS, layer.storage_dtype)
+        values = layer.tokens("value", batch, blocks * BLOCK_TOKENS, layer.storage_dtype)
+        append_blocks(machine.launcher, *layer.tables, ours, keys, values)
+        layer.torch.pack(theirs, keys, values)
+    assert_same_pages(ours.key, theirs.key)
+    assert_same_pages(ours.value, theirs.value)
 
 
 def test_error_compensation_takes_heads_in_turn_where_shared_memory_is_small() -> None:
@@ -397,7 +412,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
         softcap=case.softcap,
         sink_logits=sinks,
     )
-    out = decode_attention(machine.launcher, *layer.tables, step)
+    out = DecodeKernel(machine.launcher, *layer.tables).attend(step)
     assert out.dtype == case.dtype
     assert (out.double() - want).norm() <= TOLERANCE[case.dtype] * want.norm()
     worst = (out.double() - want).norm(dim=-1) / want.norm(dim=-1)
@@ -414,6 +429,57 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     torch.testing.assert_close(got.double(), values[:, :, part], rtol=1e-5, atol=1e-5)
     half = dequantize(machine.launcher, layer.tables[1], pages[1], batch, wanted, case.dtype)
     assert half.dtype == case.dtype
+
+
+@pytest.mark.parametrize("name", ["2bit-96-g8-dense", "trellis3-128-g4"])
+def test_pages_of_a_pool(machine: Machine, name: str) -> None:
+    """The same pages, scattered over a pool full of other things, give the same numbers."""
+    case, device, batch, sinks = CASES[name], machine.device, 2, 3
+    shape = geometry(case.size, case.heads, case.group, case.rope)
+    layer = Layer(machine, KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage), shape)
+    storage = layer.storage(batch)
+    layer.torch.pack(storage, layer.tokens("key", batch, 352), layer.tokens("value", batch, 352))
+    count = len(storage.key.pages)
+    blocks = torch.zeros(batch, count * PAGE_BLOCKS, 2, dtype=torch.int32)
+    blocks[0, :11], blocks[1, :8] = torch.tensor([0, -1]), torch.tensor([0, -1])  # the second is shorter
+    blocks[:, :, 0] = 32 * torch.arange(count * PAGE_BLOCKS)
+    positions = torch.arange(360, 360 + sinks + case.tail, dtype=torch.int32).repeat(batch, 1)
+    positions[1, -2:] = -(2**31)
+    context = DecodeContext(blocks.to(device), positions.to(device))
+    exact = [(layer.tokens("key", batch, t), layer.tokens("value", batch, t)) for t in (sinks, case.tail)]
+    query = torch.randn(batch, shape.layers[0].num_query_heads, case.size, generator=layer.generator)
+    query = query.to(device, case.dtype)
+    kernel = DecodeKernel(machine.launcher, *layer.tables)
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
+    want = kernel.attend(DecodeStep(query, *pages, exact, context, scaling=0.1))
+
+    def as_bytes(x: Tensor) -> Tensor:
+        return x.contiguous().view(torch.uint8).flatten()
+
+    key_bytes, value_bytes = (4 * table.words for table in layer.tables)
+    offsets = [16, 16 + key_bytes, 16 + key_bytes + value_bytes]
+    pool = torch.randint(0, 256, (7, offsets[2] + 1024 + 32), dtype=torch.uint8).to(device)
+    table = torch.tensor([[5, 2], [3, -1]], dtype=torch.int32)  # of the second's last page no token is seen
+    for row, page in ((0, 0), (0, 1), (1, 0)):
+        held = pool[int(table[row, page])]
+        held[offsets[0] : offsets[1]] = as_bytes(storage.key.pages[page].codes[row])
+        held[offsets[1] : offsets[2]] = as_bytes(storage.value.pages[page].codes[row])
+        if layer.tables[1].token:
+            held[offsets[2] : offsets[2] + 1024] = as_bytes(storage.value.pages[page].token_params[row])
+    order = [exact[side][kind] for kind in (0, 1) for side in (0, 1)]  # keys of both, then values
+    addresses = torch.tensor([[x[row].data_ptr() for x in order] for row in range(batch)])
+    paged = PagePool(pool, table.to(device), *offsets, addresses.to(device), (sinks, case.tail))
+    none = layer.tokens("key", batch, 0)
+    step = DecodeStep(query, None, None, [(none, none)] * 2, context, scaling=0.1, pool=paged)
+    assert torch.equal(kernel.attend(step), want)
+    for change, message in (
+        ({"pages": pool[:, :100]}, "do not hold"),
+        ({"key_codes": 8}, "aligned"),
+        ({"table": table.to(device).long()}, "int64"),
+        ({"exact": addresses.to(device)[:1]}, "shape"),
+    ):
+        with pytest.raises(RuntimeMismatchError, match=message):
+            kernel.attend(dataclasses.replace(step, pool=dataclasses.replace(paged, **change)))
 
 
 def test_the_cases_have_every_kind() -> None:
@@ -453,7 +519,7 @@ def test_coefficients_of_any_size(machine: Machine) -> None:
             )
             tables.append(KernelTables(quantizer.with_params(scaled), kind))
         step = DecodeStep(query, *pages, [(none, none)] * 2, context, scaling=0.125 / key_power)
-        return decode_attention(machine.launcher, *tables, step)
+        return DecodeKernel(machine.launcher, *tables).attend(step)
 
     plain = attend(1.0, 1.0)
     assert plain.abs().max() > 0.1
@@ -472,8 +538,46 @@ def test_nothing_visible_is_zero(machine: Machine) -> None:
     none = layer.tokens("key", 1, 0)
     exact = [(none, none), (none, none)]
     step = DecodeStep(query, *pages, exact, context, scaling=1.0)
-    out = decode_attention(machine.launcher, *layer.tables, step)
+    out = DecodeKernel(machine.launcher, *layer.tables).attend(step)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("where", ["everywhere", "one element"])
+@pytest.mark.parametrize("tail", [0, 5])
+def test_what_is_not_a_number_is_not_hidden(machine: Machine, where: str, tail: int) -> None:
+    """A query with a NaN gives NaN; its neighbours are as they were."""
+    layer = Layer(machine, RECIPES["nuq4-1p"], geometry(64, 2, 2))
+    storage = layer.storage(1)
+    layer.torch.pack(storage, layer.tokens("key", 1, 64), layer.tokens("value", 1, 64))
+    pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
+    blocks = torch.tensor([[[32 * i, -1 if i < 2 else 0] for i in range(PAGE_BLOCKS)]], dtype=torch.int32)
+    exact = torch.arange(64, 64 + tail, dtype=torch.int32)[None]
+    context = DecodeContext(blocks.to(machine.device), exact.to(machine.device))
+    held = layer.tokens("key", 1, tail), layer.tokens("value", 1, tail)
+    none = layer.tokens("key", 1, 0)
+    query = torch.randn(1, 4, 64, generator=layer.generator).to(machine.device).half()
+    kernel = DecodeKernel(machine.launcher, *layer.tables)
+
+    def attend(query: Tensor) -> Tensor:
+        return kernel.attend(DecodeStep(query, *pages, [(none, none), held], context, scaling=0.125))
+
+    plain = attend(query)
+    assert plain.isfinite().all()
+    query[0, 1, slice(None) if where == "everywhere" else 7] = torch.nan
+    out = attend(query)
+    assert out[0, 1].isnan().all()
+    assert torch.equal(out[0, 2:], plain[0, 2:])
+
+
+def test_work_is_divided_so_that_all_of_it_runs_at_once() -> None:
+    """Two thread blocks a multiprocessor, those for exact tokens counted."""
+    launcher = HostLauncher(132)
+    for heads, batch, pages, exact in [(8, 1, 512, 40), (8, 1, 512, 0), (8, 8, 512, 130), (32, 1, 64, 33)]:
+        made = divide(launcher, heads, batch, 32, pages, exact)
+        assert made.exact == -(-exact // 64)
+        assert heads * batch * made.splits <= 2 * 132
+        assert heads * batch * (made.splits + 1) > 2 * 132 or made.packed == -(-pages // 4)
+    assert divide(launcher, 32, 64, 32, 512, 40).packed == 1
 
 
 # ---- the operations of a cache -------------------------------------------------------------------------------
@@ -655,14 +759,14 @@ def call():
 def test_wrong_tensors_are_refused_before_a_launch(call, change, message) -> None:
     launcher, tables, step = call
     with pytest.raises(RuntimeMismatchError, match=message) as caught:
-        decode_attention(launcher, *tables, dataclasses.replace(step, **change(step)))
+        DecodeKernel(launcher, *tables).attend(dataclasses.replace(step, **change(step)))
     assert "\n" not in str(caught.value)
     assert launcher.launches == []
 
 
 def test_what_would_work_does(call) -> None:
     launcher, tables, step = call
-    assert decode_attention(launcher, *tables, step).shape == step.query.shape
+    assert DecodeKernel(launcher, *tables).attend(step).shape == step.query.shape
     assert launcher.launches == ["decode_attention", "reduce_splits"]
 
 
@@ -713,7 +817,7 @@ def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) ->
 
         monkeypatch.setattr(machine.launcher, "constant", constant)
     else:
-        machine.launcher.shared_limit = 1000
+        machine.launcher.shared_limit = 12_000
     with pytest.warns(RuntimeWarning, match=f"{fault if fault != 'compiler' else 'nvcc'}.*; torch decodes"):
         cache.step(1)
     cache.step(1)  # a second warning would be an error

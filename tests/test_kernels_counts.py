@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS
 
-SCRIPT = Path(__file__).parent.parent / "kernels" / "count_instructions.py"
+SCRIPTS = Path(__file__).parent.parent / "kernels"
 LISTING = """
 .text.reduce_splits:
 .L_x_9:
@@ -39,13 +40,41 @@ LISTING = """
 """
 
 
-@pytest.fixture
-def counter(monkeypatch):
-    spec = importlib.util.spec_from_file_location("count_instructions", SCRIPT)
+def script(monkeypatch, name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    return script(monkeypatch, "count_instructions")
+
+
+def test_the_tables_of_the_docs_follow_from_the_counts(monkeypatch) -> None:
+    """After `make kernel-counts`, `python kernels/predict.py` prints what belongs there."""
+    predict = script(monkeypatch, "predict")
+    counts = json.loads(predict.COUNTS.read_text())
+    lines = (SCRIPTS.parent / "docs/kernels.md").read_text().splitlines()
+    for row in predict.count_rows(counts) + predict.bound_rows(counts):
+        assert row in lines
+
+
+def test_the_bounds(monkeypatch) -> None:
+    """A GPU that does one of everything a second."""
+    predict = script(monkeypatch, "predict")
+    slow = predict.Gpu(1, 1 / 128, 1.0)
+    counts = [
+        {"recipe": "kvq3", "kind": kind, "instructions": 3.0, "alu": 1.0, "loads": 0.1}
+        for kind in ("key", "value")
+    ]
+    least = predict.bound(counts, "kvq3", slow)
+    elements = 131072 * 8 * 128
+    assert (least.issue, least.alu) == (6 * elements, 4 * elements)
+    assert least.memory == pytest.approx(2 * elements * 3.4 / 8)
+    assert least.seconds == least.issue
 
 
 def test_innermost_loops_with_products_are_counted(counter) -> None:

@@ -275,47 +275,60 @@ struct PlaceParams {
     int capacity, heads, blocks, first_block, batch, start_bytes;
 };
 
-template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p) {
-    KVQ_SHARED;
-    const int batch = p.batch;
-    int *offset = reinterpret_cast<int *>(kvq_shared);  // [8 B + 1] entries before each (block, sequence)
-    int *counts = offset + kPageBlocks * batch + 1;     // [8 B H]
+// The sum of `value` over the threads before this one; `all`: over all of the block. `of_warps`: kWarps words.
+KVQ_DEVICE int sum_before(int value, int *of_warps, int &all) {
+    int end = value;
+    for (int step = 1; step < kWarp; step *= 2) {
+        const int before = __shfl_up_sync(kAll, end, step);
+        if (lane_id() >= step) end += before;
+    }
+    if (lane_id() == kWarp - 1) of_warps[warp_id()] = end;
+    __syncthreads();
+    int before = end - value;
+    all = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+        if (warp < warp_id()) before += of_warps[warp];
+        all += of_warps[warp];
+    }
+    __syncthreads();
+    return before;
+}
+
+template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p, int *of_warps) {
     const int page = blockIdx.x;
     const int from = page == 0 ? p.first_block : 0;  // places of this page that are new
     const int block = page * kPageBlocks + from - p.first_block;
-    const int blocks = min(kPageBlocks - from, p.blocks - block), rows = blocks * batch;
-    Start *start = static_cast<Start *>(p.page_start[page]) + from * batch * p.heads;
-    for (int i = threadIdx.x; i < rows * p.heads; i += kThreads)
-        counts[i] = p.count[int64_t(block) * batch * p.heads + i];
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int total = from ? int(start[0]) : 0;
-        for (int row = 0; row < rows; ++row) {
-            offset[row] = total;
-            for (int h = 0; h < p.heads; ++h) {
-                start[row * p.heads + h] = Start(total);
-                total += counts[row * p.heads + h];
-            }
-        }
-        offset[rows] = total;
+    const int rows = min(kPageBlocks - from, p.blocks - block) * p.batch, lists = rows * p.heads;
+    const int *count = p.count + int64_t(block) * p.batch * p.heads;
+    Start *start = static_cast<Start *>(p.page_start[page]) + from * p.batch * p.heads;
+    int total = from ? int(start[0]) : 0;
+    for (int base = 0; base < lists; base += kThreads) {
+        const int list = base + int(threadIdx.x);
+        int all;
+        const int before = sum_before(list < lists ? count[list] : 0, of_warps, all);
+        if (list < lists) start[list] = Start(total + before);
+        total += all;
     }
+    const int end = (kPageBlocks - from) * p.batch * p.heads;
+    for (int list = lists + int(threadIdx.x); list <= end; list += kThreads) start[list] = Start(total);
     __syncthreads();
-    const int lists = (kPageBlocks - from) * batch * p.heads;
-    for (int i = rows * p.heads + threadIdx.x; i <= lists; i += kThreads) start[i] = Start(offset[rows]);
     for (int row = warp_id(); row < rows; row += kWarps) {
-        const int64_t source = (int64_t(block) * batch + row) * p.capacity;
-        for (int i = lane_id(); i < offset[row + 1] - offset[row]; i += kWarp) {
-            p.page_index[page][offset[row] + i] = p.index[source + i];
-            p.page_residual[page][offset[row] + i] = p.residual[source + i];
+        const int64_t source = (int64_t(block) * p.batch + row) * p.capacity;
+        const int first = start[row * p.heads], entries = int(start[(row + 1) * p.heads]) - first;
+        for (int i = lane_id(); i < entries; i += kWarp) {
+            p.page_index[page][first + i] = p.index[source + i];
+            p.page_residual[page][first + i] = p.residual[source + i];
         }
     }
 }
 
-// Grid: pages touched; 512 threads; 4 (8 B (H + 1) + 1) bytes of shared memory. Writes the starts of a page's new
-// lists, those of blocks still to come, and the entries.
+// Grid: pages touched; 512 threads; 64 bytes of shared memory. Writes the starts of a page's new lists, those of
+// blocks still to come, and the entries.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
+    KVQ_SHARED;
+    int *of_warps = reinterpret_cast<int *>(kvq_shared);
     if (p.start_bytes == 2)
-        place_outliers_of<uint16_t>(p);
+        place_outliers_of<uint16_t>(p, of_warps);
     else
-        place_outliers_of<int>(p);
+        place_outliers_of<int>(p, of_warps);
 }

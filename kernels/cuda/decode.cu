@@ -67,14 +67,14 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         const int hidden = p.first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
         if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
         if (!__any_sync(kAll, keep != 0)) continue;
-        const PagePointers &keys = p.key_pages[page - p.first_page], &values = p.value_pages[page - p.first_page];
+        const SequencePage keys(p, false, row, page);
 
         Scores score;
-        score_page(s, key_levels, opaque(keys.codes + int64_t(row) * p.key_words), base, score);
+        score_page(s, key_levels, opaque(keys.codes), base, score);
         if (KVQ_KEY_OUTLIERS) {
             for (int i = lane_id(); i < kScores; i += kWarp) scores[i] = 0.0f;
             __syncwarp();
-            score_outliers(p, s, keys, row, head, base, scores);
+            score_outliers(p, s, *keys.lists, row, head, base, scores);
             __syncwarp();
 #pragma unroll
             for (int set = 0; set < kSets; ++set)
@@ -88,16 +88,16 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         }
         float rescale[2];
         softmax.scale_and_mask(score, keep, rescale);
+        const SequencePage values(p, true, row, page);
         softmax.weigh(score,
-                      opaque(reinterpret_cast<const uint4 *>(
-                          values.token_params + (int64_t(row) * kPageTokens + group * kBlockTokens) * 2)),
+                      opaque(reinterpret_cast<const uint4 *>(values.token_params + group * kBlockTokens * 2)),
                       scores, rescale);
         Weights weights;
         softmax.operands(score, weights);
-        mix_page(s, value_levels, opaque(values.codes + int64_t(row) * p.value_words), weights, rescale, tiles);
+        mix_page(s, value_levels, opaque(values.codes), weights, rescale, tiles);
         if (KVQ_VALUE_OUTLIERS) {
             __syncwarp();
-            mix_outliers(p, s, values, row, head, scores, softmax.unit(), tiles);
+            mix_outliers(p, s, *values.lists, row, head, scores, softmax.unit(), tiles);
         }
         __syncwarp();
     }
@@ -163,14 +163,14 @@ KVQ_KERNEL void __launch_bounds__(kThreads) reduce_splits(const __grid_constant_
     for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
     float sum = 0.0f;
     for (int i = lane_id(); i < p.splits; i += kWarp) {
-        const float w = sums[i].x == kMinusInfinity ? 0.0f : power_of_two(sums[i].x - maximum);
+        const float w = sums[i].y == 0.0f ? 0.0f : power_of_two(sums[i].x - maximum);
         sum += w * sums[i].y;
         if (warp_id() == 0) weight[i] = w;
     }
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
     if (own > kMinusInfinity) sum += power_of_two(own - maximum);
     __syncthreads();
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int d = threadIdx.x; d < kDim; d += kThreads) {
         const float *column = p.partial + head * p.splits * kDim + d;
         float packed = 0.0f, exact = 0.0f;

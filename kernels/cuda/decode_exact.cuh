@@ -14,7 +14,7 @@ KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
         float maximum = kMinusInfinity, sum = 0.0f, offset = 0.0f, mixed = 0.0f;
         for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, s.maximum[w][h]);
         for (int w = 0; w < kWarps; ++w) {
-            if (s.maximum[w][h] == kMinusInfinity) continue;
+            if (s.sum[w][h] == 0.0f) continue;  // saw nothing; a NaN goes on to the result
             const float weight = power_of_two(s.maximum[w][h] - maximum);
             sum += weight * s.sum[w][h];
             offset += weight * s.offset[w][h];
@@ -51,6 +51,11 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
         const int side = token >= p.exact_count[0];
         const int64_t place = p.exact_stride[side][0] * row + p.exact_stride[side][1] * head +
                               int64_t(side ? token - p.exact_count[0] : token) * kDim;
+        const uint16_t *key = p.exact_key[side], *value = p.exact_value[side];
+        if (p.pool_table) {
+            key = p.pool_exact[4 * row + side];
+            value = p.pool_exact[4 * row + 2 + side];
+        }
         float score[kGroup];
 #pragma unroll
         for (int h = 0; h < kGroup; ++h) score[h] = 0.0f;
@@ -59,8 +64,8 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
             const int pair = i * kWarp + lane;
             if (pair >= kDim / 2) continue;
             const int first = __ldg(p.exact_pairs + pair) & 0xffffu, second = __ldg(p.exact_pairs + pair) >> 16;
-            float a = Storage::to_float(p.exact_key[side][place + first]);
-            float b = Storage::to_float(p.exact_key[side][place + second]);
+            float a = Storage::to_float(key[place + first]);
+            float b = Storage::to_float(key[place + second]);
             const uint32_t frequency = __ldg(p.exact_angles + pair);
             if (p.key_rope && frequency) {
                 float sine, cosine;
@@ -85,8 +90,7 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
             for (int i = 0; i < kOwn; ++i) {
                 const int coordinate = i * kWarp + lane;
                 if (coordinate < kDim)
-                    out[h][i] = out[h][i] * rescale +
-                                probability * Storage::to_float(p.exact_value[side][place + coordinate]);
+                    out[h][i] = out[h][i] * rescale + probability * Storage::to_float(value[place + coordinate]);
             }
         }
     }

@@ -61,6 +61,11 @@ struct DecodeParams {
     const float2 *value_affine;       // [H, D]: factor and offset of a channel of the mixed output
     const uint16_t *exact_key[2];     // sinks and tail, [B, H, n, D]
     const uint16_t *exact_value[2];
+    const int *pool_table;            // [B, pool_stride] numbers of pages in a pool, or null: the addresses above serve
+    const char *pool;                 // page 0; a page holds kPageTokens of one sequence, and no outliers
+    const uint16_t *const *pool_exact;  // [B, 4] where a sequence's keys of sinks and of the tail, and values, stand
+    int64_t pool_bytes;               // of a page
+    int64_t pool_offset[3];           // in a page: codes of keys, codes of values, scales of values' tokens
     const int *exact_positions;       // [B, n0 + n1], kMasked where not attended
     const uint32_t *exact_angles;     // [D / 2]: turns per token
     const uint32_t *exact_pairs;      // [D / 2]: coordinates of a pair, first | second << 16
@@ -77,6 +82,7 @@ struct DecodeParams {
     float rope_scaling;               // on rotated pairs of exact keys
     int key_rope;                     // exact keys are rotated on read
     int block_stride;
+    int pool_stride;
     int group;  // query heads that share a key-value head; given, because a quotient takes a register throughout
 };
 
@@ -158,6 +164,26 @@ struct Share {  // the query heads of a thread block
         const int before = block % p.subgroups * kGroup;
         first = head * p.group + before;
         heads = min(kGroup, p.group - before);
+    }
+};
+
+// Where the codes and the token scales of one sequence stand in a page.
+struct SequencePage {
+    const uint32_t *codes;
+    const uint16_t *token_params;
+    const PagePointers *lists;  // of outliers
+
+    KVQ_DEVICE SequencePage(const DecodeParams &p, bool values, int row, int page) : lists(nullptr) {
+        if (p.pool_table) {
+            const int number = __ldg(p.pool_table + int64_t(row) * p.pool_stride + page);
+            const char *at = p.pool + p.pool_bytes * number;
+            codes = reinterpret_cast<const uint32_t *>(at + p.pool_offset[values]);
+            token_params = reinterpret_cast<const uint16_t *>(at + p.pool_offset[2]);
+            return;
+        }
+        lists = (values ? p.value_pages : p.key_pages) + page - p.first_page;
+        codes = lists->codes + int64_t(row) * (values ? p.value_words : p.key_words);
+        token_params = lists->token_params + int64_t(row) * kPageTokens * 2;
     }
 };
 

@@ -37,6 +37,8 @@ class KVQCacheLayer(AttendingLayer):
         self.ops = ops
         self.forward_pass = forward_pass
         self.checks_rope = checks_rope
+        #: Whether the angles of tokens were wrong that nobody has asked about yet; ``None``: there are none.
+        self._wrong_rope: Tensor | None = None
 
     @property
     def storage(self) -> LayerStorage | None:
@@ -81,8 +83,13 @@ class KVQCacheLayer(AttendingLayer):
         positions = options.get("position_ids")
         storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
         if rotation is not None and self.checks_rope:
+            if table.length == tokens:  # what was noted is of a text that is gone
+                self._wrong_rope = None
             newest = table.positions(table.length - tokens, table.length)
-            self._check_rope(rotation.unrotate(call.key), call.key, newest)
+            self._compare_rope(rotation.unrotate(call.key), call.key, newest)
+            # To look at the result a host must wait for its GPU, so steps of one token leave that to the next block.
+            if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
+                self._check_rope()
         self.store_call(storage, call, rotation, table)
         scaling = options.get("scaling")
         request = AttentionRequest(
@@ -130,14 +137,20 @@ class KVQCacheLayer(AttendingLayer):
             )
         return self.forward_pass.rotation(call.module, *call.position_embeddings)
 
-    def _check_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
-        """Refuse angles other than those of the artifact: they would be wrong on every later read."""
+    def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
+        """Note whether angles are other than those of the artifact: they would be wrong on every later read."""
         rope = self.ops.rope
         assert rope is not None
         again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))
         error = (rope.scale_(again).mT - rotated).abs().amax()
         slack = max(1e-3, 8 * torch.finfo(rotated.dtype).eps)
-        if not bool(error <= slack * rotated.abs().amax()):
+        wrong = ~(error <= slack * rotated.abs().amax())
+        self._wrong_rope = wrong if self._wrong_rope is None else self._wrong_rope | wrong
+
+    def _check_rope(self) -> None:
+        """Refuse what was noted since the last call."""
+        wrong, self._wrong_rope = self._wrong_rope, None
+        if wrong is not None and bool(wrong):
             raise RuntimeMismatchError(
                 f"layer {self.index} rotates keys by other angles than at calibration (RoPE that depends on "
                 "the length of the text?); calibrate with --set cache.key.pre_rope=false, or this model anew"

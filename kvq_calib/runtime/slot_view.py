@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
+from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.exact_tokens import ExactTokens
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.visibility import Visibility
@@ -29,11 +30,21 @@ class DecodeContext:
         blocks: int32 ``[B, 8 * n, 2]``: position of each block's first token, bits of its attended tokens.
         exact_positions: int32 ``[B, S]``: positions of the exact tokens, -2^31 where not attended.
         first_token: tokens of blocks before it, counted from block 0 with 32 to a block, have left the window.
+
+    Raises:
+        RuntimeMismatchError: of another dtype, or not contiguous.
     """
 
     blocks: Tensor
     exact_positions: Tensor
     first_token: int = 0
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("blocks", self.blocks), ("exact_positions", self.exact_positions)):
+            if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+                raise RuntimeMismatchError(
+                    f"{name} is {tensor.dtype} with strides {tensor.stride()}, expected contiguous int32"
+                )
 
 
 class SlotView:

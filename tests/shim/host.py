@@ -65,18 +65,18 @@ class HostLauncher:
     def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
         return ctypes.c_int.in_dll(build(source, defines), name).value
 
-    def launch(
-        self,
-        source: str,
-        defines: tuple[str, ...],
-        kernel: str,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        params: ctypes.Structure,
-    ) -> None:
+    def kernel(self, source: str, defines: tuple[str, ...], name: str, params: type[ctypes.Structure]):
         library = build(source, defines)
-        size = getattr(library, f"size_{kernel}")()
-        assert size == ctypes.sizeof(params), f"{kernel}: {ctypes.sizeof(params)} bytes here, {size} in C++"
-        self.launches.append(kernel)
-        getattr(library, f"launch_{kernel}")(ctypes.byref(params), *grid, threads, shared_bytes)
+        size = getattr(library, f"size_{name}")()
+        assert size == ctypes.sizeof(params), f"{name}: {ctypes.sizeof(params)} bytes here, {size} in C++"
+        run = getattr(library, f"launch_{name}")
+
+        def launch(
+            grid: tuple[int, int, int], threads: int, shared_bytes: int, given: ctypes.Structure
+        ) -> None:
+            assert type(given) is params
+            assert shared_bytes <= self.shared_limit
+            self.launches.append(name)
+            run(ctypes.byref(given), *grid, threads, shared_bytes)
+
+        return launch

@@ -167,7 +167,7 @@ def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
     )
     params.side[:] = [side.params() for side in sides]
     grid = (key.blocks, key.batch, 2)
-    launcher.launch(_SOURCE, (), "append_blocks", grid, _THREADS, shared, params)
+    launcher.kernel(_SOURCE, (), "append_blocks", AppendParams)(grid, _THREADS, shared, params)
     counts = [(side, side.outliers) for side in sides if side.outliers is not None]
     if counts:
         totals = torch.stack([outliers.count.flatten(1).sum(1) for _, outliers in counts])
@@ -204,7 +204,6 @@ def _place_outliers(launcher: Launcher, side: _Side, outliers: _Outliers, totals
         buffers = (page.outlier_index, page.outlier_residual, page.outlier_start)
         rows.append([pointer(buffer) or 0 for buffer in buffers])
     pointers = torch.tensor(rows, dtype=torch.int64).mT.contiguous().to(packed.device)
-    heads = side.table.heads
     params = PlaceParams(
         index=outliers.index.data_ptr(),
         residual=outliers.residual.data_ptr(),
@@ -213,11 +212,11 @@ def _place_outliers(launcher: Launcher, side: _Side, outliers: _Outliers, totals
         page_residual=pointers[1].data_ptr(),
         page_start=pointers[2].data_ptr(),
         capacity=BLOCK_TOKENS * side.table.cap,
-        heads=heads,
+        heads=side.table.heads,
         blocks=side.blocks,
         first_block=side.place,
         batch=side.batch,
         start_bytes=packed.layout.start_dtype(side.batch).itemsize,
     )
-    shared = 4 * (PAGE_BLOCKS * side.batch * (heads + 1) + 1)
-    launcher.launch(_SOURCE, (), "place_outliers", (side.pages, 1, 1), _THREADS, shared, params)
+    place = launcher.kernel(_SOURCE, (), "place_outliers", PlaceParams)
+    place((side.pages, 1, 1), _THREADS, 4 * _WARPS, params)

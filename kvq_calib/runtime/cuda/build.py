@@ -46,8 +46,9 @@ def compile_cubin(
 ) -> bytes:
     """Machine code of ``kernels/cuda/<source>``, from the cache or from ``nvcc``.
 
-    The key of the cache is everything that changes the result: all sources, options, compiler version and
-    architecture. Nobody ever reads half of a file. A folder that cannot be read or written costs time, no more.
+    The name of a file in the cache says everything that changes the result: all sources and options, and the compiler's
+    version. Where there is no compiler, what any version made of the same sources serves, so a cache that was filled on
+    another machine does. Nobody ever reads half of a file. A folder that cannot be read or written costs time, no more.
 
     Args:
         source: name of the file.
@@ -58,25 +59,39 @@ def compile_cubin(
         fresh: compile also what the cache has.
 
     Raises:
-        RuntimeMismatchError: no compiler, or it refuses.
+        RuntimeMismatchError: there is no compiler, or it refuses.
     """
-    found = shutil.which(nvcc)
-    if found is None:
-        raise RuntimeMismatchError("no nvcc on the PATH; install the CUDA toolkit to use the kernels")
     folder = kernel_folder()
     options = ["-std=c++17", "-arch", arch, "-cubin", *(f"-D{define}" for define in defines)]
     digest = hashlib.sha256()
-    for part in (_run([found, "--version"]).stdout, source, *options):
+    for part in (source, *options):
         digest.update(part.encode() + b"\0")
     for path in sorted([*folder.glob("*.cuh"), folder / source]):
         digest.update(path.read_bytes() + b"\0")
-    target = None if cache is None else cache / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
+    name = f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}"
+    found = shutil.which(nvcc)
+    if found is None:
+        kept = None if cache is None or fresh else _newest(cache, name)
+        if kept is None:
+            raise RuntimeMismatchError("no nvcc on the PATH; install the CUDA toolkit to use the kernels")
+        return kept
+    version = hashlib.sha256(_run([found, "--version"]).stdout.encode()).hexdigest()[:8]
+    target = None if cache is None else cache / f"{name}-{version}.cubin"
     if target is not None and not fresh and (kept := _read(target)) is not None:
         return kept
     code = _compile([found, *options, f"-I{folder}"], folder / source, arch)
     if target is not None:
         _keep(target, code)
     return code
+
+
+def _newest(cache: Path, name: str) -> bytes | None:
+    """What any compiler made of these sources and options; the latest, where there are several."""
+    try:
+        files = sorted(cache.glob(f"{name}-*.cubin"), key=lambda file: file.stat().st_mtime)
+    except OSError:
+        return None
+    return _read(files[-1]) if files else None
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -87,10 +102,15 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _compile(command: list[str], source: Path, arch: str) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / "built.cubin"
-        done = _run([*command, str(source), "-o", str(built)])
-        code = _read(built)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch) / "built.cubin"
+            done = _run([*command, str(source), "-o", str(built)])
+            code = _read(built)
+    except OSError as error:
+        raise RuntimeMismatchError(
+            f"nvcc has nowhere to write ({error.strerror or error}); set TMPDIR"
+        ) from error
     if done.returncode or code is None:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no output")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torch import Tensor
 from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
-from kvq_calib.runtime.cuda.launcher import Launcher
+from kvq_calib.runtime.cuda.launcher import Kernel, Launcher
 from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, ReduceParams, check, pointer
 from kvq_calib.runtime.slot_view import DecodeContext
 
-__all__ = ["DecodeStep", "DecodeVariant", "decode_attention"]
+__all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 
 #: Query heads one thread block serves; larger groups are divided.
 MAX_GROUP = 8
@@ -23,6 +24,30 @@ MAX_GROUP = 8
 EXACT_TOKENS = 64
 _THREADS = 128
 _SOURCE = "decode.cu"
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """Pages that an engine hands out, each of 256 tokens of one sequence: nothing of a sequence stands elsewhere.
+
+    Attributes:
+        pages: uint8 ``[N, page bytes]``, pages contiguous and a multiple of 16 bytes.
+        table: int32 ``[B, n]``, contiguous: which page holds tokens ``256 i`` to ``256 i + 255`` of a sequence. Of a
+            page that the context shows no token of, the number is not read.
+        key_codes, value_codes, value_token: bytes of a page before the codes and before the scales of values' tokens;
+            multiples of 16. Codes stand as in a page of :class:`~kvq_calib.runtime.storage.PackedTensor` of batch 1.
+        exact: int64 ``[B, 4]``, contiguous: addresses of keys of sinks, keys of the tail, values of both, ``[H, t, D]``
+            each.
+        exact_counts: ``t`` of sinks and of the tail; the context hides what a sequence has not.
+    """
+
+    pages: Tensor
+    table: Tensor
+    key_codes: int
+    value_codes: int
+    value_token: int
+    exact: Tensor
+    exact_counts: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,21 +64,32 @@ class DecodeStep:
         first_page: number of the first page in ``context.blocks``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
+        pool: takes the place of ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
     """
 
     query: Tensor
-    key_pages: Tensor
-    value_pages: Tensor
+    key_pages: Tensor | None
+    value_pages: Tensor | None
     exact: Sequence[tuple[Tensor, Tensor]]
     context: DecodeContext
     scaling: float
     first_page: int = 0
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    pool: PagePool | None = None
 
     @property
+    def page_count(self) -> int:
+        """Pages that are read of each sequence."""
+        if self.pool is not None:
+            return self.pool.table.shape[1]
+        return 0 if self.key_pages is None else self.key_pages.shape[0]
+
+    @cached_property
     def exact_counts(self) -> list[int]:
         """Sinks, and tokens of the tail."""
+        if self.pool is not None:
+            return list(self.pool.exact_counts)
         return [keys.shape[2] for keys, _ in self.exact]
 
 
@@ -75,7 +111,7 @@ class DecodeVariant:
     key_paths: bool = False
     value_paths: bool = False
 
-    @property
+    @cached_property
     def defines(self) -> tuple[str, ...]:
         """As the compiler takes them."""
         return tuple(f"KVQ_{field.name.upper()}={int(getattr(self, field.name))}" for field in fields(self))
@@ -102,48 +138,227 @@ class _Division:
         """Partial results to be joined."""
         return self.packed + self.exact
 
+    @property
+    def group_of_block(self) -> int:
+        """Query heads of a thread block."""
+        return -(-self.group // self.subgroups)
 
-def decode_attention(launcher: Launcher, key: KernelTables, value: KernelTables, step: DecodeStep) -> Tensor:
-    """Attention of one token per sequence over packed pages and exact tokens.
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The kernels of a variant, and the shared memory of a thread block of the first."""
+
+    attention: Kernel
+    reduce: Kernel
+    shared_bytes: int
+
+
+class DecodeKernel:
+    """Attention of one token per sequence over packed pages and exact tokens, in one layer.
 
     Args:
         launcher: runs the kernels.
         key, value: the layer's tables.
-        step: the token, and what it attends to.
-
-    Returns:
-        ``[B, Hq, D]`` in the dtype of the query.
 
     Raises:
-        RuntimeMismatchError: a shape, dtype, stride or device is not as promised, or has no variant.
+        RuntimeMismatchError: there is no kernel for the layer.
     """
-    _check_layer(key, value, step)
-    _check_exact(key, step)
-    division = _divide(launcher, key, step)
-    if division.splits == 0:
-        return torch.zeros_like(step.query)
-    variant = _variant(key, value, step, division)
-    shared = launcher.constant(_SOURCE, variant.defines, "decode_shared_bytes")
-    if shared > launcher.shared_limit:
-        raise RuntimeMismatchError(
-            f"{variant.group} queries of {key.head_dim} channels per head need {shared} bytes of shared memory, "
-            f"this GPU has {launcher.shared_limit}"
+
+    def __init__(self, launcher: Launcher, key: KernelTables, value: KernelTables) -> None:
+        reason = unsupported(key, value)
+        if reason:
+            raise RuntimeMismatchError(reason)
+        self.launcher, self.key, self.value = launcher, key, value
+        #: By what distinguishes the steps of a layer: query heads of a thread block, whether there is a softcap, dtype.
+        self._compiled: dict[tuple[int, bool, torch.dtype], _Compiled] = {}
+        self._divisions: dict[tuple[int, int, int, int], _Division] = {}
+        #: With the pointers that are the same in every step; copied for each.
+        self._fixed = DecodeParams(
+            key_channels=key.decode.channels.data_ptr(),
+            value_channels=value.decode.channels.data_ptr(),
+            key_levels=key.decode.levels.data_ptr(),
+            value_levels=value.decode.levels.data_ptr(),
+            key_kinds=pointer(key.decode.kinds),
+            value_kinds=pointer(value.decode.kinds),
+            key_angles=key.decode.angles.data_ptr(),
+            key_pair_scale=key.decode.pair_scale.data_ptr(),
+            value_affine=value.decode.affine.data_ptr(),
+            exact_angles=key.frequencies.data_ptr(),
+            exact_pairs=key.pairs.data_ptr(),
+            key_words=key.words,
+            value_words=value.words,
+            kv_heads=key.heads,
+            rope_scaling=key.rope_scaling,
+            key_rope=int(key.rotates),
         )
-    batch, query_heads, size = step.query.shape
-    shape = (batch, query_heads, division.splits)
-    partial = torch.empty(*shape, size, dtype=torch.float32, device=key.device)
-    partial_sum = torch.empty(*shape, 2, dtype=torch.float32, device=key.device)
-    params = _params(key, value, step, division, (partial, partial_sum))
-    grid = (division.splits, key.heads * division.subgroups, batch)
-    launcher.launch(_SOURCE, variant.defines, "decode_attention", grid, _THREADS, shared, params)
-    return _reduce(launcher, variant, step, division, (partial, partial_sum))
+
+    def attend(self, step: DecodeStep) -> Tensor:
+        """Attention of one token per sequence.
+
+        Args:
+            step: the token, and what it attends to.
+
+        Returns:
+            ``[B, Hq, D]`` in the dtype of the query.
+
+        Raises:
+            RuntimeMismatchError: a shape, dtype, stride or device is not as promised, or has no variant.
+        """
+        key = self.key
+        _check_layer(key, step)
+        if step.pool is None:
+            _check_pages(key, step)
+            _check_exact(key, step)
+        else:
+            self._check_pool(step, step.pool)
+        division = self._division(step)
+        if division.splits == 0:
+            return torch.zeros_like(step.query)
+        compiled = self._variant(step, division)
+        batch, query_heads, size = step.query.shape
+        # One allocation: partial results, then maximum and sum of each.
+        partials = batch * query_heads * division.splits
+        partial = torch.empty(partials * (size + 2), dtype=torch.float32, device=key.device)
+        sums = partial.data_ptr() + 4 * partials * size
+        params = self._params(step, division, (partial.data_ptr(), sums))
+        grid = (division.splits, key.heads * division.subgroups, batch)
+        compiled.attention(grid, _THREADS, compiled.shared_bytes, params)
+        out = torch.empty_like(step.query)
+        logits = step.sink_logits
+        if logits is not None:
+            logits = logits.to(out.device, torch.float32).contiguous()
+        reduce = ReduceParams(
+            partial=partial.data_ptr(),
+            partial_sum=sums,
+            sink_logits=pointer(logits),
+            out=out.data_ptr(),
+            packed_splits=division.packed,
+            splits=division.splits,
+        )
+        compiled.reduce((query_heads, batch, 1), _THREADS, 4 * division.splits, reduce)
+        return out
+
+    def _division(self, step: DecodeStep) -> _Division:
+        batch, query_heads, _ = step.query.shape
+        known = batch, query_heads, step.page_count, sum(step.exact_counts)
+        found = self._divisions.get(known)
+        if found is None:
+            self._divisions.clear()  # steps of one length follow each other, and lengths do not come back
+            found = self._divisions[known] = _divide(self.launcher, self.key.heads, *known)
+        return found
+
+    def _variant(self, step: DecodeStep, division: _Division) -> _Compiled:
+        known = division.group_of_block, step.softcap is not None, step.query.dtype
+        if known not in self._compiled:
+            self._compiled[known] = self._compile(*known)
+        return self._compiled[known]
+
+    def _compile(self, group: int, softcap: bool, dtype: torch.dtype) -> _Compiled:
+        key, value, launcher = self.key, self.value, self.launcher
+        variant = DecodeVariant(
+            head_dim=key.head_dim,
+            group=group,
+            key_bits=key.decode.bits,
+            value_bits=value.decode.bits,
+            key_outliers=key.cap > 0,
+            value_outliers=value.cap > 0,
+            value_token=value.token,
+            rope=key.rotates,
+            softcap=softcap,
+            query_bfloat=dtype == torch.bfloat16,
+            storage_bfloat=key.storage_bfloat,
+            key_paths=key.decode.paths,
+            value_paths=value.decode.paths,
+        )
+        shared = launcher.constant(_SOURCE, variant.defines, "decode_shared_bytes")
+        if shared > launcher.shared_limit:
+            raise RuntimeMismatchError(
+                f"{group} queries of {key.head_dim} channels per head need {shared} bytes of shared memory, "
+                f"this GPU has {launcher.shared_limit}"
+            )
+        return _Compiled(
+            launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams),
+            launcher.kernel(_SOURCE, variant.defines, "reduce_splits", ReduceParams),
+            shared,
+        )
+
+    def _params(self, step: DecodeStep, division: _Division, partial: tuple[int, int]) -> DecodeParams:
+        params = DecodeParams.from_buffer_copy(self._fixed)
+        params.query = step.query.data_ptr()
+        params.key_pages, params.value_pages = pointer(step.key_pages), pointer(step.value_pages)
+        params.blocks = pointer(step.context.blocks)
+        params.exact_positions = pointer(step.context.exact_positions)
+        params.partial, params.partial_sum = partial
+        params.query_heads = step.query.shape[1]
+        params.subgroups = division.subgroups
+        params.group = division.group
+        params.first_page = step.first_page
+        params.pages = step.page_count
+        params.packed_splits = division.packed
+        params.splits = division.splits
+        params.first_token = step.context.first_token
+        params.scaling = step.scaling
+        params.softcap = step.softcap or 0.0
+        params.block_stride = step.context.blocks.shape[1]
+        if step.pool is not None:
+            self._point_to_pool(params, step.pool)
+            return params
+        for number, (keys, values) in enumerate(step.exact):
+            if step.exact_counts[number] == 0:
+                continue
+            params.exact_key[number], params.exact_value[number] = keys.data_ptr(), values.data_ptr()
+            params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = keys.stride()[:2]
+            params.exact_count[number] = step.exact_counts[number]
+        return params
+
+    def _check_pool(self, step: DecodeStep, pool: PagePool) -> None:
+        """Pages of a pool are as the kernel takes them."""
+        key, value, batch = self.key, self.value, step.query.shape[0]
+        if key.cap or value.cap:
+            raise RuntimeMismatchError("pages of a pool have no room for outliers; use a recipe without")
+        if step.first_page:
+            raise RuntimeMismatchError("pages of a pool are read from the first one on")
+        pages = pool.pages
+        if (
+            pages.device != key.device
+            or pages.dtype != torch.uint8
+            or pages.ndim != 2
+            or pages.stride(1) != 1
+        ):
+            raise RuntimeMismatchError(f"the pool is {pages.dtype} {tuple(pages.shape)} on {pages.device}")
+        ends = pool.key_codes + 4 * key.words, pool.value_codes + 4 * value.words
+        starts = pool.key_codes, pool.value_codes, pool.value_token, pages.stride(0), pages.data_ptr()
+        if max(ends) > pages.shape[1] or any(start % 16 for start in starts):
+            raise RuntimeMismatchError(
+                f"pages of {pages.shape[1]} bytes do not hold the codes, aligned to 16 bytes"
+            )
+        check("the table of pages", pool.table, (batch, pool.table.shape[1]), torch.int32, key.device)
+        check("addresses of exact tokens", pool.exact, (batch, 4), torch.int64, key.device)
+
+    def _point_to_pool(self, params: DecodeParams, pool: PagePool) -> None:
+        params.pool_table, params.pool = pool.table.data_ptr(), pool.pages.data_ptr()
+        params.pool_exact = pool.exact.data_ptr()
+        params.pool_bytes = pool.pages.stride(0)
+        params.pool_offset[:] = pool.key_codes, pool.value_codes, pool.value_token
+        params.pool_stride = pool.table.shape[1]
+        for number, count in enumerate(pool.exact_counts):
+            params.exact_count[number] = count
+            params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = (
+                0,
+                count * self.key.head_dim,
+            )
 
 
-def _check_layer(key: KernelTables, value: KernelTables, step: DecodeStep) -> None:
+def _check_pages(key: KernelTables, step: DecodeStep) -> None:
+    """Both tables of pages are as the kernel takes them."""
+    for name, table in (("key_pages", step.key_pages), ("value_pages", step.value_pages)):
+        if table is None:
+            raise RuntimeMismatchError(f"{name} are missing")
+        check(name, table, (step.page_count, 6), torch.int64, key.device)
+
+
+def _check_layer(key: KernelTables, step: DecodeStep) -> None:
     """Queries, pages and context are as the kernel takes them."""
-    reason = unsupported(key, value)
-    if reason:
-        raise RuntimeMismatchError(reason)
     query, device = step.query, key.device
     batch, query_heads = query.shape[:2]
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -153,135 +368,47 @@ def _check_layer(key: KernelTables, value: KernelTables, step: DecodeStep) -> No
         raise RuntimeMismatchError(
             f"{query_heads} query heads are no multiple of {key.heads} key-value heads"
         )
-    pages = step.key_pages.shape[0]
-    check("key_pages", step.key_pages, (pages, 6), torch.int64, device)
-    check("value_pages", step.value_pages, (pages, 6), torch.int64, device)
-    blocks = step.context.blocks.shape[1]
+    pages, context = step.page_count, step.context
+    blocks = context.blocks.shape[1]
     if blocks < (step.first_page + pages) * PAGE_BLOCKS:
         raise RuntimeMismatchError(f"the block table lists {blocks} blocks, the pages hold more")
-    check("blocks", step.context.blocks, (batch, blocks, 2), torch.int32, device)
-    positions = step.context.exact_positions
-    check("exact_positions", positions, (batch, sum(step.exact_counts)), torch.int32, device)
+    # Their dtypes and strides were looked at when the context was made, once for all layers.
+    for name, tensor, shape in (
+        ("blocks", context.blocks, (batch, blocks, 2)),
+        ("exact_positions", context.exact_positions, (batch, sum(step.exact_counts))),
+    ):
+        if tensor.device != device or tensor.shape != shape:
+            raise RuntimeMismatchError(
+                f"{name} are {tuple(tensor.shape)} on {tensor.device}, expected {shape} on {device}"
+            )
 
 
 def _check_exact(key: KernelTables, step: DecodeStep) -> None:
     """Sinks and tail are as the kernel takes them."""
-    size, device = key.head_dim, key.device
+    size, device, storage = key.head_dim, key.device, key.storage
     for keys, values in step.exact:
+        shape, strides = keys.shape, keys.stride()
         for name, tensor in (("exact keys", keys), ("exact values", values)):
-            if tensor.device != device or tensor.dtype != key.storage or tensor.shape != keys.shape:
+            if tensor.device != device or tensor.dtype != storage or tensor.shape != shape:
                 raise RuntimeMismatchError(
                     f"{name} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                    f"expected {key.storage} {tuple(keys.shape)} on {device}"
+                    f"expected {storage} {tuple(shape)} on {device}"
                 )
-            strides = tensor.stride() if tensor.numel() else (0, 0, size, 1)
-            if strides[2:] != (size, 1) or (tensor.numel() and strides != keys.stride()):
-                raise RuntimeMismatchError(f"{name} have strides {strides}; make them contiguous")
+            own = tensor.stride()
+            if (own[2:] != (size, 1) or own != strides) and tensor.numel():
+                raise RuntimeMismatchError(f"{name} have strides {own}; make them contiguous")
 
 
-def _divide(launcher: Launcher, key: KernelTables, step: DecodeStep) -> _Division:
-    batch, query_heads, _ = step.query.shape
-    group = query_heads // key.heads
+def _divide(
+    launcher: Launcher, heads: int, batch: int, query_heads: int, pages: int, exact_tokens: int
+) -> _Division:
+    group = query_heads // heads
     subgroups = -(-group // MAX_GROUP)
-    blocks = key.heads * subgroups * batch
-    if key.heads * subgroups > MAX_GRID or batch > MAX_GRID:
-        raise RuntimeMismatchError(f"{batch} sequences of {key.heads} heads are more than one launch takes")
-    # Two thread blocks share a multiprocessor; a block has four warps, which take a page each.
-    packed = min(max(2 * launcher.multiprocessors // blocks, 1), -(-step.key_pages.shape[0] // 4))
-    return _Division(group, subgroups, packed, -(-sum(step.exact_counts) // EXACT_TOKENS))
-
-
-def _variant(key: KernelTables, value: KernelTables, step: DecodeStep, division: _Division) -> DecodeVariant:
-    return DecodeVariant(
-        head_dim=key.head_dim,
-        group=-(-division.group // division.subgroups),
-        key_bits=key.decode.bits,
-        value_bits=value.decode.bits,
-        key_outliers=key.cap > 0,
-        value_outliers=value.cap > 0,
-        value_token=value.token,
-        rope=key.rotates,
-        softcap=step.softcap is not None,
-        query_bfloat=step.query.dtype == torch.bfloat16,
-        storage_bfloat=key.storage_bfloat,
-        key_paths=key.decode.paths,
-        value_paths=value.decode.paths,
-    )
-
-
-def _params(
-    key: KernelTables,
-    value: KernelTables,
-    step: DecodeStep,
-    division: _Division,
-    partial: tuple[Tensor, Tensor],
-) -> DecodeParams:
-    params = DecodeParams(
-        query=step.query.data_ptr(),
-        key_pages=pointer(step.key_pages),
-        value_pages=pointer(step.value_pages),
-        blocks=pointer(step.context.blocks),
-        key_channels=key.decode.channels.data_ptr(),
-        value_channels=value.decode.channels.data_ptr(),
-        key_levels=key.decode.levels.data_ptr(),
-        value_levels=value.decode.levels.data_ptr(),
-        key_kinds=pointer(key.decode.kinds),
-        value_kinds=pointer(value.decode.kinds),
-        key_angles=key.decode.angles.data_ptr(),
-        key_pair_scale=key.decode.pair_scale.data_ptr(),
-        value_affine=value.decode.affine.data_ptr(),
-        exact_positions=pointer(step.context.exact_positions),
-        exact_angles=key.frequencies.data_ptr(),
-        exact_pairs=key.pairs.data_ptr(),
-        partial=partial[0].data_ptr(),
-        partial_sum=partial[1].data_ptr(),
-        key_words=key.words,
-        value_words=value.words,
-        kv_heads=key.heads,
-        query_heads=step.query.shape[1],
-        subgroups=division.subgroups,
-        group=division.group,
-        first_page=step.first_page,
-        pages=step.key_pages.shape[0],
-        packed_splits=division.packed,
-        splits=division.splits,
-        first_token=step.context.first_token,
-        scaling=step.scaling,
-        softcap=step.softcap or 0.0,
-        rope_scaling=key.rope_scaling,
-        key_rope=int(key.rotates),
-        block_stride=step.context.blocks.shape[1],
-    )
-    for number, (keys, values) in enumerate(step.exact):
-        params.exact_key[number], params.exact_value[number] = pointer(keys), pointer(values)
-        params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = keys.stride()[:2]
-        params.exact_count[number] = keys.shape[2]
-    return params
-
-
-def _reduce(
-    launcher: Launcher,
-    variant: DecodeVariant,
-    step: DecodeStep,
-    division: _Division,
-    partial: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Join the partial results of the splits."""
-    batch, query_heads, _ = step.query.shape
-    out = torch.empty_like(step.query)
-    logits = step.sink_logits
-    if logits is not None:
-        logits = logits.to(out.device, torch.float32).contiguous()
-    params = ReduceParams(
-        partial=partial[0].data_ptr(),
-        partial_sum=partial[1].data_ptr(),
-        sink_logits=pointer(logits),
-        out=out.data_ptr(),
-        packed_splits=division.packed,
-        splits=division.splits,
-    )
-    shared = 4 * division.splits
-    launcher.launch(
-        _SOURCE, variant.defines, "reduce_splits", (query_heads, batch, 1), _THREADS, shared, params
-    )
-    return out
+    blocks = heads * subgroups * batch
+    if heads * subgroups > MAX_GRID or batch > MAX_GRID:
+        raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch takes")
+    # Two thread blocks share a multiprocessor, and all are to run at once, those for exact tokens too. A block has four
+    # warps, which take a page each.
+    exact = -(-exact_tokens // EXACT_TOKENS)
+    packed = min(max(2 * launcher.multiprocessors // blocks - exact, 1), -(-pages // 4))
+    return _Division(group, subgroups, packed, exact)

@@ -80,5 +80,6 @@ def dequantize(
     )
     grid = (len(blocks), heads, batch)
     shared = 4 * BLOCK_TOKENS * size
-    launcher.launch("dequantize.cu", (), "dequantize_blocks", grid, _THREADS, shared, params)
+    kernel = launcher.kernel("dequantize.cu", (), "dequantize_blocks", DequantizeParams)
+    kernel(grid, _THREADS, shared, params)
     return out

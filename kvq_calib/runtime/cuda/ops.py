@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.rope import Rotation
 from kvq_calib.runtime.cuda.append import append_blocks
-from kvq_calib.runtime.cuda.decode import DecodeStep, decode_attention
+from kvq_calib.runtime.cuda.decode import DecodeKernel, DecodeStep
 from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.dequantize import dequantize
 from kvq_calib.runtime.cuda.launcher import Launcher, launcher_for
@@ -87,6 +88,10 @@ class CudaOps:
             return self._attend_dense(request, storage, table)
         return self._torch.attend(request, storage, table)
 
+    @cached_property
+    def _kernel(self) -> DecodeKernel:
+        return DecodeKernel(self.launcher, self.key_tables, self.value_tables)
+
     def _page_tables(self, storage: LayerStorage) -> tuple[Tensor, Tensor]:
         if self._pages is None or self._pages[0].packed is not storage.key:
             self._pages = PageTable(storage.key), PageTable(storage.value)
@@ -107,7 +112,7 @@ class CudaOps:
             softcap=request.softcap,
             sink_logits=request.sinks,
         )
-        return decode_attention(self.launcher, self.key_tables, self.value_tables, step)[:, None]
+        return self._kernel.attend(step)[:, None]
 
     def _attend_dense(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
         batch, dtype = request.query.shape[0], request.query.dtype
@@ -127,7 +132,7 @@ def make_cuda_ops(quantizers: Sequence[Mapping[Kind, Quantizer]], device: torch.
     """The operations of every layer of a cache on a GPU.
 
     Raises:
-        RuntimeMismatchError: there is no GPU, no driver, no pycuda, no compiler, the GPU is too old, or a layer has
+        RuntimeMismatchError: there is no GPU, no driver, nothing that speaks to it, no compiler, the GPU is too old, or a layer has
             no kernels.
     """
     if device.type != "cuda" or not torch.cuda.is_available():

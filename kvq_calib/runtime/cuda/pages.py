@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,30 +40,32 @@ class PageTable:
     def __init__(self, packed: PackedTensor) -> None:
         self.packed = packed
         self._pages: list[Page] = []
+        self._list: list[Page] | None = None
         self._host = torch.empty(0, 6, dtype=torch.int64)
-        self._state: tuple[Any, ...] = ()
+        #: What the table was made of: the last page, its outliers, and how many blocks and pages there were.
+        self._last: tuple[Page | None, Tensor | None] = None, None
+        self._counts = -1, -1, -1
         self.tensor = self._host
 
     def refresh(self) -> Tensor:
         """The table, int64 ``[pages, 6]`` on the device."""
-        pages = self.packed.pages
+        packed = self.packed
+        pages = packed.pages
         last = pages[-1] if pages else None
-        state = (
-            len(pages),
-            self.packed.blocks,
-            self.packed.dropped_pages,
-            pages,
-            last,
-            last and last.outlier_index,
-        )
-        if len(self._state) == len(state) and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(state, self._state, strict=True)
+        outliers = None if last is None else last.outlier_index
+        counts = len(pages), packed.blocks, packed.dropped_pages
+        if (
+            counts == self._counts
+            and self._last[0] is last
+            and self._last[1] is outliers
+            and pages is self._list
         ):
             return self.tensor
         same = 0
         while same < min(len(pages), len(self._pages)) - 1 and pages[same] is self._pages[same]:
             same += 1
         self._host = torch.cat((self._host[:same], page_rows(pages[same:])))
-        self._pages, self._state = list(pages), state
+        self._pages, self._list = list(pages), pages
+        self._last, self._counts = (last, outliers), counts
         self.tensor = self._host.to(self.packed.device)
         return self.tensor

@@ -45,6 +45,9 @@ class DecodeParams(ctypes.Structure):
         *((name, _P) for name in ("key_pair_scale", "value_affine")),
         ("exact_key", _P * 2),
         ("exact_value", _P * 2),
+        *((name, _P) for name in ("pool_table", "pool", "pool_exact")),
+        ("pool_bytes", _L),
+        ("pool_offset", _L * 3),
         *(
             (name, _P)
             for name in ("exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
@@ -59,7 +62,9 @@ class DecodeParams(ctypes.Structure):
         ("rope_scaling", _F),
         ("key_rope", _I),
         ("block_stride", _I),
+        ("pool_stride", _I),
         ("group", _I),
+        ("padding", _I),
     )
 
 

@@ -1,0 +1,96 @@
+"""Compiles translated PTX, as ``shim.host`` compiles the sources."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from shim.host import BUILDS, SHIM, compiler
+
+from kvq_calib.runtime.cuda.build import kernel_folder
+from ptx.translate import translate
+
+FOLDER = Path(__file__).parent
+ARCH = os.environ.get("KVQ_PTX_ARCH", "sm_90")
+#: Of everything built: to be asked for races.
+libraries: list[ctypes.CDLL] = []
+
+
+def nvcc() -> str | None:
+    """The compiler, if there is one."""
+    return shutil.which("nvcc")
+
+
+def ptx_of(source: str, defines: tuple[str, ...], folder: Path) -> str:
+    """What nvcc makes of ``folder/<source>``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = f"{scratch}/unit.ptx"
+        command = [
+            nvcc(),
+            "-std=c++17",
+            "-arch",
+            ARCH,
+            "-ptx",
+            "-w",
+            f"-I{folder}",
+            *(f"-D{d}" for d in defines),
+        ]
+        subprocess.run([*command, str(folder / source), "-o", target], check=True)
+        return Path(target).read_text()
+
+
+def compiled(text: str) -> ctypes.CDLL:
+    """The library of a PTX file; kept between runs under a key of all that goes into it."""
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
+    digest = hashlib.sha256("\0".join([text, *options]).encode())
+    for path in (SHIM / "cuda_shim.h", *sorted(FOLDER.glob("*.h")), FOLDER / "translate.py"):
+        digest.update(path.read_bytes())
+    library = BUILDS / f"ptx-{digest.hexdigest()[:32]}.so"
+    if not library.exists():
+        BUILDS.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILDS) as scratch:
+            unit = Path(scratch) / "unit.cpp"
+            unit.write_text(translate(text))
+            command = [
+                compiler(),
+                *options,
+                f"-I{SHIM}",
+                f"-I{FOLDER}",
+                str(unit),
+                "-o",
+                f"{scratch}/unit.so",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[:4000]
+            os.replace(f"{scratch}/unit.so", library)
+    made = ctypes.CDLL(str(library))
+    made.ptx_races.restype = ctypes.c_long
+    libraries.append(made)
+    return made
+
+
+@cache
+def build(source: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The library of a kernel source, by way of PTX; the PTX is kept too."""
+    folder = kernel_folder()
+    digest = hashlib.sha256(repr((source, defines, ARCH)).encode())
+    for path in (folder / source, *sorted(folder.glob("*.cuh"))):
+        digest.update(path.read_bytes())
+    kept = BUILDS / f"{Path(source).stem}-{digest.hexdigest()[:32]}.ptx"
+    if not kept.exists():
+        BUILDS.mkdir(exist_ok=True)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        beside.write_text(ptx_of(source, defines, folder))
+        os.replace(beside, kept)
+    return compiled(kept.read_text())
+
+
+def races() -> int:
+    """Races found since the last call."""
+    return sum(library.ptx_races() for library in libraries)
