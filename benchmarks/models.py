@@ -37,8 +37,10 @@ from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError, one_line
 from kvq_calib.files import write_atomically
-from kvq_calib.model.compat import with_cache
+from kvq_calib.model.compat import keeps_keys, own_layers, with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.inspect import check_generation
+from kvq_calib.model.probe import Serving
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
 DOCS = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
@@ -49,6 +51,8 @@ _PARAMETERS = 150_000_000
 #: What stays exact is stored in float16, so results are those of float16; a wrong key or mask changes them altogether.
 _TOLERANCE = 0.02
 _PROMPT, _NEW = 40, 6
+#: Layers of a small model beside its settings' own: in some families of several kinds only the later keep keys and values.
+_DEPTHS = (None, 4, 8)
 
 #: Fields of configurations that make a model small, under the names that families have for them.
 SMALL: dict[str, Any] = {
@@ -56,46 +60,78 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "shared_expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "unpadded_vocab_size": 128,
+    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 #: Names that some families have for the same.
 _SEQ2SEQ = {
     "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96,
 }  # fmt: skip
+#: States of Mamba.
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_PER_LAYER_INPUTS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128, "global_head_dim": 32,
+}  # fmt: skip
+#: Multi-head latent attention.
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
 #: What single families need beside SMALL; ``None`` leaves a field out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
     **dict.fromkeys(("mbart", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
+    "bamba": {"attn_layer_indices": [1], **_MAMBA},
     "codegen": {"rotary_dim": 16},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
     "falcon": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 128,
-        "num_kv_shared_layers": 0,
-    },
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
+    "gemma4": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA},
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], **_MAMBA},
+    "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
 }
 
 _INTRODUCTION = (
     "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the "
-    "reason before time is spent. This page is what `benchmarks/models.py` prints: every family of causal language models that "
-    "transformers knows, made small with random weights, calibrated with the default recipe, and used through a packed "
-    "cache beside its own passes. It says what the code of a family allows, not how well real weights fare."
+    "reason before time is spent. `kvq-calibrate --check MODEL` says which from the configuration alone. This page is what "
+    "`benchmarks/models.py` prints: every family of causal language models that transformers knows, made small with random "
+    "weights, calibrated with the default recipe, and used through a packed cache beside its own passes. It says what the "
+    "code of a family allows, not how well real weights fare."
+)
+_KINDS = (
+    "Most models call transformers' attention interface with what they cache. There, attention goes over packed pages. "
+    "Others have attention of their own, change keys or values on the way, or cache latents (multi-head latent "
+    "attention): their cache stores as few bits, and gives a layer back as numbers whenever it is updated, which is "
+    "slower; that is said once. Layers that keep a state (linear attention, convolutions, Mamba) keep it in the same "
+    "cache, as transformers makes it, from 5.5 on. Layers that attend to other layers' keys and values store none. \"No "
+    'RoPE" means that keys are quantized as they are cached: there is no rotary embedding, or none that can be undone. '
+    '"Continues by single tokens" is what the code of a family does with its own cache too: given more at once, its '
+    "states begin anew."
+)
+_PICTURES = (
+    "Beside families: models of several modalities calibrate with text. Where positions have sections (pictures in "
+    "Qwen2.5-VL and Qwen3-VL), keys must be quantized as they are cached, with a `nuq*` recipe and "
+    "`--set cache.key.pre_rope=false`; a cache made otherwise serves text, and refuses a picture."
 )
 _LONGROPE = (
-    "Beside families: models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with "
-    "`--set cache.key.pre_rope=false`. A cache then serves texts that stay on one side of the length at which the model "
-    "switches its frequencies, and refuses to pass it: the model would rotate all its keys anew."
+    "Models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with `--set cache.key.pre_rope=false` too. A cache "
+    "then serves texts that stay on one side of the length at which the model switches its frequencies, and refuses to "
+    "pass it: the model would rotate all its keys anew."
 )
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -107,8 +143,8 @@ class Finding:
 
     Attributes:
         family: its ``model_type``.
-        outcome: "works", "refused" (at calibration), "not small" (it could not be made small here), or a fault:
-            "crash", "fails", "differs", "slow".
+        outcome: "works", "materialized" (works, and gets its keys and values back as numbers), "refused" (at
+            calibration), "not small" (it could not be made small here), or a fault: "crash", "fails", "differs", "slow".
         detail: what it caches, or the reason.
     """
 
@@ -119,7 +155,7 @@ class Finding:
     @property
     def is_fault(self) -> bool:
         """Whether that must not be."""
-        return self.outcome not in ("works", "refused", "not small")
+        return self.outcome not in ("works", "materialized", "refused", "not small")
 
 
 # -------------------------------------------------------------------------------------------- one family
@@ -135,9 +171,9 @@ def small_model(family: str) -> Any:
         name: value for name, value in {**SMALL, **EXTRA.get(family, {})}.items() if value is not None
     }
     failures: list[Exception] = []
-    for arguments in (settings, {"text_config": settings}):
+    for nested in (False, True):
         try:
-            config = AutoConfig.for_model(family, **arguments)
+            config = _small_config(family, settings, nested)
             with torch.device("meta"):
                 count = sum(
                     weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
@@ -154,6 +190,27 @@ def small_model(family: str) -> Any:
         except Exception as error:
             failures.append(error)
     raise failures[0]
+
+
+def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
+    """A configuration with these settings, of its text part where ``nested``; deeper where that takes keys and values."""
+    if getattr(AutoConfig.for_model(family).get_text_config(), "kv_lora_rank", None):
+        settings = {**{name: value for name, value in settings.items() if name != "head_dim"}, **_LATENT}
+    config: Any = None
+    failure: Exception | None = None
+    for layers in _DEPTHS:
+        sizes = settings if layers is None else {**settings, "num_hidden_layers": layers}
+        try:
+            config = AutoConfig.for_model(family, **({"text_config": sizes} if nested else sizes))
+        except Exception as error:
+            failure = failure or error
+            continue
+        if any(map(keeps_keys, own_layers(config))):
+            break
+    if config is None:
+        assert failure is not None
+        raise failure
+    return config
 
 
 def examine(family: str) -> Finding:
@@ -181,7 +238,10 @@ def examine(family: str) -> Finding:
         problem = _use(model, artifact, ids)
     except Exception as error:
         return Finding(family, "fails", f"{type(error).__name__}: {one_line(error)}")
-    return Finding(family, "differs" if problem else "works", problem or _cached(artifact))
+    if problem:
+        return Finding(family, "differs", problem)
+    serving = check_generation(model, artifact.geometry)
+    return Finding(family, "materialized" if serving.materialized else "works", _cached(artifact, serving))
 
 
 @torch.no_grad()
@@ -189,7 +249,8 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     """Passes and generation through an exact cache beside passes without one; how they differ, or nothing."""
     prompt = ids[:1, :_PROMPT]
     cache = KVQCache(artifact, model, recent_tokens=10**6)
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split([17, 22, 1], dim=1)]
+    sizes = [38, 1, 1] if cache.single_tokens else [17, 22, 1]
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split(sizes, dim=1)]
     wanted = model(input_ids=prompt, use_cache=False).logits
     error = float((torch.cat(parts, 1) - wanted).abs().max() / wanted.abs().max())
     if not error <= _TOLERANCE:
@@ -198,7 +259,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     text, own = (
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), **with_cache(each), do_sample=False, max_new_tokens=_NEW,
-            min_new_tokens=_NEW, eos_token_id=None,
+            min_new_tokens=_NEW, eos_token_id=None, use_cache=True,
         )
         for each in (cache, None)
     )  # fmt: skip
@@ -210,15 +271,15 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     if not torch.equal(text, own) and not bool((behind <= _TOLERANCE * scores.abs().max()).all()):
         return "it generates other tokens than with its own cache"
     packed = KVQCache(artifact, model)
-    for part in (ids[:, :60], ids[:, 60:]):
+    for part in (ids[:, :60], *ids[:, 60:].split(1 if cache.single_tokens else 4, dim=1)):
         if not bool(model(input_ids=part, **with_cache(packed)).logits.isfinite().all()):
             return "through the packed cache predictions are not finite"
     return ""
 
 
-def _cached(artifact: Any) -> str:
+def _cached(artifact: Any, serving: Serving) -> str:
     """What the layers of a model cache, in words."""
-    kinds = []
+    geometry, kinds = artifact.geometry, []
     for layer in artifact.geometry.layers:
         heads = (
             str(layer.head_dim)
@@ -227,6 +288,12 @@ def _cached(artifact: Any) -> str:
         )
         window = "" if layer.sliding_window is None else f", window {layer.sliding_window}"
         kinds.append(f"heads of {heads}{window}{'' if layer.rope is not None else ', no RoPE'}")
+    if geometry.state_bytes:
+        kinds.append("states beside")
+    if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
+        kinds.append("layers that share them")
+    if serving.single_tokens:
+        kinds.append("continues by single tokens")
     return "; ".join(dict.fromkeys(kinds))
 
 
@@ -300,24 +367,27 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     counts = Counter(finding.outcome for finding in found)
     faults = [finding for finding in found if finding.is_fault]
     counted = (
-        f"Of {len(found)} families, {counts['works']} work, {counts['refused']} are refused, and {counts['not small']} "
-        f"could not be made small by these settings, so they were not tried. Calibrated and then failing or different: "
-        f"{len(faults)}."
+        f"Of {len(found)} families, {counts['works']} attend to packed pages, {counts['materialized']} get their keys and "
+        f"values back as numbers, {counts['refused']} are refused, and {counts['not small']} could not be made small by "
+        f"these settings, so they were not tried. Calibrated and then failing or different: {len(faults)}."
     )
     measured, *rest = environment_lines(facts)
     lines = ["# Models", ""]
-    for text in (_INTRODUCTION, measured):
+    for text in (_INTRODUCTION, _KINDS, measured):
         lines += [*textwrap.wrap(text, 120), ""]
-    lines += [*rest[1:], *textwrap.wrap(counted, 120), "", *textwrap.wrap(_LONGROPE, 120), ""]
+    lines += rest[1:]
+    for text in (counted, _PICTURES, _LONGROPE):
+        lines += [*textwrap.wrap(text, 120), ""]
     titles = {
-        "works": "Works",
+        "works": "Attention over packed pages",
+        "materialized": "Materialized: keys and values come back as numbers",
         "refused": "Refused at calibration",
         "not small": "Not tried: could not be made small",
     }
     for outcome, title in titles.items():
         rows = [[f"`{each.family}`", _cell(each.detail)] for each in found if each.outcome == outcome]
         if rows:
-            heading = "what it caches here" if outcome == "works" else "reason"
+            heading = "what it caches here" if outcome in ("works", "materialized") else "reason"
             lines += [f"## {title}", "", *_table(["family", heading], rows), ""]
     if faults:
         rows = [[f"`{each.family}`", each.outcome, _cell(each.detail)] for each in faults]

@@ -72,11 +72,95 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 """Family (`model_type`) to what its configuration has beyond the common sizes."""
 
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_GATED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_GATED_DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+
+HYBRIDS: dict[str, dict[str, object]] = {
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_GATED_DELTA,
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 32,
+        **_GATED_DELTA,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
+}
+"""Families in which some layers keep a state: instead of keys and values, or beside them (``falcon_h1``)."""
+
+_SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128,
+}
+SHARING: dict[str, dict[str, object]] = {
+    "gemma3n_text": {**_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {**_SHARED, "global_head_dim": 32},
+}
+"""Families of which some layers attend to keys and values of others, in ``gemma4_text`` with heads that differ by layer."""
+
+_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 2,
+}
+LATENT: dict[str, dict[str, object]] = {
+    family: {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 24,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        **_EXPERTS,
+    }
+    for family in ("deepseek_v3", "minicpm3")
+}
+"""Families with multi-head latent attention."""
+
+OWN_ATTENTION: dict[str, dict[str, object]] = {
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "num_key_value_heads": None},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "diffllama": {},
+    "doge": {},
+}
+"""Families that do not call the attention interface, call it twice, or use keys or values beside it."""
+
+FAMILIES_OF_ALL_KINDS = {**FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION}
+
 
 def tiny_config(family: str, **overrides: object):
     """Return the configuration of a tiny model; `overrides` replace single fields."""
-    known = FAMILIES.get(family, {})
-    return AutoConfig.for_model(family, **{**_COMMON, **known, **overrides})
+    known = FAMILIES_OF_ALL_KINDS.get(family, {})
+    settings = {**_COMMON, **known, **overrides}
+    return AutoConfig.for_model(family, **{name: v for name, v in settings.items() if v is not None})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:

@@ -1,8 +1,8 @@
-import copy
 import functools
 
 import pytest
 import torch
+from custom_attention import CustomAttention, custom_model
 from models_zoo import FAMILIES, tiny_model, token_ids
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, T5Config, T5ForConditionalGeneration
@@ -246,65 +246,39 @@ def test_filled_cache_is_refused():
             model(ids, **with_cache(cache))
 
 
-# From transformers 5.24 on, which says `cache`, gptj calls the interface, with a rotary function like no other.
-_GPTJ = "cannot be un-rotated" if "cache" in with_cache(None) else "do not call transformers'"
-
-
 @pytest.mark.parametrize(
-    ("family", "overrides", "reason"),
+    ("family", "overrides"),
     [
-        ("deepseek_v2", {"qk_nope_head_dim": 8, "v_head_dim": 16}, "multi-head latent attention"),
-        ("deepseek_v3", {"qk_nope_head_dim": 8, "v_head_dim": 8}, "multi-head latent attention"),
-        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, _GPTJ),
-        ("bloom", {"n_layer": 2, "n_head": 4}, "do not call transformers'"),
-        ("qwen3_next", {"head_dim": 16, "num_hidden_layers": 4}, "without a KV cache"),
-        (
-            "llama4_text",
-            {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
-            "cannot be undone",
-        ),
-        ("hunyuan_v1_dense", {"head_dim": 16}, "still depend on the position"),
+        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+        ("llama4_text", {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64}),
+        ("hunyuan_v1_dense", {"head_dim": 16}),
     ],
 )
-def test_models_that_cannot_be_captured_are_refused(family, overrides, reason):
-    if family.startswith("deepseek"):
-        overrides = {
-            **overrides,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 32,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-        }
+def test_positions_that_cannot_be_undone_stay_in_the_keys(family, overrides):
     model = tiny_model(family, **overrides)
     before = snapshot(model)
-    with pytest.raises(ModelError, match=reason) as caught:
-        inspect_model(model)
-    assert "\n" not in str(caught.value)
+    assert [layer.rope for layer in inspect_model(model).layers] == [None, None]
     assert snapshot(model) == before
+    ids, seen = token_ids(1, 8), []
+    with torch.no_grad(), capture(model, lambda kv: seen.append(kv.keys is kv.rotated_keys)):
+        model(ids, use_cache=False)
+    assert seen == [True, True]
 
 
-def test_latent_attention_is_refused_without_its_config_field_too():
-    model = tiny_model(
-        "deepseek_v3",
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        moe_intermediate_size=32,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-    )
-    model.config = copy.copy(model.config)
-    model.config.kv_lora_rank = 0
-    with pytest.raises(ModelError, match="cannot be captured"):
+def test_what_cannot_be_captured_is_refused_and_left_as_it_was():
+    class Outside(CustomAttention):
+        """Hands keys and values to the cache, and attends to others without the interface."""
+
+        def forward(self, *args, **kwargs):
+            raise NotImplementedError("no such thing")
+
+    model = custom_model(Outside)
+    before = snapshot(model)
+    with pytest.raises(
+        ModelError, match=r"cannot be captured: a pass over \d+ tokens failed \(no such thing\)$"
+    ):
         inspect_model(model)
+    assert snapshot(model) == before
 
 
 def test_encoder_decoder_is_refused():

@@ -14,8 +14,7 @@ from kvq_calib.evaluate.prefill import PrefillQuantizer
 from kvq_calib.model.capture import capture, intercept
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.inspect import inspect_model
-from kvq_calib.model.probe import check_generation
+from kvq_calib.model.inspect import check_generation, inspect_model
 from kvq_calib.runtime import KVQCache, attached
 from kvq_calib.schema.geometry import LayerGeometry
 from kvq_calib.schema.recipe import calibration_config

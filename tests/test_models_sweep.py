@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from kvq_calib import KVQCache
+from kvq_calib.model.probe import Serving
 
 pytestmark = pytest.mark.model
 
@@ -43,17 +44,13 @@ def models() -> Any:
         ("llama", "works", "heads of 16"),
         ("opt", "works", "heads of 16, no RoPE"),
         ("gemma2", "works", "heads of 16, window 4096; heads of 16"),
-        # The configuration of older versions does not say of what kind its layers are.
+        # In older versions, whose models of states have caches of their own, the latter.
         (
             "mamba",
             "refused",
-            "(has layers without a KV cache|cannot be captured: 2 of its 2 layers do not call)",
+            "has no layer that caches keys and values|cannot be captured: 2 of its 2 layers do not",
         ),
-        (
-            "bloom",
-            "refused",
-            "cannot be captured: 2 of its 2 layers do not call transformers' attention interface",
-        ),
+        ("bloom", "materialized", "heads of 16, no RoPE"),
         ("no such family", "not small", "ValueError: "),
     ],
 )
@@ -66,9 +63,8 @@ def test_what_is_found(models: Any, family: str, outcome: str, detail: str) -> N
 def test_a_family_that_would_generate_nonsense_is_a_fault(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the probe, Doge is calibrated, and fails or differs at its second pass."""
-    monkeypatch.setattr("kvq_calib.calibrate.run.check_generation", lambda *_: None)
-    monkeypatch.setattr("kvq_calib.runtime.attention.check_generation", lambda *_: None)
+    """If the probe took everything, Doge would be calibrated, and fail or differ at its second pass."""
+    monkeypatch.setattr("kvq_calib.model.inspect.probe_serving", lambda *_, **__: Serving())
     found = models.examine("doge")
     assert found.outcome in ("fails", "differs"), found
     assert found.is_fault
@@ -111,7 +107,10 @@ def test_the_page_counts_and_names_faults(models: Any) -> None:
     ]
     lines = models.report(found, environment())
     text = " ".join(lines)
-    assert "Of 3 families, 1 work, 1 are refused, and 0 could not be made small" in text
+    assert (
+        "Of 3 families, 1 attend to packed pages, 0 get their keys and values back as numbers, 1 are refused"
+        in text
+    )
     assert "failing or different: 1." in text
     assert "| `mamba` | it &lt;has> no \\| cache |" in lines
     assert "| `odd` | differs | off by 1 |" in lines

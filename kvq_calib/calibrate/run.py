@@ -38,10 +38,9 @@ from kvq_calib.calibrate.suited import suited, warn_of_range
 from kvq_calib.calibrate.texts import Source, Text, TextLibrary, text_of, united
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import CalibrationError, ConfigError
-from kvq_calib.model.inspect import inspect_model
+from kvq_calib.model.inspect import check_generation, inspect_model
 from kvq_calib.model.load import check_tokens
 from kvq_calib.model.placement import is_offloaded
-from kvq_calib.model.probe import check_generation
 from kvq_calib.schema.geometry import KVGeometry
 from kvq_calib.schema.recipe import CalibrationConfig
 

@@ -157,6 +157,7 @@ class _Job:
     examples=(
         "kvq-calibrate MODEL -o model.kvq.safetensors --config kvq3 --dataset wikitext2",
         "kvq-calibrate MODEL -o '{recipe}.kvq.safetensors' --config kvq4 --config kvq3 --dataset my-text/",
+        "kvq-calibrate MODEL --check",
     ),
 )
 @section(
@@ -165,9 +166,8 @@ class _Job:
         "-o",
         "--output",
         type=FilePath(),
-        required=True,
         metavar="ARTIFACT",
-        help="File to write; {recipe} stands for the recipe's name.",
+        help="File to write; {recipe} stands for the recipe's name.  [required, but for --check]",
     ),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run."),
     click.option("--profile", is_flag=True, help="Say where time and memory went."),
@@ -187,6 +187,11 @@ class _Job:
 @section(
     "Model",
     click.option(
+        "--check",
+        is_flag=True,
+        help="Say whether MODEL can be used, and how, from its configuration alone; nothing is calibrated.",
+    ),
+    click.option(
         "--max-memory",
         metavar="DEVICE=SIZE,...",
         help="With --device-map: most bytes of weights on each GPU and on cpu, e.g. 0=20GiB,cpu=64GiB; the rest is "
@@ -197,9 +202,10 @@ class _Job:
 @debug_option
 def calibrate_command(
     model: ModelOptions,
-    output: str,
+    output: str | None,
     recipes: tuple[str, ...],
     changes: RecipeChanges,
+    check: bool,
     resume: bool,
     profile: bool,
     max_memory: str | None,
@@ -208,6 +214,11 @@ def calibrate_command(
 
     MODEL is a hub id, a local folder of safetensors, or a .gguf file.
     """
+    if check:
+        _check(model)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     from kvq_calib.files import check_writable
     from kvq_calib.schema.recipe import DEFAULT_RECIPE
 
@@ -245,6 +256,18 @@ def calibrate_command(
         from kvq_calib.calibrate.profiling import profile_lines
 
         click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
+
+
+def _check(model: ModelOptions) -> None:
+    """Say how a model can be used."""
+    from kvq_calib.model.check import check_configuration, words_of
+    from kvq_calib.model.load import load_configuration
+
+    config = load_configuration(model.model, trust_remote_code=model.trust_remote_code)
+    verdict = check_configuration(config)
+    click.echo(f"{model.model} ({config.model_type}, {verdict.layers} layers) can be calibrated and used")
+    for line in words_of(verdict):
+        click.echo(f"  {line}")
 
 
 def _calibrate(

@@ -31,8 +31,10 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
         model: the unquantized causal language model, attached where ``cache`` is packed.
         cache: any cache of transformers.
         ids: the text.
-        chunk: tokens per pass.
+        chunk: tokens per pass; single ones where ``cache`` is packed and the model takes no others.
     """
+    if getattr(cache, "single_tokens", False):
+        chunk = 1
     parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
     return torch.cat(parts, dim=1)
 

@@ -41,12 +41,14 @@ class MemoryReport:
         batch: sequences.
         by_kind: bytes by kind of buffer.
         elements: numbers an unquantized cache holds, of a layer with a sliding window those of the window.
+        state_bytes: what layers keep beside keys and values, never quantized; in no other figure.
     """
 
     context: int
     batch: int
     by_kind: Mapping[str, float]
     elements: int
+    state_bytes: int = 0
 
     @property
     def total(self) -> float:
@@ -72,6 +74,7 @@ class MemoryReport:
             "by_kind": dict(self.by_kind),
             "fp16_bytes": self.fp16,
             "bits_per_element": self.bits_per_element,
+            "state_bytes": self.state_bytes,
         }
 
 
@@ -86,7 +89,8 @@ def artifact_report(
 ) -> MemoryReport:
     """The cache of an artifact; outliers as measured at calibration, or as given (per kind and layer)."""
     sizes = artifact.storage(context, batch, outliers_per_token=outliers_per_token)
-    return MemoryReport(context, batch, sizes, artifact.elements(context, batch))
+    elements = artifact.elements(context, batch)
+    return MemoryReport(context, batch, sizes, elements, batch * artifact.geometry.state_bytes)
 
 
 def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:

@@ -126,6 +126,11 @@ def memory_table(
                     cells.append(_size(on_one[name][number]) if name in on_one else "")
                 cells.append(f"{longest[name]:,}" if name in longest else "")
             table.add_row(*cells)
+    states = {name: rows[0].state_bytes / rows[0].batch for name, rows in reports.items() if rows}
+    if kept := [f"{name} {_size(size)}" for name, size in states.items() if size]:
+        table.caption = (
+            f"beside it, states of other layers for a sequence, never quantized: {', '.join(kept)}"
+        )
     return table
 
 
@@ -255,6 +260,13 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     facts.add_row(
         "layers", ", ".join(f"{n} of {heads} key-value heads x {dim}" for (heads, dim), n in shapes.items())
     )
+    if geometry.attends_to or geometry.state_bytes:
+        without = sum(index is None for index in geometry.attends_to)
+        facts.add_row(
+            "not packed",
+            f"{without} of {geometry.model_layers} layers cache no keys and values; states of "
+            f"{geometry.state_bytes:,} bytes a sequence",
+        )
     for kind in KINDS:
         facts.add_row(kind + "s", describe(artifact, kind))
     facts.add_row("exact tokens", f"first {artifact.spec.sink_tokens}, last {artifact.spec.recent_tokens}")

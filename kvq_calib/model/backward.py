@@ -80,7 +80,8 @@ def activations_only(model: nn.Module) -> Iterator[None]:
     """Freeze the parameters and let gradients start at the embedded tokens."""
 
     def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_() if torch.is_grad_enabled() else output
+        # A copy: some families scale what they get in place, which a leaf does not allow.
+        return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else output
 
     unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]

@@ -11,7 +11,19 @@ from transformers.cache_utils import CacheLayerMixin
 from kvq_calib.model.compat import new_tokens
 from kvq_calib.model.intercept import AttentionCall, mark
 
-__all__ = ["AttendingLayer"]
+__all__ = ["AttendingLayer", "unknown_options"]
+
+#: Tensors among the options of attention that say nothing beside the mask, or that packed attention knows.
+_KNOWN_TENSORS = {"attention_mask", "position_ids", "cache_position", "s_aux"}
+
+
+def unknown_options(call: AttentionCall) -> set[str]:
+    """Names of tensors that change attention in a way that packed attention does not know."""
+    return {
+        name
+        for name, value in call.kwargs.items()
+        if isinstance(value, Tensor) and name not in _KNOWN_TENSORS
+    }
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kvq_calib.model.compat import in_backward
-from kvq_calib.model.inspect import inspect_model
-from kvq_calib.model.intercept import AttentionCall, intercept_calls
+from kvq_calib.model.inspect import inspect_model, interceptor_of
+from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import Rotation
 from kvq_calib.schema.geometry import KVGeometry
 
@@ -24,10 +24,9 @@ class LayerKV:
     """Keys and values of one layer in one forward pass.
 
     Attributes:
-        layer: index of the layer.
+        layer: which of the geometry's layers.
         rotated_keys: keys as the model handed them to attention [B, Hkv, T, D], in the model's dtype.
         values: [B, Hkv, T, Dv].
-        queries: rotated queries [B, Hq, T, D].
         rotation: this layer's RoPE at these tokens' positions.
         module: the attention module.
         scaling: factor of the attention scores, where the model hands it over.
@@ -37,7 +36,6 @@ class LayerKV:
     layer: int
     rotated_keys: Tensor
     values: Tensor
-    queries: Tensor
     rotation: Rotation
     module: nn.Module
     scaling: float | None = None
@@ -54,16 +52,14 @@ class LayerKV:
             self,
             rotated_keys=self.rotated_keys.detach(),
             values=self.values.detach(),
-            queries=self.queries.detach(),
         )
 
 
-def _layer_kv(call: AttentionCall, has_rope: bool) -> LayerKV:
+def _layer_kv(call: AttentionCall, layer: int, has_rope: bool) -> LayerKV:
     return LayerKV(
-        call.layer,
+        layer,
         call.key,
         call.value,
-        call.query,
         call.rotation() if has_rope else Rotation(),
         call.module,
         call.kwargs.get("scaling"),
@@ -89,16 +85,30 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
         ModelError: the model cannot be captured (see `inspect_model`), or was called with a filled cache.
     """
     geometry = inspect_model(model)
+    #: What layers that attend to another's keys and values must see.
+    replaced: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        kv = _layer_kv(call, geometry.layers[call.layer].rope is not None)
+        index = geometry.index_of(call.layer)
+        assert index is not None
+        if call.layer != geometry.numbers[index]:
+            return replaced[index]
+        changed = own(call, index)
+        if geometry.is_shared(index):
+            replaced[index] = changed
+        return changed
+
+    def own(call: AttentionCall, index: int) -> tuple[Tensor, Tensor] | None:
+        swapped = geometry.layers[index].swapped
+        call = call.swap() if swapped else call
+        kv = _layer_kv(call, index, geometry.layers[index].rope is not None)
         changed = transform(kv)
         if changed is None:
             return None
-        keys, values = changed
-        return kv.rotation.rotate(keys).to(call.key.dtype), values.to(call.value.dtype)
+        keys, values = kv.rotation.rotate(changed[0]).to(call.key.dtype), changed[1].to(call.value.dtype)
+        return (values, keys) if swapped else (keys, values)
 
-    with intercept_calls(model, handler):
+    with interceptor_of(model)(model, handler):
         yield geometry
 
 

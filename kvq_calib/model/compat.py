@@ -12,25 +12,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers import AttentionInterface, DynamicCache, cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = [
     "attention_entries",
     "attention_implementation",
     "cache_of",
+    "can_crop",
     "crop_takes_removed",
+    "fill_state",
     "in_backward",
+    "keeps_keys",
+    "keeps_more",
+    "keeps_state",
     "layer_attribute",
     "new_tokens",
+    "own_layers",
+    "register_state",
     "softcap_implementation",
+    "state_alone",
+    "state_tensors",
+    "states_are_common",
     "uncompiled",
     "with_cache",
 ]
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
+#: The base of cache layers that keep a state; there is none to transformers 5.4.
+_STATE: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+#: Cache layers that keep keys and values and nothing else, but for such a state.
+_PLAIN: set[Any] = {
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None),
+    getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None),
+}
 
 
 def with_cache(cache: Any) -> dict[str, Any]:
@@ -42,8 +61,8 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in the output of a model that was called with `use_cache=True`; names as in `with_cache`."""
-    return getattr(output, _CACHE)
+    """The cache in the output of a model that was called with `use_cache=True`, if any; names as in `with_cache`."""
+    return getattr(output, _CACHE, None)
 
 
 def crop_takes_removed() -> bool:
@@ -53,6 +72,89 @@ def crop_takes_removed() -> bool:
     is the latter only.
     """
     return _CROP_TAKES_REMOVED
+
+
+def own_layers(config: Any) -> list[Any]:
+    """The cache layers, empty, that transformers makes for a model of this configuration.
+
+    There can be fewer than layers of the model: to transformers 5.14 the last ones that share others' keys and values
+    have none.
+    """
+    return list(DynamicCache(config=config).layers)
+
+
+def states_are_common() -> bool:
+    """Whether layers that keep a state (linear attention, convolution) have cache layers that all models share.
+
+    They have from transformers 5.5 on; before, such a model brought a cache class of its own.
+    """
+    return _STATE is not None
+
+
+def keeps_keys(layer: Any) -> bool:
+    """Whether a cache layer keeps keys and values."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def keeps_state(layer: Any) -> bool:
+    """Whether a cache layer keeps a state, be it beside keys and values."""
+    return _STATE is not None and isinstance(layer, _STATE)
+
+
+def keeps_more(layer: Any) -> bool:
+    """Whether a cache layer of transformers keeps something beside keys, values and a state."""
+    return keeps_keys(layer) and type(layer) not in _PLAIN
+
+
+def register_state(kind: type) -> None:
+    """Let a class pass for one that keeps a state, which `Cache` asks before it hands one on."""
+    if _STATE is not None:
+        _STATE.register(kind)
+
+
+def state_tensors(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a state by name, those that are there.
+
+    A layer has one of each kind in older releases (5.5), a dictionary of them in newer ones (5.24).
+    """
+    found: dict[str, Tensor] = {}
+    for kind in ("conv", "recurrent"):
+        held = getattr(layer, f"{kind}_states")
+        for number, tensor in (held if isinstance(held, dict) else {0: held}).items():
+            if tensor is not None:
+                found[f"{kind}.{number}"] = tensor
+    return found
+
+
+def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
+    """Give an empty state what `state_tensors` gave of another."""
+    for name, tensor in sorted(tensors.items()):  # convolutions first: to 5.5 they tell the dtype
+        kind, number = name.split(".")
+        several = isinstance(getattr(layer, f"{kind}_states"), dict)
+        which = {"state_idx": int(number)} if several else {}
+        layer.lazy_initialization(**{f"{kind}_states": tensor}, **which)
+        state_tensors(layer)[name].copy_(tensor)
+        if several:
+            layer.has_previous_state[int(number)] = True
+        else:
+            layer.has_previous_state = True
+
+
+def can_crop(state: Any) -> bool:
+    """Whether tokens can be taken from a state again.
+
+    They can where it is of convolutions only and was told to keep what that needs (`activate_past_recording`), in newer
+    releases (5.24; not 5.5).
+    """
+    return bool(getattr(state, "record_past", False) and state.is_croppable)
+
+
+def state_alone(layer: Any) -> Any:
+    """A layer for nothing but the state of a layer that keeps keys and values too; both are empty."""
+    if not keeps_keys(layer):
+        return layer
+    several = getattr(layer, "number_of_states", None)
+    return cache_utils.LinearAttentionLayer(**({} if several is None else {"number_of_states": several}))
 
 
 def new_tokens(query: int | Tensor) -> int:

@@ -1,47 +1,57 @@
-"""What a model caches, found by running it: shapes of its attention layers and their rotary embeddings."""
+"""What a model caches, and how a packed cache can serve it: tried on a few tokens and kept per model object.
+
+Most models call transformers' attention interface with what they cache. There a packed cache takes attention over, and
+there keys and values are captured. Others have attention of their own, change keys or values on the way, or want more
+of attention than its result. They are served by a cache that gives back all keys and values as numbers (it is
+*materialized*, one layer at a time), and captured where they hand theirs to it.
+"""
 
 from __future__ import annotations
 
-import inspect
+import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kvq_calib.errors import ModelError, one_line
+from kvq_calib.errors import ModelError
 from kvq_calib.model.compat import uncompiled
-from kvq_calib.model.intercept import (
-    AttentionCall,
-    attention_modules,
-    call_argument,
-    intercept_calls,
-    parameters_of,
-)
-from kvq_calib.model.placement import input_device
-from kvq_calib.model.rope import RopeLayoutError, discover_rope, find_apply_rotary
-from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
+from kvq_calib.model.intercept import intercept_calls
+from kvq_calib.model.probe import Serving, probe_serving
+from kvq_calib.model.probe_geometry import Found, Interceptor, probe_geometry
+from kvq_calib.model.updates import intercept_updates
+from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["inspect_model", "why_no_table"]
+__all__ = ["check_generation", "inspect_model", "interceptor_of", "why_no_table"]
 
-_PROBE_TOKENS = 8
+_log = logging.getLogger(__name__)
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, KVGeometry] = weakref.WeakKeyDictionary()
-#: Why a rotary embedding of a model has no table.
-_NO_TABLE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Known:
+    """A model.
+
+    Attributes:
+        found: what it caches.
+        serving: how a packed cache serves it, or why none can.
+        intercept: where its keys and values are captured.
+    """
+
+    found: Found
+    serving: Serving | str
+    intercept: Interceptor
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 def inspect_model(model: nn.Module) -> KVGeometry:
-    """Verify by two tiny forward passes that a model can be captured, and return its geometry.
+    """Verify by a few tiny forward passes that a model can be captured, and return its geometry.
 
-    Every attention layer must come by exactly once per pass, with as many keys as values, and its un-rotated keys must
-    not depend on the position: each attention module is given one and the same hidden state at every position, so
-    pre-RoPE keys that differ between positions mean that un-rotation does not fit the model, and rotated keys that do
-    not differ mean that the layer has no RoPE. Results are kept per model object.
+    Every attention layer must come by exactly once per pass, with as many keys as values. Each attention module is
+    given one and the same hidden state at every position: keys that differ between positions were rotated, and must not
+    differ any more once that is undone. Where they still do, positions are encoded in another way; a layer is then taken
+    for one without rotary embedding, and its keys are quantized as they are. Results are kept per model object.
 
     A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
     `RopeSpec` has no pairs and says `length_dependent`, and `why_no_table` gives the reason.
@@ -49,235 +59,85 @@ def inspect_model(model: nn.Module) -> KVGeometry:
     Raises:
         ModelError: the model cannot be captured; the message says why.
     """
-    model = uncompiled(model)
-    found = _KNOWN.get(model)
-    if found is None:
-        found = _KNOWN[model] = _inspect(model)
-    return found
+    return _known(model).found.geometry
 
 
 def why_no_table(model: nn.Module) -> str:
-    """Why a rotary embedding of an inspected model has no table, as a sentence about it; empty where each has one."""
-    inspect_model(model)
-    return _NO_TABLE.get(uncompiled(model), "")
+    """Why a rotary embedding of a model has no table, as a sentence about it; empty where each has one."""
+    return _known(model).found.no_table
 
 
-def _inspect(model: nn.Module) -> KVGeometry:
-    name = type(model).__name__
-    text: Any = _text_config(model)
-    short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
-    # The far pass comes first, so that a rotary module that adapts to length is left as it was for short
-    # ones.
-    far_calls = _probe(model, short if far is None else far, explicit=far is not None)
-    short_calls = _probe(model, short, explicit=False)
-    expected = int(text.num_hidden_layers)
-    missing = sorted(set(range(expected)) - set(short_calls))
-    if missing:
-        raise ModelError(
-            f"{name} cannot be captured: {len(missing)} of its {expected} layers do not call "
-            "transformers' attention interface"
-        )
-    if sorted(short_calls) != list(range(len(short_calls))):
-        raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
-
-    candidates = [buffer for buffer in model.buffers() if buffer.ndim == 1 and buffer.is_floating_point()]
-    passes = _Passes(short if far is None else far, short, candidates)
-    specs: list[RopeSpec | str | None] = []
-    for layer, call in sorted(short_calls.items()):
-        rotates = [_check_layer(name, each) for each in (call, far_calls[layer])]
-        specs.append(passes.rope(far_calls[layer], call) if any(rotates) else None)
-    ropes = list(dict.fromkeys(spec for spec in specs if isinstance(spec, RopeSpec)))
-    if reasons := [spec for spec in specs if isinstance(spec, str)]:
-        _NO_TABLE[model] = reasons[0]
-        ropes.append(RopeSpec(pairs=(), inv_freq=(), length_dependent=True))
-    layers = [
-        _geometry(call, _index(ropes, spec))
-        for (_, call), spec in zip(sorted(short_calls.items()), specs, strict=True)
-    ]
-    return KVGeometry(layers=tuple(layers), ropes=tuple(ropes))
+def interceptor_of(model: nn.Module) -> Interceptor:
+    """What shows a model's keys and values to a handler."""
+    return _known(model).intercept
 
 
-def _text_config(model: nn.Module) -> Any:
-    """The configuration of a model whose kind can be captured."""
-    name = type(model).__name__
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder model; only decoder-only language models can be captured"
-        )
-    text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None):
-        raise ModelError(
-            f"{name} caches multi-head latent attention, not keys and values; it cannot be captured"
-        )
-    kinds = getattr(text, "layer_types", None) or []
-    without = sorted({kind for kind in kinds if "attention" not in kind or kind.startswith("linear")})
-    if without:
-        raise ModelError(
-            f"{name} has layers without a KV cache ({', '.join(without)}); it cannot be captured"
-        )
-    return text
+def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
+    """Refuse a model that a packed cache cannot serve.
 
+    Args:
+        model: a causal language model, or the model inside one; left as it was.
+        geometry: that the cache is for.
 
-def _far_positions(model: nn.Module, text: Any) -> Tensor | None:
-    """Positions from which frequencies can be told, int64 [T]; None where the model takes no positions."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return None
-    limit = int(getattr(text, "max_position_embeddings", 0) or 2048)
-    powers = [2**k for k in range(15) if 2**k < limit]
-    return torch.tensor(sorted({0, 3, *powers, limit - 1}))
+    Returns:
+        How one serves it.
 
-
-def _index(ropes: Sequence[RopeSpec], spec: RopeSpec | str | None) -> int | None:
-    """Where a layer's rotary embedding stands; one that has no table is the last."""
-    if spec is None:
-        return None
-    return ropes.index(spec) if isinstance(spec, RopeSpec) else len(ropes) - 1
-
-
-def _geometry(call: AttentionCall, rope: int | None) -> LayerGeometry:
-    window = call.kwargs.get("sliding_window")
-    head_dim, value_head_dim = call.key.shape[-1], call.value.shape[-1]
-    return LayerGeometry(
-        num_query_heads=call.query.shape[1],
-        num_kv_heads=call.key.shape[1],
-        head_dim=head_dim,
-        value_head_dim=None if value_head_dim == head_dim else value_head_dim,
-        sliding_window=int(window) if window else None,
-        rope=rope,
-    )
-
-
-def _probe(model: nn.Module, positions: Tensor, *, explicit: bool) -> dict[int, AttentionCall]:
-    """Run one sequence through the model, every attention module seeing one hidden state at all positions."""
-    name = type(model).__name__
-    calls: dict[int, AttentionCall] = {}
-    storages: set[int] = set()
-
-    def handler(call: AttentionCall) -> None:
-        if call.layer in calls:
-            raise ModelError(
-                f"{name} cannot be captured: layer {call.layer} computes attention more than once"
-            )
-        if call.key.untyped_storage().data_ptr() in storages:
-            raise ModelError(
-                f"{name} cannot be captured: layer {call.layer} uses another layer's keys and values"
-            )
-        storages.add(call.key.untyped_storage().data_ptr())
-        calls[call.layer] = call
-
-    device = input_device(model)
-    ids = torch.ones(1, len(positions), dtype=torch.int64, device=device)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    if explicit:
-        inputs["position_ids"] = positions[None].to(device)
-    with torch.no_grad(), intercept_calls(model, handler), _level(model):
-        try:
-            model(**inputs)
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"{name} cannot be captured: a pass over {len(positions)} tokens failed ({one_line(error)})"
-            ) from error
-    return calls
-
-
-@contextmanager
-def _level(model: nn.Module) -> Iterator[None]:
-    """Give every attention module one and the same hidden state at all positions."""
-
-    def level(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = call_argument(module, "hidden_states", args, kwargs)
-        if not (isinstance(hidden, Tensor) and hidden.ndim == 3):
-            return None
-        # Noise of unit variance, as after a norm; a token's own state can be zero (padding tokens are).
-        state = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
-        hidden = state.to(hidden.device, hidden.dtype).expand_as(hidden)
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": hidden}
-        at = parameters_of(type(module).forward).index("hidden_states")
-        return (*args[:at], hidden, *args[at + 1 :]), kwargs
-
-    with ExitStack() as stack:
-        for module in attention_modules(model):
-            if hasattr(module, "config"):
-                stack.callback(module.register_forward_pre_hook(level, with_kwargs=True).remove)
-        yield
-
-
-def _check_layer(name: str, call: AttentionCall) -> bool:
-    """Check shapes and un-rotation of one layer; return whether its keys depend on the position."""
-    layer, key, value = call.layer, call.key, call.value
-    if key.ndim != 4 or key.shape[:3] != value.shape[:3]:
-        raise ModelError(
-            f"{name} cannot be captured: layer {layer} has keys of shape {tuple(key.shape[1:])} and values "
-            f"of shape {tuple(value.shape[1:])} (heads, tokens, channels)"
-        )
-    if call.query.shape[1] % key.shape[1] or call.query.shape[-1] != key.shape[-1]:
-        raise ModelError(f"{name} cannot be captured: queries and keys of layer {layer} do not match")
-    if not bool(torch.isfinite(key).all()):
-        raise ModelError(f"{name} cannot be captured: layer {layer} gives keys that are not finite")
-    largest = float(key.abs().max())
-    if largest == 0.0:
-        raise ModelError(f"{name} cannot be captured: all keys of layer {layer} are zero")
-    tolerance = max(1e-4, 8 * float(torch.finfo(key.dtype).eps)) * largest
-    if _spread(key) <= tolerance:
-        return False
-    embeddings = call.position_embeddings
-    if (
-        find_apply_rotary(call.module) is None
-        or not (isinstance(embeddings, tuple | list) and len(embeddings) == 2)
-        or not all(isinstance(e, Tensor) and e.is_floating_point() for e in embeddings)
-    ):
-        raise ModelError(
-            f"{name} cannot be captured: layer {layer} encodes positions in a way that cannot be undone"
-        )
-    try:
-        rotation = call.rotation()
-        plain = rotation.unrotate(key)
-        restored = float((rotation.rotate(plain) - key).abs().max())
-    except (RuntimeError, RopeLayoutError) as error:
-        raise ModelError(
-            f"{name} cannot be captured: the keys of layer {layer} cannot be un-rotated"
-        ) from error
-    if not (_spread(plain) <= tolerance and restored <= tolerance):
-        raise ModelError(
-            f"{name} cannot be captured: the un-rotated keys of layer {layer} still depend on the position"
-        )
-    return True
-
-
-def _spread(keys: Tensor) -> float:
-    """The largest difference between positions."""
-    return float((keys - keys[:, :, :1]).abs().max())
-
-
-@dataclass(frozen=True, eq=False)
-class _Passes:
-    """The two passes that tell a rotary embedding.
-
-    Attributes:
-        far, short: positions of each, int64 [T].
-        candidates: one-dimensional tensors of the model, its frequencies perhaps among them.
+    Raises:
+        ModelError: the model would give other output than its own, or caches something else than the geometry says; in
+            one line that says why.
     """
+    known = _known(model)
+    if isinstance(known.serving, str):
+        raise ModelError(
+            f"{type(uncompiled(model)).__name__} cannot generate with a packed cache: {known.serving}"
+        )
+    if _shapes(known.found.geometry) != _shapes(geometry):
+        raise ModelError(
+            f"{type(uncompiled(model)).__name__} caches keys and values of other shapes than at calibration (another "
+            "release of transformers can be the reason); calibrate it with this one"
+        )
+    return known.serving
 
-    far: Tensor
-    short: Tensor
-    candidates: list[Tensor]
 
-    def rope(self, far_call: AttentionCall, short_call: AttentionCall) -> RopeSpec | str:
-        """A layer's rotary embedding, or why it has no table."""
-        rotation, near = far_call.rotation(), short_call.rotation()
-        assert rotation.cos is not None
-        assert near.cos is not None
-        shared = [(int((self.far == p).nonzero()), int(p)) for p in self.short if bool((self.far == p).any())]
-        at_far, at_short = (torch.tensor(index) for index in zip(*shared, strict=True))
-        if not torch.equal(
-            rotation.cos[:, at_far.to(rotation.cos.device)], near.cos[:, at_short.to(near.cos.device)]
-        ):
-            return "its frequencies depend on the length of the sequence"
-        try:
-            return discover_rope(rotation, self.far, far_call.key.shape[-1], candidates=self.candidates)
-        except RopeLayoutError as reason:
-            return str(reason)
+def _shapes(geometry: KVGeometry) -> object:
+    """What of a geometry decides what is stored."""
+    layers = [
+        (layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.swapped) for layer in geometry.layers
+    ]
+    return layers, geometry.attends_to
+
+
+def _known(model: nn.Module) -> _Known:
+    model = uncompiled(model)
+    known = _KNOWN.get(model)
+    if known is None:
+        known = _KNOWN[model] = _look(model)
+    return known
+
+
+def _look(model: nn.Module) -> _Known:
+    """Try attention over packed pages, then a materialized cache."""
+    fast = refusal = None
+    try:
+        found = probe_geometry(model, intercept_calls)
+        fast = _Known(found, probe_serving(model, found.geometry, materialized=False), intercept_calls)
+        if isinstance(fast.serving, Serving):
+            return fast
+        reason = fast.serving
+    except ModelError as error:
+        reason, refusal = str(error), error
+    try:
+        found = probe_geometry(model, intercept_updates)
+    except ModelError as error:
+        if fast is not None:
+            return fast
+        raise error from refusal
+    serving = probe_serving(model, found.geometry, materialized=True)
+    if isinstance(serving, str):
+        return fast or _Known(found, serving, intercept_updates)
+    _log.warning(
+        "a packed cache gives this model all keys and values of a layer as numbers, each time: what is stored is as "
+        "small as with others, decoding is slower (%s)",
+        reason,
+    )
+    return _Known(found, serving, intercept_updates)

@@ -36,6 +36,7 @@ __all__ = [
     "AttentionCall",
     "Handler",
     "Hold",
+    "Running",
     "attention_modules",
     "call_argument",
     "carried",
@@ -43,6 +44,8 @@ __all__ = [
     "layer_of",
     "mark",
     "parameters_of",
+    "running",
+    "without_gradient",
 ]
 
 _MARK = "_kvq_cache_layer"
@@ -63,6 +66,7 @@ class AttentionCall:
         function: the attention function that the model would have called.
         args: further positional arguments.
         kwargs: further keyword arguments (scaling, sliding_window, softcap, s_aux, ...).
+        swapped: key and value stand in the other order than the model's.
     """
 
     module: nn.Module
@@ -73,6 +77,12 @@ class AttentionCall:
     function: AttentionFunction
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    swapped: bool = False
+
+    def swap(self) -> AttentionCall:
+        """The same call with key and value in the other order."""
+        query = self.value if self.query is self.key else self.query
+        return replace(self, query=query, key=self.value, value=self.key, swapped=not self.swapped)
 
     @property
     def layer(self) -> int:
@@ -119,15 +129,23 @@ def mark(keys: Tensor, layer: Attends) -> Tensor:
     return marked
 
 
+def _number(module: Any) -> Any:
+    """The number of a module's layer, under either of the names that families have for it."""
+    return (
+        getattr(module, "layer_idx", None)
+        if hasattr(module, "layer_idx")
+        else getattr(module, "layer_id", None)
+    )
+
+
 def layer_of(module: nn.Module) -> int:
     """The number of the layer that an attention module belongs to."""
-    layer: Any = module.layer_idx
-    return int(layer)
+    return int(_number(module))
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that know which layer they are in; those of attention are among them."""
-    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [module for module in model.modules() if isinstance(_number(module), int)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,6 +175,23 @@ class _Interception:
     handler: Handler
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """An attention module whose forward has begun, and what it was given.
+
+    Attributes:
+        module: the module.
+        embeddings: its position embeddings (cos, sin), or None.
+        mask: its attention mask, or None.
+        positions: its position ids, or None.
+    """
+
+    module: nn.Module
+    embeddings: Any = None
+    mask: Any = None
+    positions: Any = None
+
+
 class _Thread(threading.local):
     """What belongs to the passes of one thread.
 
@@ -170,6 +205,8 @@ class _Thread(threading.local):
         self.interceptions: tuple[_Interception, ...] = ()
         self.embeddings: dict[int, Any] = {}
         self.attending: set[int] = set()
+        #: The attention module whose forward began last, and what it was called with; see `running`.
+        self.latest: Running | None = None
 
     def handlers(self, module: nn.Module) -> list[Handler]:
         """The handlers for a module's call, the innermost first."""
@@ -219,8 +256,21 @@ def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-forward hook of every held module. A copy of a held module has it too, and is not held."""
-    if id(module) in _HELD:
-        _THREAD.embeddings[id(module)] = call_argument(module, "position_embeddings", args, kwargs)
+    if id(module) not in _HELD:
+        return
+    names = ("position_embeddings", "attention_mask", "position_ids")
+    found = Running(module, *(call_argument(module, name, args, kwargs) for name in names))
+    _THREAD.embeddings[id(module)] = found.embeddings
+    latest = _THREAD.latest
+    # A part of an attention module may know the layer too, and be given less.
+    if latest is None or found.embeddings is not None or layer_of(latest.module) != layer_of(module):
+        _THREAD.latest = found
+
+
+def running(layer: int) -> Running | None:
+    """What runs in this thread of a layer whose cache is updated, if a held module does; asked for once."""
+    latest, _THREAD.latest = _THREAD.latest, None
+    return latest if latest is not None and layer_of(latest.module) == layer else None
 
 
 # ------------------------------------------------------------------ what belongs to the process
@@ -356,9 +406,14 @@ def _without_gradient(layer: Attends, call: AttentionCall) -> Tensor:
     query, key, value = (tensor.detach() for tensor in inputs)
     with torch.no_grad():
         result = layer.attend(replace(call, query=query, key=key, value=value)).contiguous()
+    return without_gradient(result, inputs)
+
+
+def without_gradient(result: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """`result`, which has no autograd graph; a backward pass that needs it from `inputs` fails."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        attended: Tensor = _NoGradient.apply(result, *inputs)  # type: ignore[no-untyped-call]
-        return attended
+        marked: Tensor = _NoGradient.apply(result, *inputs)  # type: ignore[no-untyped-call]
+        return marked
     return result
 
 

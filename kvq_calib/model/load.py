@@ -20,7 +20,14 @@ from kvq_calib.model.compat import softcap_implementation
 from kvq_calib.model.explain import check_files, check_shapes, explain, listed
 from kvq_calib.model.hub import hub_reachable, quiet
 
-__all__ = ["LoadedModel", "check_length", "check_tokens", "load_model", "vocabulary_of"]
+__all__ = [
+    "LoadedModel",
+    "check_length",
+    "check_tokens",
+    "load_configuration",
+    "load_model",
+    "vocabulary_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +124,21 @@ def load_model(
         except RuntimeError as error:
             raise ModelError(f"cannot put {name} on device {device!r}: {one_line(error)}") from error
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, label)
+
+
+def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, and nothing else of it; arguments as of :func:`load_model`.
+
+    Raises:
+        ModelError: not found, or not readable.
+    """
+    location, _, source = _find(name)
+    source["trust_remote_code"] = trust_remote_code
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(location, **source)
+        except Exception as error:
+            raise ModelError(explain(name, source, error)) from error
 
 
 def _find(name: str) -> tuple[str, str, dict[str, Any]]:

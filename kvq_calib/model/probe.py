@@ -8,26 +8,29 @@ nonsense. So before anything long is done with a model, the same few tokens go t
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
-from kvq_calib.errors import ModelError, one_line
-from kvq_calib.model.cache_layer import AttendingLayer
-from kvq_calib.model.compat import cache_of, uncompiled, with_cache
+from kvq_calib.errors import one_line
+from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
+from kvq_calib.model.compat import cache_of, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
 from kvq_calib.model.placement import input_device
+from kvq_calib.model.states import cache_layers
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["ExactLayer", "check_generation"]
+__all__ = ["ExactLayer", "Serving", "probe_serving"]
 
 #: Tokens of the passes: some at once, some more, and one alone, which needs no mask.
 _PASSES = (6, 4, 1)
+#: The same for models that continue a text by single tokens only.
+_SINGLE_PASSES = (9, 1, 1)
 
 
 class ExactLayer(AttendingLayer):
@@ -42,8 +45,11 @@ class ExactLayer(AttendingLayer):
         self.stored: tuple[Tensor, Tensor] | None = None
         self.updates = 0
         self._handed: tuple[Tensor, Tensor] | None = None
+        self._first = 0
         #: Whether attention got other tensors than ``update`` returned.
         self.changed = False
+        #: Names of tensors that attention got beside those a packed cache knows.
+        self.unknown: set[str] = set()
 
     @property
     def length(self) -> int:
@@ -65,40 +71,71 @@ class ExactLayer(AttendingLayer):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to everything stored; see :class:`AttendingLayer`."""
-        assert self._handed is not None
+        self.unknown |= unknown_options(call)
         new = (call.key, call.value)
+        if self._handed is None:  # another layer attends to the same
+            assert self.stored is not None
+            result, _ = call.attend(*(x[:, :, self._first :] for x in self.stored))
+            return result
         self.changed |= any(
             ours.data_ptr() != theirs.data_ptr() for ours, theirs in zip(self._handed, new, strict=True)
         )
         self._handed = None
-        _, first = self.get_mask_sizes(call.key.shape[2])
+        _, self._first = self.get_mask_sizes(call.key.shape[2])
         old = (call.key[:, :, :0], call.value[:, :, :0]) if self.stored is None else self.stored
         keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
         self.stored = (keys, values)
-        result, _ = call.attend(keys[:, :, first:], values[:, :, first:])
+        result, _ = call.attend(keys[:, :, self._first :], values[:, :, self._first :])
         return result
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+class _WholeLayer(ExactLayer):
+    """Keeps keys and values as they are and gives all of them back that a query can see."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values; return all."""
+        self.updates += 1
+        _, first = self.get_mask_sizes(key_states.shape[2])
+        new = (key_states, value_states)
+        old = tuple(x[:, :, :0] for x in new) if self.stored is None else self.stored
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self.stored = (keys, values)
+        return keys[:, :, first:], values[:, :, first:]
 
 
-def check_generation(model: nn.Module, geometry: KVGeometry) -> None:
-    """Refuse a model that a packed cache cannot serve. What was found is kept per model object.
+@dataclass(frozen=True)
+class Serving:
+    """How a packed cache serves a model.
+
+    Attributes:
+        materialized: the cache gives back all keys and values of a layer, for attention that is the model's own affair.
+        single_tokens: a text in the cache is continued by one token at a time only. So do some models whose layers keep
+            a state: with more tokens they begin anew, with their own cache too.
+    """
+
+    materialized: bool = False
+    single_tokens: bool = False
+
+
+def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
+    """How a packed cache serves a model, or why it cannot.
 
     Args:
         model: a causal language model, or the model inside one; left as it was.
         geometry: of the model.
-
-    Raises:
-        ModelError: the model would give other output than its own, in one line that says why.
+        materialized: try a cache that gives back all keys and values, in place of one that attends itself.
     """
-    model = uncompiled(model)
-    obstacle = _KNOWN.get(model)
-    if obstacle is None:
-        with torch.no_grad(), _evaluating(model):
-            obstacle = _KNOWN[model] = _Trial(model, geometry).obstacle()
-    if obstacle:
-        raise ModelError(f"{type(model).__name__} cannot generate with a packed cache: {obstacle}")
+    with torch.no_grad(), _evaluating(model):
+        trial = _Trial(model, geometry, _PASSES, materialized)
+        obstacle = trial.obstacle()
+        if not obstacle:
+            return Serving(materialized)
+        by_one = geometry.state_bytes and not trial.faithful
+        if by_one and not _Trial(model, geometry, _SINGLE_PASSES, materialized).obstacle():
+            return Serving(materialized, single_tokens=True)
+        return obstacle
 
 
 @contextmanager
@@ -118,37 +155,48 @@ class _Trial:
     """The passes of one model.
 
     Args:
-        model, geometry: as for :func:`check_generation`.
+        model, geometry, materialized: as for :func:`probe_serving`.
+        passes: tokens of each.
+
+    Attributes:
+        faithful: whether the model gives with its own cache what it gives without, as far as that was tried.
     """
 
-    def __init__(self, model: Any, geometry: KVGeometry) -> None:
-        self.model = model
-        self.layers = [ExactLayer(layer.sliding_window) for layer in geometry.layers]
-        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(_PASSES) + 1)
-        ids = torch.arange(1, sum(_PASSES) + 1) % vocabulary
+    def __init__(self, model: Any, geometry: KVGeometry, passes: tuple[int, ...], materialized: bool) -> None:
+        self.model, self.geometry, self.passes, self.materialized = model, geometry, passes, materialized
+        self.faithful = True
+        kind = _WholeLayer if materialized else ExactLayer
+        self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
+        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(passes) + 1)
+        ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
+        #: The class of the model's own cache, once it was used.
+        self.own_cache: type = DynamicCache
 
     def obstacle(self) -> str:
         """Why a packed cache cannot serve the model; empty where it can."""
         wanted = _scores(self._call(0, len(self.ids[0]), use_cache=False))
         got, failure = self._through_exact()
-        if got is not None and self._close(got, wanted):
+        known = not any(layer.unknown for layer in self.layers)
+        if known and got is not None and self._close(got, wanted):
             return ""
         # Rounding may tell these passes from a single one; the model's own cache makes the same passes.
         try:
             own = self._through(None)
         except Exception as error:
             return f"it fails with its own cache ({one_line(error)})"
-        first = _PASSES[0]
+        first = self.passes[0]
         if not self._alike(own[:, :first], wanted[:, :first]):
             return "what it computes for a token depends on later tokens, so it is no causal model"
-        faithful = self._alike(own[:, first:], wanted[:, first:])
-        if faithful and got is not None and self._close(got, own):
+        self.faithful = self._alike(own[:, first:], wanted[:, first:])
+        if self.faithful and known and got is not None and self._close(got, own):
             return ""
-        return self._reason(faithful, failure)
+        return self._reason(failure)
 
-    def _reason(self, faithful: bool, failure: Exception | None) -> str:
-        """Why the exact cache did not do; ``faithful`` says whether the model's own does."""
+    def _reason(self, failure: Exception | None) -> str:
+        """Why the exact cache did not do."""
+        if self.own_cache is not DynamicCache:
+            return f"it keeps what it caches in a class of its own ({self.own_cache.__name__})"
         detail = "" if failure is None else f" ({one_line(failure)})"
         if isinstance(failure, TypeError | AttributeError) and "None" in str(failure):
             return f"it uses the weights of attention, which are not computed{detail}"
@@ -159,8 +207,12 @@ class _Trial:
                 return f"the keys that layer {index} gets back from the cache do not come to attention as they are"
             if layer.changed:
                 return f"it changes the keys or values of layer {index} between the cache and attention"
-        if not faithful:
+        if not self.faithful:
             return "it gives other output with its own cache than without"
+        if unknown := sorted({name for layer in self.layers for name in layer.unknown}):
+            return f"it gives attention what a packed cache does not know ({', '.join(unknown)})"
+        if self.materialized:
+            return f"it gives other output with a cache that keeps everything exactly{detail}"
         return (
             "it uses keys or values outside the attention call, where a packed cache has none of earlier tokens"
             f"{detail}"
@@ -170,7 +222,8 @@ class _Trial:
         """What the model gives with layers that attend themselves, or how it failed."""
         holds = [Hold(module) for module in attention_modules(self.model)]
         try:
-            return self._through(Cache(layers=list(self.layers))), None
+            layers = cache_layers(self.model.config, self.geometry, self.layers)
+            return self._through(Cache(layers=layers)), None
         except Exception as error:  # whatever a family's forward makes of it
             return None, error
         finally:
@@ -180,9 +233,11 @@ class _Trial:
     def _through(self, cache: Any) -> Tensor:
         """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the model's own for ``None``."""
         scores, start = [], 0
-        for tokens in _PASSES:
+        for tokens in self.passes:
             output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))
-            cache = cache_of(output) if cache is None else cache
+            if cache is None:
+                cache = cache_of(output)
+                self.own_cache = type(cache)
             scores.append(_scores(output))
             start += tokens
         return torch.cat(scores, dim=1)

@@ -10,6 +10,7 @@ and `RopeTable` is these as tensors, for code that runs without the model.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -43,13 +44,25 @@ class RopeLayoutError(ValueError):
 def find_apply_rotary(attention_module: nn.Module) -> ApplyRotary | None:
     """Return the `apply_rotary_pos_emb` that an attention module uses, or None where its family has none.
 
-    It stands in the Python module that defines the class or one of its bases.
+    It stands in the Python module that defines the class or one of its bases. The same function for the same family.
     """
     for cls in type(attention_module).__mro__:
         apply: ApplyRotary | None = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
         if apply is not None:
-            return apply
+            return _for_two(apply)
     return None
+
+
+@lru_cache(maxsize=64)
+def _for_two(apply: Callable[..., Any]) -> ApplyRotary:
+    """A function that takes queries and keys, also where a family's takes one of them, `apply(x, cos, sin)`."""
+    if tuple(inspect.signature(apply).parameters)[1:3] != ("cos", "sin"):
+        return apply
+
+    def both(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return apply(queries, cos, sin), apply(keys, cos, sin)
+
+    return both
 
 
 def rope_switch(config: Any) -> int | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
+from kvq_calib.model.inspect import check_generation
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
-from kvq_calib.model.probe import check_generation
+from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["attach", "attached", "detach", "is_attached", "readable_mask"]
@@ -36,12 +37,15 @@ def is_attached(model: nn.Module) -> bool:
     return bool(modules) and all(module in _HOLDS for module in modules)
 
 
-def attach(model: nn.Module, geometry: KVGeometry | None = None) -> None:
+def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
     """Let a model use packed caches; done by ``KVQCache(artifact, model)``. A second call changes nothing.
 
     Args:
         model: a model, a wrapper around one, or the model inside one.
         geometry: of the model; where given, a few tokens are tried (:mod:`kvq_calib.model.probe`).
+
+    Returns:
+        What was found of the model, where tokens were tried.
 
     Raises:
         ModelError: a packed cache cannot serve the model.
@@ -55,12 +59,12 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> None:
                 f"the model uses the attention implementation {name!r}; choose another with "
                 'model.set_attn_implementation("sdpa"), or load it with attn_implementation="sdpa" or "eager"'
             )
-    if geometry is not None:
-        check_generation(model, geometry)
+    serving = Serving() if geometry is None else check_generation(model, geometry)
     with _LOCK:
         for module in modules:
             if module not in _HOLDS:
                 _HOLDS[module] = Hold(module)
+    return serving
 
 
 def readable_mask(call: AttentionCall) -> Tensor | None:

@@ -16,15 +16,19 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import crop_takes_removed
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.model.intercept import attention_modules, layer_of
 from kvq_calib.model.rope import rope_switch
+from kvq_calib.model.states import States, cache_layers
 from kvq_calib.runtime.attention import attach
 from kvq_calib.runtime.cache_layer import KVQCacheLayer
 from kvq_calib.runtime.checkpoint import load_contents, save_contents
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.forward_pass import ForwardPass
-from kvq_calib.runtime.ops import choose_ops
+from kvq_calib.runtime.materialized_layer import MaterializedLayer
+from kvq_calib.runtime.ops import Ops, choose_ops
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.visibility import Visibility
+from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["KVQCache"]
 
@@ -69,16 +73,16 @@ class KVQCache(Cache):  # type: ignore[misc]
         artifact = _artifact(artifact, model)
         artifact.check_model(model_fingerprint(model))
         _check_streamable(artifact)
-        modules = _attention_modules(model, len(artifact.layers))
+        geometry = artifact.geometry
+        modules = _attention_modules(model, geometry)
         self.device = _single_device(modules)
         self.quantizers = artifact.quantizers(self.device)
         ops, note = choose_ops(self.quantizers, self.device, backend)
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        attach(model, artifact.geometry)
+        serving = attach(model, geometry)
         self.artifact = artifact
         self.backend = ops[0].name
-        geometry = artifact.geometry
         self.contents = CacheContents(
             [(pair["key"], pair["value"]) for pair in self.quantizers],
             [layer.sliding_window for layer in geometry.layers],
@@ -86,25 +90,55 @@ class KVQCache(Cache):  # type: ignore[misc]
             artifact.spec.recent_tokens if recent_tokens is None else recent_tokens,
             self.device,
         )
+        layers: list[Any] = []
+        self.states = States(config, layers)
         self.forward_pass = ForwardPass(
-            self.contents, modules, limit if max_tokens is None else max_tokens, rope_switch(config)
+            self.contents,
+            modules,
+            limit if max_tokens is None else max_tokens,
+            rope_switch(config),
+            self.states,
+            last_number=geometry.last_number,
+            single_tokens=serving.single_tokens,
         )
         # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
         ropes = [layer.rope for layer in geometry.layers]
         checking = {ropes.index(rope) for rope in set(ropes) if rope is not None}
-        super().__init__(
-            layers=[
-                KVQCacheLayer(index, op, self.forward_pass, index in checking) for index, op in enumerate(ops)
-            ]
+        layers += cache_layers(
+            config,
+            geometry,
+            [
+                self._layer((index, number, op, self.forward_pass, index in checking), serving.materialized)
+                for index, (number, op) in enumerate(zip(geometry.numbers, ops, strict=True))
+            ],
         )
+        super().__init__(layers=layers)
         _log.info(
             "packed cache of %d layers: %s operations on %s%s", len(ops), self.backend, self.device, note
         )
+
+    def _layer(self, arguments: tuple[int, int, Ops, ForwardPass, bool], materialized: bool) -> KVQCacheLayer:
+        if not materialized:
+            return KVQCacheLayer(*arguments)
+        index = arguments[0]
+        pair = self.quantizers[index]
+        swapped = self.artifact.geometry.layers[index].swapped
+        return MaterializedLayer(*arguments, quantizers=(pair["key"], pair["value"]), swapped=swapped)
+
+    @property
+    def packed(self) -> list[KVQCacheLayer]:
+        """The layers that hold packed keys and values, in order; ``layers`` has the model's other layers too."""
+        return [layer for layer in self.layers if isinstance(layer, KVQCacheLayer)]
 
     @property
     def table(self) -> SlotTable | None:
         """Positions, blocks and sinks, shared by all layers; ``None`` while empty."""
         return self.contents.table
+
+    @property
+    def single_tokens(self) -> bool:
+        """Whether the model continues a text by one token at a time only."""
+        return self.forward_pass.single_tokens
 
     @property
     def recent_tokens(self) -> int:
@@ -126,13 +160,13 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """Short: what is held."""
-        held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes} bytes"
+        held = f"{len(self.packed)} layers, {self.get_seq_length()} tokens, {self.nbytes} bytes"
         return f"KVQCache({held}, {self.backend})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQCache:
         """Copy what is stored; artifact, tables and model are shared."""
         shared: list[Any] = [self.artifact, self.quantizers, self.contents.stored, self.forward_pass.modules]
-        shared += [layer.ops for layer in self.layers]
+        shared += [self.states.config, *(layer.ops for layer in self.packed)]
         shared += [quantizer.layout for pair in self.quantizers for quantizer in pair.values()]
         memo.update({id(item): item for item in shared})
         made = KVQCache.__new__(KVQCache)
@@ -144,15 +178,21 @@ class KVQCache(Cache):  # type: ignore[misc]
         """Store tokens without a forward pass, at the positions after those held.
 
         Args:
-            layers: for each layer in order its keys and values, ``[B, H, T, D]`` each; keys before rotary embedding
+            layers: for each packed layer in order its keys and values, ``[B, H, T, D]`` each; keys before rotary embedding
                 where the recipe quantizes them so, else as attention uses them.
 
         Raises:
-            RuntimeMismatchError: they do not fit the cache, which stays as it was.
+            RuntimeMismatchError: they do not fit the cache, which stays as it was, or the model has layers that keep
+                something else.
         """
         forward_pass = self.forward_pass
+        if self.states:
+            raise RuntimeMismatchError(
+                "other layers of this model keep a state that only a forward pass can bring up to date; pass the cache "
+                "to the model instead"
+            )
         with forward_pass.undone_on_failure():
-            for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            for layer, (keys, values) in zip(self.packed, layers, strict=True):
                 batch, _, tokens, _ = keys.shape
                 seen = Visibility(None, layer.length + tokens, tokens, None)
                 storage, table = forward_pass.enter(layer.index, batch, seen)
@@ -175,7 +215,8 @@ class KVQCache(Cache):  # type: ignore[misc]
                 what it means in the transformers in use: keep all (newer), forget all (older).
 
         Raises:
-            RuntimeMismatchError: a sliding window has freed tokens that would be visible again.
+            RuntimeMismatchError: a sliding window has freed tokens that would be visible again, or another layer of the
+                model keeps a state that tokens cannot be taken from.
         """
         self.forward_pass.roll_back()
         length = self.contents.length
@@ -185,23 +226,29 @@ class KVQCache(Cache):  # type: ignore[misc]
             kept = max(length + count, 0)
         else:
             kept = length if crop_takes_removed() else 0
+        self.states.check()
         if kept >= length:
-            return
-        if kept == 0:
+            self.states.settle()
+        elif kept == 0:
             self.reset()
         else:
+            self.contents.check_crop(kept)
+            self.states.crop(length - kept)
             self.contents.crop(kept)
 
     def reset(self) -> None:
         """Free everything; the cache can be used again, also for another batch size."""
         self.contents.reset()
+        self.states.reset()
         self.forward_pass.forget()
-        for layer in self.layers:
+        for layer in self.packed:
             layer.ops.forget()
 
     def _select(self, rows: Tensor) -> None:
         self.forward_pass.roll_back()
         self.contents.select(rows)
+        if self.is_initialized:
+            self.states.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` become what row ``beam_idx[i]`` is (beam search)."""
@@ -218,8 +265,8 @@ class KVQCache(Cache):  # type: ignore[misc]
             self._select(torch.arange(self.table.batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: what the latest call could see is kept until the next call, so it can be taken
-        back."""
+        """Let states of convolutions keep what :meth:`crop` needs; keys and values can be taken back anyway."""
+        self.states.record()
 
     # ------------------------------------------------------------------ memory
 
@@ -241,13 +288,19 @@ class KVQCache(Cache):  # type: ignore[misc]
             for quantizer in pair.values():
                 sizes["parameters"] += quantizer.params.held_bytes
                 counted.update(t.untyped_storage().data_ptr() for t in quantizer.params.tensors().values())
-        for layer in self.layers:
+        for layer in self.packed:
             sizes["tables"] += count(layer.ops.tables())
+            if isinstance(layer, MaterializedLayer):
+                sizes["tables"] += count(layer.tables())
         return sizes
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``."""
-        return {**self._fixed_memory(), **self.contents.memory()}
+        """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``.
+
+        ``states`` are what layers keep beside keys and values, unquantized; only where the model has such layers.
+        """
+        states = {"states": self.states.nbytes} if self.states else {}
+        return {**self._fixed_memory(), **self.contents.memory(), **states}
 
     @property
     def nbytes(self) -> int:
@@ -259,7 +312,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         return {
             kind: [
                 0 if layer.storage is None else getattr(layer.storage, kind).outlier_entries
-                for layer in self.layers
+                for layer in self.packed
             ]
             for kind in ("key", "value")
         }
@@ -272,7 +325,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         Raises:
             RuntimeMismatchError: the cache is empty.
         """
-        save_contents(self.contents, self.artifact, path)
+        self.states.check()
+        save_contents(self.contents, self.artifact, path, self.states.tensors())
 
     @classmethod
     def load(
@@ -293,7 +347,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             RuntimeMismatchError: the file is damaged, or belongs to another artifact.
         """
         cache = cls(artifact, model, **options)
-        load_contents(cache.contents, cache.artifact, path, cache.max_tokens)
+        cache.states.fill(load_contents(cache.contents, cache.artifact, path, cache.max_tokens))
         return cache
 
 
@@ -334,12 +388,12 @@ def _check_streamable(artifact: KVArtifact) -> None:
             )
 
 
-def _attention_modules(model: nn.Module, layers: int) -> set[nn.Module]:
+def _attention_modules(model: nn.Module, geometry: KVGeometry) -> set[nn.Module]:
     """The attention modules, as a set that hashes by identity."""
     return {
         module
-        for module in model.modules()
-        if isinstance(index := getattr(module, "layer_idx", None), int) and index < layers
+        for module in attention_modules(model)
+        if (number := layer_of(module)) < geometry.model_layers and geometry.index_of(number) is not None
     }
 
 

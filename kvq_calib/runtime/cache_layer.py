@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
 from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import Rotation
 from kvq_calib.runtime.attention import readable_mask
@@ -25,15 +25,19 @@ class KVQCacheLayer(AttendingLayer):
     """One layer of a :class:`~kvq_calib.runtime.cache.KVQCache`.
 
     Args:
-        index: the layer's number.
+        index: its number among layers that hold keys and values.
+        number: of the layer of the model whose keys and values it holds; other layers may attend to them too.
         ops: what packs and attends.
         forward_pass: of the cache; it knows what the cache holds.
         checks_rope: compare the model's angles with the artifact's in every pass.
     """
 
-    def __init__(self, index: int, ops: Ops, forward_pass: ForwardPass, checks_rope: bool) -> None:
+    def __init__(
+        self, index: int, number: int, ops: Ops, forward_pass: ForwardPass, checks_rope: bool
+    ) -> None:
         super().__init__(forward_pass.contents.windows[index])
         self.index = index
+        self.number = number
         self.ops = ops
         self.forward_pass = forward_pass
         self.checks_rope = checks_rope
@@ -59,7 +63,7 @@ class KVQCacheLayer(AttendingLayer):
         return super().update(key_states, value_states)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Store the new tokens and attend to all; called by the attention function.
+        """Store the new tokens, where they are this layer's, and attend to all; called by the attention function.
 
         Args:
             call: queries ``[B, Hq, T, D]``, keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, queries and keys
@@ -72,15 +76,33 @@ class KVQCacheLayer(AttendingLayer):
             RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
                 pass.
         """
-        return self.forward_pass.attention(self.index, call.module, lambda: self._attend(call))
+        attend = self._attend if call.layer == self.number else self._attend_again
+        return self.forward_pass.attention(call.module, lambda: attend(call))
+
+    def _attend_again(self, call: AttentionCall) -> Tensor:
+        """Attend for another layer of the model to what this one has stored in this pass."""
+        contents = self.forward_pass.contents
+        assert contents.table is not None
+        visibility = self._visibility(call, self.length)
+        return self.ops.attend(_request(call, visibility), contents.storages[self.index], contents.table)
+
+    def _visibility(self, call: AttentionCall, length: int) -> Visibility:
+        return Visibility(readable_mask(call), length, call.query.shape[2], call.kwargs.get("sliding_window"))
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        batch, _, tokens, size = call.query.shape
-        options = call.kwargs
-        window = options.get("sliding_window")
-        visibility = Visibility(readable_mask(call), self.length + tokens, tokens, window)
+        if unknown := unknown_options(call):
+            raise RuntimeMismatchError(
+                f"layer {self.index}: attention was given {sorted(unknown)[0]}, which a packed cache does not know"
+            )
+        visibility = self._visibility(call, self.length + call.query.shape[2])
+        storage, table = self._take(call, visibility)
+        return self.ops.attend(_request(call, visibility), storage, table)
+
+    def _take(self, call: AttentionCall, visibility: Visibility) -> tuple[LayerStorage, SlotTable]:
+        """Store the new tokens of a call."""
+        batch, _, tokens, _ = call.query.shape
         rotation = None if self.ops.rope is None else self._rotation(call)
-        positions = options.get("position_ids")
+        positions = call.kwargs.get("position_ids")
         storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
         if rotation is not None and self.checks_rope:
             if table.length == tokens:  # what was noted is of a text that is gone
@@ -91,15 +113,7 @@ class KVQCacheLayer(AttendingLayer):
             if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
                 self._check_rope()
         self.store_call(storage, call, rotation, table)
-        scaling = options.get("scaling")
-        request = AttentionRequest(
-            call.query,
-            visibility,
-            size**-0.5 if scaling is None else float(scaling),
-            options.get("softcap"),
-            options.get("s_aux"),
-        )
-        return self.ops.attend(request, storage, table)
+        return storage, table
 
     def store(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
         """Store the newest tokens, which have their slots already, and free what a sliding window has passed.
@@ -167,3 +181,14 @@ class KVQCacheLayer(AttendingLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Layers share their slots, so only the cache can be reordered."""
         raise NotImplementedError("reorder the cache, not one layer of it")
+
+
+def _request(call: AttentionCall, visibility: Visibility) -> AttentionRequest:
+    scaling = call.kwargs.get("scaling")
+    return AttentionRequest(
+        call.query,
+        visibility,
+        call.query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        call.kwargs.get("softcap"),
+        call.kwargs.get("s_aux"),
+    )

@@ -30,6 +30,7 @@ __all__ = ["load_contents", "save_contents"]
 
 FORMAT_VERSION = 2
 _METADATA_KEY = "kvq_cache"
+_STATE = "states."
 _EXACT = ("tail_key", "tail_value", "sink_key", "sink_value")
 
 
@@ -37,8 +38,16 @@ def _artifact_digest(artifact: KVArtifact) -> str:
     return hashlib.sha256(artifact.to_bytes()).hexdigest()
 
 
-def save_contents(contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str]) -> None:
+def save_contents(
+    contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str], states: Mapping[str, Tensor]
+) -> None:
     """Write what a cache of ``artifact`` holds to one file: whole, or not at all.
+
+    Args:
+        contents: of the cache.
+        artifact: what the cache was made with.
+        path: the file.
+        states: what other layers of the model keep, by name.
 
     Raises:
         RuntimeMismatchError: the cache is empty.
@@ -59,6 +68,7 @@ def save_contents(contents: CacheContents, artifact: KVArtifact, path: str | os.
             for number, page in enumerate(getattr(storage, kind).pages):
                 for name, tensor in page.tensors().items():
                     tensors[f"{prefix}{kind}.{number}.{name}"] = tensor
+    tensors.update({_STATE + name: tensor for name, tensor in states.items()})
     metadata = {
         "format_version": FORMAT_VERSION,
         "artifact": _artifact_digest(artifact),
@@ -114,7 +124,7 @@ class _Reader:
 
 def load_contents(
     contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str], max_tokens: int | None
-) -> None:
+) -> dict[str, Tensor]:
     """Fill an empty cache of ``artifact`` with what a file holds. On an error it stays empty.
 
     Args:
@@ -122,6 +132,9 @@ def load_contents(
         artifact: what the cache was made with.
         path: the file.
         max_tokens: most tokens that the cache takes.
+
+    Returns:
+        What other layers of the model kept, by name.
 
     Raises:
         RuntimeMismatchError: the file is damaged, belongs to another artifact, or holds too many tokens.
@@ -134,9 +147,22 @@ def load_contents(
         raise reader.problem("dropped_pages does not fit the layers")
     table = _read_table(reader, contents, max_tokens)
     storages = [_read_layer(reader, contents, index, table, count) for index, count in enumerate(dropped)]
+    states = _read_states(reader, table.batch, contents.device)
     if reader.tensors:
         raise reader.problem(f"tensor {sorted(reader.tensors)[0]} is unknown")
     contents.recent_tokens, contents.table, contents.storages = table.recent_tokens, table, storages
+    return states
+
+
+def _read_states(reader: _Reader, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """States of other layers; their shapes are the model's affair, but for the number of sequences."""
+    found = {}
+    for name in [name for name in reader.tensors if name.startswith(_STATE)]:
+        tensor = reader.tensors.pop(name)
+        if tensor.ndim == 0 or tensor.shape[0] != batch or not tensor.is_floating_point():
+            raise reader.problem(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}")
+        found[name.removeprefix(_STATE)] = tensor.to(device)
+    return found
 
 
 def _read_table(reader: _Reader, contents: CacheContents, max_tokens: int | None) -> SlotTable:

@@ -70,8 +70,8 @@ class CacheContents:
         self.table = None
         self.storages = []
 
-    def crop(self, length: int) -> None:
-        """Keep the first ``length`` slots, at least one and not all of them. Nothing is quantized again.
+    def check_crop(self, length: int) -> None:
+        """Refuse a length that :meth:`crop` cannot keep.
 
         Raises:
             RuntimeMismatchError: a sliding window has freed slots that would be visible again.
@@ -87,9 +87,17 @@ class CacheContents:
                     f"cannot crop to {length} tokens: layer {layer} has freed what its window of "
                     f"{window} would show again; reset() the cache"
                 )
-        table.crop(length)
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` slots, at least one and not all of them. Nothing is quantized again.
+
+        Args:
+            length: one that :meth:`check_crop` lets pass.
+        """
+        assert self.table is not None
+        self.table.crop(length)
         for storage in self.storages:
-            storage.crop(table)
+            storage.crop(self.table)
 
     def select(self, rows: Tensor) -> None:
         """Let sequence ``i`` become what sequence ``rows[i]`` is."""

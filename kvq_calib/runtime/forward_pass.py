@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.model.intercept import layer_of
 from kvq_calib.model.rope import Rotation, find_apply_rotary
+from kvq_calib.model.states import States
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, StorageMark
 from kvq_calib.runtime.visibility import Visibility
 
 __all__ = ["ForwardPass"]
+
+X = TypeVar("X")
 
 
 class ForwardPass:
@@ -26,6 +31,9 @@ class ForwardPass:
         modules: the attention modules of its model.
         max_tokens: tokens after which a pass is refused, or ``None``.
         rope_switch: of the model, see :func:`kvq_calib.model.rope.rope_switch`.
+        states: of the layers that keep something beside keys and values.
+        last_number: of the last layer of the model that attends to what the cache holds.
+        single_tokens: a text is continued by one token at a time only.
     """
 
     def __init__(
@@ -33,8 +41,15 @@ class ForwardPass:
         contents: CacheContents,
         modules: Set[nn.Module],
         max_tokens: int | None,
-        rope_switch: int | None = None,
+        rope_switch: int | None,
+        states: States,
+        *,
+        last_number: int,
+        single_tokens: bool,
     ) -> None:
+        self.last_number = last_number
+        self.single_tokens = single_tokens
+        self.states = states
         self.contents = contents
         self.modules = modules
         self.max_tokens = max_tokens
@@ -71,13 +86,12 @@ class ForwardPass:
         self._rotations = [*self._rotations[-3:], (type(module), made)]
         return made
 
-    def attention(self, layer: int, module: nn.Module, attend: Callable[[], Tensor]) -> Tensor:
-        """Run the attention of one layer: where it fails, the cache becomes what it was before the pass.
+    def attention(self, module: nn.Module, attend: Callable[[], X]) -> X:
+        """Run what a layer does: where it fails, the cache becomes what it was before the pass.
 
         Args:
-            layer: its number.
             module: the attention module that calls.
-            attend: the attention.
+            attend: its attention, or what stores and reads for it.
 
         Raises:
             RuntimeMismatchError: the module is not one of the cache's model.
@@ -89,7 +103,7 @@ class ForwardPass:
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
             result = attend()
-            if layer == len(self.contents.stored) - 1:
+            if layer_of(module) == self.last_number:
                 self.end()
             return result
 
@@ -100,7 +114,15 @@ class ForwardPass:
             yield
         except BaseException:
             self.roll_back()
+            self._states_are_ahead()
             raise
+
+    def _states_are_ahead(self) -> None:
+        """Layers without keys and values took up a pass that is undone now."""
+        if self.contents.table is None:
+            self.states.reset()
+        else:
+            self.states.spoiled = bool(self.states)
 
     def enter(
         self, layer: int, batch: int, visibility: Visibility, position_ids: Tensor | None = None
@@ -135,6 +157,7 @@ class ForwardPass:
 
     def _begins(self, layer: int, batch: int, tokens: int) -> bool:
         """Whether ``layer`` is the first of a pass; checks that the pass fits."""
+        self.states.check()
         table, held = self.contents.table, self.contents.length_of(layer)
         known = self.contents.length
         if table is not None and batch != table.batch:
@@ -149,6 +172,11 @@ class ForwardPass:
             raise RuntimeMismatchError(
                 "the layers of the cache hold different numbers of tokens (a forward pass failed midway); "
                 "what it stored is undone now, so run it again"
+            )
+        if self.single_tokens and known and tokens > 1:
+            raise RuntimeMismatchError(
+                f"this model continues a text by one token at a time only, and was given {tokens}: with more, layers "
+                "that keep a state begin anew; give it the whole text at once, or single tokens"
             )
         if self.max_tokens is not None and known + tokens > self.max_tokens:
             raise RuntimeMismatchError(
@@ -186,10 +214,11 @@ class ForwardPass:
         if length == 0:
             self.contents.reset()
             self._announced = None
-            return
-        table.crop(length, blocks)
-        for storage, mark in marks:
-            storage.restore(mark)
+        else:
+            table.crop(length, blocks)
+            for storage, mark in marks:
+                storage.restore(mark)
+        self._states_are_ahead()
 
     def forget(self) -> None:
         """No pass is under way: the cache is empty."""

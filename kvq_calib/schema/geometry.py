@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvq_calib.schema.frozen import Frozen
 
@@ -71,6 +71,8 @@ class LayerGeometry(Frozen):
         value_head_dim: of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
+        swapped: what is called values here is the first of the two tensors that the model caches: with multi-head latent
+            attention that is the latent, and the second, rotated one is called keys.
     """
 
     num_query_heads: Annotated[int, Field(ge=1)]
@@ -79,6 +81,13 @@ class LayerGeometry(Frozen):
     value_head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     rope: Annotated[int, Field(ge=0)] | None = None
+    swapped: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_swapped(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What few models have is not written where they have it not."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "swapped" or value}
 
     @model_validator(mode="after")
     def _check(self) -> LayerGeometry:
@@ -106,10 +115,22 @@ def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1
 
 
 class KVGeometry(Frozen):
-    """Shapes of every attention layer, and the rotary embeddings they use."""
+    """Shapes of every layer that caches keys and values, and the rotary embeddings they use.
+
+    Attributes:
+        layers: in the order of the model.
+        ropes: what layers name by index.
+        attends_to: for each layer of the model, which of ``layers`` holds the keys and values it attends to; ``None``
+            for a layer that keeps something else or nothing (linear attention, convolution). The first that attends to
+            keys and values is the one that caches them. Empty where layer ``i`` of the model is ``layers[i]``.
+        state_bytes: what layers keep beside keys and values for a sequence, whatever its length, in the dtypes of the
+            model that was calibrated.
+    """
 
     layers: tuple[LayerGeometry, ...] = Field(min_length=1)
     ropes: tuple[RopeSpec, ...] = ()
+    attends_to: tuple[Annotated[int, Field(ge=0)] | None, ...] = ()
+    state_bytes: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> KVGeometry:
@@ -122,7 +143,44 @@ class KVGeometry(Frozen):
                 )
             if any(channel >= layer.head_dim for pair in self.ropes[layer.rope].pairs for channel in pair):
                 raise ValueError(f"layer {index}: a RoPE pair lies outside the head of {layer.head_dim}")
+        if self.attends_to and list(dict.fromkeys(i for i in self.attends_to if i is not None)) != list(
+            range(len(self.layers))
+        ):
+            raise ValueError("attends_to must name every layer, each first where the model comes to it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What most models do not have is not written."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name in ("layers", "ropes") or value}
+
+    @property
+    def model_layers(self) -> int:
+        """Layers of the model, those that cache no keys and values included."""
+        return len(self.attends_to) or len(self.layers)
+
+    def index_of(self, number: int) -> int | None:
+        """Which of ``layers`` layer ``number`` of the model attends to."""
+        return self.attends_to[number] if self.attends_to else number
+
+    def is_shared(self, index: int) -> bool:
+        """Whether more than one layer of the model attends to ``layers[index]``."""
+        return self.attends_to.count(index) > 1
+
+    @property
+    def last_number(self) -> int:
+        """The last layer of the model that attends to any of ``layers``."""
+        return max(
+            (n for n, index in enumerate(self.attends_to) if index is not None), default=len(self.layers) - 1
+        )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The number that each of ``layers`` has in the model."""
+        if not self.attends_to:
+            return tuple(range(len(self.layers)))
+        return tuple(self.attends_to.index(index) for index in range(len(self.layers)))
 
     def rope_of(self, layer: int) -> RopeSpec | None:
         """The rotary embedding of ``layer``."""

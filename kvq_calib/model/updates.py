@@ -1,0 +1,110 @@
+"""Interception where a model hands keys and values to its cache.
+
+Not every model calls transformers' attention interface with what it caches: some have attention of their own, some
+change keys or values on the way, and multi-head latent attention expands them. Every model that can generate calls
+`update` of its cache, so that is where these are seen. A cache that keeps nothing is given to each pass for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kvq_calib.errors import ModelError
+from kvq_calib.model.cache_layer import AttendingLayer
+from kvq_calib.model.compat import keeps_keys, keeps_state, own_layers, with_cache
+from kvq_calib.model.intercept import (
+    AttentionCall,
+    Handler,
+    Hold,
+    attention_modules,
+    running,
+)
+from kvq_calib.model.states import with_state
+
+__all__ = ["intercept_updates", "update_call"]
+
+
+def update_call(layer: int, keys: Tensor, values: Tensor, window: int | None = None) -> AttentionCall:
+    """What a layer hands to its cache, in the shape of a call of attention; it has no queries of its own.
+
+    Args:
+        layer: its number.
+        keys, values: the two tensors, in the model's order.
+        window: tokens that a query sees, or ``None`` for all.
+
+    Raises:
+        ModelError: no module of the layer is held.
+    """
+    found = running(layer)
+    if found is None:
+        raise ModelError(f"layer {layer} hands keys and values to a cache from outside its attention module")
+    mask = found.mask if isinstance(found.mask, Tensor) and found.mask.ndim in (2, 4) else None
+    options = {"attention_mask": mask, "position_ids": found.positions, "sliding_window": window}
+    return AttentionCall(found.module, keys, keys, values, found.embeddings, _no_function, (), options)
+
+
+def _no_function(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("attention of this model is its own affair")
+
+
+class _SeenLayer(AttendingLayer):
+    """Shows what comes to a handler, hands on what it makes of it, and keeps nothing."""
+
+    def __init__(self, number: int, sliding_window: int | None, handler: Handler) -> None:
+        super().__init__(sliding_window)
+        self.number, self.handler = number, handler
+
+    @property
+    def length(self) -> int:
+        """Nothing is held."""
+        return 0
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Never called: nothing is marked."""
+        raise NotImplementedError
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Show the new keys and values."""
+        call = update_call(self.number, key_states, value_states, self.sliding_window)
+        return self.handler(call) or (key_states, value_states)
+
+
+def _seen_layers(config: Any, handler: Handler) -> list[Any]:
+    layers = own_layers(config)
+    for number, own in enumerate(layers):
+        if not keeps_keys(own):
+            continue
+        seen = _SeenLayer(number, getattr(own, "sliding_window", None), handler)
+        layers[number] = with_state(seen, own) if keeps_state(own) else seen
+    return layers
+
+
+@contextmanager
+def intercept_updates(model: nn.Module, handler: Handler) -> Iterator[None]:
+    """Show what `model` hands to its cache in this thread to `handler`, which may return other keys and values.
+
+    Call the model without a cache: each pass is given one that keeps nothing.
+    """
+    whole: Any = model
+
+    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        ((name, _),) = with_cache(None).items()
+        if kwargs.get(name) is not None:
+            return None
+        layers = _seen_layers(whole.config, handler)
+        return args, {**kwargs, **with_cache(Cache(layers=layers)), "use_cache": True}
+
+    holds = [Hold(module) for module in attention_modules(model)]
+    with ExitStack() as stack:
+        for module in {whole, whole.base_model}:
+            stack.callback(module.register_forward_pre_hook(give, with_kwargs=True).remove)
+        for hold in holds:
+            stack.callback(hold.close)
+        yield
