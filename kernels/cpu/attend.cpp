@@ -350,10 +350,48 @@ int32_t attend(Job& job) {
     return job.status;
 }
 
+struct Calls {
+    const KvqCodes *key, *value;
+    const KvqAttention* call;
+    int count;
+    std::atomic<int> next;
+    std::atomic<int32_t> status;
+};
+
+int32_t attend_one(const KvqCodes* key, const KvqCodes* value, KvqAttention call, int threads) {
+    call.threads = threads;
+    Job job = {key, value, &call, 1, 0, false, nullptr, nullptr, nullptr, 0, {0}, {KVQ_OK}};
+    return attend(job);
+}
+
+void attend_calls(void* of) {
+    Calls& calls = *static_cast<Calls*>(of);
+    for (int number = calls.next++; number < calls.count; number = calls.next++) {
+        const int32_t status = attend_one(calls.key, calls.value, calls.call[number], 1);
+        if (status != KVQ_OK) calls.status = status;
+    }
+}
+
 }  // namespace
 }  // namespace kvq
 
 extern "C" {
+
+int32_t kvq_attend_each(const KvqCodes* key, const KvqCodes* value, const KvqAttention* calls, int32_t count,
+                        int32_t threads) {
+    using namespace kvq;
+    if (key == nullptr || value == nullptr || count < 0 || (count > 0 && calls == nullptr)) return KVQ_BAD_ARGUMENT;
+    for (int n = 0; n < count; n++)
+        if (!is_sound(*key, *value, calls[n])) return KVQ_BAD_ARGUMENT;
+    if (count < threads) {  // each is divided itself
+        int32_t status = KVQ_OK;
+        for (int n = 0; n < count && status == KVQ_OK; n++) status = attend_one(key, value, calls[n], threads);
+        return status;
+    }
+    Calls all = {key, value, calls, count, {0}, {KVQ_OK}};
+    run_on_threads(threads, attend_calls, &all);
+    return all.status;
+}
 
 int32_t kvq_attend(const KvqCodes* key, const KvqCodes* value, const KvqAttention* call) {
     using namespace kvq;

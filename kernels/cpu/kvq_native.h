@@ -7,7 +7,7 @@
 #include <cstdint>
 
 // Raised with every change of this interface. A library of another number is not used.
-#define KVQ_ABI 3
+#define KVQ_ABI 4
 
 #if defined(__GNUC__)
 #define KVQ_EXPORT __attribute__((visibility("default")))
@@ -240,4 +240,8 @@ KVQ_EXPORT int32_t kvq_dequantize(const KvqCodes* codes, const KvqDequantize* ca
 // Attention over packed pages, sinks and tail. Results depend on the number of threads by rounding alone, and are the
 // same for the same number.
 KVQ_EXPORT int32_t kvq_attend(const KvqCodes* key, const KvqCodes* value, const KvqAttention* call);
+
+// The same for `count` calls of one layer, such as sequences of their own lengths, shared out among `threads`.
+KVQ_EXPORT int32_t kvq_attend_each(const KvqCodes* key, const KvqCodes* value, const KvqAttention* calls, int32_t count,
+                                   int32_t threads);
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,19 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
     for table in artifact_tables(loaded, contexts, per_layer=layers):
         print_table(table)
     write_json(json_file, artifact_facts(loaded, contexts))
+
+
+@artifact_group.command("vllm-args", cls=Command, examples=("kvq-artifact vllm-args model.kvq.safetensors",))
+@click.argument("artifact", type=FilePath(), metavar="ARTIFACT")
+@debug_option
+def vllm_command(artifact: str) -> None:
+    """Check that vLLM can serve ARTIFACT, a file or a hub id, and print the options that do it."""
+    from kvq_calib.integrations.vllm.checks import ARTIFACT_KEY, artifact_of, check_artifact
+
+    check_artifact(artifact_of(artifact))
+    named = str(Path(artifact).resolve()) if Path(artifact).exists() else artifact
+    options = json.dumps({ARTIFACT_KEY: named})
+    click.echo(shlex.join(["--attention-backend", "CUSTOM", "--additional-config", options]))
 
 
 @artifact_group.command(

@@ -1,7 +1,8 @@
 """Whether a model can be calibrated and used, told from its configuration: the model is built small, with random weights.
 
 What decides is the code of a family and which kinds of layers a model has, not its weights. So the same trials run that
-a calibration begins with, on a model of a few layers with narrow feed-forward parts, few experts and a small vocabulary.
+a calibration begins with, on a model of a few layers with narrow feed-forward parts, few experts and a small
+vocabulary.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def inspect_model(model: nn.Module) -> KVGeometry:
 
     Every attention layer must come by exactly once per pass, with as many keys as values. Each attention module is
     given one and the same hidden state at every position: keys that differ between positions were rotated, and must not
-    differ any more once that is undone. Where they still do, positions are encoded in another way; a layer is then taken
-    for one without rotary embedding, and its keys are quantized as they are. Results are kept per model object.
+    differ any more once that is undone. Where they still do, positions are encoded in another way; a layer is then
+    taken for one without rotary embedding, and its keys are quantized as they are. Results are kept per model object.
 
     A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
     `RopeSpec` has no pairs and says `length_dependent`, and `why_no_table` gives the reason.

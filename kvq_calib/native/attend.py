@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -332,6 +333,16 @@ class LayerKernel:
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
         return self._held
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Key, value and call as the functions take them."""
+        return self._arguments
+
+    @property
+    def template(self) -> KvqAttention:
+        """A call with what no step changes."""
+        return self._call
 
     def attend(
         self,

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 #: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
-ABI = 3
+ABI = 4
 #: Where the package's build puts the libraries.
 FOLDER = Path(__file__).parent.parent / "_native"
 #: Instruction sets by machine, the best first.
@@ -54,7 +54,14 @@ ISAS = _BY_MACHINE.get(platform.machine().lower(), ())
 #: Functions that return a ``KvqStatus``.
 _RETURN_STATUS = (
     *("kvq_encode_trellis", "kvq_encode_scalar", "kvq_pack", "kvq_list_outliers"),
-    *("kvq_join", "kvq_attend", "kvq_dequantize", "kvq_turns_within", "kvq_turns_of_blocks"),
+    *(
+        "kvq_join",
+        "kvq_attend",
+        "kvq_attend_each",
+        "kvq_dequantize",
+        "kvq_turns_within",
+        "kvq_turns_of_blocks",
+    ),
 )
 
 _log = logging.getLogger(__name__)
@@ -266,6 +273,7 @@ def library_of(isa: str, folder: Path) -> Library:
     attend = functions.kvq_attend
     codes = ctypes.POINTER(KvqCodes)
     attend.argtypes = [codes, codes, ctypes.POINTER(KvqAttention)]
+    functions.kvq_attend_each.argtypes = [codes, codes, pointer, ctypes.c_int32, ctypes.c_int32]
     functions.kvq_dequantize.argtypes = [codes, ctypes.POINTER(KvqDequantize)]
     functions.kvq_turns_within.argtypes = [pointer, ctypes.c_int32, pointer]
     functions.kvq_turns_of_blocks.argtypes = [pointer, ctypes.c_int32, pointer, size, pointer]

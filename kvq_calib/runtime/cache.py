@@ -178,8 +178,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         """Store tokens without a forward pass, at the positions after those held.
 
         Args:
-            layers: for each packed layer in order its keys and values, ``[B, H, T, D]`` each; keys before rotary embedding
-                where the recipe quantizes them so, else as attention uses them.
+            layers: for each packed layer in order its keys and values, ``[B, H, T, D]`` each; keys before rotary
+                embedding where the recipe quantizes them so, else as attention uses them.
 
         Raises:
             RuntimeMismatchError: they do not fit the cache, which stays as it was, or the model has layers that keep

@@ -71,8 +71,8 @@ class LayerGeometry(Frozen):
         value_head_dim: of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
-        swapped: what is called values here is the first of the two tensors that the model caches: with multi-head latent
-            attention that is the latent, and the second, rotated one is called keys.
+        swapped: what is called values here is the first of the two tensors that the model caches: with multi-head
+            latent attention that is the latent, and the second, rotated one is called keys.
     """
 
     num_query_heads: Annotated[int, Field(ge=1)]

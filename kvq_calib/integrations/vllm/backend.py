@@ -1,0 +1,250 @@
+"""The attention backend that vLLM is given.
+
+Importing this module needs vLLM; :func:`kvq_calib.integrations.vllm.plugin.register` names it to vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.codec.packing import PAGE_TOKENS
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of
+from kvq_calib.integrations.vllm.decode import NativeDecoding
+from kvq_calib.integrations.vllm.layer import PagedLayer
+from kvq_calib.integrations.vllm.spec import PackedSpec
+from kvq_calib.integrations.vllm.step import Step
+from kvq_calib.runtime.ops import LayerQuantizers, Ops, choose_ops
+
+__all__ = ["PackedAttention", "PackedBackend", "PackedMetadata"]
+
+
+class _Shared:
+    """What the layers of a model share in one process.
+
+    Args:
+        artifact: of this rank.
+    """
+
+    def __init__(self, artifact: KVArtifact) -> None:
+        self.artifact = artifact
+        self.quantizers: list[LayerQuantizers] = list(artifact.quantizers())
+        found, _ = choose_ops(self.quantizers, torch.device("cpu"))
+        self.ops: list[Ops] = list(found)
+        self.decoding = NativeDecoding()
+
+
+@lru_cache(maxsize=1)
+def _shared(name: str, rank: int, ranks: int) -> _Shared:
+    return _Shared(artifact_of(name, rank, ranks))
+
+
+def _of_this_rank(config: Any) -> _Shared:
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return _shared(artifact_name(config), rank, ranks)
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """While vLLM loads a model, torch makes tensors of the model's dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
+    """What a layer is given of a step.
+
+    Args:
+        step: the same for all layers.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+
+class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[misc]
+    """Makes the metadata of a step."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._sink_tokens = _of_this_rank(vllm_config).artifact.spec.sink_tokens
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> PackedMetadata:
+        """The metadata; layers with pages of their own size have builders of their own, and all get one object."""
+        common = common_attn_metadata
+        made: PackedMetadata | None = getattr(common, "_kvq_calib", None)
+        if made is None:
+            step = Step(
+                common.query_start_loc_cpu.tolist(),
+                common.seq_lens.tolist(),
+                common.block_table_tensor,
+                self._sink_tokens,
+            )
+            made = common._kvq_calib = PackedMetadata(step)
+        return made
+
+
+class PackedBackend(AttentionBackend):  # type: ignore[misc]
+    """What vLLM asks of a backend. Each layer gets a subclass that knows its number (:meth:`PackedAttention`)."""
+
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    #: Bytes of a page of the layer; ``None`` before the layer is known.
+    page_bytes: ClassVar[int | None] = None
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which vLLM keeps backends from elsewhere."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """What attends."""
+        return PackedAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """What makes metadata."""
+        return PackedBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        """One page size."""
+        return [PAGE_TOKENS]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """A layer's pages stand together."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders alone."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """No."""
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """A page size of the layer's own."""
+        if cls.page_bytes is None or isinstance(spec, PackedSpec):
+            return spec
+        return PackedSpec.of(spec, cls.page_bytes)
+
+
+class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
+    """Attention of one layer; arguments are those that vLLM gives every implementation."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        unserved = {
+            "alibi slopes": alibi_slopes,
+            "sliding windows": sliding_window,
+            "sink logits": sinks,
+            "layers that share their cache": kv_sharing_target_layer_name,
+        }
+        for what, given in unserved.items():
+            if given is not None:
+                raise RuntimeMismatchError(f"the packed cache does not serve {what}")
+        self.num_heads, self.head_size = num_heads, head_size
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.scale, self.softcap = float(scale), logits_soft_cap or None
+        self.kv_cache_dtype = kv_cache_dtype
+        self._config = get_current_vllm_config()
+        self._layer: PagedLayer | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find out which layer this is, and give it a backend that knows: vLLM asks a backend for the page size, and
+        does not say for which layer."""
+        for name, module in self._config.compilation_config.static_forward_context.items():
+            if getattr(module, "impl", None) is self:
+                self._be_layer(extract_layer_index(name), module)
+                return
+        raise RuntimeMismatchError("the model has an attention layer that vLLM does not list")
+
+    def _be_layer(self, index: int, module: Any) -> None:
+        with _float32_by_default():
+            self._make_layer(index, module)
+
+    def _make_layer(self, index: int, module: Any) -> None:
+        shared = _of_this_rank(self._config)
+        geometry = shared.artifact.geometry.layers
+        if index >= len(geometry):
+            raise RuntimeMismatchError(
+                f"the artifact has {len(geometry)} layers, and the model a layer {index}"
+            )
+        found = geometry[index].num_query_heads, geometry[index].num_kv_heads, geometry[index].head_dim
+        wanted = self.num_heads, self.num_kv_heads, self.head_size
+        if found != wanted:
+            raise RuntimeMismatchError(
+                f"layer {index} of the artifact has {found} query heads, heads and channels, that of the model {wanted}"
+            )
+        sinks = shared.artifact.spec.sink_tokens
+        self._layer = PagedLayer(shared.quantizers[index], shared.ops[index], sinks, self.scale, self.softcap)
+        known = {"page_bytes": self._layer.pages.page_bytes}
+        module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), known)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PackedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store and attend; zeros where vLLM only measures memory."""
+        if attn_metadata is None:
+            return output.zero_()
+        assert self._layer is not None
+        step = attn_metadata.step
+        out = output[: step.tokens].view(step.tokens, self.num_heads, -1)
+        pool = kv_cache.view(len(kv_cache), -1)
+        self._layer.forward(step, pool, query, key, value, out)
+        return output

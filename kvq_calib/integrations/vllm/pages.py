@@ -1,0 +1,208 @@
+"""A page of vLLM's pool as the packed cache uses it.
+
+A page holds 256 tokens of one layer, as a page of :class:`~kvq_calib.runtime.storage.PackedTensor` does, in one run of
+bytes; :mod:`kvq_calib.codec.packing` says how codes stand in the first two areas::
+
+    codes of keys | codes of values | scales of keys' tokens | of values' | first tokens: keys | values
+
+Scales are there only where the recipe has them. The exact first tokens of a sequence stand in its first page, so that
+sequences that share this page share them. The exact newest tokens, fewer than 32, stand raw from the beginning of the
+page after the one that will hold them packed, as keys ``[H, 32, D]`` and values ``[H, 32, D]``; below two bits per
+element a page is as large as they are. A sequence therefore always has :data:`AHEAD` page beyond those that its tokens
+fill, and nothing of it stands anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, STORAGE_BYTES
+from kvq_calib.codec.quantizer import Quantizer
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
+
+__all__ = ["AHEAD", "LayerPages", "SequenceStorage", "pages_of"]
+
+#: Pages that a sequence needs beyond those that its tokens fill.
+AHEAD = 1
+#: Areas begin at multiples of it: whole cache lines, and whole sectors of a GPU's memory.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Area:
+    """Bytes of a page.
+
+    Attributes:
+        start, size: of the area.
+    """
+
+    start: int
+    size: int
+
+    def of(self, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """The area of a page's bytes, uint8 ``[page_bytes]``, as numbers."""
+        return row[self.start : self.start + self.size].view(dtype)
+
+
+@dataclass(frozen=True)
+class _TensorAreas:
+    """Where the keys or the values of a layer stand.
+
+    Attributes:
+        codes, token, sinks: areas of a page; ``token`` is empty where tokens have no scales.
+        tail: area of the newest tokens, in the page after that of the open block.
+    """
+
+    codes: _Area
+    token: _Area
+    sinks: _Area
+    tail: _Area
+
+
+class LayerPages:
+    """How one layer uses its pages.
+
+    Args:
+        key, value: quantizers of the layer.
+        sink_tokens: exact first tokens of a sequence.
+
+    Attributes:
+        page_bytes: of a page.
+
+    Raises:
+        RuntimeMismatchError: pages cannot hold what this recipe stores.
+    """
+
+    def __init__(self, key: Quantizer, value: Quantizer, sink_tokens: int) -> None:
+        self.quantizers = key, value
+        self.sink_tokens = sink_tokens
+        if key.layout.outlier_cap or value.layout.outlier_cap:
+            raise RuntimeMismatchError(
+                "the recipe keeps outliers, and pages of vLLM have no room for a varying number"
+            )
+        if sink_tokens > PAGE_TOKENS:
+            raise RuntimeMismatchError(
+                f"the artifact keeps {sink_tokens} first tokens exact, and a page of vLLM holds {PAGE_TOKENS}"
+            )
+        self._end = 0
+        tails = [self._area(STORAGE_BYTES * BLOCK_TOKENS * q.layout.channels) for q in self.quantizers]
+        least, self._end = self._end, 0
+        codes = [self._area(4 * PAGE_BLOCKS * q.layout.words_per_block) for q in self.quantizers]
+        self._end = max(self._end, least)  # scales of tokens are never overwritten, for they must be numbers
+        token = [self._area(2 * STORAGE_BYTES * PAGE_TOKENS * q.layout.token_params) for q in self.quantizers]
+        sinks = [self._area(STORAGE_BYTES * sink_tokens * q.layout.channels) for q in self.quantizers]
+        self.page_bytes = self._end
+        self.areas = tuple(_TensorAreas(*areas) for areas in zip(codes, token, sinks, tails, strict=True))
+
+    def _area(self, size: int) -> _Area:
+        area = _Area(self._end, size)
+        self._end += _whole(size)
+        return area
+
+    def packed_page(self, pool: Tensor, page: int, side: int) -> Page:
+        """A page's codes and scales.
+
+        Args:
+            pool: uint8 ``[pages, page_bytes]`` of the layer.
+            page: its number in the pool.
+            side: 0 for keys, 1 for values.
+        """
+        areas, quantizer = self.areas[side], self.quantizers[side]
+        found = Page(areas.codes.of(pool[page], torch.int32)[None])
+        if areas.token.size:
+            found.token_params = areas.token.of(pool[page], quantizer.storage).view(1, PAGE_TOKENS, 2)
+        return found
+
+    def sinks(self, pool: Tensor, page: int, side: int) -> Tensor:
+        """The exact first tokens of the sequence that begins in ``page``: storage dtype ``[1, H, n, D]``."""
+        quantizer = self.quantizers[side]
+        layout, numbers = quantizer.layout, self.areas[side].sinks.of(pool[page], quantizer.storage)
+        return numbers.view(1, layout.heads, self.sink_tokens, layout.head_dim)
+
+    def tail(self, pool: Tensor, table: Sequence[int], tokens: int, side: int) -> Tensor:
+        """Room for the newest tokens of a sequence that holds ``tokens``: storage dtype ``[1, H, 32, D]``."""
+        areas, quantizer = self.areas[side], self.quantizers[side]
+        page = table[tokens // PAGE_TOKENS + AHEAD]
+        layout, numbers = quantizer.layout, areas.tail.of(pool[page], quantizer.storage)
+        return numbers.view(1, layout.heads, BLOCK_TOKENS, layout.head_dim)
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that tokens fill."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def _whole(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class _PooledTensor(PackedTensor):
+    """Packed keys or values of one sequence whose pages are those of a pool."""
+
+    def __init__(self, pages: LayerPages, pool: Tensor, table: Sequence[int], side: int) -> None:
+        super().__init__(pages.quantizers[side], 1, pool.device)
+        self._of, self._pool, self._table, self._side = pages, pool, table, side
+
+    def hold(self, blocks: int) -> None:
+        """Have the first ``blocks``, which the pool holds already."""
+        self.blocks = blocks
+        self.pages = [self._page(number) for number in range(-(-blocks // PAGE_BLOCKS))]
+
+    def _page(self, number: int) -> Page:
+        return self._of.packed_page(self._pool, self._table[number], self._side)
+
+    def new_page(self) -> Page:
+        """The sequence's next page. What it held before is left where nobody attends to it; scales could be no
+        numbers, which no weight of zero undoes."""
+        page = self._page(len(self.pages))
+        if page.token_params is not None:
+            page.token_params.zero_()
+        return page
+
+
+class SequenceStorage(LayerStorage):
+    """One sequence of one layer in vLLM's pages: what is stored here stands in the pool.
+
+    Args:
+        pages: of the layer.
+        pool: uint8 ``[pages, page_bytes]`` of the layer.
+        table: the sequence's pages, in order.
+        length: tokens that are held already.
+    """
+
+    key: _PooledTensor
+    value: _PooledTensor
+
+    def __init__(self, pages: LayerPages, pool: Tensor, table: Sequence[int], length: int) -> None:
+        key, value = pages.quantizers
+        super().__init__(key, value, 1, 0, pool.device)
+        self._pages, self._pool, self._table = pages, pool, table
+        self.key, self.value = (_PooledTensor(pages, pool, table, side) for side in range(2))
+        self.key.hold(length // BLOCK_TOKENS)
+        self.value.hold(length // BLOCK_TOKENS)
+        self.length = length
+        self.sink_key, self.sink_value = (pages.sinks(pool, table[0], side) for side in range(2))
+        if length == 0:  # of those that are still to come, nobody may read what is no number
+            self.sink_key.zero_()
+            self.sink_value.zero_()
+        self._show_tail()
+
+    def _show_tail(self) -> None:
+        held = self.length % BLOCK_TOKENS
+        if held:
+            self.tail_key, self.tail_value = (
+                self._pages.tail(self._pool, self._table, self.length, side)[:, :, :held] for side in range(2)
+            )
+
+    def keep_tail(self) -> None:
+        """Write the newest tokens, which an append left in tensors of their own, to the pool."""
+        tails = self.tail_key, self.tail_value
+        self._show_tail()
+        if tails[0].shape[2]:
+            self.tail_key.copy_(tails[0])
+            self.tail_value.copy_(tails[1])

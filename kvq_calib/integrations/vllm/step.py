@@ -1,0 +1,180 @@
+"""What the layers of a model share in a step of vLLM: which tokens are new, of which sequences, in which pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_TOKENS
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.integrations.vllm.pages import AHEAD, pages_of
+from kvq_calib.model.rope import RopeTable
+from kvq_calib.native.pooled import PooledSequences
+from kvq_calib.runtime.slots import SlotTable
+from kvq_calib.schema.geometry import RopeSpec
+
+__all__ = ["Row", "Step"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The new tokens of one sequence.
+
+    Attributes:
+        start, stop: they are tokens ``start`` to ``stop - 1`` of the step.
+        length: tokens of the sequence, these included.
+        table: its pages, in order.
+        sink_tokens: exact first tokens of a sequence.
+    """
+
+    start: int
+    stop: int
+    length: int
+    table: Sequence[int]
+    sink_tokens: int
+
+    @property
+    def count(self) -> int:
+        """New tokens."""
+        return self.stop - self.start
+
+    @property
+    def held(self) -> int:
+        """Tokens that were there before."""
+        return self.length - self.count
+
+    @property
+    def only_kept(self) -> bool:
+        """Whether one new token ends no block and is none of the first."""
+        return self.count == 1 and self.length % BLOCK_TOKENS != 0 and self.held >= self.sink_tokens
+
+    @cached_property
+    def slots(self) -> SlotTable:
+        """The slots of the sequence: token ``i`` stands at position ``i``."""
+        table = SlotTable(1, self.sink_tokens, 0, torch.device("cpu"))
+        for first, stop in ((0, self.held), (self.held, self.length)):
+            if first < stop:
+                table.append(torch.arange(first, stop, dtype=torch.int32)[None], None)
+        return table
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The new tokens that end no block and are no first tokens: they join the newest of their sequences.
+
+    Attributes:
+        rows: of these sequences.
+    """
+
+    rows: Sequence[Row]
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Which tokens of the step, int64 ``[n]``."""
+        return torch.tensor([row.start for row in self.rows], dtype=torch.int64)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Which of the newest tokens of its sequence each is, int64 ``[n]``."""
+        return torch.tensor([row.held % BLOCK_TOKENS for row in self.rows], dtype=torch.int64)
+
+    @cached_property
+    def page(self) -> Tensor:
+        """Where it stands, the page after that of its block: int64 ``[n]``."""
+        found = [row.table[row.held // PAGE_TOKENS + AHEAD] for row in self.rows]
+        return torch.tensor(found, dtype=torch.int64)
+
+
+@dataclass(eq=False)
+class Step:
+    """One step; all layers are given the same one.
+
+    Attributes:
+        starts: of each sequence's new tokens, and the end of the last.
+        lengths: tokens of each sequence, the new ones included.
+        tables: int ``[sequences, pages]``, the pages of each.
+        sink_tokens: exact first tokens of a sequence.
+    """
+
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    tables: Tensor
+    sink_tokens: int
+    #: By the identity of rotary embeddings, which layers share: equality takes longer than everything else here.
+    _unturning: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _by_coordinate: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _ropes: list[RopeSpec] = field(default_factory=list)
+    _sequences: PooledSequences | None = None
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.starts[-1]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The sequences that have new tokens."""
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[Row]:
+        for number, length in enumerate(self.lengths):
+            start, stop = self.starts[number], self.starts[number + 1]
+            if start < stop:
+                table = self.tables[number].tolist()
+                if not 0 < stop - start <= length or pages_of(length) + AHEAD > len(table):
+                    raise RuntimeMismatchError(f"{length} tokens do not fit {len(table)} pages")
+                yield Row(start, stop, length, table, self.sink_tokens)
+
+    @cached_property
+    def single(self) -> Tensor:
+        """The new tokens that come alone, int64 ``[R]``, numbers of tokens in the step."""
+        return torch.tensor([row.start for row in self.rows if row.count == 1], dtype=torch.int64)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """Those of them that :class:`Kept` tells of."""
+        return Kept([row for row in self.rows if row.only_kept])
+
+    def sequences(self, pool_pages: int) -> PooledSequences:
+        """The sequences with one new token, as native kernels take them."""
+        if self._sequences is None or self._sequences.pool_pages != pool_pages:
+            rows = [row for row in self.rows if row.count == 1]
+            self._sequences = PooledSequences(
+                [row.length for row in rows], [row.table for row in rows], self.sink_tokens, pool_pages
+            )
+        return self._sequences
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of the new tokens, int32 ``[tokens]``."""
+        parts = [torch.arange(row.held, row.length, dtype=torch.int32) for row in self.rows]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+
+    def unturning(self, rope: RopeSpec) -> tuple[Tensor, Tensor]:
+        """What :meth:`RopeTable.rotate_` takes to undo RoPE in the new tokens: float32 ``[P, tokens]`` each."""
+        found = self._unturning.get(id(rope))
+        if found is None:
+            self._ropes.append(rope)  # an identity is good as long as what it is of
+            cos, sin = RopeTable(rope, torch.device("cpu")).cos_sin(self.positions[None])
+            found = self._unturning[id(rope)] = (
+                cos[0, 0] / rope.attention_scaling,
+                -sin[0, 0] / rope.attention_scaling,
+            )
+        return found
+
+    def by_coordinate(self, rope: RopeSpec, size: int) -> tuple[Tensor, Tensor]:
+        """The same for each coordinate of a head, float32 ``[1, tokens, size]`` each, as
+        :meth:`kvq_calib.native.join.Joiner.join` takes them."""
+        found = self._by_coordinate.get(id(rope))
+        if found is None:
+            cos, sin = (part.mT for part in self.unturning(rope))
+            cosine, sine = torch.ones(1, self.tokens, size), torch.zeros(1, self.tokens, size)
+            for side in range(2):
+                at = [pair[side] for pair in rope.pairs]
+                cosine[0, :, at], sine[0, :, at] = cos, sin
+            found = self._by_coordinate[id(rope)] = cosine, sine
+        return found

@@ -1,0 +1,119 @@
+"""A model folder and texts for the tests inside vLLM, and what they measure: negative log likelihoods."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from kvq_calib import KVArtifact, KVQCache
+from kvq_calib.data.python_docs import python_docs
+from kvq_calib.model.compat import with_cache
+from kvq_calib.model.load import load_model
+
+GIB = 1 << 30
+#: Tokens of a text.
+TOKENS = 600
+
+
+def folder_of(model: str, folder: Path) -> None:
+    """Write a model that transformers reads, a ``.gguf`` file for instance, as vLLM reads it."""
+    loaded = load_model(model, device="cpu", dtype="float32")
+    state = {name: tensor.contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
+    if loaded.model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = loaded.model.config.to_dict()
+    config.pop("quantization_config", None)
+    config |= {"architectures": [type(loaded.model).__name__], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def texts(tokenizer: Any, count: int = 5) -> list[list[int]]:
+    """Tokens of texts that come with Python."""
+    ids = tokenizer("\n\n".join(python_docs("evaluation")))["input_ids"]
+    apart = len(ids) // count
+    return [ids[n * apart : n * apart + TOKENS] for n in range(count)]
+
+
+@contextmanager
+def engine(folder: Path, artifact: Path | None, **options: Any) -> Iterator[Any]:
+    """An engine of vLLM; with an artifact on the packed cache."""
+    from vllm import LLM
+
+    if artifact is not None:
+        options |= {"attention_backend": "CUSTOM", "additional_config": {"kvq_artifact": str(artifact)}}
+    known = {
+        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8, "seed": 0},
+        **{"kv_cache_memory_bytes": GIB // 4, "enable_prefix_caching": False, "disable_log_stats": False},
+    }
+    made = LLM(str(folder), **{**known, **options})
+    try:
+        yield made
+    finally:
+        made.llm_engine.engine_core.shutdown()
+        del made
+        gc.collect()
+
+
+def prompt_nll(llm: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """Mean negative log likelihood of each text's tokens, as vLLM finds them."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    given = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    found = []
+    for output, ids in zip(llm.generate(given, asked, use_tqdm=False), prompts, strict=True):
+        each = [
+            place[token].logprob for place, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+        ]
+        found.append(-sum(each) / len(each))
+    return found
+
+
+def generated(llm: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[list[int], float, int]]:
+    """What is generated after each prompt, the mean negative log likelihood of it, and the tokens found in the prefix
+    cache."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+    given = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    found = []
+    for output in llm.generate(given, asked, use_tqdm=False):
+        ids = list(output.outputs[0].token_ids)
+        assert len(ids) == tokens
+        each = [place[token].logprob for place, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+        found.append((ids, -sum(each) / tokens, output.num_cached_tokens or 0))
+    return found
+
+
+class Own:
+    """The same model in transformers, on caches of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        loaded = load_model(str(folder), device="cpu", dtype="float32")
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+
+    def nll(self, artifact: Path, ids: Sequence[int], chunk: int, first: int = 0) -> float:
+        """Mean negative log likelihood of the tokens after ``first``, ``chunk`` of which are given at a time."""
+        cache = KVQCache(KVArtifact.load(artifact), self.model)
+        tokens, total = torch.tensor([list(ids)]), 0.0
+        stops = [*([first] if first else []), *range(first + chunk, len(ids), chunk), len(ids)]
+        start = 0
+        for stop in stops:
+            with torch.inference_mode():
+                logits = (
+                    self.model(tokens[:, start:stop], **with_cache(cache)).logits[0].double().log_softmax(-1)
+                )
+            targets = tokens[0, start + 1 : stop + 1]
+            seen = logits[: len(targets)].gather(1, targets[:, None])[:, 0]
+            total -= float(seen[max(first - 1 - start, 0) :].sum())
+            start = stop
+        return total / (len(ids) - max(first, 1))
