@@ -374,9 +374,10 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     )
     measured, *rest = environment_lines(facts)
     lines = ["# Models", ""]
-    for text in (_INTRODUCTION, _KINDS, measured):
+    note = [facts["note"]] if facts.get("note") else []
+    for text in (_INTRODUCTION, _KINDS, measured, *note):
         lines += [*textwrap.wrap(text, 120), ""]
-    lines += rest[1:]
+    lines += rest[len(note) + 1 :]
     for text in (counted, _PICTURES, _LONGROPE):
         lines += [*textwrap.wrap(text, 120), ""]
     titles = {

@@ -122,6 +122,9 @@ def test_positions_in_sections_and_keys_before_rope_serve_text_and_refuse_a_pict
     artifact = calibrated(model)
     assert_modes_agree(model, artifact)
     assert_passes_are_exact(model, artifact)
+    if artifact.geometry.layers[0].rope is None:  # older releases rotate in a way that cannot be undone
+        assert_a_picture_is_seen_alike(model, artifact, given)
+        return
     cache = KVQCache(artifact, model)
     inputs = {"input_ids": _IDS, "attention_mask": torch.ones_like(_IDS), **given}
     with pytest.raises(RuntimeMismatchError, match=r"by other angles.*pre_rope=false"):

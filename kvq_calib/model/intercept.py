@@ -177,7 +177,7 @@ class _Interception:
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """An attention module whose forward has begun, and what it was given.
+    """An attention module whose forward runs, and what it was given.
 
     Attributes:
         module: the module.
@@ -205,8 +205,8 @@ class _Thread(threading.local):
         self.interceptions: tuple[_Interception, ...] = ()
         self.embeddings: dict[int, Any] = {}
         self.attending: set[int] = set()
-        #: The attention module whose forward began last, and what it was called with; see `running`.
-        self.latest: Running | None = None
+        #: Held modules whose forward runs, the outermost first.
+        self.running: list[Running] = []
 
     def handlers(self, module: nn.Module) -> list[Handler]:
         """The handlers for a module's call, the innermost first."""
@@ -261,16 +261,24 @@ def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     names = ("position_embeddings", "attention_mask", "position_ids")
     found = Running(module, *(call_argument(module, name, args, kwargs) for name in names))
     _THREAD.embeddings[id(module)] = found.embeddings
-    latest = _THREAD.latest
-    # A part of an attention module may know the layer too, and be given less.
-    if latest is None or found.embeddings is not None or layer_of(latest.module) != layer_of(module):
-        _THREAD.latest = found
+    _THREAD.running.append(found)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _forget(module: nn.Module, *_: Any) -> None:
+    """Hook after the forward of every held module, also where that fails: nothing of it is kept."""
+    _THREAD.running[:] = [each for each in _THREAD.running if each.module is not module]
 
 
 def running(layer: int) -> Running | None:
-    """What runs in this thread of a layer whose cache is updated, if a held module does; asked for once."""
-    latest, _THREAD.latest = _THREAD.latest, None
-    return latest if latest is not None and layer_of(latest.module) == layer else None
+    """The module of a layer whose forward runs in this thread, if it is held.
+
+    Parts of an attention module may know the layer too, and be given less.
+    """
+    found = [each for each in _THREAD.running if layer_of(each.module) == layer]
+    return next(
+        (each for each in reversed(found) if each.embeddings is not None), found[-1] if found else None
+    )
 
 
 # ------------------------------------------------------------------ what belongs to the process
@@ -280,10 +288,13 @@ class Hold:
     """Keeps an attention module's calls under watch until `close`, or until nothing refers to the object."""
 
     def __init__(self, module: nn.Module) -> None:
-        hook = module.register_forward_pre_hook(_remember, with_kwargs=True)
+        hooks = (
+            module.register_forward_pre_hook(_remember, with_kwargs=True),
+            module.register_forward_hook(_forget, always_call=True),
+        )
         token = object()
         _begin(token, module)
-        self._end = weakref.finalize(self, _finish, token, hook)
+        self._end = weakref.finalize(self, _finish, token, hooks)
         self._end.atexit = False
 
     def close(self) -> None:
@@ -341,8 +352,9 @@ def _begin(token: object, module: nn.Module) -> None:
             entry.wrap()
 
 
-def _finish(token: object, hook: RemovableHandle) -> None:
-    hook.remove()
+def _finish(token: object, hooks: tuple[RemovableHandle, ...]) -> None:
+    for hook in hooks:
+        hook.remove()
     with _LOCK:
         for number, tokens in list(_HELD.items()):
             tokens.discard(token)

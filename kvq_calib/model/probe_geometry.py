@@ -72,6 +72,12 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
     """
     name = type(model).__name__
     text: Any = _text_config(model)
+    for layer in own_layers(model.config):
+        if keeps_more(layer):
+            raise ModelError(
+                f"{name} cannot generate with a packed cache: its cache layers keep more than keys and values "
+                f"({type(layer).__name__})"
+            )
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
     # The far pass comes first, so that a rotary module that adapts to length is left as it was for short
     # ones.
@@ -131,17 +137,10 @@ def _attends_to(
         expected: layers of the model.
     """
     name = type(model).__name__
-    own: list[Any] = own_layers(model.config)
     if not called:
         raise ModelError(f"{name} has no layer that caches keys and values: there is nothing to quantize")
     if any(layer >= max(expected, len(called)) for layer in called):
         raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
-    for layer in own:
-        if keeps_more(layer):
-            raise ModelError(
-                f"{name} cannot generate with a packed cache: its cache layers keep more than keys and values "
-                f"({type(layer).__name__})"
-            )
     if called == list(range(max(expected, len(called)))):
         return ()
     sources = {**shared, **{layer: layer for layer in called}}
