@@ -112,6 +112,8 @@ def small(words):
     }
     words = [replaced.get(word, word) for word in words]
     text = [] if "--dataset" in words else ["--dataset", "wikitext2.txt"]
+    if "--check" in words:
+        return words
     if words[0] == "kvq-calibrate":
         recipes = [name for option, name in itertools.pairwise(words) if option == "--config"]
         if recipes and all(name.startswith("kvq") for name in recipes):
