@@ -143,7 +143,7 @@ def chosen(
     rows: Sequence[Variant],
     others: Iterable[str] = (),
 ) -> list[Variant]:
-    """The rows that ``--only`` names, all without it; ends the command where it names neither one of them nor ``others``."""
+    """The rows that ``--only`` names, all without it; another name than theirs and ``others`` ends the command."""
     names = [*(row.name for row in rows), *others]
     if only and not set(only) <= set(names):
         parser.error(f"the rows are {', '.join(names)}")

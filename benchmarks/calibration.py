@@ -1,4 +1,4 @@
-"""Calibration as the original implementation does it, beside ours: time, memory and weighted distortion, one run, one text.
+"""Calibration as the original implementation does it, beside ours: time, memory and weighted distortion.
 
     python benchmarks/calibration.py MODEL --text FILE
 

@@ -1,4 +1,4 @@
-"""Fitting a codebook: scikit-learn on all values, as the original implementation does, against a histogram and an exact fit.
+"""Fitting a codebook: scikit-learn on all values, as in the original, against a histogram and an exact fit.
 
     python benchmarks/fit.py MODEL --artifact FILE --text FILE
 

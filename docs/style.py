@@ -76,7 +76,7 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _is_prose_of_code(line: str, inside: bool) -> bool:
-    return inside or line.lstrip().startswith(("#", "//", "*"))
+    return inside or line.lstrip().startswith(("#", "//", "*", '"""'))
 
 
 def long_lines(file: Path) -> Iterator[str]:

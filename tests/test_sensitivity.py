@@ -64,7 +64,7 @@ def test_estimates_go_half_of_the_way_to_what_was_measured() -> None:
 
 
 def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
-    """A head whose errors are said to cost most has wider channels than without a correction, and the others narrower."""
+    """A head whose errors are said to cost most gets wider channels than without a correction, others narrower ones."""
     model = tiny_model("llama").eval()
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
     dear = (1, "key"), 1

@@ -167,7 +167,7 @@ class _Job:
         "--output",
         type=FilePath(),
         metavar="ARTIFACT",
-        help="File to write; {recipe} stands for the recipe's name.",
+        help="File to write; {recipe} stands for the recipe's name.  [required, but for --check]",
     ),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run."),
     click.option("--profile", is_flag=True, help="Say where time and memory went."),
@@ -196,7 +196,9 @@ class _Job:
 @section(
     "Model",
     click.option(
-        "--check", is_flag=True, help="Only say whether MODEL can be used, and how, from its configuration."
+        "--check",
+        is_flag=True,
+        help="Say whether MODEL can be used, and how, from its configuration alone; nothing is calibrated.",
     ),
     click.option(
         "--max-memory",

@@ -1,4 +1,4 @@
-"""Computed levels: those of a channel are a polynomial with a few coefficients of its own, so that reading needs no table.
+"""Computed levels: each channel has a polynomial with a few coefficients, so that reading needs no table.
 
 Level ``i`` of ``L`` is, with every operation rounded to float32::
 

@@ -1,4 +1,4 @@
-"""The numbers of the trellis codec, as artifacts hold them: widths, coefficients of levels, and what only coding needs."""
+"""The numbers of the trellis codec in an artifact: widths, coefficients of levels, and what only coding needs."""
 
 from __future__ import annotations
 

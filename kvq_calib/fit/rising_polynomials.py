@@ -45,7 +45,7 @@ def least_squares(basis: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _steps(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring rows ``[C, L - 1, K]``, and which are between levels that are there ``[C, L - 1]``."""
+    """Differences of neighbouring rows ``[C, L - 1, K]``, and whether both levels exist ``[C, L - 1]``."""
     steps = basis.diff(dim=1)
     return steps, steps[..., 1] > 0
 

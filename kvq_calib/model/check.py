@@ -1,4 +1,4 @@
-"""Whether a model can be calibrated and used, told from its configuration: the model is built small, with random weights.
+"""Whether a model can be calibrated and used: its configuration, built small with random weights, tells.
 
 What decides is the code of a family and which kinds of layers a model has, not its weights. So the same trials run that
 a calibration begins with, on a model of a few layers with narrow feed-forward parts, few experts and a small

@@ -340,7 +340,7 @@ def _can_be_undone(call: AttentionCall) -> bool:
 
 
 def _spread(keys: Tensor) -> float:
-    """The largest difference between positions, of the latter half: a convolution sees nothing before the first ones."""
+    """Largest difference between positions of the latter half: a convolution sees nothing before the first."""
     half = keys[:, :, keys.shape[2] // 2 :]
     return float((half - half[:, :, :1]).abs().max())
 

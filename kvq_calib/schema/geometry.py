@@ -47,7 +47,7 @@ class RopeSpec(Frozen):
 
 
 def channel_pairs(rope: RopeSpec | None, head_dim: int) -> list[tuple[int, int]]:
-    """The channels of a head in pairs: those of RoPE, then the others as they stand. Of an odd number one is left out."""
+    """The channels of a head in pairs: those of RoPE, then the others in order; of an odd number one is left out."""
     pairs = [] if rope is None else list(rope.pairs)
     rotated = {channel for pair in pairs for channel in pair}
     rest = [channel for channel in range(head_dim) if channel not in rotated]

@@ -63,7 +63,7 @@ class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """One spec for layers that are alike; vLLM expects an ``AssertionError`` where they are not, and then gives each
+        """One spec for layers that are alike; where they are not vLLM expects an ``AssertionError``, then gives each
         layer pages of its own size."""
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers with pages of different sizes")

@@ -1,4 +1,4 @@
-"""Kernels on their way to a GPU. ``docs/kernels.md`` says how streams and context go together with torch's."""
+"""Kernels on their way to a GPU; ``docs/reference/kernels.md`` says how streams and context go with torch's."""
 
 from __future__ import annotations
 
