@@ -195,7 +195,7 @@ def small_model(family: str) -> Any:
 
 
 def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
-    """A configuration with these settings (of its text part where ``nested``), with more layers where keys need them."""
+    """A configuration with these settings (of its text part where ``nested``); more layers where keys need them."""
     if getattr(AutoConfig.for_model(family).get_text_config(), "kv_lora_rank", None):
         settings = {**{name: value for name, value in settings.items() if name != "head_dim"}, **_LATENT}
     config: Any = None
