@@ -36,9 +36,9 @@ def _artifact(recipe: str) -> KVArtifact:
 
 
 def _steps_of(name: str) -> dict[str, float]:
-    """KL divergence by step: ``step-0`` to ``step-13``, then where they lead, which the record calls ``kvq3-3bit``."""
+    """KL divergence by step: ``step-0`` to ``step-13``, then ``kvq-3``."""
     found = {row["name"]: row["kl_mean"] for row in record(name)["rows"]}
-    order = [*(f"step-{number}" for number in range(14)), "kvq3-3bit"]
+    order = [*(f"step-{number}" for number in range(14)), "kvq-3"]
     return {step: found[row] for step, row in zip(_STEPS, order, strict=True) if row in found}
 
 

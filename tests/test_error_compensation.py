@@ -176,8 +176,8 @@ def test_what_compensation_stores_follows_the_tokens_it_serves():
         return layer.key.error_compensation
 
     assert stored(16) is None
-    assert stored(400) == ErrorCompensationSpec(rank=4, refinement_passes=1)  # three columns tell nearly all
-    assert stored(1 << 20) == ErrorCompensationSpec(rank=0, refinement_passes=1)
+    assert stored(400) == ErrorCompensationSpec(rank=4, refinement_passes=2)  # three columns tell nearly all
+    assert stored(1 << 20) == ErrorCompensationSpec(rank=0, refinement_passes=2)
 
 
 @pytest.mark.model

@@ -39,14 +39,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecipeChanges:
-    """What the command line says otherwise than the recipes.
+    """Which recipes are calibrated, and what the command line says otherwise than they do.
 
     Attributes:
+        recipes: names or files.
+        budgets: bits per element, of recipes of these budgets.
         dataset, text_field, samples, seqlen, seed, recompute: settings of the run; ``None`` where they were not given.
         weights: short for ``fit.weights``.
         assignments: ``KEY=VALUE`` each.
     """
 
+    recipes: tuple[str, ...]
+    budgets: tuple[float, ...]
     dataset: str | None
     text_field: str | None
     samples: int | None
@@ -55,6 +59,13 @@ class RecipeChanges:
     weights: str | None
     recompute: bool | None
     assignments: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All recipes, or the usual one."""
+        from kvq_calib.schema.recipe import DEFAULT_RECIPE, budget_recipe
+
+        return (*self.recipes, *map(budget_recipe, self.budgets)) or (DEFAULT_RECIPE,)
 
     def config(self, recipe: str) -> CalibrationConfig:
         """A recipe with these changes.
@@ -97,6 +108,23 @@ _changes = collected(
     ),
     section(
         "Recipe",
+        click.option(
+            "--config",
+            "recipes",
+            type=FilePath(),
+            multiple=True,
+            metavar="NAME|FILE",
+            help="Recipe or YAML file; give several to calibrate them in one run.  [default: nuq3-1p]",
+        ),
+        click.option(
+            "--bits",
+            "budgets",
+            type=click.FloatRange(1.5, 6.0),
+            multiple=True,
+            metavar="BITS",
+            help="A kvq recipe of this budget, 1.5 to 6 bits per element with everything counted; the same as "
+            "--config kvq-BITS.",
+        ),
         click.option(
             "--weights",
             type=click.Choice(["fisher", "uniform"]),
@@ -172,26 +200,6 @@ class _Job:
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run."),
     click.option("--profile", is_flag=True, help="Say where time and memory went."),
 )
-@section(
-    "Recipe",
-    click.option(
-        "--config",
-        "recipes",
-        type=FilePath(),
-        multiple=True,
-        metavar="NAME|FILE",
-        help="Recipe or YAML file; give several to calibrate them in one run.  [default: nuq3-1p]",
-    ),
-    click.option(
-        "--bits",
-        "budgets",
-        type=click.FloatRange(1.5, 6.0),
-        multiple=True,
-        metavar="BITS",
-        help="A kvq recipe of this budget, 1.5 to 6 bits per element with everything counted; the same as "
-        "--config kvq-BITS.",
-    ),
-)
 @_changes
 @section(
     "Model",
@@ -212,8 +220,6 @@ class _Job:
 def calibrate_command(
     model: ModelOptions,
     output: str | None,
-    recipes: tuple[str, ...],
-    budgets: tuple[float, ...],
     changes: RecipeChanges,
     check: bool,
     resume: bool,
@@ -230,12 +236,10 @@ def calibrate_command(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from kvq_calib.files import check_writable
-    from kvq_calib.schema.recipe import DEFAULT_RECIPE, budget_recipe
 
-    recipes = (*recipes, *map(budget_recipe, budgets)) or (DEFAULT_RECIPE,)
-    outputs = _outputs(output, recipes)
+    outputs = _outputs(output, changes.names)
     limits = _max_memory(max_memory)
-    configs = {name: changes.config(recipe) for name, recipe in zip(outputs, recipes, strict=True)}
+    configs = {name: changes.config(recipe) for name, recipe in zip(outputs, changes.names, strict=True)}
     for file in outputs.values():
         check_writable(file)
 
