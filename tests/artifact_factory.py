@@ -36,6 +36,7 @@ def random_artifact(
     seed: int = 0,
     samples: Sequence[Samples] | None = None,
     model: Mapping[str, object] | None = None,
+    widths: Samples | None = None,
 ) -> KVArtifact:
     """An artifact that quantizes sensibly but was never calibrated.
 
@@ -44,6 +45,7 @@ def random_artifact(
         seed: of everything random.
         samples: per layer, keys and values that thresholds should fit; normally distributed ones by default.
         model: the artifact's ``model`` section.
+        widths: of the channels of keys and of values, uint8 ``[C]``, where they are not random.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = []
@@ -52,7 +54,7 @@ def random_artifact(
         for kind in KINDS:
             shape, rope = geometry.layers[index].shape(kind), geometry.rope_of(index)
             sample = None if samples is None else samples[index][kind]
-            draw = Draw(shape, rope, sample, generator)
+            draw = Draw(shape, rope, sample, generator, None if widths is None else widths[kind])
             params[kind] = _random_params(layer_spec.of(kind), draw)
         layers.append(LayerParams(**params))
     rates = {kind: [0.0] * len(layers) for kind in KINDS}
@@ -154,12 +156,14 @@ class Draw:
         shape, rope: of the layer's keys or values.
         sample: ``[B, H, T, D]`` that thresholds should fit, or ``None``.
         generator: of the numbers.
+        widths: of the channels, uint8 ``[C]``, or ``None`` for any.
     """
 
     shape: HeadShape
     rope: RopeSpec | None
     sample: Tensor | None
     generator: torch.Generator
+    widths: Tensor | None = None
 
     def normal(self, *shape: int) -> Tensor:
         """Normally distributed numbers."""
@@ -206,7 +210,9 @@ def _scalar_params(spec: ScalarSpec, draw: Draw) -> ScalarParams:
 
 def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
     heads, _ = draw.shape
-    bits = draw.integers(0, spec.max_bits, draw.shape.channels).to(torch.uint8)
+    bits = draw.widths
+    if bits is None:
+        bits = draw.integers(0, spec.max_bits, draw.shape.channels).to(torch.uint8)
     pair_angle = None
     if spec.pair_rotation and draw.rope is not None:
         pair_angle = (3.0 * draw.normal(heads, len(draw.rope.pairs))).half()

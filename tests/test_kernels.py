@@ -85,7 +85,14 @@ def geometry(size: int, heads: int, group: int, rope: str = "half", window: int 
 class Layer:
     """Quantizers, tables and random tokens of one layer."""
 
-    def __init__(self, machine: Machine, spec: KVCacheSpec, shape: KVGeometry, seed: int = 0):
+    def __init__(
+        self,
+        machine: Machine,
+        spec: KVCacheSpec,
+        shape: KVGeometry,
+        seed: int = 0,
+        widths: dict[str, Tensor] | None = None,
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.machine, self.generator, self.geometry = machine, generator, shape.layers[0]
         heads, size = self.geometry.num_kv_heads, self.geometry.head_dim
@@ -94,7 +101,7 @@ class Layer:
         self._spread, self._center = spread, center
         # Artifacts are made on the CPU, whatever device their quantizers go to.
         samples = [{kind: self.tokens(kind, 1, 256).float().cpu() for kind in ("key", "value")}]
-        artifact = random_artifact(shape, spec, seed, samples)
+        artifact = random_artifact(shape, spec, seed, samples, widths=widths)
         quantizers = artifact.quantizers(machine.device)[0]
         self.key, self.value = quantizers["key"], quantizers["value"]
         self.torch = TorchOps(self.key, self.value)
@@ -261,6 +268,29 @@ class Case:
     tail: int = 5
     heads: int = 2
     seed: int = 0
+    grouped: bool = False
+
+    def layer(self, machine: Machine) -> Layer:
+        """Its quantizers and tables."""
+        spec = KVCacheSpec(key=self.key, value=self.value, storage_dtype=self.storage)
+        shape = geometry(self.size, self.heads, self.group, self.rope)
+        return Layer(machine, spec, shape, self.seed, grouped_widths() if self.grouped else None)
+
+
+def grouped_widths() -> dict[str, Tensor]:
+    """For four heads of 64: channels in groups of one width, every kind of step and tile with code of its own."""
+    steps = [kind for kind in KEY_KINDS if min(kind) >= 0]
+    first, second = torch.tensor([steps[number % len(steps)] for number in range(32)], dtype=torch.uint8).T
+    keys = torch.stack((first.view(4, 8), second.view(4, 8)), dim=1).repeat_interleave(4, dim=2)
+    # Of each head's tiles no two have an eight in common that the others would rather go with.
+    tiles = (
+        *((0, 0), (1, 2), (3, 5), (6, 6)),
+        *((1, 1), (2, 4), (5, 5), (3, 3)),
+        *((2, 3), (4, 5), (2, 2), (6, 6)),
+        *((3, 4), (5, 6), (4, 4), (0, 0)),
+    )
+    values = torch.tensor(tiles, dtype=torch.uint8).flatten().repeat_interleave(8)
+    return {"key": keys.flatten(), "value": values}
 
 
 # Widths 1 to 8, head sizes 64 to 256, group sizes 1 to 8 and every flag, each at least once in each company that
@@ -305,6 +335,7 @@ CASES = {
         paths(4, pair_rotation=True),
         paths(3),
     ),
+    "trellis6-64-g2-grouped": Case(64, 2, paths(6), paths(6), heads=4, grouped=True),
     "trellis-mixed6-64-g4-token-values": Case(64, 4, paths(6), token(2)),
     "3bit-80-g12-post-rope": Case(80, 12, quant(3, pre_rope=False), token(2), tail=0),
 }
@@ -370,9 +401,7 @@ def as_words(keep: Tensor) -> Tensor:
 def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     """An odd number of tokens at positions of their own, a tenth of them hidden, against float64."""
     case, device, batch, blocks = CASES[name], machine.device, 2, 11
-    shape = geometry(case.size, case.heads, case.group, case.rope)
-    spec = KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage)
-    layer = Layer(machine, spec, shape, case.seed)
+    layer = case.layer(machine)
     storage = layer.storage(batch)
     packed = blocks * BLOCK_TOKENS
     for side, quantizer, kind in ((storage.key, layer.key, "key"), (storage.value, layer.value, "value")):
@@ -389,7 +418,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
     keep[:, packed:places] = False
     keep[1, :96] = False  # whole blocks
 
-    query_heads = shape.layers[0].num_query_heads
+    query_heads = layer.geometry.num_query_heads
     query = torch.randn(batch, query_heads, case.size, generator=generator).to(device, case.dtype)
     sinks = torch.randn(query_heads, generator=generator).to(device) if case.sink_logits else None
     rope = layer.key.rope if case.key.pre_rope else None
@@ -435,8 +464,7 @@ def test_decode_and_dequantize(machine: Machine, name: str) -> None:
 def test_pages_of_a_pool(machine: Machine, name: str) -> None:
     """The same pages, scattered over a pool full of other things, give the same numbers."""
     case, device, batch, sinks = CASES[name], machine.device, 2, 3
-    shape = geometry(case.size, case.heads, case.group, case.rope)
-    layer = Layer(machine, KVCacheSpec(key=case.key, value=case.value, storage_dtype=case.storage), shape)
+    layer = case.layer(machine)
     storage = layer.storage(batch)
     layer.torch.pack(storage, layer.tokens("key", batch, 352), layer.tokens("value", batch, 352))
     count = len(storage.key.pages)
@@ -447,7 +475,7 @@ def test_pages_of_a_pool(machine: Machine, name: str) -> None:
     positions[1, -2:] = -(2**31)
     context = DecodeContext(blocks.to(device), positions.to(device))
     exact = [(layer.tokens("key", batch, t), layer.tokens("value", batch, t)) for t in (sinks, case.tail)]
-    query = torch.randn(batch, shape.layers[0].num_query_heads, case.size, generator=layer.generator)
+    query = torch.randn(batch, layer.geometry.num_query_heads, case.size, generator=layer.generator)
     query = query.to(device, case.dtype)
     kernel = DecodeKernel(machine.launcher, *layer.tables)
     pages = PageTable(storage.key).refresh(), PageTable(storage.value).refresh()
@@ -487,8 +515,7 @@ def test_the_cases_have_every_kind() -> None:
     machine = Machine(HostLauncher(), torch.device("cpu"))
     seen: dict[Kind, set[Widths]] = {"key": set(), "value": set()}
     for case in CASES.values():
-        shape = geometry(case.size, case.heads, case.group, case.rope)
-        layer = Layer(machine, KVCacheSpec(key=case.key, value=case.value), shape, case.seed)
+        layer = case.layer(machine)
         for table, names in zip(layer.tables, (KEY_KINDS, VALUE_KINDS), strict=True):
             if table.decode.kinds is None:
                 continue

@@ -112,7 +112,7 @@ def test_a_filled_cache_survives_save_and_load(name, tmp_path):
     layer = Layer(name, 2)
     layer.append(330)
     file = tmp_path / "cache.safetensors"
-    save_contents(layer.contents, layer.artifact, file)
+    save_contents(layer.contents, layer.artifact, file, {})
     again = layer.empty()
     load_contents(again, layer.artifact, file, None)
     assert again.memory() == layer.contents.memory()

@@ -56,7 +56,7 @@ bool token_thresholds(const KvqScalar& codec, int channels, const Room& room, ui
     const float high = trimmed(room.y, channels, codec.per_side, false, room.sorted);
     zero_point = float_to_half((low + high) * 0.5f + 0.0f, bfloat);  // never a negative zero
     const float middle = half_to_float(zero_point, bfloat);
-    const float above = high - middle, below = middle - low, exact = above > below ? above : below;
+    const float above = high - middle, below = middle - low, exact = (above > below ? above : below) + 0.0f;
     scale = float_to_half(exact, bfloat);
     if (!is_finite(zero_point, bfloat) || !is_finite(scale, bfloat)) return false;
     if (half_to_float(scale, bfloat) < exact) scale++;  // the next number up

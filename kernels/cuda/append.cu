@@ -64,7 +64,7 @@ KVQ_DEVICE void token_thresholds(const AppendSide &s, int64_t token, int heads, 
     const float low = ranked(s, token, heads, head_dim, s.per_side, true);
     *zero_point = to_storage(s, __fadd_rn(__fmul_rn(__fadd_rn(low, high), 0.5f), 0.0f));
     const float middle = from_storage(s, *zero_point);
-    const float exact = fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low));
+    const float exact = __fadd_rn(fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low)), 0.0f);
     *scale = to_storage(s, exact);
     if (from_storage(s, *scale) < exact) ++*scale;  // the next storage number: scales are not negative
 }

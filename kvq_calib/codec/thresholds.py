@@ -35,9 +35,9 @@ def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tup
     else:
         high = values.topk(per_side + 1, dim=-1).values[..., -1]
         low = values.topk(per_side + 1, dim=-1, largest=False).values[..., -1]
-    # Of zeros of both signs either may be the least; the sum with 0 has one sign whichever it was.
+    # Of zeros of both signs either may be the least; sums with 0 have one sign whichever it was.
     zero_point = ((low + high) * 0.5 + 0.0).to(storage)
-    exact = torch.maximum(high - zero_point.float(), zero_point.float() - low)
+    exact = torch.maximum(high - zero_point.float(), zero_point.float() - low) + 0.0
     scale = exact.to(storage)
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     return torch.where(scale.float() < exact, above, scale), zero_point
