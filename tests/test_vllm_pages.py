@@ -156,6 +156,10 @@ def in_chunks(artifact: KVArtifact, index: int, backend: str, lengths: list[int]
     return worst
 
 
+#: Of the largest output, by backend: each is within 1e-5 of float64, and what is compared with is torch's.
+TOLERANCE = {"torch": 1e-5, "native": 2e-5}
+
+
 @pytest.fixture(params=["torch", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and library() is None:
@@ -167,14 +171,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_any_chunks_in_scattered_pages_are_what_a_storage_of_its_own_holds(name, backend):
     artifact = random_artifact(GEOMETRY, RECIPES[name])
-    assert in_chunks(artifact, 0, backend, [290, 96, 33, 520], seed=1) < 1e-5
+    assert in_chunks(artifact, 0, backend, [290, 96, 33, 520], seed=1) < TOLERANCE[backend]
 
 
 @pytest.mark.parametrize("index", [0, 13, 28])
 @pytest.mark.parametrize("name", ["kvq2", "kvq3", "kvq4"])
 def test_layers_of_a_real_artifact(name, index, backend):
     artifact = KVArtifact.load(ARTIFACTS / f"{name}.kvq.safetensors")
-    assert in_chunks(artifact, index, backend, [200, 96, 333], seed=index) < 1e-5
+    assert in_chunks(artifact, index, backend, [200, 96, 333], seed=index) < TOLERANCE[backend]
 
 
 def test_pages_filled_in_the_same_step_are_shared(backend):
