@@ -137,10 +137,14 @@ def test_ranks_have_parts_of_their_own(served):
     assert torch.equal(own, whole.quantizers()[0]["key"].scale[len(own) :])
 
 
-def test_the_options_are_printed_for_a_shell(served):
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_options_are_printed_for_a_shell(served, installed, monkeypatch):
+    named = [SimpleNamespace(name="kvq_calib")] if installed else []
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: named)
     found = CliRunner().invoke(artifact_group, ["vllm-args", served[1]])
     assert found.exit_code == 0
-    assert found.output == (
+    assert ("vLLM would not find its plug-in" in found.stderr) != installed
+    assert found.stdout == (
         f'--attention-backend CUSTOM --additional-config \'{{"{ARTIFACT_KEY}": "{served[1]}"}}\'\n'
     )
 

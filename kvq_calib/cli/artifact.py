@@ -70,9 +70,15 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
 @debug_option
 def vllm_command(artifact: str) -> None:
     """Check that vLLM can serve ARTIFACT, a file or a hub id, and print the options that do it."""
-    from kvq_calib.integrations.vllm.checks import ARTIFACT_KEY, artifact_of, check_artifact
+    from kvq_calib.integrations.vllm.checks import ARTIFACT_KEY, artifact_of, check_artifact, is_installed
 
     check_artifact(artifact_of(artifact))
+    if not is_installed():
+        click.echo(
+            "warning: the package is not installed here, so vLLM would not find its plug-in and serve an unquantized "
+            "cache; pip install kvq-calib, not a folder on PYTHONPATH",
+            err=True,
+        )
     named = str(Path(artifact).resolve()) if Path(artifact).exists() else artifact
     options = json.dumps({ARTIFACT_KEY: named})
     click.echo(shlex.join(["--attention-backend", "CUSTOM", "--additional-config", options]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,17 @@ from kvq_calib.errors import ConfigError, RuntimeMismatchError
 from kvq_calib.integrations.vllm.pages import LayerPages
 from kvq_calib.model.fingerprint import model_fingerprint
 
-__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration"]
+__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration", "is_installed"]
 
 #: Of ``--additional-config``.
 ARTIFACT_KEY = "kvq_artifact"
 #: Minor versions of vLLM that are tested.
 TESTED = ("0.32",)
+
+
+def is_installed() -> bool:
+    """Whether vLLM would find the plug-in here. Without it vLLM's CPU platform ignores ``CUSTOM`` and says nothing."""
+    return any(point.name == "kvq_calib" for point in metadata.entry_points(group="vllm.general_plugins"))
 
 
 @lru_cache(maxsize=4)
