@@ -217,6 +217,18 @@ def token_weight(palette: Palette) -> Chart:
     return chart
 
 
+def noise_shaping(palette: Palette) -> Chart:
+    """Correlation of the gradients of neighbouring tokens, values of the committed ``kvq3``."""
+    layers = _artifact("kvq3").layers
+    means = [float(layer.value.error_feedback.float().mean()) for layer in layers]
+    chart = new_chart("Correlation of gradients of neighbouring tokens", palette, top=44.0)
+    with chart.style():
+        chart.axes.bar(range(len(means)), means, width=0.7, color=chart.colour("s0"))
+        chart.axes.set_xlim(-0.7, len(means) - 0.3)
+        name_axes(chart, "layer", "of values, mean of the heads")
+    return chart
+
+
 def compensation(palette: Palette) -> Chart:
     """The matrix of error compensation of one head of the committed ``kvq3``."""
     params = _artifact("kvq3").layers[15].key
@@ -358,6 +370,7 @@ METHOD_FIGURES: dict[str, Callable[[Palette], Chart]] = {
     "budget": budget,
     "levels": levels,
     "token-weight": token_weight,
+    "noise-shaping": noise_shaping,
     "compensation": compensation,
     "rotation": rotation,
     "trellis": trellis,

@@ -128,10 +128,11 @@ RECIPES: dict[str, KVCacheSpec] = {
     "dense2": recipe(key={"bits": 2, "outliers": {}}, value={"bits": 2, "outliers": {}}, sink_tokens=0),
     "trellis": recipe(
         key=trellis(5, pair_rotation=True, error_compensation={"refinement_passes": 1}, token_weighting=True),
-        value=trellis(2, token_weighting=True),
+        value=trellis(2, token_weighting=True, noise_shaping=True),
         sink_tokens=2,
         recent_tokens=3,
     ),
+    "shaped": recipe(key=trellis(3, noise_shaping=True), value=trellis(4, noise_shaping=True), sink_tokens=0),
     "trellis-one-state": recipe(
         key=trellis(6, states=1, pair_rotation=True), value=trellis(5, states=1), sink_tokens=2
     ),
@@ -223,6 +224,8 @@ def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
     if spec.token_weighting:
         beside["token_weight"] = draw.between(0.0, 1.0, heads, SIZE_CLASSES).half()
         beside["token_size_unit"] = draw.shape.head_dim * draw.between(0.5, 1.5, heads)
+    if spec.noise_shaping:
+        beside["error_feedback"] = draw.between(-0.9, 0.9, heads).half()
     return TrellisParams(bits, coefficients, pair_angle, **beside)
 
 

@@ -101,6 +101,7 @@ def trellis_quantizer(
     states: int = 4,
     compensation: tuple[int, int] | None = None,
     weighting: bool = False,
+    shaping: bool = False,
     rotation: bool = False,
     steps: float = 0.0,
 ) -> TrellisQuantizer:
@@ -114,6 +115,7 @@ def trellis_quantizer(
         states: of the trellis.
         compensation: rank and refinement passes, or ``None``.
         weighting: of tokens, with zeros and large numbers among the weights.
+        shaping: of noise.
         rotation: of RoPE pairs, half as many as there could be.
         steps: offsets and slopes of levels are multiples of this, so that many things tie; 0 for any.
     """
@@ -131,6 +133,7 @@ def trellis_quantizer(
         if compensation is None
         else ErrorCompensationSpec(rank=compensation[0], refinement_passes=compensation[1]),
         token_weighting=weighting,
+        noise_shaping=shaping,
         pair_rotation=rotation,
     )
     widths = torch.randint(0, max_bits + 1, (channels,), generator=generator, dtype=torch.uint8)
@@ -163,6 +166,8 @@ def trellis_quantizer(
         weight[:, ::7] *= 10000
         parts["token_weight"] = weight.clamp(max=65504).half()
         parts["token_size_unit"] = torch.rand(heads, generator=generator) * size + 0.1
+    if shaping:
+        parts["error_feedback"] = torch.rand(heads, generator=generator).mul(1.9).sub(0.95).half()
     params = TrellisParams(
         bits=widths,
         coefficients=pack_coefficients(spec, widths, coefficients),

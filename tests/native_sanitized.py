@@ -56,6 +56,8 @@ def case(generator: Any) -> dict[str, Any]:
         numbers["size_classes"] = classes
         arrays["class_weight"] = generator.random((heads, classes), np.float32)
         arrays["size_edges"] = np.sort(generator.random((heads, classes - 1), np.float32) * size, 1)
+    if states == 4 and "shares" not in arrays and generator.integers(2):
+        arrays["feedback"] = generator.uniform(-1, 1, heads).astype(np.float32)
     if generator.integers(2):
         numbers["pairs"] = pairs = int(generator.integers(0, size // 2 + 1))
         arrays["pair"] = generator.permutation(size)[: 2 * pairs].astype(np.int32).reshape(pairs, 2)

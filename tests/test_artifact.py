@@ -441,7 +441,7 @@ def test_what_is_held_is_what_the_file_has():
     scalar, trellis = (KVArtifact.load(golden_file(codec)).layers for codec in ("scalar", "trellis"))
     assert scalar[0].value.held_bytes == 4 * 4
     assert scalar[1].value.held_bytes == 2 * 4 + 2 * 12 * 4
-    assert trellis[0].key.held_bytes == 8 + 29 * 2 + 4 * 2
+    assert trellis[0].key.held_bytes == 8 + 29 * 2 + 4 * 2 + 2 * 2
     assert trellis[0].key.to("cpu").held_bytes == trellis[0].key.held_bytes
     for spec in RECIPES.values():
         artifact = random_artifact(GEOMETRY, spec)

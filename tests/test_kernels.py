@@ -154,6 +154,7 @@ APPEND = {
                 8 - bits,
                 error_compensation={"rank": 2} if bits % 3 == 1 else None,
                 token_weighting=bits % 2 == 0,
+                noise_shaping=bits % 3 != 1,
             ),
         )
         for bits in range(1, 8)

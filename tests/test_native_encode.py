@@ -79,6 +79,7 @@ def tokens_of(quantizer: TrellisQuantizer, batch: int, tokens: int, seed: int, s
     states=st.sampled_from([1, 4]),
     compensation=st.none() | st.tuples(st.sampled_from([0, 1, 3]), st.integers(0, 3)),
     weighting=st.booleans(),
+    shaping=st.booleans(),
     batch=st.integers(1, 3),
     tokens=st.integers(1, 200),
     steps=st.sampled_from([0.0, 0.5, 0.125]),
@@ -92,6 +93,7 @@ def test_codes_are_those_of_torch(
     states: int,
     compensation: tuple[int, int] | None,
     weighting: bool,
+    shaping: bool,
     batch: int,
     tokens: int,
     steps: float,
@@ -104,15 +106,20 @@ def test_codes_are_those_of_torch(
         states=states,
         compensation=compensation,
         weighting=weighting and states > 1,
+        shaping=shaping and states > 1 and compensation is None,
         steps=steps,
     )
     check_equal(quantizer, tokens_of(quantizer, batch, tokens, seed, steps), libraries)
 
 
-@pytest.mark.parametrize("states", [1, 4])
+@pytest.mark.parametrize(("states", "shaping"), [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("bits", range(8))
-def test_every_width_in_vectors_of_every_length(libraries: list[Library], bits: int, states: int) -> None:
-    quantizer = trellis_quantizer(bits, size=4, max_bits=max(bits, 1), bits=bits, states=states)
+def test_every_width_in_vectors_of_every_length(
+    libraries: list[Library], bits: int, states: int, shaping: bool
+) -> None:
+    quantizer = trellis_quantizer(
+        bits, size=4, max_bits=max(bits, 1), bits=bits, states=states, shaping=shaping
+    )
     for blocks in (1, 5, 9, 17):
         check_equal(quantizer, tokens_of(quantizer, 1, 32 * blocks - 3, blocks), libraries)
 
@@ -320,6 +327,7 @@ def test_no_tokens_have_no_codes(libraries: list[Library]) -> None:
         ("size_edges", lambda x: None),
         ("class_weight", lambda x: x[:1]),
         ("class_weight", lambda x: x.to("meta")),
+        ("feedback", lambda x: torch.zeros(2)),
         ("pair", lambda x: x + 8),
         ("pair", lambda x: x - 9),
         ("pair", lambda x: x * 0),

@@ -43,7 +43,7 @@ SCALAR = KVCacheSpec.model_validate(
 )
 TRELLIS = KVCacheSpec.model_validate(
     {
-        "key": {"codec": "trellis", "max_bits": 3, "pair_rotation": True},
+        "key": {"codec": "trellis", "max_bits": 3, "pair_rotation": True, "noise_shaping": True},
         "value": {"codec": "trellis", "max_bits": 2, "states": 1, "error_compensation": {}},
         "layers": {
             -1: {
@@ -84,9 +84,14 @@ def tiny_scalar() -> KVArtifact:
 
 
 def tiny_trellis() -> KVArtifact:
-    """Widths from 0 on, angles of pairs, error compensation with and without a rank, token weighting."""
+    """Widths from 0 on, angles of pairs, error compensation with and without a rank, token weighting, noise shaping."""
     first = LayerParams(
-        key=_params(KEY_WIDTHS, 4, pair_angle=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half()),
+        key=_params(
+            KEY_WIDTHS,
+            4,
+            pair_angle=torch.tensor([[0.5, -0.25], [0.0, 1.0]]).half(),
+            error_feedback=torch.tensor([0.25, -0.5]).half(),
+        ),
         value=_params(
             [2, 1, 0, 2, 1, 2, 0, 2],
             1,

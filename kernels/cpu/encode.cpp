@@ -1,7 +1,9 @@
 // The trellis encoder: heads and groups of blocks are shared out among threads, a block a lane.
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 
+#include "channel.h"
 #include "compensate.h"
 #include "kvq_native.h"
 #include "layout.h"
@@ -29,14 +31,14 @@ struct Job {
 template <int L>
 struct Room {
     float* memory;
-    Floats<L>*exact, *error, *coded, *weight, *fed;
+    Floats<L>*exact, *error, *coded, *weight, *gain, *fed;
     Ints<L>* present;
     Coded<L>* found;
     uint8_t* bytes;
 
     static size_t size(const KvqTrellis& codec, bool wants_coded) {
         const size_t head = static_cast<size_t>(codec.head_dim) * kPlane;
-        return (head * (2 + wants_coded) + kBlock * (kTile + 2)) * sizeof(Floats<L>) + sizeof(Coded<L>) + head * L;
+        return (head * (2 + wants_coded) + kBlock * (kTile + 3)) * sizeof(Floats<L>) + sizeof(Coded<L>) + head * L;
     }
 
     Room(void* memory_, const KvqTrellis& codec, bool wants_coded) {
@@ -45,7 +47,8 @@ struct Room {
         error = exact + head;
         coded = error + head;
         weight = coded + (wants_coded ? head : 0);
-        fed = weight + kBlock;
+        gain = weight + kBlock;
+        fed = gain + kBlock;
         present = reinterpret_cast<Ints<L>*>(fed + kTile * kBlock);
         found = reinterpret_cast<Coded<L>*>(present + kBlock);
         bytes = reinterpret_cast<uint8_t*>(found + 1);
@@ -105,6 +108,21 @@ void gather_weights(const Job& job, const Blocks& blocks, Room<L>& room) {
         room.found->not_a_number |= ~((room.weight[t] >= splat<L>(0.0f)) & (room.weight[t] < splat<L>(kInfinity)));
 }
 
+// What of the rounding error of the token before is added, times the root of the ratio of their weights.
+template <int L>
+void fill_gains(float feedback, const Floats<L>* weight, Floats<L>* gain) {
+    constexpr float kMost = 4.0f;
+    gain[0] = Floats<L>{};
+    for (int t = 1; t < kBlock; t++) {
+        gain[t] = splat<L>(feedback);
+        if (weight == nullptr) continue;
+        const Floats<L> ratio = weight[t - 1] / weight[t];
+        Floats<L> root;
+        for (int lane = 0; lane < L; lane++) root[lane] = ratio[lane] <= kMost * kMost ? std::sqrt(ratio[lane]) : kMost;
+        gain[t] *= root;
+    }
+}
+
 // Whether all tokens are there; else which.
 template <int L>
 bool fill_present(const Blocks& blocks, Ints<L>* present) {
@@ -122,7 +140,7 @@ bool fill_present(const Blocks& blocks, Ints<L>* present) {
 template <int L>
 void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, Tokens<L> tokens, Room<L>& room) {
     const KvqTrellis& codec = *job.codec;
-    code_channel<L>(job.channels[channel], codec.states, fed, tokens, *room.found);
+    code_channel<L>(job.channels[channel], codec.states, fed, tokens, job.batch * job.per_sequence == 1, *room.found);
     if (codec.shares != nullptr)
         for (int t = 0; t < kBlock; t++)
             room.error[i * kPlane + t] = room.exact[i * kPlane + t] - room.found->seen[t];
@@ -165,7 +183,10 @@ bool encode_group(const Job& job, const Blocks& blocks, void* memory) {
         weigh_by_size<L>(codec, head, room.exact, room.weight);
     }
     const bool whole = fill_present<L>(blocks, room.present);
-    const Tokens<L> tokens = {weighs ? room.weight : nullptr, whole ? nullptr : room.present};
+    const Floats<L>* weight = weighs ? room.weight : nullptr;
+    const bool shapes = codec.feedback != nullptr;
+    if (shapes) fill_gains<L>(codec.feedback[head], weight, room.gain);
+    const Tokens<L> tokens = {weight, whole ? nullptr : room.present, shapes ? room.gain : nullptr};
     const int64_t matrix = static_cast<int64_t>(head) * codec.head_dim * codec.head_dim;
     code_head<L>(job, channel, codec.shares != nullptr ? codec.shares + matrix : nullptr, false, tokens, room);
     for (int pass = 0; pass < codec.refinement_passes; pass++)

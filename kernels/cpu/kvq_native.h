@@ -7,7 +7,7 @@
 #include <cstdint>
 
 // Raised with every change of this interface. A library of another number is not used.
-#define KVQ_ABI 4
+#define KVQ_ABI 5
 
 #if defined(__GNUC__)
 #define KVQ_EXPORT __attribute__((visibility("default")))
@@ -39,6 +39,8 @@ struct KvqTrellis {
     const float* refinement_shares; // [H, D, D] or null
     const float* size_edges;        // [H, size_classes - 1], ascending
     const float* class_weight;      // [H, size_classes], finite and not negative
+    const float* feedback;          // [H], of magnitude below 1: what of a token's rounding error the next one takes
+                                    // up; null for none, and with shares
     const int32_t* pair;            // [P, 2], the coordinates of each, none twice
     const float* cosine;            // [H, P], of the angles
     const float* sine;              // [H, P]

@@ -17,8 +17,10 @@ template <int L>
 struct Tokens {
     const Floats<L>* weight;  // [32] or null
     const Ints<L>* present;   // [32], all bits set where there is a token; null where all are there
+    const Floats<L>* gain;    // [32] of noise shaping; null for none
 };
 
+// Codes and levels of a channel's block.
 template <int L>
 struct Coded {
     Ints<L> code[kBlock];
@@ -59,6 +61,19 @@ KVQ_INLINE Ints<L> advance(Floats<L> (&cost)[4], const Floats<L> (&distance)[2][
     return best;
 }
 
+// The state of least cost.
+template <int L>
+KVQ_INLINE Ints<L> cheapest(const Floats<L> (&cost)[4]) {
+    Ints<L> state = {};
+    Floats<L> least = cost[0];
+    for (int other = 1; other < 4; other++) {
+        const Ints<L> lower = cost[other] < least;
+        least = lower ? cost[other] : least;
+        state = lower ? Ints<L>{} + other : state;
+    }
+    return state;
+}
+
 template <int L, int N>
 void best_path(const Channel& channel, const Floats<L>* u, Tokens<L> tokens, Coded<L>& coded) {
     const typename Search<L, N>::Type search(channel);
@@ -70,7 +85,7 @@ void best_path(const Channel& channel, const Floats<L>* u, Tokens<L> tokens, Cod
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const int t = 2 * pair + half;
-            search(u[t], nearest[t], places[t]);
+            search.template find<0, 1>(u[t], nearest[t], places[t]);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 const Floats<L> error = u[t] - nearest[t][s];
@@ -87,13 +102,7 @@ void best_path(const Channel& channel, const Floats<L>* u, Tokens<L> tokens, Cod
     const Floats<L> all = (cost[0] + cost[1]) + (cost[2] + cost[3]);
     coded.not_a_number |= all != all;
 
-    Ints<L> state = {};
-    Floats<L> least = cost[0];
-    for (int other = 1; other < 4; other++) {
-        const Ints<L> lower = cost[other] < least;
-        least = lower ? cost[other] : least;
-        state = lower ? Ints<L>{} + other : state;
-    }
+    Ints<L> state = cheapest<L>(cost);
     for (int pair = kBlock / 2 - 1; pair >= 0; pair--) {
         const Ints<L> before = pair > 0 ? field<L, 2>(best[pair], state) : Ints<L>{};
         const Ints<L> now = state & 1, between = state >> 1, last = before & 1, long_ago = before >> 1;
@@ -105,6 +114,25 @@ void best_path(const Channel& channel, const Floats<L>* u, Tokens<L> tokens, Cod
             coded.seen[t] = pick<L>(nearest[t], subset[half]);
         }
         state = before;
+    }
+}
+
+// work(OfSize<N>()) for subsets of N levels; false for a channel of one level.
+template <int size>
+struct OfSize {
+    static constexpr int kSize = size;
+};
+template <class Work>
+KVQ_INLINE bool with_subsets(int32_t count, Work work) {
+    switch (count) {
+        case 4: work(OfSize<1>()); return true;
+        case 8: work(OfSize<2>()); return true;
+        case 16: work(OfSize<4>()); return true;
+        case 32: work(OfSize<8>()); return true;
+        case 64: work(OfSize<16>()); return true;
+        case 128: work(OfSize<32>()); return true;
+        case 256: work(OfSize<64>()); return true;
+        default: return false;
     }
 }
 
@@ -125,24 +153,5 @@ void nearest_levels(const Channel& channel, const Floats<L>* u, Coded<L>& coded)
     }
 }
 
-// Codes of one channel's elements u[32].
-template <int L>
-void code_channel(const Channel& channel, int states, const Floats<L>* u, Tokens<L> tokens, Coded<L>& coded) {
-    if (channel.count > 1 && states == 1) return nearest_levels<L>(channel, u, coded);
-    switch (channel.count) {
-        case 4: return best_path<L, 1>(channel, u, tokens, coded);
-        case 8: return best_path<L, 2>(channel, u, tokens, coded);
-        case 16: return best_path<L, 4>(channel, u, tokens, coded);
-        case 32: return best_path<L, 8>(channel, u, tokens, coded);
-        case 64: return best_path<L, 16>(channel, u, tokens, coded);
-        case 128: return best_path<L, 32>(channel, u, tokens, coded);
-        case 256: return best_path<L, 64>(channel, u, tokens, coded);
-        default:  // width 0: one level and no choice
-            for (int t = 0; t < kBlock; t++) {
-                coded.code[t] = Ints<L>{};
-                coded.seen[t] = splat<L>(channel.level[0]);
-            }
-    }
-}
 
 }  // namespace kvq

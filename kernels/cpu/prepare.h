@@ -20,6 +20,7 @@ inline bool is_sound(const KvqTrellis& codec) {
     if (codec.refinement_passes < 0) return false;
     if (codec.refinement_passes > 0 && codec.refinement_shares == nullptr) return false;
     if (codec.refinement_shares != nullptr && codec.shares == nullptr) return false;
+    if (codec.feedback != nullptr && (codec.states != 4 || codec.shares != nullptr)) return false;
     if (codec.size_classes < 0 || codec.size_classes > kMostClasses) return false;
     if (codec.size_classes > 0 && (codec.size_edges == nullptr || codec.class_weight == nullptr)) return false;
     if (codec.pairs < 0 || codec.pairs > codec.head_dim / 2) return false;

@@ -6,7 +6,8 @@
 
 namespace kvq {
 
-// What is nearest in each of the four subsets of N levels: the levels, and a byte for each place.
+// What is nearest in some of the four subsets of N levels, every kStep-th from kFirst on: the levels, and the place of
+// subset s in byte s.
 template <int L, int N>
 struct LinearSearch {
     const float* level;
@@ -14,18 +15,19 @@ struct LinearSearch {
 
     KVQ_INLINE explicit LinearSearch(const Channel& channel) : level(channel.level), boundary(channel.boundary) {}
 
-    KVQ_INLINE void operator()(Floats<L> x, Floats<L>* nearest, Ints<L>& places) const {
+    template <int kFirst, int kStep>
+    KVQ_INLINE void find(Floats<L> x, Floats<L>* nearest, Ints<L>& places) const {
         places = Ints<L>{};
 #pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
+        for (int s = kFirst; s < 4; s += kStep) {
             Floats<L> near = splat<L>(level[s]);
             Ints<L> place = {};
             for (int k = 0; k + 1 < N; k++) {
-                const Ints<L> above = x > splat<L>(boundary[s * (N - 1) + k]);
+                const Ints<L> above = x > splat<L>(boundary[4 * k + s]);
                 near = above ? splat<L>(level[4 * (k + 1) + s]) : near;
                 place -= above;
             }
-            nearest[s] = near;
+            nearest[s / kStep] = near;
             places |= place << (8 * s);
         }
     }
@@ -54,7 +56,8 @@ struct RankSearch {
 
     KVQ_INLINE explicit RankSearch(const Channel& channel) : ranks(channel.ranks) {}
 
-    KVQ_INLINE void operator()(Floats<16> x, Floats<16>* nearest, Ints<16>& places) const {
+    template <int kFirst, int kStep>
+    KVQ_INLINE void find(Floats<16> x, Floats<16>* nearest, Ints<16>& places) const {
         // The first step looks at one number, for all lanes the same.
         const __mmask16 upper =
             _mm512_cmp_ps_mask(_mm512_set1_ps(ranks[kEntries / 2 - 1]), (__m512)x, _CMP_LT_OQ);
@@ -66,7 +69,8 @@ struct RankSearch {
             rank = _mm512_mask_add_epi32(rank, below, rank, _mm512_set1_epi32(step));
         }
 #pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) nearest[s] = (Floats<16>)look_up<kEntries>(ranks + (1 + s) * kEntries, rank);
+        for (int s = kFirst; s < 4; s += kStep)
+            nearest[s / kStep] = (Floats<16>)look_up<kEntries>(ranks + (1 + s) * kEntries, rank);
         places = (Ints<16>)look_up<kEntries>(ranks + 5 * kEntries, rank);
     }
 };
@@ -82,7 +86,7 @@ struct OctetSearch {
         for (int s = 0; s < 4; s++) {
             alignas(32) float near[8], edge[8];
             for (int k = 0; k < 8; k++) near[k] = channel.level[4 * k + s];
-            for (int k = 0; k < 7; k++) edge[k] = channel.boundary[7 * s + k];
+            for (int k = 0; k < 7; k++) edge[k] = channel.boundary[4 * k + s];
             edge[7] = kInfinity;
             boundary[s] = _mm256_load_ps(edge);
             level[s] = _mm256_load_ps(near);
@@ -90,17 +94,18 @@ struct OctetSearch {
         }
     }
 
-    KVQ_INLINE void operator()(Floats<8> x, Floats<8>* nearest, Ints<8>& places) const {
+    template <int kFirst, int kStep>
+    KVQ_INLINE void find(Floats<8> x, Floats<8>* nearest, Ints<8>& places) const {
         places = Ints<8>{};
 #pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
+        for (int s = kFirst; s < 4; s += kStep) {
             Ints<8> place = ((Floats<8>)middle[s] < x) & 4;
 #pragma GCC unroll 2
             for (int step = 2; step > 0; step /= 2) {
                 const Ints<8> probe = place + (step - 1);
                 place += ((Floats<8>)_mm256_permutevar8x32_ps(boundary[s], (__m256i)probe) < x) & step;
             }
-            nearest[s] = (Floats<8>)_mm256_permutevar8x32_ps(level[s], (__m256i)place);
+            nearest[s / kStep] = (Floats<8>)_mm256_permutevar8x32_ps(level[s], (__m256i)place);
             places |= place << (8 * s);
         }
     }

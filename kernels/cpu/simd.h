@@ -116,10 +116,10 @@ KVQ_INLINE Ints<L> field(Ints<L> word, Ints<L> number) {
 }
 
 // One of four by the lane's number.
-template <int L>
-KVQ_INLINE Floats<L> pick(const Floats<L>* of, Ints<L> number) {
+template <int L, class Vector>
+KVQ_INLINE Vector pick(const Vector* of, Ints<L> number) {
     const Ints<L> odd = (number & 1) != 0;
-    const Floats<L> low = odd ? of[1] : of[0], high = odd ? of[3] : of[2];
+    const Vector low = odd ? of[1] : of[0], high = odd ? of[3] : of[2];
     return (number & 2) != 0 ? high : low;
 }
 

@@ -21,7 +21,7 @@ constexpr int kRankTables = 6;
 struct Channel {
     const float* level;
     int32_t count;
-    // Midpoints of neighbours, [4, count / 4 - 1] of the subsets or [count - 1] of all levels.
+    // Midpoints of neighbours, [count / 4 - 1, 4] of the subsets or [count - 1] of all levels.
     float* boundary;
     // The boundaries of all subsets in one sorted row, whose places are the ranks; then by rank the nearest level of
     // each subset, and last a byte for its place in each: [kRankTables, rank_entries]. Null where nobody asks.
@@ -33,7 +33,7 @@ inline void fill_boundaries(Channel& channel, int subsets) {
     for (int s = 0; s < subsets; s++)
         for (int k = 0; k + 1 < used; k++) {
             const float sum = channel.level[subsets * k + s] + channel.level[subsets * (k + 1) + s];
-            channel.boundary[s * (used - 1) + k] = sum * 0.5f;
+            channel.boundary[subsets * k + s] = sum * 0.5f;
         }
 }
 
@@ -48,9 +48,9 @@ inline void fill_ranks(Channel& channel) {
         float lowest = kInfinity;
         for (int s = 0; s < 4; s++) {
             nearest[s * entries + rank] = channel.level[4 * at[s] + s];
-            if (at[s] + 1 < used && channel.boundary[s * (used - 1) + at[s]] < lowest) {
+            if (at[s] + 1 < used && channel.boundary[4 * at[s] + s] < lowest) {
                 least = s;
-                lowest = channel.boundary[s * (used - 1) + at[s]];
+                lowest = channel.boundary[4 * at[s] + s];
             }
         }
         place[rank] = at[0] | at[1] << 8 | at[2] << 16 | at[3] << 24;

@@ -204,11 +204,18 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
         if (s.coefficients) {
             if (!inside || bits == 0) continue;
             const ChannelLevels c(s.coefficients, s.bits, channel, s.paths);
+            const float *weight = s.token_weight ? work.token_weight + head * kBlockTokens : nullptr;
+            const float feedback = s.feedback ? s.feedback[head] : 0.0f;
             Path path = {0};
-            if (s.paths) path = best_path(c, y, s.token_weight ? work.token_weight + head * kBlockTokens : nullptr);
-            auto code = [&](int t) {
+            if (s.paths) path = s.feedback ? shaped_path(c, y, feedback, weight) : best_path(c, y, weight);
+            float error = 0.0f;
+            auto code = [&](int t) {  // of all tokens in order
                 if (!s.paths) return uint32_t(c.nearest(y(t)));
-                return uint32_t(c.nearest(path.subset(t), y(t))) << 1 | (path.free >> t & 1u);
+                float x = y(t);
+                if (s.feedback) x = __fadd_rn(x, __fmul_rn(gain_of(feedback, weight, t), error));
+                const int subset = path.subset(t), at = c.nearest(subset, x);
+                error = __fsub_rn(x, c.level(kSubsets * at + subset));
+                return uint32_t(at) << 1 | (path.free >> t & 1u);
             };
             pack_codes(code, low, high);
         } else {

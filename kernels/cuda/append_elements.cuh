@@ -27,6 +27,7 @@ struct AppendSide {
     const float *refinement;     // [H, D, D], shares of the errors of all others in a refinement pass, or null: none
     const float *token_weight;   // [H, 32] of a token by the class of its size, or null: all count alike
     const float *weight_edge;    // [H, 31]
+    const float *feedback;       // [H], what of a token's rounding error the next one takes up, or null: nothing
     uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]

@@ -1,5 +1,5 @@
-// Coding with computed levels: paths through a trellis (kvq_calib/codec/paths.py), token weighting, and error
-// compensation.
+// Coding with computed levels: paths through a trellis (kvq_calib/codec/paths.py), token weighting, noise
+// shaping, and error compensation.
 #pragma once
 
 #include "append_elements.cuh"
@@ -34,6 +34,16 @@ struct Path {
 
 // Inputs of the two tokens that lead into state `after`, as bits.
 KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
+
+// Of the survivors the one of least cost.
+KVQ_DEVICE Path cheapest(const float (&cost)[4], const uint32_t (&path)[4]) {
+    Path best = {path[0]};
+    float least = cost[0];
+#pragma unroll
+    for (int state = 1; state < 4; ++state)
+        if (cost[state] < least) least = cost[state], best.free = path[state];
+    return best;
+}
 
 // The path of least squared error of one channel, its 32 elements given by `y`, each weighted by its `token_weight`
 // unless that is null. Two tokens lead from any state to any other in one way; a state is the lowest bit of the newest
@@ -74,16 +84,58 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &y, const float 
             path[after] = from[after] | inputs_of(after) << t;
         }
     }
-    Path best = {path[0]};
-    float least = cost[0];
-#pragma unroll
-    for (int state = 1; state < 4; ++state)
-        if (cost[state] < least) least = cost[state], best.free = path[state];
-    return best;
+    return cheapest(cost, path);
 }
 
-// The same for one channel by a warp, from the (weighted) squared distances [32, 4] of its tokens in shared memory: a
-// lane follows the state lane % 4.
+constexpr float kMostGain = 4.0f;
+
+// What token t takes up of the rounding error of the one before it (kvq_calib/codec/noise_shaping.py).
+KVQ_DEVICE float gain_of(float feedback, const float *token_weight, int t) {
+    if (t == 0) return 0.0f;
+    if (!token_weight) return feedback;
+    const float ratio = __fdiv_rn(token_weight[t - 1], token_weight[t]);
+    return __fmul_rn(feedback, ratio <= kMostGain * kMostGain ? __fsqrt_rn(ratio) : kMostGain);
+}
+
+// The path of one channel where every token takes up a share of the rounding error before it: a target and an error for
+// each survivor, a token at a time.
+template <class Element>
+KVQ_DEVICE Path shaped_path(const ChannelLevels &c, const Element &y, float feedback, const float *token_weight) {
+    float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity}, error[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    uint32_t path[4] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int t = 0; t < kBlockTokens; ++t) {
+        const float x = y(t), gain = gain_of(feedback, token_weight, t);
+        float made[4][2], total[4][2];  // by state, and by subset: state & 1, and that plus 2
+#pragma unroll
+        for (int state = 0; state < 4; ++state) {
+            const float target = __fadd_rn(x, __fmul_rn(gain, error[state]));
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int subset = 2 * n + (state & 1);
+                made[state][n] = __fsub_rn(target, c.level(kSubsets * c.nearest(subset, target) + subset));
+                float distance = __fmul_rn(made[state][n], made[state][n]);
+                if (token_weight) distance = __fmul_rn(distance, token_weight[t]);
+                total[state][n] = __fadd_rn(cost[state], distance);
+            }
+        }
+        uint32_t next[4];
+#pragma unroll
+        for (int after = 0; after < 4; ++after) {  // from states last and last + 2; ties go to the lower one
+            const int last = after >> 1, free = after & 1;
+            const bool high = total[last + 2][free ^ 1] < total[last][free];
+            cost[after] = high ? total[last + 2][free ^ 1] : total[last][free];
+            error[after] = high ? made[last + 2][free ^ 1] : made[last][free];
+            next[after] = path[high ? last + 2 : last] | uint32_t(free) << t;
+        }
+#pragma unroll
+        for (int after = 0; after < 4; ++after) path[after] = next[after];
+    }
+    return cheapest(cost, path);
+}
+
+// The path of least squared error of one channel by a warp, from the (weighted) squared distances [32, 4] of its tokens
+// in shared memory: a lane follows the state lane % 4.
 KVQ_DEVICE Path best_path(const float *distance) {
     const int after = lane_id() % 4, now = after & 1, between = after >> 1;
     const int first[2] = {2 * between, 2 * (between ^ 1)}, second[2] = {2 * now + between, 2 * (now ^ 1) + between};

@@ -21,6 +21,7 @@ from kvq_calib.calibrate.distribution import ChannelMoments, WeightedHistogram, 
 from kvq_calib.calibrate.error_compensation import GradientCovariance
 from kvq_calib.calibrate.finetune import learn
 from kvq_calib.calibrate.fitter import Fitted, Materials, Recipe, register
+from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.calibrate.plan import Captured, ChannelView, ObservedKey, Stage, Table, View, not_finite
 from kvq_calib.calibrate.rate_distortion import TensorStatistics, fit_layers, pair_angles, spec_by_layer
 from kvq_calib.calibrate.sensitivity import error_sensitivity
@@ -38,6 +39,7 @@ __all__ = [
     "CovarianceKey",
     "DistributionKey",
     "MomentsKey",
+    "NeighbourGradientsKey",
     "PrincipalValues",
     "PrincipalView",
     "TokenCostsKey",
@@ -176,6 +178,20 @@ class TokenCostsKey(ObservedKey[TokenCosts, PrincipalValues]):
 
 
 @dataclass(frozen=True)
+class NeighbourGradientsKey(ObservedKey[NeighbourGradients, PrincipalValues]):
+    """How much alike gradients of neighbouring tokens are; the view has gradients."""
+
+    def empty(self, geometry: KVGeometry) -> NeighbourGradients:
+        """See :class:`kvq_calib.calibrate.plan.Key`."""
+        return NeighbourGradients(self.view.tensor.shape_in(geometry).heads)
+
+    def add(self, statistics: NeighbourGradients, seen: PrincipalValues) -> None:
+        """See :class:`kvq_calib.calibrate.plan.ObservedKey`."""
+        assert seen.gradient is not None
+        statistics.update(seen.gradient)
+
+
+@dataclass(frozen=True)
 class _Tensor:
     """What the recipe asks of one layer's keys or values; see :class:`TensorStatistics`."""
 
@@ -183,6 +199,7 @@ class _Tensor:
     weighted: DistributionKey
     covariance: CovarianceKey | None
     token_costs: TokenCostsKey | None
+    neighbours: NeighbourGradientsKey | None
     vocabulary: DistributionKey | None
 
     def keys(self, stage: Stage) -> list[ObservedKey[Any, Any]]:
@@ -190,7 +207,7 @@ class _Tensor:
         asked: dict[Stage, tuple[ObservedKey[Any, Any] | None, ...]] = {
             Stage.THRESHOLDS: (self.moments,),
             Stage.VOCABULARY: (self.vocabulary,),
-            Stage.CODEBOOKS: (self.weighted, self.covariance, self.token_costs),
+            Stage.CODEBOOKS: (self.weighted, self.covariance, self.token_costs, self.neighbours),
         }
         return [key for key in asked[stage] if key is not None]
 
@@ -201,6 +218,7 @@ class _Tensor:
             weighted=totals.get(self.weighted),
             covariance=None if self.covariance is None else totals.get(self.covariance),
             token_costs=None if self.token_costs is None else totals.get(self.token_costs),
+            neighbours=None if self.neighbours is None else totals.get(self.neighbours),
             vocabulary=None if self.vocabulary is None else totals.get(self.vocabulary),
         )
 
@@ -242,6 +260,7 @@ class TrellisFitter:
             DistributionKey(view),
             CovarianceKey(view) if spec.error_compensation is not None else None,
             TokenCostsKey(view) if spec.token_weighting else None,
+            NeighbourGradientsKey(view) if spec.noise_shaping else None,
             vocabulary,
         )
 

@@ -160,9 +160,7 @@ def _followed(
     spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The level of each sample on the best paths, int64 ``[C, n]``, and the mean squared error ``[C]``."""
-    plain = spec.model_copy(
-        update={"error_compensation": None, "token_weighting": False, "pair_rotation": False}
-    )
+    plain = TrellisSpec(max_bits=spec.max_bits, states=spec.states)
     params = TrellisParams(bits.to(torch.uint8), coefficients.float())
     quantizer = TrellisQuantizer(plain, params, HeadShape(1, len(bits)))
     codes = quantizer.encode(samples.float().T[None].contiguous())[0].T

@@ -17,6 +17,7 @@ from kvq_calib.calibrate.error_compensation import (
 )
 from kvq_calib.calibrate.fitter import layer_params
 from kvq_calib.calibrate.levels import DRAFT, FULL, Effort, errors_by_width, fit_levels
+from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.codec.computed_levels import coefficient_counts
 from kvq_calib.codec.params import LayerParams
@@ -57,6 +58,7 @@ class TensorStatistics:
         weighted: distribution of each channel.
         covariance: of the gradients, where errors are compensated.
         token_costs: squared gradients by the size of tokens, where paths weigh their tokens.
+        neighbours: gradients of neighbouring tokens, where noise is shaped.
         vocabulary: distribution of values for tokens drawn from the vocabulary, in the bins of ``weighted``; without it
             that of the text stands alone.
     """
@@ -65,6 +67,7 @@ class TensorStatistics:
     weighted: WeightedHistogram
     covariance: GradientCovariance | None = None
     token_costs: TokenCosts | None = None
+    neighbours: NeighbourGradients | None = None
     vocabulary: WeightedHistogram | None = None
 
 
@@ -175,6 +178,8 @@ def _prepared(
     if statistics.token_costs is not None:
         constant["token_weight"] = statistics.token_costs.weights(settings.shrinkage)
         constant["token_size_unit"] = moments.squared_size(layer.num_kv_heads)
+    if statistics.neighbours is not None:
+        constant["error_feedback"] = statistics.neighbours.feedback()
     if spec.error_compensation is not None and statistics.covariance is not None:
         found = compensation_factors(statistics.covariance.sums, spec.error_compensation.rank)
         constant |= _compensation_tensors(found, spec.error_compensation)

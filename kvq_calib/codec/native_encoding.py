@@ -44,6 +44,7 @@ def trellis_tables(
     shares = None if compensation is None else compensation.shares.contiguous()
     refinement = None if compensation is None else compensation.refinement_shares
     weight, unit = params.token_weight, params.token_size_unit
+    feedback = params.error_feedback
     turned = {}
     if params.pair_angle is not None:
         assert quantizer.rope is not None
@@ -66,6 +67,7 @@ def trellis_tables(
         refinement_passes=0 if compensation is None else compensation.refinement_passes,
         size_edges=None if unit is None or weight is None else size_edges(unit).contiguous(),
         class_weight=None if weight is None else weight.float().contiguous(),
+        feedback=None if feedback is None else feedback.float().contiguous(),
         **turned,
     )
 

@@ -28,6 +28,7 @@ from kvq_calib.codec.computed_levels import (
 )
 from kvq_calib.codec.error_compensation import Compensation
 from kvq_calib.codec.native_encoding import encoding_library, trellis_tables
+from kvq_calib.codec.noise_shaping import feedback_gains, shaped_path
 from kvq_calib.codec.pair_rotation import turn_pairs
 from kvq_calib.codec.params import StoredTensor, TensorProblem
 from kvq_calib.codec.paths import Subsets, best_path, level_index
@@ -91,6 +92,8 @@ class TrellisQuantizer(Quantizer):
         if spec.token_weighting:
             tensors["token_weight"] = StoredTensor((heads, SIZE_CLASSES), ("float16",))
             tensors["token_size_unit"] = StoredTensor((heads,), float32)
+        if spec.noise_shaping:
+            tensors["error_feedback"] = StoredTensor((heads,), ("float16",))
         return tensors
 
     @classmethod
@@ -106,6 +109,8 @@ class TrellisQuantizer(Quantizer):
         for name in ("compensation_scale", "error_weight", "token_weight"):
             if name in tensors and bool((tensors[name] < 0).any()):
                 raise TensorProblem(name, "must not be negative")
+        if "error_feedback" in tensors and bool((tensors["error_feedback"].abs() >= 1).any()):
+            raise TensorProblem("error_feedback", "must be between -1 and 1")
         rank = 0 if spec.error_compensation is None else spec.error_compensation.rank
         if rank:
             if bool((tensors["error_weight"] == 0).any()):
@@ -259,7 +264,7 @@ class TrellisQuantizer(Quantizer):
         return encode_trellis(native, self.native_tables, x, weight, compensated=compensated, by_size=by_size)
 
     def encode(self, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Codes without error compensation.
+        """Codes without error compensation, with noise shaping where the quantizer has it.
 
         Args:
             y: float32 ``[B, T, C]``; tokens are taken in blocks of 32 from the first on.
@@ -270,10 +275,17 @@ class TrellisQuantizer(Quantizer):
         """
         if (found := self._encode_natively(y, weight, compensated=False)) is not None:
             return found.codes
-        if weight is not None:
-            weight = weight.permute(2, 0, 1).repeat_interleave(self.shape.head_dim, 0)
+        u, feedback = y.permute(2, 0, 1), self.params.error_feedback
+
+        def by_channel(x: Tensor | None) -> Tensor | None:  # [B, T, H] to [C, B, T]
+            return None if x is None else x.permute(2, 0, 1).repeat_interleave(self.shape.head_dim, 0)
+
         deciders = self._deciders(self.levels, self.params.bits)
-        return self._code(deciders, y.permute(2, 0, 1), weight)[0].permute(1, 2, 0)
+        if feedback is not None and isinstance(deciders, Subsets):
+            gain = by_channel(feedback_gains(feedback.float(), weight, *y.shape[:2]))
+            assert gain is not None
+            return shaped_path(deciders, u, gain, by_channel(weight))[0].permute(1, 2, 0)
+        return self._code(deciders, u, by_channel(weight))[0].permute(1, 2, 0)
 
     def compensate(self, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Code with error compensation.

@@ -33,6 +33,7 @@ class TrellisParams(Params):
             others of its head; without a rank, what is left of that after compensation.
         token_weight: float16 ``[H, 32]``, not negative: the weight of a token by the class of its size.
         token_size_unit: float32 ``[H]``, positive: the squared size that classes are counted from.
+        error_feedback: float16 ``[H]``, above -1 and below 1: what of a token's rounding error the next one takes up.
     """
 
     bits: Tensor
@@ -43,6 +44,7 @@ class TrellisParams(Params):
     error_weight: Tensor | None = None
     token_weight: Tensor | None = None
     token_size_unit: Tensor | None = None
+    error_feedback: Tensor | None = None
 
     #: Their number per head differs.
     shared: ClassVar[frozenset[str]] = frozenset({"coefficients"})

@@ -33,6 +33,7 @@ class TrellisTables:
         refinement_passes: how often coordinates are coded again.
         size_edges: float32 ``[H, K - 1]``, ascending: between the classes of tokens' sizes.
         class_weight: float32 ``[H, K]``, the weight of a token by its class.
+        feedback: float32 ``[H]``, what of a token's rounding error the next one takes up.
         pair: int32 ``[P, 2]``, the coordinates of each RoPE pair that is turned.
         cosine, sine: float32 ``[H, P]``, of the angles.
     """
@@ -47,6 +48,7 @@ class TrellisTables:
     refinement_passes: int = 0
     size_edges: Tensor | None = None
     class_weight: Tensor | None = None
+    feedback: Tensor | None = None
     pair: Tensor | None = None
     cosine: Tensor | None = None
     sine: Tensor | None = None
@@ -71,6 +73,10 @@ class TrellisTables:
             check("size_edges", self.size_edges, torch.float32, (heads, classes - 1))
         elif self.class_weight is not None or self.size_edges is not None:
             raise ValueError("size_edges: needed with class_weight, and only then")
+        if self.feedback is not None:
+            check("feedback", self.feedback, torch.float32, (heads,))
+            if self.states == 1 or self.shares is not None:
+                raise ValueError("feedback: needs four states, and no error compensation")
         if self.pair is not None and self.cosine is not None and self.sine is not None:
             check("pair", self.pair, torch.int32, (len(self.pair), 2))
             if sorted(set(places := self.pair.flatten().tolist())) != sorted(places) or (
@@ -102,11 +108,13 @@ class TrellisTables:
             weight = self.class_weight
             sound &= bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
             sound &= bool((self.size_edges.diff(dim=1) >= 0).all())
+        if self.feedback is not None:
+            sound &= bool((self.feedback.abs() < 1).all())
         return sound
 
     def tensors(self) -> list[Tensor]:
         """Everything held but the matrices of error compensation, which others hold too."""
-        some = (self.size_edges, self.class_weight, self.pair, self.cosine, self.sine)
+        some = (self.size_edges, self.class_weight, self.feedback, self.pair, self.cosine, self.sine)
         return [self.level_count, self.levels, *(tensor for tensor in some if tensor is not None)]
 
     def described(self, compensated: bool, by_size: bool, turns: bool) -> KvqTrellis:
@@ -119,6 +127,8 @@ class TrellisTables:
             "level_stride": self.levels.shape[1],
         }
         read = {"level_count": self.level_count, "levels": self.levels}
+        if self.feedback is not None:
+            read["feedback"] = self.feedback
         if compensated:
             numbers["refinement_passes"] = self.refinement_passes
             if self.shares is not None:

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 #: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
-ABI = 4
+ABI = 5
 #: Where the package's build puts the libraries.
 FOLDER = Path(__file__).parent.parent / "_native"
 #: Instruction sets by machine, the best first.
@@ -75,7 +75,7 @@ class KvqTrellis(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("level_stride", "size_classes", "pairs")),
         *((name, ctypes.c_void_p) for name in ("level_count", "levels")),
         *((name, ctypes.c_void_p) for name in ("shares", "refinement_shares", "size_edges", "class_weight")),
-        *((name, ctypes.c_void_p) for name in ("pair", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("feedback", "pair", "cosine", "sine")),
     ]
 
 

@@ -158,10 +158,10 @@ class CalibrationConfig(_TextSettings):
                 raise ValueError(
                     f"{section} is for the trellis codec: leave it out (--set {section}=null), or set codec: trellis"
                 )
-        gradients = any(spec.error_compensation or spec.token_weighting for spec in trellis)
+        gradients = any(s.error_compensation or s.token_weighting or s.noise_shaping for s in trellis)
         if gradients and self.fit.weights != "fisher":
             raise ValueError(
-                "error_compensation and token_weighting come from gradients: they need --weights fisher"
+                "error_compensation, token_weighting and noise_shaping come from gradients: they need --weights fisher"
             )
         return self
 

@@ -200,6 +200,7 @@ class TrellisSpec(QuantSpec):
         pair_rotation: keys only: whether each RoPE pair is turned by an angle of its own before quantization.
         error_compensation: how errors of a head's coordinates are compensated; ``None`` is not at all.
         token_weighting: whether a path weighs the error of each token by what tokens of its size cost.
+        noise_shaping: whether a token takes up a share of the error of the token before it.
     """
 
     codec: Literal["trellis"] = "trellis"
@@ -209,6 +210,7 @@ class TrellisSpec(QuantSpec):
     pair_rotation: bool = False
     error_compensation: ErrorCompensationSpec | None = None
     token_weighting: bool = False
+    noise_shaping: bool = False
 
     @field_validator("pre_rope", mode="before")
     @classmethod
@@ -223,6 +225,10 @@ class TrellisSpec(QuantSpec):
     def _check(self) -> TrellisSpec:
         if self.token_weighting and self.states == 1:
             raise ValueError("token_weighting weighs the tokens of a path: it needs states: 4")
+        if self.noise_shaping and self.states == 1:
+            raise ValueError("noise_shaping follows the errors along a path: it needs states: 4")
+        if self.noise_shaping and self.error_compensation is not None:
+            raise ValueError("noise_shaping and error_compensation exclude each other: leave one out")
         return self
 
     @property
@@ -250,6 +256,8 @@ class TrellisSpec(QuantSpec):
             words.append("error compensation")
         if self.token_weighting:
             words.append("token weighting")
+        if self.noise_shaping:
+            words.append("noise shaping")
         return words
 
 

@@ -122,6 +122,7 @@ class _Side:
             refinement=pointer(table.refinement),
             token_weight=pointer(table.token_weight),
             weight_edge=pointer(table.weight_edges),
+            feedback=pointer(table.feedback),
             refinements=table.refinements,
             type=TYPES[x.dtype],
             words=table.words,

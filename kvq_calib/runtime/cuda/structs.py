@@ -86,7 +86,7 @@ class AppendSide(ctypes.Structure):
             for name in ("x", "pages", "cosine", "sine", "partner", "scale", "reciprocal", "zero_point")
         ),
         *((name, _P) for name in ("levels", "boundaries", "coefficients", "bits", "word_offset")),
-        *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge")),
+        *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge", "feedback")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
         *((name, _I) for name in ("type", "words", "token", "channel_normalized")),

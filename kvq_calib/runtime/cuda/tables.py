@@ -40,6 +40,7 @@ class QuantizerTables:
         compensation: float32 ``[H, D, D]``, shares of the errors of the coordinates before; or ``None``.
         refinement: the same of all others, for ``refinements`` further passes; or ``None``.
         token_weight, weight_edges: float32 ``[H, 32]`` and ``[H, 31]``, or ``None``.
+        feedback: float32 ``[H]``, of noise shaping, or ``None``.
         token: thresholds are a token's, leaving out ``per_side`` elements at each end.
         cap: most outliers of a token.
     """
@@ -79,6 +80,7 @@ class QuantizerTables:
         self.refinement: Tensor | None = None
         self.token_weight: Tensor | None = None
         self.weight_edges: Tensor | None = None
+        self.feedback: Tensor | None = None
         if isinstance(quantizer, TrellisQuantizer):
             self._set_trellis(quantizer)
 
@@ -92,6 +94,8 @@ class QuantizerTables:
         if params.token_weight is not None and params.token_size_unit is not None:
             self.token_weight = params.token_weight.float().contiguous()
             self.weight_edges = size_edges(params.token_size_unit).contiguous()
+        if params.error_feedback is not None:
+            self.feedback = params.error_feedback.float().contiguous()
 
     def _tensor(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)

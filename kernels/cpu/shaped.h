@@ -1,0 +1,120 @@
+// The path of least weighted squared error where every token takes up a share of the rounding error before it, as
+// kvq_calib/codec/noise_shaping.py defines it. What is coded differs between the four survivors, so each is searched for
+// by itself. Every operation is rounded; ties go to the predecessor, and in the end to the state, of the lower number.
+#pragma once
+
+#include "path.h"
+
+namespace kvq {
+
+// One block in each lane.
+template <int L, int N>
+void shaped_path(const Channel& channel, const Floats<L>* u, Tokens<L> tokens, Coded<L>& coded) {
+    const typename Search<L, N>::Type search(channel);
+    Floats<L> level[kBlock][4], cost[4], error[4];
+    Ints<L> place[kBlock][4];  // bit 8: whether the predecessor is the higher one
+    for (int s = 0; s < 4; s++) {
+        cost[s] = splat<L>(s == 0 ? 0.0f : kInfinity);
+        error[s] = Floats<L>{};
+    }
+    for (int t = 0; t < kBlock; t++) {
+        Floats<L> total[4][2], made[4][2], near[4][2];
+        Ints<L> places[4];
+        auto search_from = [&](auto of) KVQ_ALWAYS_INLINE {
+            constexpr int s = decltype(of)::kSize, last = s & 1;
+            const Floats<L> target = u[t] + tokens.gain[t] * error[s];
+            search.template find<last, 2>(target, near[s], places[s]);
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; n++) {
+                made[s][n] = target - near[s][n];
+                Floats<L> distance = made[s][n] * made[s][n];
+                if (tokens.weight != nullptr) distance *= tokens.weight[t];
+                if (tokens.present != nullptr) distance = (Floats<L>)((Ints<L>)distance & tokens.present[t]);
+                total[s][n] = cost[s] + distance;
+            }
+        };
+        search_from(OfSize<0>());
+        search_from(OfSize<1>());
+        search_from(OfSize<2>());
+        search_from(OfSize<3>());
+#pragma GCC unroll 4
+        for (int after = 0; after < 4; after++) {
+            // From states last and last + 2; the subset of code c is 2 (c ^ u[t - 2]) + u[t - 1].
+            const int last = after >> 1, free = after & 1;
+            const Ints<L> high = total[last + 2][free ^ 1] < total[last][free];
+            cost[after] = high ? total[last + 2][free ^ 1] : total[last][free];
+            error[after] = high ? made[last + 2][free ^ 1] : made[last][free];
+            level[t][after] = high ? near[last + 2][free ^ 1] : near[last][free];
+            const Ints<L> low_place = places[last] >> (8 * (2 * free + last)) & 0xff;
+            const Ints<L> high_place = places[last + 2] >> (8 * (2 * (free ^ 1) + last)) & 0xff;
+            place[t][after] = high ? high_place | 0x100 : low_place;
+        }
+    }
+    const Floats<L> all = (cost[0] + cost[1]) + (cost[2] + cost[3]);
+    coded.not_a_number |= all != all;
+    Ints<L> state = cheapest<L>(cost);
+    for (int t = kBlock - 1; t >= 0; t--) {
+        const Ints<L> found = pick<L>(place[t], state);
+        coded.code[t] = ((found & 0xff) << 1) | (state & 1);
+        coded.seen[t] = pick<L>(level[t], state);
+        state = (state >> 1) + (found >> 8 << 1);
+    }
+}
+
+// One block alone, in the first lane: the four lanes are the states. Of lane s, the subset of code 0 is s and that of
+// code 1 the one two lanes on.
+template <int N>
+void shaped_path_alone(const Channel& channel, const Floats<4>* u, Tokens<4> tokens, Coded<4>& coded) {
+    Quad cost = {0.0f, kInfinity, kInfinity, kInfinity}, error = {};
+    float level[kBlock][4];
+    int32_t place[kBlock][4];
+    for (int t = 0; t < kBlock; t++) {
+        const Quad target = splat<4>(u[t][0]) + splat<4>(tokens.gain[t][0]) * error;
+        // Lane s of the second belongs to the state two lanes on.
+        const Quad turned = KVQ_QUADS(target, target, 2, 3, 0, 1);
+        Quad near = load<Quad>(channel.level), near_turned = near;
+        Ints<4> at = {}, at_turned = {};
+        for (int k = 0; k + 1 < N; k++) {
+            const Quad edge = load<Quad>(channel.boundary + 4 * k), next = load<Quad>(channel.level + 4 * (k + 1));
+            const Ints<4> above = target > edge, above_turned = turned > edge;
+            near = above ? next : near;
+            near_turned = above_turned ? next : near_turned;
+            at -= above;
+            at_turned -= above_turned;
+        }
+        const Quad made = target - near, made_turned = turned - near_turned;
+        Quad distance = made * made, distance_turned = made_turned * made_turned;
+        if (tokens.weight != nullptr) {
+            const Quad weight = splat<4>(tokens.weight[t][0]);
+            distance *= weight;
+            distance_turned *= weight;
+        }
+        if (tokens.present != nullptr && tokens.present[t][0] == 0) distance = distance_turned = Quad{};
+        const Quad total = cost + distance;
+        const Quad total_turned = KVQ_QUADS(cost, cost, 2, 3, 0, 1) + distance_turned;
+        // Into state c + 2 u[t - 1] by code c, from states u[t - 1] and u[t - 1] + 2.
+#define KVQ_FROM_LOWER(straight, turned) KVQ_QUADS(straight, turned, 0, 6, 1, 7)
+#define KVQ_FROM_HIGHER(straight, turned) KVQ_QUADS(straight, turned, 2, 4, 3, 5)
+        const Quad low = KVQ_FROM_LOWER(total, total_turned), high = KVQ_FROM_HIGHER(total, total_turned);
+        const Ints<4> is_high = high < low;
+        cost = is_high ? high : low;
+        error = is_high ? KVQ_FROM_HIGHER(made, made_turned) : KVQ_FROM_LOWER(made, made_turned);
+        store(level[t], is_high ? KVQ_FROM_HIGHER(near, near_turned) : KVQ_FROM_LOWER(near, near_turned));
+        store(place[t], is_high ? KVQ_FROM_HIGHER(at, at_turned) | 0x100 : KVQ_FROM_LOWER(at, at_turned));
+#undef KVQ_FROM_LOWER
+#undef KVQ_FROM_HIGHER
+    }
+    const float all = (cost[0] + cost[1]) + (cost[2] + cost[3]);
+    if (all != all) coded.not_a_number = ~Ints<4>{};
+    int state = 0;
+    for (int other = 1; other < 4; other++)
+        if (cost[other] < cost[state]) state = other;
+    for (int t = kBlock - 1; t >= 0; t--) {
+        const int32_t found = place[t][state];
+        coded.code[t] = Ints<4>{} + (((found & 0xff) << 1) | (state & 1));
+        coded.seen[t] = splat<4>(level[t][state]);
+        state = (state >> 1) + (found >> 8 << 1);
+    }
+}
+
+}  // namespace kvq
