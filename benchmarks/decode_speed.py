@@ -7,7 +7,8 @@ so the filling costs no forward passes; what a step costs does not depend on wha
 tokens are decoded through the whole model with all caches in turns. The mean is over whole blocks of 32 tokens, so
 that what is done once in a block counts; the longest step stands beside it, and the median, which shows neither. Then
 attention alone is timed, of one token to the keys and values of all layers. Peers whose package is not installed are
-left out.
+left out: hqq, optimum-quanto and, for a GGUF file, llama.cpp (llama-cpp-python), which reads the text itself and
+computes with the weights as they are in the file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
@@ -101,12 +103,18 @@ def held_bytes(root: object) -> int:
 
 
 def measure(
-    model: Any, caches: dict[str, Callable[[], Cache]], layers: Any, context: int, steps: int
+    model: Any,
+    caches: dict[str, Callable[[], Cache]],
+    peers: LlamaCppPeers,
+    layers: Any,
+    context: int,
+    steps: int,
 ) -> list[dict[str, Any]]:
     """Fill every cache, decode ``steps`` tokens with each in turns, and report a row for each."""
     filled = {name: make() for name, make in caches.items()}
-    times: dict[str, list[Seconds]] = {name: [] for name in caches}
+    times: dict[str, list[Seconds]] = {name: [] for name in (*caches, *peers.models)}
     token = torch.tensor([[1]])
+    peers.fill(context)
     with attached(model), torch.no_grad():
         for cache in filled.values():
             fill(cache, layers, context)
@@ -119,18 +127,53 @@ def measure(
                     )
                 )
                 times[name].append(seconds)
+            for name, peer in peers.models.items():
+                times[name].append(timed(lambda peer=peer: peer.decode(peers.ids[:1]))[1])
         alone = attention_alone(filled, layers, context, query_group(model))
     rows = []
-    for name, cache in filled.items():
+    for name, cache in (*filled.items(), *peers.models.items()):
         row: dict[str, Any] = {"cache": name, "context": context, "threads": torch.get_num_threads()}
         for clock in ("wall", "cpu"):
             each = [getattr(seconds, clock) for seconds in times[name][WARM_UP:]]
             row[f"{clock}_mean"], row[f"{clock}_longest"] = statistics.mean(each), max(each)
             row[f"{clock}_median"] = statistics.median(each)
-        row["bytes"] = cache.nbytes if isinstance(cache, KVQCache) else held_bytes(cache)
+        row["bytes"] = held_bytes(cache) if isinstance(cache, DynamicCache | QuantizedCache) else cache.nbytes
         row["backend"] = cache.backend if isinstance(cache, KVQCache) else None
         rows.append(row)
     return rows + alone
+
+
+class LlamaCppPeers:
+    """llama.cpp with each of its caches, on the file of the model.
+
+    Args:
+        path: of the model.
+        ids: int64 ``[T]``, a text that is repeated.
+        tokens: that each has room for.
+
+    Attributes:
+        models: by name; none where the package is not installed or the model is no GGUF file.
+        ids: the text, int32.
+    """
+
+    def __init__(self, path: Path, ids: Tensor, tokens: int) -> None:
+        self.ids = ids.int().numpy()
+        self.models: dict[str, Any] = {}
+        if path.suffix != ".gguf":
+            return
+        if not _is_installed("llama_cpp"):
+            print("llama_cpp is not installed: not measured")
+            return
+        from decode_llama_cpp import CACHE_TYPES, LlamaCpp
+
+        self.models = {f"llama.cpp {name}": LlamaCpp(path, name, tokens) for name in CACHE_TYPES}
+
+    def fill(self, context: int) -> None:
+        """Let each hold ``context`` tokens, or a few more."""
+        for peer in self.models.values():
+            peer.use_threads(torch.get_num_threads())
+            missing = max(context - peer.length, 0)
+            peer.decode(np.resize(self.ids, missing))
 
 
 def attention_alone(filled: dict[str, Cache], layers: Any, context: int, group: int) -> list[dict[str, Any]]:
@@ -268,10 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": environment(options.note),
         "rows": [],
     }
-    for context in options.contexts:
+    most = max(options.contexts) + len(options.contexts) * len(options.threads) * (WARM_UP + options.steps)
+    peers = LlamaCppPeers(Path(options.model), ids[0], most)
+    for context in sorted(options.contexts):
         for threads in options.threads:
             torch.set_num_threads(threads)
-            content["rows"] += measure(model, caches, layers, context, options.steps)
+            content["rows"] += measure(model, caches, peers, layers, context, options.steps)
             write_results(options.output, content, report(content))
             gc.collect()
     print("\n".join(report(content)))
