@@ -92,7 +92,7 @@ class TrellisTables:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether the encoder finds the same codes as torch: levels are sorted and not too large, weights are finite."""
+        """Whether the encoder finds the same codes as torch: levels sorted and not too large, weights finite."""
         place = torch.arange(self.levels.shape[1])
         last = self.level_count[:, None].to(torch.int64) - 1
         levels = self.levels.gather(1, torch.minimum(place, last))
