@@ -1,9 +1,9 @@
-"""Every switch of the method at 3 bits, one at a time: KL divergence, perplexity and bits per element.
+"""Ablation at 3 bits, with one change at a time: KL divergence, perplexity and bits per element.
 
     python benchmarks/ablation.py MODEL --calibration FILE --evaluation FILE [--windows 2]
 
-All recipes are calibrated in one run, which shares the passes over the text. Artifacts go to ``--work`` and results
-are written as they come; the same command goes on where it was interrupted.
+All recipes are calibrated in one run and share the passes over the text. Artifacts go to ``--work``, and results are
+written as they are measured. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a recipe and what is changed in it.
+    """One row: a recipe with changes.
 
     Attributes:
-        name: short, also the artifact's file name.
-        switch: the part of the method it belongs to.
+        name: short name, also the artifact's file name.
+        switch: the part of the method that it changes.
         text: the row's text in the table.
-        assignments: ``--set`` assignments that make it.
-        recipe: what they are applied to.
+        assignments: ``--set`` assignments.
+        recipe: the recipe to which they are applied.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Variant:
     recipe: str = BASE
 
     def config(self, **command_line: Any) -> CalibrationConfig:
-        """The recipe with its changes; the run's settings override both."""
+        """The settings of the recipe with its changes. The settings of the run override both."""
         return calibration_config(self.recipe, command_line=command_line, assignments=self.assignments)
 
 
@@ -61,7 +61,7 @@ def _both(path: str, value: object) -> tuple[str, str]:
 
 
 def _edges_at_four_bits() -> str:
-    """The base recipe's layers, at 4 bits, as overrides of the first and the last one."""
+    """Overrides that give the first and the last layer 4 bits."""
     cache = calibration_config(BASE).cache
     layer = {
         kind: {**spec.model_dump(mode="json", exclude_defaults=True), "bits": 4}
@@ -71,7 +71,7 @@ def _edges_at_four_bits() -> str:
 
 
 def variants() -> list[Variant]:
-    """The rows, the base recipe first: everything else differs from it as its text says."""
+    """The rows, with the base recipe first. The others differ from it as their text says."""
     rows = [
         Variant("base", "base", "3 bits, k-means, Fisher weights, 1% outliers, 1 sink token (nuq3-1p)"),
         Variant("key-token", "key granularity", "keys per token", ("cache.key.thresholds=token",)),
@@ -143,7 +143,7 @@ def chosen(
     rows: Sequence[Variant],
     others: Iterable[str] = (),
 ) -> list[Variant]:
-    """The rows that ``--only`` names, all without it; another name than theirs and ``others`` ends the command."""
+    """The rows that ``--only`` names; all by default. Any name but theirs and ``others`` is an error."""
     names = [*(row.name for row in rows), *others]
     if only and not set(only) <= set(names):
         parser.error(f"the rows are {', '.join(names)}")
@@ -157,7 +157,7 @@ def calibrated(
     work: Path,
     progress: Any,
 ) -> dict[str, Path]:
-    """Artifacts of all recipes in ``work``: those that are there already stay, the others come from one run."""
+    """Artifacts of all recipes, in ``work``. Existing ones are kept; the others are made in one run."""
     files = {name: work / f"{name}.kvq.safetensors" for name in configs}
     missing = {name: config for name, config in configs.items() if not _stands(files[name], config, windows)}
     if missing:
@@ -177,14 +177,14 @@ def calibrated(
 
 
 def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> bool:
-    """Whether ``file`` came from this recipe and this text."""
+    """Whether ``file`` was made from this recipe and this text."""
     if not file.exists():
         return False
     artifact = KVArtifact.load(file)
     settings = json.loads(json.dumps(config.record()))
     made, spec = artifact.calibration, artifact.spec
     if config.allocation is not None:
-        # Calibration decides by layer how error compensation of keys pays, and nothing else.
+        # Calibration only decides, for each layer, the form of error compensation.
         count, decided = len(artifact.geometry.layers), {"error_compensation"}
         for found, asked in zip(spec.resolved(count), config.cache.resolved(count), strict=True):
             keys = [each.key.model_dump(exclude=decided) for each in (found, asked)]
@@ -203,7 +203,8 @@ def evaluated(
     progress: Any,
     keep: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Results by name. Those ``known`` for the same artifact and text stay; ``keep`` is called after each group.
+    """Results by name. Results in ``known`` for the same artifact and text are kept. ``keep`` is called after each
+    group.
 
     A group shares one pass of the unquantized model.
     """

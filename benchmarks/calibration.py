@@ -1,12 +1,12 @@
-"""Calibration as the original implementation does it, beside ours: time, memory and weighted distortion.
+"""Compares our calibration with that of KVQuant's code: time, memory and weighted distortion.
 
     python benchmarks/calibration.py MODEL --text FILE
 
-The original implementation keeps all keys, values and squared gradients of the text in memory, takes thresholds from
-the values themselves, and runs scikit-learn's `KMeans` on all values of a layer. Both ways start from the same windows
-and end in an artifact, each in a process of its own; a third process measures the error of both on those windows.
-Thresholds, normalisation and outliers are computed by one quantizer, so what differs is how statistics are kept and
-codebooks are found. `fit.py` compares the fit alone at the size of a layer of LLaMA-7B.
+KVQuant's code keeps all keys, values and squared gradients of the text in memory, takes thresholds from these values,
+and runs scikit-learn's `KMeans` on all values of a layer. Both ways start from the same windows and make an artifact,
+each in a separate process. A third process measures the error of both on those windows. The same quantizer computes
+thresholds, normalisation and outliers, so only the statistics and the fit of codebooks differ. `fit.py` compares the
+fit alone, at the size of a layer of LLaMA-7B.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Pairs = dict[tuple[int, Kind], list[tuple[Tensor, Tensor]]]
 
 
 def ours(model: Any, windows: TokenWindows, config: CalibrationConfig) -> tuple[KVArtifact, dict[str, Any]]:
-    """Calibrate, with the time of statistics and fit beside that of the model's passes."""
+    """Calibrate, and measure the time of statistics and fit separately from that of the model's passes."""
     fingerprint = model_fingerprint(model)
     with Peak() as peak, ProgressReporter() as progress:
         result, seconds = timed(
@@ -70,11 +70,11 @@ def ours(model: Any, windows: TokenWindows, config: CalibrationConfig) -> tuple[
 
 
 def thresholds(values: Tensor, spec: ScalarSpec) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and zero point of each channel from all values ``[N, C]``, or ``None`` where every token has its own."""
+    """Scale and zero point of each channel from all values ``[N, C]``; ``None`` with thresholds per token."""
     if not spec.calibrated_thresholds:
         return None, None
     tail = spec.outliers.fraction / 2
-    # A channel at a time: the function refuses large tensors.
+    # One channel at a time, because the function refuses large tensors.
     found = [torch.quantile(column, torch.tensor([tail, 1 - tail])) for column in values.T.contiguous()]
     low, high = torch.stack(found, dim=1)
     return ((high - low) / 2).clamp(min=1e-8), (high + low) / 2
@@ -101,7 +101,7 @@ def fit_layer(
 def keep_everything(
     model: Any, windows: TokenWindows, config: CalibrationConfig
 ) -> tuple[KVArtifact, dict[str, Any]]:
-    """All keys, values and gradients of the text in memory, then layer after layer."""
+    """Keep all keys, values and gradients of the text in memory, then fit layer after layer."""
     geometry, sinks = inspect_model(model), config.cache.sink_tokens
     kept: Pairs = {}
 
@@ -151,7 +151,7 @@ def keep_everything(
 
 
 def distortion(model: Any, windows: TokenWindows, artifacts: dict[str, KVArtifact]) -> dict[str, Any]:
-    """Weighted error over weighted size, of keys and of values: ``sum g^2 (x - x')^2 / sum g^2 x^2``."""
+    """Weighted error relative to weighted size, of keys and of values: ``sum g^2 (x - x')^2 / sum g^2 x^2``."""
     quantizers = {name: artifact.quantizers() for name, artifact in artifacts.items()}
     sinks = next(iter(artifacts.values())).spec.sink_tokens
     error = {name: dict.fromkeys(KINDS, 0.0) for name in artifacts}
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         windows = load_windows(options.text, loaded.tokenizer, samples=options.samples, seqlen=options.seqlen)
         settings = {"dataset": options.text, "samples": options.samples, "seqlen": options.seqlen}
         config = calibration_config(options.recipe, command_line=settings)
-        fisher_pass(loaded.model, windows.ids[:1, :64], lambda *_: None)  # what is made once is there
+        fisher_pass(loaded.model, windows.ids[:1, :64], lambda *_: None)  # warm up
         if options.worker == "distortion":
             found = distortion(loaded.model, windows, {name: KVArtifact.load(file(name)) for name in WAYS})
             print(json.dumps({"distortion": found, "text": windows.source}))

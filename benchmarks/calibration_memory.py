@@ -1,10 +1,10 @@
-"""What calibration costs beside the model's own passes: resident memory by the number of samples, and wall time.
+"""The cost of calibration beyond the model's passes: resident memory by the number of samples, and wall time.
 
     python benchmarks/calibration_memory.py MODEL --text FILE
 
-Memory: the same recipe is calibrated on few and on many windows, each in a process of its own, and the highest
-resident memory above the loaded model is reported. Time: one process measures the bare forward passes and the bare
-forward and backward passes that the recipe needs, and the calibration of the same windows, in turns.
+Memory: the same recipe is calibrated on few and on many windows, each in a separate process. The peak resident memory
+above that of the loaded model is reported. Time: one process measures in turns the plain forward passes, the plain
+forward and backward passes that the recipe needs, and the calibration of the same windows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.load import load_model
 from kvq_calib.schema.recipe import CalibrationConfig, calibration_config
 
-#: Tokens whose logits exist at one time, as in calibration.
+#: Number of tokens whose logits are computed at a time, as in calibration.
 _CHUNK = 256
 _MIB = 2**20
 
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 class Peak:
-    """Highest resident memory while the context is open, sampled every 20 ms."""
+    """A context manager that samples resident memory every 20 ms and keeps the peak."""
 
     def __enter__(self) -> Peak:
         self.before = self.highest = resident_bytes()
@@ -63,7 +63,7 @@ class Peak:
 
 
 def run_calibration(model: Any, windows: TokenWindows, config: CalibrationConfig) -> dict[str, float]:
-    """Calibrate, and let the artifact go; wall time by part."""
+    """Calibrate, and return the wall time by part. The artifact is dropped."""
     fingerprint = model_fingerprint(model)
     return calibrate(
         model, windows, {"recipe": config}, model_id="benchmark", model_config=fingerprint
@@ -71,7 +71,7 @@ def run_calibration(model: Any, windows: TokenWindows, config: CalibrationConfig
 
 
 def memory(model: Any, windows: TokenWindows, config: CalibrationConfig) -> dict[str, Any]:
-    """Highest resident memory above the loaded model that has run once."""
+    """Peak resident memory above that of the loaded model, which has run once."""
     with torch.no_grad():
         model(windows.ids[:1, : min(64, windows.ids.shape[1])], use_cache=False)
     with Peak() as peak:
@@ -86,7 +86,7 @@ def memory(model: Any, windows: TokenWindows, config: CalibrationConfig) -> dict
 
 
 def memory_in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
-    """The same in a fresh process, so that no allocator remembers another run."""
+    """The same in a new process, so that no memory of an earlier run is reused."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--worker"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -94,15 +94,15 @@ def memory_in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def bare_forward(model: Any, ids: Tensor) -> None:
-    """Pass one without calibration: the model's body."""
+    """The first pass without calibration: the model without its head."""
     with torch.no_grad():
         model.base_model(input_ids=ids, use_cache=False)
 
 
 def bare_backward(model: Any, ids: Tensor) -> None:
-    """Pass two without calibration: the loss, and its gradients with respect to activations alone.
+    """The second pass without calibration: the loss, and its gradients with respect to activations.
 
-    As lean as calibration's own pass: parameters are frozen and logits exist for a piece of the text at a time.
+    As in calibration, parameters are frozen, and logits are computed for a piece of the text at a time.
     """
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -120,7 +120,7 @@ def bare_backward(model: Any, ids: Tensor) -> None:
 
 
 def overhead(model: Any, windows: TokenWindows, config: CalibrationConfig, rounds: int) -> dict[str, Any]:
-    """Time of calibration and of the bare passes over the same windows, in turns; medians over rounds."""
+    """Median times of calibration and of the plain passes over the same windows, measured in turns."""
     first = windows.ids[:1, : min(64, windows.ids.shape[1])]
     bare_forward(model, first)
     bare_backward(model, first)

@@ -1,4 +1,4 @@
-"""What every benchmark records beside its numbers, and how results are written."""
+"""Records the environment of benchmarks, and writes results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = ("kvq-calib", "torch", "transformers", "numpy", "scikit-learn", "hqq
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time, and processor time over all threads, which other work on the machine hardly changes."""
+    """Wall time, and processor time over all threads, which other load on the machine hardly changes."""
 
     wall: float
     cpu: float
@@ -41,7 +41,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, Seconds]:
 
 
 def environment(note: str = "") -> dict[str, Any]:
-    """When, where and with what a benchmark ran; folders stay out of the command, file names stay in."""
+    """When, where and with what a benchmark ran. The command is recorded with file names, but without folders."""
     words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
@@ -59,7 +59,7 @@ def environment(note: str = "") -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """The processor's name where the system tells it, else the architecture."""
+    """The processor's name if the system reports it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
 
 
 def environment_lines(facts: dict[str, Any]) -> list[str]:
-    """The same for people, in Markdown."""
+    """The environment in Markdown."""
     machine = facts["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
     lines = [
@@ -89,12 +89,12 @@ def environment_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table: the first column left, the others right."""
+    """Lines of a Markdown table, with the first column aligned left and the others right."""
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def write_results(output: Path, content: dict[str, Any], lines: Sequence[str]) -> None:
-    """Write ``output`` (JSON) and the Markdown beside it, each whole or not at all."""
+    """Write ``output`` (JSON) and the Markdown beside it, each atomically."""
     write_atomically(output, (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(output.with_suffix(".md"), ("\n".join(lines) + "\n").encode())

@@ -1,14 +1,13 @@
-"""Tokens per second in decode, beside the caches of transformers, in one run on one machine.
+"""Decode speed of packed caches and of the caches of transformers, in one run on one machine.
 
     python benchmarks/decode_speed.py MODEL --artifact FILE [--artifact FILE ...] [--contexts 1024 4096 8192 16384]
 
-Keys and values of a real text of 1,024 tokens are computed once and repeated until a cache holds the context,
-so the filling costs no forward passes; what a step costs does not depend on what the tokens are. Then single
-tokens are decoded through the whole model with all caches in turns. The mean is over whole blocks of 32 tokens, so
-that what is done once in a block counts; the longest step stands beside it, and the median, which shows neither. Then
-attention alone is timed, of one token to the keys and values of all layers. Peers whose package is not installed are
-left out: hqq, optimum-quanto and, for a GGUF file, llama.cpp (llama-cpp-python), which reads the text itself and
-computes with the weights as they are in the file.
+Keys and values of a real text of 1,024 tokens are computed once and repeated until a cache is full. So filling needs no
+forward passes, and the cost of a step does not depend on the tokens. Then single tokens are decoded through the whole
+model, with all caches in turns. The mean is over whole blocks of 32 tokens, so that work done once per block counts.
+The longest step and the median are reported, too. Then attention is timed separately: of one token to the keys and
+values of all layers. Peers whose package is not installed are left out: hqq, optimum-quanto and, for a GGUF file,
+llama.cpp (llama-cpp-python). llama.cpp reads the text itself and computes with the weights as they are in the file.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ ATTENTION_RUNS = 7
 
 
 def sample_layers(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer: un-rotated keys, rotated keys and values of ``ids``, each ``[1, H, T, D]``."""
+    """For each layer, the un-rotated keys, rotated keys and values of ``ids``, each ``[1, H, T, D]``."""
     layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def keep(kv: LayerKV) -> None:
@@ -71,13 +70,13 @@ def fill(cache: Cache, layers: list[tuple[Tensor, Tensor, Tensor]], tokens: int)
 
 
 def query_group(model: Any) -> int:
-    """Query heads of a key-value head."""
+    """Number of query heads per key-value head."""
     config = model.config.get_text_config()
     return int(config.num_attention_heads // config.num_key_value_heads)
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of all tensors and arrays that an object leads to."""
+    """Bytes of all tensors and arrays that are reachable from an object."""
     total, seen, todo = 0, set(), [root]
     while todo:
         item = todo.pop()
@@ -86,7 +85,7 @@ def held_bytes(root: object) -> int:
         seen.add(id(item))
         if isinstance(item, Tensor):
             inner = [getattr(item, name) for name in ("_data", "_scale", "_shift") if hasattr(item, name)]
-            if inner:  # a quantized tensor of optimum-quanto wraps its parts
+            if inner:  # a quantized tensor of optimum-quanto contains tensors
                 todo += inner
             elif item.untyped_storage().data_ptr() not in seen:
                 seen.add(item.untyped_storage().data_ptr())
@@ -110,7 +109,7 @@ def measure(
     context: int,
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Fill every cache, decode ``steps`` tokens with each in turns, and report a row for each."""
+    """Fill every cache, decode ``steps`` tokens with each in turns, and return a row for each."""
     filled = {name: make() for name, make in caches.items()}
     times: dict[str, list[Seconds]] = {name: [] for name in (*caches, *peers.models)}
     token = torch.tensor([[1]])
@@ -177,7 +176,7 @@ class LlamaCppPeers:
 
 
 def attention_alone(filled: dict[str, Cache], layers: Any, context: int, group: int) -> list[dict[str, Any]]:
-    """Rows of the attention of one token in all layers: torch's best of two ways, and that of packed caches."""
+    """Rows for the attention of one token in all layers: the faster of two ways in torch, and packed caches."""
     heads, size = layers[0][1].shape[1], layers[0][1].shape[3]
     works: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -210,7 +209,7 @@ def attention_alone(filled: dict[str, Cache], layers: Any, context: int, group: 
 
 
 def packed_attention(cache: KVQCache, query: Tensor) -> Callable[[], Any]:
-    """Attention of one token to everything that a cache holds, in all layers."""
+    """Attention of one token to the whole cache, in all layers."""
     assert cache.table is not None
     table = cache.table
     request = AttentionRequest(query, Visibility(None, table.length, 1, None), query.shape[-1] ** -0.5)
@@ -219,7 +218,7 @@ def packed_attention(cache: KVQCache, query: Tensor) -> Callable[[], Any]:
 
 
 def report(content: dict[str, Any]) -> list[str]:
-    """The results for people, in Markdown."""
+    """The results in Markdown."""
     settings, rows = content["settings"], content["rows"]
     lines = [
         "# Decode on a CPU",

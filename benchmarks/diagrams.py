@@ -1,4 +1,4 @@
-"""Drawings of the documentation that are of no record: the pipeline, and what a page looks like."""
+"""Drawings for the documentation that need no record: the pipeline, and the layout of a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvq_calib.evaluate.charts.chart import Chart, Palette
 
 
 def _canvas(title: str, palette: Palette, height: float) -> Chart:
-    """A chart whose axes are a sheet measured in units, y downwards."""
+    """A chart used as a canvas, with y pointing downwards."""
     chart = Chart(title, palette, WIDTH, height, (0.0, 0.0, 0.0, 0.0))
     chart.axes.set_xlim(0, WIDTH)
     chart.axes.set_ylim(height, 0)
@@ -23,7 +23,7 @@ def _canvas(title: str, palette: Palette, height: float) -> Chart:
 def _box(
     chart: Chart, x: float, y: float, w: float, h: float, lines: Sequence[str], colour: str = "soft"
 ) -> None:
-    """A box with a name, and smaller lines under it."""
+    """A box with a name, and smaller lines below it."""
     axes = chart.axes
     axes.add_patch(
         FancyBboxPatch(
@@ -58,7 +58,7 @@ def _arrow(chart: Chart, start: tuple[float, float], end: tuple[float, float], c
 
 
 def draw_pipeline(palette: Palette) -> Chart:
-    """From model and text to an artifact, and what uses it."""
+    """Draw the way from model and text to an artifact and its uses."""
     chart = _canvas("From a model and a text to an artifact, and what uses it", palette, 330.0)
     with chart.style():
         _box(chart, 16, 40, 150, 60, ("model", "hub id, folder, .gguf"))
@@ -96,7 +96,7 @@ def draw_pipeline(palette: Palette) -> Chart:
 
 
 def draw_page(palette: Palette) -> Chart:
-    """Where the tokens of one layer's cache are: sinks, pages of blocks, the exact tail."""
+    """Draw where the tokens of one layer's cache are: sinks, pages of blocks, the exact tail."""
     chart = _canvas("Where the tokens of a cache are kept", palette, 300.0)
     axes = chart.axes
 

@@ -1,12 +1,12 @@
 """Run the tests of the CPU kernels against a library for another machine: aarch64 under an emulator.
 
-Needs ``qemu-user`` and a compiler for that machine, such as PyPI's ``ziglang``. The tests run here; what they call is
-sent, with all the memory that it reads and writes, to a process under the emulator.
+Needs ``qemu-user`` and a compiler for that machine, such as PyPI's ``ziglang``. The tests run here. Each call is sent
+to a process under the emulator, with all memory that it reads and writes.
 
     python benchmarks/emulated.py
     python benchmarks/emulated.py --compiler "aarch64-linux-gnu-g++ -static" -- -x
 
-It is a plugin of pytest as well, for that is how it reaches the tests.
+It is also a pytest plugin, which is how it replaces the library in the tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvq_calib.native.loader import ABI, Library
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/test_native_encode.py", "tests/test_native_attend.py", "tests/test_native_pack.py")
-#: Those of this machine itself: its processes, which libraries are there, guarded memory.
+#: Tests that depend on this machine: on its processes, its libraries, or guarded memory.
 NOT_EMULATED = (
     *(
         "a_forked_child",
@@ -44,25 +44,25 @@ NOT_EMULATED = (
     ),
     *("a_set_that_the_processor_lacks", "beyond_its_end"),
 )
-#: In the order of ``emulated_calls.cpp``.
+#: The functions, in the order of ``emulated_calls.cpp``.
 FUNCTIONS = (
     *("kvq_abi", "kvq_runs_here", "kvq_encode_trellis", "kvq_encode_scalar", "kvq_pack", "kvq_list_outliers"),
     *("kvq_join", "kvq_attend", "kvq_dequantize", "kvq_turns_within", "kvq_turns_of_blocks"),
 )
-#: Where the script tells its plugin what to run.
+#: Environment variable by which the script tells its plugin what to run.
 COMMAND = "KVQ_CALIB_EMULATED"
 _POINTER = struct.calcsize("P")
 
 
 class Memory:
-    """Regions of this process's memory that calls may name: the storage of tensors whose address was asked for."""
+    """Regions of memory that calls may refer to: the storage of tensors whose address was taken."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
     def add(self, start: int, size: int) -> None:
-        """Know a region; those that stood in its place are gone."""
+        """Add a region, and drop older ones that overlap with it."""
         if not size:
             return
         first = bisect.bisect_right(self._ends, start)
@@ -70,7 +70,7 @@ class Memory:
         self._starts[first:last], self._ends[first:last] = [start], [start + size]
 
     def find(self, address: int) -> tuple[int, int] | None:
-        """Start and size of the region that has an address."""
+        """Start and size of the region that contains an address."""
         at = bisect.bisect_right(self._starts, address) - 1
         if at < 0 or address >= self._ends[at]:
             return None
@@ -78,7 +78,7 @@ class Memory:
 
 
 class Call:
-    """One call: its regions, the pointers within them, and its arguments."""
+    """One call: its memory regions, the pointers in them, and its arguments."""
 
     def __init__(self, memory: Memory, described: set[int]) -> None:
         self._memory, self._described = memory, described
@@ -98,7 +98,7 @@ class Call:
             self.arguments += [-1, value or 0]
 
     def _region(self, place: tuple[int, int], inside: bool) -> int:
-        """The number of a region, with all that is pointed to from it."""
+        """The number of a region. Adds it with all regions that it points to."""
         if place in self.regions:
             return self.regions[place]
         number = self.regions[place] = len(self.regions)
@@ -110,7 +110,7 @@ class Call:
         return number
 
     def message(self, function: int) -> bytes:
-        """As ``emulated_calls.cpp`` reads it."""
+        """The call in the format that ``emulated_calls.cpp`` reads."""
         numbers = [function, len(self.regions), len(self.pointers) // 4, len(self.arguments) // 2]
         numbers += [number for start, size in self.regions for number in (size, start % 64)]
         numbers += self.pointers + self.arguments
@@ -119,7 +119,7 @@ class Call:
 
 
 class Emulated:
-    """The functions of a library that runs in a process of its own."""
+    """The functions of a library that runs in another process."""
 
     def __init__(self, command: Sequence[str], memory: Memory, described: set[int]) -> None:
         self._memory, self._described = memory, described
@@ -145,15 +145,15 @@ class Emulated:
         pointers = {tuple(call.pointers[at : at + 2]) for at in range(0, len(call.pointers), 4)}
         for (start, size), number in call.regions.items():
             content = self._process.stdout.read(size)
-            if not any(region == number for region, _ in pointers):  # what has pointers is only read
+            if not any(region == number for region, _ in pointers):  # regions with pointers are only read
                 ctypes.memmove(start, content, size)
         self.calls += 1
         return ctypes.c_int32(struct.unpack("<q", answer)[0]).value
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Give the tests, and all that they use, the emulated library in place of this machine's."""
-    import native_factory  # of the tests
+    """Replace this machine's library by the emulated one, in the tests and in the package."""
+    import native_factory  # in tests/
 
     from kvq_calib.native import loader
 
@@ -190,12 +190,12 @@ _FUNCTIONS = pytest.StashKey[Emulated]()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say how many calls went to the emulator; a run without any has tested nothing."""
+    """Report the number of calls to the emulator. A run without calls has tested nothing."""
     terminalreporter.write_line(f"{config.stash[_FUNCTIONS].calls} calls under the emulator")
 
 
 def compiled(compiler: Sequence[str], folder: Path) -> Path:
-    """The process that answers calls, with the kernels inside.
+    """Compile the kernels into a program that answers calls, and return it.
 
     Raises:
         SystemExit: the compiler fails.

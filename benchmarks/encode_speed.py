@@ -1,4 +1,4 @@
-"""Time to encode keys and values of one layer: torch against the native encoder, one instruction set after the other.
+"""Time to encode keys and values of one layer: torch against the native encoder with each instruction set.
 
 Random numbers on the scale of the artifact's channels, a window of tokens as calibration and evaluation have them, and
 one block as decoding has it. Codes must be equal.

@@ -1,4 +1,4 @@
-"""What a prefill evaluation costs beside its passes: a pass through each artifact over one of the unquantized model.
+"""The cost of quantization in a prefill evaluation: time of a pass with each artifact, relative to an unquantized one.
 
 python benchmarks/evaluation_speed.py MODEL ARTIFACT ARTIFACT ... --dataset wikitext2
 """
@@ -24,7 +24,7 @@ UNQUANTIZED = "unquantized"
 
 
 def measure(model: Any, artifacts: dict[str, KVArtifact], windows: torch.Tensor) -> dict[str, list[Seconds]]:
-    """Seconds of every pass, all in turns; the first window is not counted."""
+    """Seconds of every pass, measured in turns. The first window is not counted."""
     quantizers = {name: PrefillQuantizer.of(artifact, model) for name, artifact in artifacts.items()}
     hooks = PrefillHooks(model)
     found: dict[str, list[Seconds]] = {name: [] for name in (UNQUANTIZED, *artifacts)}
@@ -42,7 +42,7 @@ def measure(model: Any, artifacts: dict[str, KVArtifact], windows: torch.Tensor)
 
 
 def ratio(passes: Sequence[Seconds], unquantized: Sequence[Seconds]) -> dict[str, float]:
-    """Of processor time: mean over windows of what each took over the unquantized pass, and its standard error."""
+    """Mean over windows of the processor time relative to the unquantized pass, and its standard error."""
     each = [mine.cpu / theirs.cpu for mine, theirs in zip(passes, unquantized, strict=True)]
     error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
     return {"mean": statistics.mean(each), "standard_error": error}

@@ -2,8 +2,8 @@
 
     python benchmarks/figures.py [NAME ...] [--output docs/figures]
 
-Every figure is written twice, ``NAME-light.svg`` and ``NAME-dark.svg``. A record that is measured again changes its
-figure when this runs again; ``tests/test_figures.py`` holds that the committed figures are those of the records.
+Every figure is written twice, as ``NAME-light.svg`` and ``NAME-dark.svg``. Run it again when a record has changed.
+``tests/test_figures.py`` checks that the committed figures agree with the records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvq_calib.evaluate.charts.frontier import Point, frontier
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
-#: Name in the record, name in the figure, colour.
+#: Name in the record, name in the figure, and colour.
 _CACHES = [
     ("kvq4", "kvq4", "s0"), ("kvq3", "kvq3", "s0"), ("kvq2", "kvq2", "s0"),
     ("nuq4-1p", "KVQuant 4", "s1"), ("nuq3-1p", "KVQuant 3", "s1"), ("nuq2-1p", "KVQuant 2", "s1"),
@@ -43,7 +43,7 @@ _ORIGINS = (
     ("papers", "other"),
 )
 
-#: Files with the divergence of every window, and what their recipes' levels were; later files go first.
+#: Files with the KL divergence of every window, and the kind of levels of their recipes. Later files take precedence.
 _TEXTS = {
     "Wikitext-2": ("kvq-wikitext2", "nuq-wikitext2"),
     "C4": ("kvq-c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
@@ -54,9 +54,10 @@ _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p"
 
 
 def kl_by_bits(palette: Palette) -> Chart:
-    """KL divergence against bits: ours, KVQuant, and what others offer, all on the same 2 windows.
+    """KL divergence against bits for our recipes, KVQuant and other projects, all on the same 2 windows.
 
-    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the present ``kvq*``, the other record the rest.
+    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the current ``kvq*``. The other record has the
+    rest.
     """
     contents = [record(name) for name in ("compare-wikitext2", "compare-llamacpp-wikitext2")]
     assert len({content["config"]["data"]["sha256"] for content in contents}) == 1
@@ -78,7 +79,7 @@ def kl_by_bits(palette: Palette) -> Chart:
 
 
 def kl_by_recipe(palette: Palette) -> Chart:
-    """Mean KL divergence by recipe and text; bars reach from the least to the largest of the windows."""
+    """Mean KL divergence by recipe and text. Bars reach from the smallest to the largest window."""
     chart = new_chart("KL divergence by recipe and text", palette, top=44.0)
     axes = chart.axes
     with chart.style():
@@ -121,7 +122,7 @@ def kl_by_recipe(palette: Palette) -> Chart:
 def _by_context(
     palette: Palette, title: str, y: str, value: Callable[[Any], float], ends: tuple[float, float]
 ) -> Chart:
-    """A line per cache over the tokens of context, from ``decode_speed.json``."""
+    """One line per cache over the tokens of context, from ``decode_speed.json``."""
     chart = new_chart(title, palette, right=172.0)
     axes = chart.axes
     rows = [row for row in record("decode_speed")["rows"] if "cache" in row and row["threads"] == 1]
@@ -136,7 +137,7 @@ def _by_context(
             axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=6, linewidth=2)
         last = sorted(((line[-1][1], name) for name, line in lines.items()), reverse=True)
         spot = math.inf
-        for height, name in last:  # names at the ends of lines, pushed apart
+        for height, name in last:  # names at the ends of lines, moved apart
             spot = min(height, spot - 0.055 * (ends[1] - ends[0]))
             text = "DynamicCache, float32" if name == "DynamicCache" else name
             axes.annotate(
@@ -174,7 +175,7 @@ DRAWN: dict[str, Callable[[Palette], Chart]] = {
 
 
 def main() -> None:
-    """Write the figures that are asked for, by default all."""
+    """Write the requested figures; all by default."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"figures, all by default: {', '.join(DRAWN)}"

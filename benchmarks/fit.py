@@ -1,10 +1,10 @@
-"""Fitting a codebook: scikit-learn on all values, as in the original, against a histogram and an exact fit.
+"""Fitting a codebook: scikit-learn on all values, as in KVQuant's code, against a histogram and an exact fit.
 
     python benchmarks/fit.py MODEL --artifact FILE --text FILE
 
-The values are what calibration fits: keys and values of one layer, normalised by the thresholds of ARTIFACT and
-without its outliers, weighted by squared gradients. A layer of the size of LLaMA-7B's is drawn from them. Our time
-includes building the histogram; distortions are those of the single values, not of the bins.
+The data are those of a calibration: keys and values of one layer, normalised by the thresholds of ARTIFACT, without its
+outliers, and weighted by squared gradients. A layer of the size of LLaMA-7B's is drawn from them. Our time includes
+building the histogram. Distortions are computed on single values, not on bins.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from kvq_calib.model.load import load_model
 from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.spec import KINDS, Kind
 
-#: 16 windows of 2,048 tokens in 4,096 channels: what the original implementation fits for a layer of LLaMA-7B.
+#: 16 windows of 2,048 tokens in 4,096 channels, which KVQuant's code fits for a layer of LLaMA-7B.
 LLAMA_7B_LAYER = 16 * 2048 * 4096
-#: Values that calibration hands to a histogram at one time: a window of 2,048 tokens in 192 channels.
+#: Number of values that calibration adds to a histogram at a time: a window of 2,048 tokens in 192 channels.
 CHUNK = 2048 * 192
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What calibration fits.
+    """The data that calibration fits.
 
     Attributes:
-        values, weights: float32 ``[n]`` by kind, of one layer, outliers left out.
-        histograms: of every layer and kind.
+        values, weights: float32 ``[n]`` by kind, of one layer, without outliers.
+        histograms: histograms of every layer and kind.
     """
 
     values: dict[Kind, Tensor]
@@ -56,7 +56,7 @@ class Captured:
 
 
 def capture(model: Any, artifact: KVArtifact, windows: Tensor, layer: int, progress: Any = None) -> Captured:
-    """Normalised values and their weights, as calibration sees them, of ``windows [N, T]``."""
+    """Normalised values and their weights, as in calibration, from ``windows [N, T]``."""
     quantizers = artifact.quantizers(model.device)
     sinks = artifact.spec.sink_tokens
     histograms = {(n, kind): LevelHistogram(weighted=True) for n in range(len(quantizers)) for kind in KINDS}
@@ -71,7 +71,7 @@ def capture(model: Any, artifact: KVArtifact, windows: Tensor, layer: int, progr
             histograms[kv.layer, kind].update(found.normalised.flatten(0, 1), flat, weights.flatten(0, 1))
             if kv.layer == layer:
                 inside = slice(None) if found.outliers is None else ~found.outliers
-                # Clamped as the quantizer does with what the cap of outliers leaves over.
+                # Clamped, as the quantizer does with values beyond the cap of outliers.
                 kept[kind].append(
                     (found.normalised[inside].clamp(-1, 1).flatten(), weights[inside].flatten())
                 )
@@ -109,14 +109,14 @@ def load_captured(file: Path) -> Captured:
 
 
 def fit_all_values(values: Tensor, weights: Tensor, levels: int) -> tuple[Floats, int]:
-    """scikit-learn on every value with the settings of the original implementation: levels, and iterations."""
+    """scikit-learn on every value, with the settings of KVQuant's code: levels, and number of iterations."""
     model = KMeans(n_clusters=levels, n_init="auto", max_iter=50, random_state=0)
     model.fit(values.numpy()[:, None], sample_weight=weights.numpy())
     return np.sort(model.cluster_centers_[:, 0].astype(np.float64)), int(model.n_iter_)
 
 
 def build_histogram(values: Tensor, weights: Tensor, threads: int) -> LevelHistogram:
-    """The histogram of all values in pieces as calibration sees them, by one or several threads, added up."""
+    """The histogram of all values, added in pieces as in calibration, by one or several threads."""
 
     def part(numbers: range) -> LevelHistogram:
         histogram = LevelHistogram(weighted=True)
@@ -132,7 +132,7 @@ def build_histogram(values: Tensor, weights: Tensor, threads: int) -> LevelHisto
 
     starts = range(0, len(values), CHUNK)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads are ours, and one thread means one
+    torch.set_num_threads(1)  # so that one thread means one
     try:
         with ThreadPoolExecutor(threads) as pool:
             return reduce(add, pool.map(part, [starts[n::threads] for n in range(threads)]))
@@ -145,7 +145,7 @@ def fit_histogram(histogram: LevelHistogram, levels: int) -> Floats:
 
 
 def raw_distortion(values: Tensor, weights: Tensor, levels: Floats) -> float:
-    """Weighted mean squared error over the single values."""
+    """Weighted mean squared error over single values."""
     error = total = 0.0
     for x, w in zip(values.split(1 << 22), weights.split(1 << 22), strict=True):
         weight = w.double().numpy()
@@ -156,7 +156,7 @@ def raw_distortion(values: Tensor, weights: Tensor, levels: Floats) -> float:
 
 
 def compare(name: str, values: Tensor, weights: Tensor, levels: int, threads: int) -> dict[str, Any]:
-    """Both ways on the same values."""
+    """Fit the same values in both ways."""
     histogram, one = timed(lambda: build_histogram(values, weights, 1))
     several = timed(lambda: build_histogram(values, weights, threads))[1] if threads > 1 else one
     ours, fitting = timed(lambda: fit_histogram(histogram, levels))
@@ -181,7 +181,7 @@ def compare(name: str, values: Tensor, weights: Tensor, levels: int, threads: in
 
 
 def codebooks(histograms: Sequence[LevelHistogram], levels: int) -> dict[str, Any]:
-    """Time to fit the codebooks of all layers from their histograms."""
+    """Time to fit the codebooks of all layers to their histograms."""
     fitted, seconds = timed(lambda: [fit_histogram(histogram, levels) for histogram in histograms])
     return {"codebooks": len(fitted), "levels": levels, **asdict(seconds)}
 

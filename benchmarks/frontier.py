@@ -1,10 +1,10 @@
-"""KL divergence against bits: our recipes, KVQuant's, two rivals, and what each step of ours buys.
+"""KL divergence against bits: our recipes, KVQuant's, two rivals, and the gain of each step of our method.
 
     python benchmarks/frontier.py MODEL --calibration FILE --evaluation FILE [--windows 3]
 
-All recipes are calibrated in one run, which shares the passes over the text. Artifacts go to ``--work`` and results
-are written as they come; the same command goes on where it was interrupted. The rivals are re-implemented here
-from their papers' descriptions, in their simplest form; their bits count codes and scales.
+All recipes are calibrated in one run and share the passes over the text. Artifacts go to ``--work``, and results are
+written as they are measured. After an interruption, the same command continues. The rivals are implemented here from
+their papers, in their simplest form. Their bits count codes and scales.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
 
 Transform = Callable[[LayerKV], tuple[Tensor, Tensor]]
-"""What a layer's keys and values read as after a rival's quantization, keys before RoPE."""
+"""Quantizes and dequantizes a layer's keys (before RoPE) and values."""
 
 OURS, KVQUANT, STEPS, RIVALS = "ours", "KVQuant", "steps", "rivals"
-#: The recipe that the steps lead to.
+#: The recipe after the last step.
 THREE_BITS = "kvq-3"
 
 
 def variants() -> list[Variant]:
-    """Every artifact: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
+    """All artifacts: the shipped recipes, and the steps from KVQuant's dense 3-bit recipe to ours."""
     uniform = ("cache.key.max_bits=3", "cache.value.max_bits=3", "allocation.scope=uniform")
     rows = [
         Variant(name, OURS, f"{name}: at most {bits} bits", recipe=name)
@@ -47,7 +47,7 @@ def variants() -> list[Variant]:
         Variant(name, KVQUANT, f"{name}: KVQuant with 1% outliers, one sink token", recipe=name)
         for name in ("nuq2-1p", "nuq3-1p", "nuq4-1p")
     ]
-    #: What steps 4 and on switch on, one after the other, and what keeps it off.
+    #: The features that the steps from 4 on enable, one after the other, and the assignments that disable them.
     switches = {
         "and rotation of pairs": ("cache.key.pair_rotation=false",),
         "and error compensation for keys": ("cache.key.error_compensation=null",),
@@ -71,11 +71,11 @@ def variants() -> list[Variant]:
     }
 
     def step(number: int, text: str, *more: str) -> Variant:
-        """kvq-3 without what later steps switch on; after the last step, the recipe itself."""
+        """kvq-3 without the features of later steps; after the last step, the recipe itself."""
         later = list(switches.values())[max(number - 3, 0) :]
         still_off = [
             setting for off in reversed(later) for setting in off
-        ]  # the parts of a section before it
+        ]  # before it, the settings inside a section
         name, end = (f"step-{number}", "") if still_off else (THREE_BITS, f" ({THREE_BITS})")
         return Variant(name, STEPS, text + end, (*more, *still_off), THREE_BITS)
 
@@ -116,7 +116,7 @@ def kivi(bits: int) -> Transform:
 
 
 def rotated_normal(bits: int) -> Transform:
-    """TurboQuant's first stage (arXiv 2504.19874): random rotation, norm per token and head, Lloyd-Max levels."""
+    """The first stage of TurboQuant (arXiv 2504.19874): random rotation, norm per token and head, Lloyd-Max levels."""
     grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)[None]
     levels = lloyd(grid, torch.exp(-grid.square() / 2), 1 << bits)[0].float()
     rotations: dict[int, Tensor] = {}
@@ -150,7 +150,7 @@ def rivals(head_dim: int) -> dict[str, tuple[str, float, Transform]]:
 
 
 class RivalContender:
-    """A rival as what a text pass measures; the first token of every window stays exact, as for all others here."""
+    """A rival as a contender of a text pass. The first token of every window stays exact, as for all others here."""
 
     mode: Mode = "prefill"
     hooks = None
@@ -173,14 +173,14 @@ class RivalContender:
         return logits
 
     def bits_per_element(self, context: int) -> float:
-        """The same at every context: a rival's bits count codes and scales."""
+        """Bits of codes and scales, the same at every context."""
         return self.bits
 
 
 def measure_rivals(
     loaded: LoadedModel, windows: TokenWindows, names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Results of the rivals."""
+    """Measure the rivals."""
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     table = {name: row for name, row in rivals(head_dim).items() if name in names}
@@ -199,7 +199,7 @@ def measure_rivals(
 
 
 def plot(results: Mapping[str, Mapping[str, Any]], file: Path, caption: str) -> None:
-    """KL against bits, on a logarithmic axis."""
+    """Draw KL divergence (logarithmic) against bits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")

@@ -1,9 +1,8 @@
-"""Safetensors files as damage or an attacker would leave them, for robustness.py.
+"""Damaged and hostile safetensors files, for robustness.py.
 
-What the files hold is not known here: tensors are taken by their names in the header, and metadata as any JSON, so that
-a change of format needs no change of this. Only a digest is: where the metadata has one that is made as
-docs/reference/format.md says, an attacker can make it too, and half of what changes the header is signed again, so
-that it reaches what checks values.
+This module does not depend on the artifact format: it takes tensors by their names in the header, and metadata as any
+JSON. The only exception is the digest. If the metadata has the digest of docs/reference/format.md, an attacker can
+compute it, too. So half of the changed headers get a correct digest, in order to reach the checks of values.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-#: Stands in a header for text that no JSON writer would write.
+#: Placeholder in a header for text that no JSON writer would write.
 _RAW = "@raw@"
 _RAW_TEXTS = (
     "NaN",
@@ -43,7 +42,7 @@ _DTYPES = (*_TORCH_NAMES, "F8_E4M3", "U64", "C64", "F4", "f32", "", "object")
 
 @dataclass
 class Parts:
-    """A safetensors file taken apart.
+    """The parts of a safetensors file.
 
     Attributes:
         header: tensors by name, and ``__metadata__``.
@@ -55,12 +54,12 @@ class Parts:
 
     @classmethod
     def of(cls, data: bytes) -> Parts:
-        """Take a file apart that is a good one."""
+        """Split a valid file."""
         size = int.from_bytes(data[:8], "little")
         return cls(json.loads(data[8 : 8 + size]), bytearray(data[8 + size :]))
 
     def joined(self) -> bytes:
-        """The file again."""
+        """The file as bytes."""
         text = json.dumps(self.header)
         for number, raw in enumerate(_RAW_TEXTS):
             text = text.replace(json.dumps(f"{_RAW}{number}"), raw)
@@ -79,12 +78,12 @@ class Parts:
         return bytes(self.body[first:stop])
 
     def metadata(self) -> tuple[str, Any]:
-        """The one entry of the metadata and the JSON in it."""
+        """The single entry of the metadata, and the JSON in it."""
         ((key, text),) = self.header["__metadata__"].items()
         return key, json.loads(text)
 
     def set_metadata(self, key: str, value: Any) -> None:
-        """Write JSON as rule 2 of docs/reference/format.md says, but for what is no JSON."""
+        """Write JSON by rule 2 of docs/reference/format.md, but allow text that is not JSON."""
         text = json.dumps(value, sort_keys=True, separators=(",", ":"))
         for number, raw in enumerate(_RAW_TEXTS):
             text = text.replace(json.dumps(f"{_RAW}{number}"), raw)
@@ -92,7 +91,7 @@ class Parts:
 
 
 def digest(parts: Parts) -> str:
-    """What docs/reference/format.md calls the digest of this file."""
+    """The digest of the file, as in docs/reference/format.md."""
     _, metadata = parts.metadata()
     metadata.pop("digest", None)
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -104,14 +103,14 @@ def digest(parts: Parts) -> str:
 
 
 def can_sign(data: bytes) -> bool:
-    """Whether the file has a digest, and it is made as :func:`digest` makes it."""
+    """Whether the file has a digest that equals the result of :func:`digest`."""
     parts = Parts.of(data)
     stated = parts.metadata()[1].get("digest")
     return stated is not None and stated == digest(parts)
 
 
 def signed(data: bytes) -> bytes:
-    """The same with the digest of what it now holds; as it is where that cannot be told."""
+    """The file with the digest of its present content; unchanged if that cannot be computed."""
     try:
         parts = Parts.of(data)
         key, metadata = parts.metadata()
@@ -237,7 +236,7 @@ def swap_tensors(draw: Draw, parts: Parts) -> None:
 
 
 def drop_tensor(draw: Draw, parts: Parts) -> None:
-    """One tensor and its bytes, so that the file is a valid one."""
+    """Drop one tensor and its bytes, so that the file is valid safetensors."""
     name = draw.choice(parts.tensors)
     first, stop = parts.header.pop(name)["data_offsets"]
     del parts.body[first:stop]
@@ -265,7 +264,7 @@ def rename_tensor(draw: Draw, parts: Parts) -> None:
 
 
 def add_tensor(draw: Draw, parts: Parts) -> None:
-    """One more: like another, or of a shape that none has."""
+    """Add a tensor: a copy of another, or one of an unusual shape."""
     like = parts.header[draw.choice(parts.tensors)]
     dtype, shape, data = draw.choice((
         (like["dtype"], like["shape"], bytes(parts.body[slice(*like["data_offsets"])])), ("F32", [], b"\0" * 4),
@@ -281,7 +280,7 @@ def add_tensor(draw: Draw, parts: Parts) -> None:
 
 
 def change_values(draw: Draw, parts: Parts) -> None:
-    """Numbers of one tensor: some or all of them zero, as large as they can be, not numbers, or any."""
+    """Change numbers of one tensor: some or all to zero, the largest value, NaN, or random bits."""
     first, stop = parts.header[draw.choice(parts.tensors)]["data_offsets"]
     begin = draw.choice((first, draw.randrange(first, max(stop, first + 1))))
     size = stop - begin
@@ -292,7 +291,7 @@ def change_values(draw: Draw, parts: Parts) -> None:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container and key or index in JSON."""
+    """All places in JSON: a container, and a key or index in it."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield value, key
@@ -300,7 +299,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_metadata(draw: Draw, parts: Parts) -> None:
-    """One place of the JSON: another value, a near one, gone, or something beside it."""
+    """Change one place of the JSON: another value, a similar value, removed, or an addition beside it."""
     key, metadata = parts.metadata()
     container, place = draw.choice(list(_places(metadata)))
     how = draw.randrange(4)
@@ -328,7 +327,7 @@ def _near(draw: Draw, value: Any) -> Any:
 
 
 def replace_metadata(draw: Draw, parts: Parts) -> None:
-    """The whole of it, where the text of a JSON object is expected."""
+    """Replace the whole metadata text."""
     ((key, text),) = parts.header["__metadata__"].items()
     texts = (
         "",
@@ -369,9 +368,9 @@ class Case:
     """A hostile file.
 
     Attributes:
-        name: of what was done to it.
+        name: name of the change.
         data: its content.
-        forged: signed again by an attacker; it may be another valid file.
+        forged: whether it has a new, correct digest; then it may be another valid file.
     """
 
     name: str
@@ -380,12 +379,12 @@ class Case:
 
 
 def hostile_file(data: bytes, draw: Draw, sign: bool) -> Case:
-    """A file made of a good one.
+    """Make a hostile file from a valid one.
 
     Args:
-        data: the good one.
-        draw: of everything random.
-        sign: whether its digest can be made, see :func:`can_sign`.
+        data: the valid file.
+        draw: random generator.
+        sign: whether the digest can be computed, see :func:`can_sign`.
     """
     if draw.random() < 0.45:
         damage = draw.choice(DAMAGES)

@@ -1,7 +1,7 @@
-"""Pickles that try to run something, to fill the memory or to take forever, for robustness.py.
+"""Pickles that try to run code, fill the memory, or run forever, for robustness.py.
 
-Each is a good ``quantizers.pickle`` with an attack somewhere in it, or an attack alone. An attack that runs leaves a
-file, the marker, or calls something that robustness.py listens for.
+Each is a valid ``quantizers.pickle`` with an attack inside, or only an attack. An attack that succeeds leaves a file,
+the marker, or calls something that robustness.py detects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Call = tuple[str, str, tuple[Any, ...]]
 
 
 def quantizers(layers: int, channels: int, bits: int = 3) -> dict[str, Any]:
-    """What KVQuant's code pickles: thresholds of every channel and the centroids of the values normalised by them."""
+    """The content that KVQuant's code pickles: thresholds of every channel, and centroids of normalised values."""
     draw = np.random.default_rng(0)
     content = {}
     for layer in range(layers):
@@ -34,7 +34,7 @@ def quantizers(layers: int, channels: int, bits: int = 3) -> dict[str, Any]:
 
 
 def _ops(value: Any) -> bytes:
-    """Opcodes that put a value on the stack and no memo that anything could need."""
+    """Opcodes that put a value on the stack, without memo entries."""
     return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
 
 
@@ -45,7 +45,7 @@ def _name(module: str, name: str, draw: random.Random) -> bytes:
 
 
 def _called(call: Call, draw: random.Random) -> bytes:
-    """A call in one of the ways that pickles have."""
+    """A call, in one of the ways that pickles can make it."""
     module, name, arguments = call
     function, values = _name(module, name, draw), b"".join(map(_ops, arguments))
     return draw.choice((
@@ -60,7 +60,7 @@ def _called(call: Call, draw: random.Random) -> bytes:
 
 
 def _programs(marker: str) -> tuple[Call, ...]:
-    """Calls that would leave the marker, or could lead to one that does."""
+    """Calls that would leave the marker, or could lead to such a call."""
     code = f"open({marker!r}, 'w')"
     return (
         ("os", "system", (f"touch {marker}",)), ("posix", "system", (f"touch {marker}",)),
@@ -96,10 +96,10 @@ def _programs(marker: str) -> tuple[Call, ...]:
 
 @functools.cache
 def _storage(values: int) -> bytes:
-    """Opcodes of a call of torch's loader of storages, as pickles of tensors have it."""
+    """Opcodes that call torch's loader of storages, as in pickles of tensors."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about its own old storages
+        warnings.simplefilter("ignore")  # torch warns about its old storages
         torch.save(torch.zeros(values).storage(), file, _use_new_zipfile_serialization=False)
     return b"ctorch.storage\n_load_from_bytes\n" + _bytes(file.getvalue()) + b"\x85R"
 
@@ -109,7 +109,7 @@ def _bytes(data: bytes) -> bytes:
 
 
 def _tensor(draw: random.Random) -> bytes:
-    """A tensor whose shape, stride or offset has nothing to do with its storage."""
+    """A tensor whose shape, stride or offset does not fit its storage."""
     size = draw.choice((2**28, 2**31, 2**40, 2**62, -1))
     shape = draw.choice(((size,), (size, size), (1, size), (size, 0)))
     stride = draw.choice(((0,), (1,), (2**40,), (-1,))) * len(shape)
@@ -118,7 +118,7 @@ def _tensor(draw: random.Random) -> bytes:
 
 
 def _array(draw: random.Random) -> bytes:
-    """An array that is larger than the file, or of something else than numbers."""
+    """An array that is larger than the file, or whose elements are not numbers."""
     size = draw.choice((2**28, 2**31, 2**34, 2**62, -1))
     kind = draw.choice(
         ("u1", "f8", "O", "V1000000000", "S100000000", "U5", "M8[s]", "(100000,100000)f8", "f8,O")
@@ -134,19 +134,19 @@ def _array(draw: random.Random) -> bytes:
 
 
 def _nested(draw: random.Random) -> bytes:
-    """Few opcodes for what is endless to whoever walks it: pairs of pairs, lists of lists, something in itself."""
+    """Few opcodes for structures that take forever to walk: pairs of pairs, lists of lists, a list in itself."""
     depth = draw.choice((20, 40, 60, 1000, 100_000))
     return draw.choice((
         b"K\1" + b"2\x86" * depth,  # DUP, TUPLE2
         b"K\1" + b"\x85" * depth,
-        b"]q\xfah\xfaa",  # a list that holds itself
+        b"]q\xfah\xfaa",  # a list that contains itself
         b"}q\xfb" + _ops("x") + b"h\xfbs",
         b"(" * min(depth, 1000) + b"l" * min(depth, 1000),
     ))  # fmt: skip
 
 
 def _lies(draw: random.Random) -> bytes:
-    """Opcodes whose lengths, indices or counts are not true."""
+    """Opcodes with false lengths, indices or counts."""
     huge = draw.choice((2**31 - 1, 2**40, 2**62)).to_bytes(8, "little")
     return draw.choice((
         b"\x8d" + huge + b"x", b"\x8e" + huge + b"x", b"\x96" + huge + b"x", b"\x95" + huge, b"X\xff\xff\xff\x7fx",
@@ -158,7 +158,7 @@ def _lies(draw: random.Random) -> bytes:
 
 
 def _inside_a_tensor(call: Call, draw: random.Random) -> bytes:
-    """The attack in the bytes that torch's loader is given."""
+    """The attack inside the bytes for torch's loader."""
     inner = b"\x80\x02" + _called(call, draw) + b"."
     return (
         b"ctorch.storage\n_load_from_bytes\n"
@@ -168,7 +168,7 @@ def _inside_a_tensor(call: Call, draw: random.Random) -> bytes:
 
 
 def _legacy(program: bytes) -> bytes:
-    """What torch wrote before it wrote zip files: a magic number, a version, the system, then a pickle."""
+    """The header of torch's format before zip files: a magic number, a version, the system; then a pickle."""
     beginning = (
         0x1950A86A20F9469CFC6C,
         1001,
@@ -182,12 +182,12 @@ def _legacy(program: bytes) -> bytes:
 
 
 def hostile_pickle(content: dict[str, Any], draw: random.Random, marker: str) -> Case:
-    """A pickle with an attack.
+    """Make a pickle with an attack.
 
     Args:
-        content: of a good one.
-        draw: of everything random.
-        marker: path of a file that an attack that runs would make.
+        content: content of a valid pickle.
+        draw: random generator.
+        marker: path of the file that a successful attack creates.
     """
     program = draw.choice(_programs(marker))
     name, attack = draw.choice((

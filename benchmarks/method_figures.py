@@ -1,4 +1,4 @@
-"""Figures of the pages on the method, from records and committed artifacts; two are sketches, which their pages say."""
+"""Figures for the pages on the method, from records and committed artifacts. Two are sketches, and labelled as such."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvq_calib.evaluate.charts.chart import Chart, Palette
 from kvq_calib.evaluate.memory import layer_bits
 
 CONTEXT = 4096
-#: Rows of the ablation that the figure shows.
+#: Rows of the ablation in the figure.
 _SWITCHES = (
     "keys per token",
     "keys after RoPE",
@@ -23,7 +23,7 @@ _SWITCHES = (
     "no outliers",
     "no exact sink token",
 )
-#: What each step of the record is called in the figure.
+#: Name of each step in the figure.
 _STEPS = [
     "3 bits, one table of levels a layer", "levels per channel", "width per channel", "one budget for the model",
     "rotation of pairs", "error compensation", "weights shrunk to the mean", "trellis codes", "budget corrected",
@@ -43,7 +43,7 @@ def _steps_of(name: str) -> dict[str, float]:
 
 
 def ablation(palette: Palette) -> Chart:
-    """KL divergence of KVQuant's 3-bit recipe with one thing changed (``ablation.json``)."""
+    """KL divergence of KVQuant's 3-bit recipe with one change (``ablation.json``)."""
     rows = {row["text"]: row["kl_mean"] for row in record("ablation")["rows"]}
     base = next(value for text, value in rows.items() if text.endswith("(nuq3-1p)"))
     chart = new_chart("KVQuant's 3-bit recipe with one thing changed", palette, height=300.0, left=230.0)
@@ -96,7 +96,7 @@ def learning(palette: Palette) -> Chart:
 
 
 def instructions(palette: Palette) -> Chart:
-    """Instructions of the decode kernel for each element (``kernel_instructions.json``)."""
+    """Instructions of the decode kernel per element (``kernel_instructions.json``)."""
     rows = record("kernel_instructions")
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     chart = new_chart(
@@ -121,7 +121,7 @@ def instructions(palette: Palette) -> Chart:
 
 
 def widths(palette: Palette) -> Chart:
-    """Bits of each layer's keys and values in the committed ``kvq3``."""
+    """Bits per element of each layer's keys and values in the committed ``kvq3``."""
     bits = layer_bits(_artifact("kvq3"), CONTEXT)
     chart = new_chart("Bits of the keys and values of each layer of kvq3", palette, top=44.0)
     axes = chart.axes
@@ -138,7 +138,7 @@ def widths(palette: Palette) -> Chart:
 
 
 def budget(palette: Palette) -> Chart:
-    """What the bits of the committed artifacts are spent on, at 4,096 tokens."""
+    """The parts of the bits of the committed artifacts, at 4,096 tokens."""
     chart = new_chart("What the bits of an artifact are spent on", palette, top=44.0, height=260.0, left=90.0)
     axes = chart.axes
     recipes = ("kvq2", "kvq3", "kvq4", "nuq3-1p", "nuq4-1p")
@@ -150,7 +150,7 @@ def budget(palette: Palette) -> Chart:
             at, rest = 0.0, 0.0
             for kind, size in sorted(artifact.storage(CONTEXT).items(), key=lambda item: -item[1]):
                 bits = 8 * size / artifact.elements(CONTEXT)
-                if bits < 0.012:  # a hair's breadth
+                if bits < 0.012:  # too narrow to see
                     rest += bits
                     continue
                 if kind not in kinds:
@@ -172,7 +172,7 @@ def budget(palette: Palette) -> Chart:
 
 
 def levels(palette: Palette) -> Chart:
-    """Levels of three key channels of the committed ``kvq3``, one of each width."""
+    """Levels of three key channels of the committed ``kvq3``, of three widths."""
     quantizer = _artifact("kvq3").quantizers()[15]["key"]
     found, bits = quantizer.levels, quantizer.params.bits
     chart = new_chart("Levels of channels of three widths", palette, top=44.0, right=40.0)
@@ -196,7 +196,7 @@ def levels(palette: Palette) -> Chart:
 
 
 def token_weight(palette: Palette) -> Chart:
-    """Weight of a token by the class of its size, values of three layers of the committed ``kvq3``."""
+    """Weight of a token by its size class, for values of three layers of the committed ``kvq3``."""
     artifact = _artifact("kvq3")
     chart = new_chart("Weight of a token by its size", palette, top=44.0)
     axes = chart.axes
@@ -272,7 +272,7 @@ def compensation(palette: Palette) -> Chart:
 
 
 def rotation(palette: Palette) -> Chart:
-    """A sketch: samples of a pair of coordinates, as they are and turned by the angle that uncorrelates them."""
+    """A sketch: samples of a pair of coordinates, before and after the rotation that makes them uncorrelated."""
     draw = np.random.default_rng(1)
     turn = np.deg2rad(35)
     x = draw.normal(size=(260, 2)) * (1.0, 0.28)
@@ -318,7 +318,7 @@ def rotation(palette: Palette) -> Chart:
 
 
 def trellis(palette: Palette) -> Chart:
-    """A sketch: a drawn channel of 2 bits, the levels that are allowed at each token, and the best path."""
+    """A sketch: a random channel of 2 bits, the allowed levels at each token, and the best path."""
     draw = np.random.default_rng(5)
     y = torch.tensor(draw.normal(size=32), dtype=torch.float32)
     table = torch.linspace(-2.1, 2.1, 8)[None]
@@ -329,7 +329,7 @@ def trellis(palette: Palette) -> Chart:
     axes = chart.axes
     with chart.style():
         for token in range(shown):
-            low = path[token] & 1  # what the code before decides: an even or an odd level
+            low = path[token] & 1  # the code before decides: an even or an odd level
             for number, level in enumerate(table[0].tolist()):
                 allowed = number & 1 == low
                 axes.plot(token, level, marker="o", markersize=8, linestyle="none", markeredgewidth=1.4,

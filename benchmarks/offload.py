@@ -1,10 +1,10 @@
-"""Calibration of a model whose weights do not stay in memory: peak resident memory and time.
+"""Calibration of a model whose weights are offloaded: peak resident memory and time.
 
     python benchmarks/offload.py [--samples 2] [--seqlen 8192]
 
-A Llama with random weights is written to a temporary folder. Then a process of its own loads it with accelerate, which
-may keep `--cpu-memory` of its weights in memory and reads the rest from disk whenever a layer is used, and calibrates
-it on random tokens: memory and time depend on shapes, not on what the numbers mean.
+A Llama with random weights is written to a temporary folder. Then a separate process loads it with accelerate, which
+keeps `--cpu-memory` of the weights in memory and reads the rest from disk when a layer is used. It is calibrated on
+random tokens, because memory and time do not depend on the numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvq_calib.progress import ProgressReporter
 from kvq_calib.schema.recipe import calibration_config
 
 _GIB = 2**30
-#: The shape of Llama-3.2-1B, but with a head of its own: 1.50 billion weights.
+#: The shape of Llama-3.2-1B, but with an untied head: 1.50 billion weights.
 SHAPE = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -47,7 +47,7 @@ SHAPE = {
 
 
 def write_model(folder: Path, shape: dict[str, int], positions: int) -> None:
-    """Random weights in bfloat16, and a tokenizer that nothing is asked of."""
+    """Write random weights in bfloat16, and a tokenizer, which is not used."""
     config = LlamaConfig(**shape, max_position_embeddings=positions, tie_word_embeddings=False)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -61,7 +61,7 @@ def write_model(folder: Path, shape: dict[str, int], positions: int) -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Load and calibrate in this process; what it took."""
+    """Load and calibrate in this process. Return time and memory."""
     imported = resident_bytes()
     spread = {} if options.in_memory else {"device_map": "auto", "max_memory": {"cpu": options.cpu_memory}}
     loaded, loading = timed(lambda: load_model(str(folder), dtype="bfloat16", **spread))
@@ -86,7 +86,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             )
         )
     artifact = result.artifacts[options.recipe]
-    # Linux counts kibibytes, macOS bytes.
+    # Linux gives kibibytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),

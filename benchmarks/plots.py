@@ -1,4 +1,4 @@
-"""What figures of the documentation share: their size, their themes, a legend, and where records are."""
+"""Common parts of the documentation's figures: size, themes, legend, and access to records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THEMES = {"light": PRINT, "dark": DARK}
 
 
 def record(name: str) -> Any:
-    """A committed record."""
+    """Read a committed record."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -31,18 +31,18 @@ def new_chart(
     right: float = 18.0,
     top: float = 18.0,
 ) -> Chart:
-    """An empty chart with room for axes."""
+    """An empty chart with margins for axes."""
     return Chart(title, palette, WIDTH, height, (left, right, top, 46.0))
 
 
 def name_axes(chart: Chart, x: str, y: str, grid: str = "y") -> None:
-    """Name the axes and draw the grid."""
+    """Write the titles of the axes, and draw the grid."""
     chart.axes.grid(True, axis=grid)
     label_axes(chart, Labels(chart.title, x, y))
 
 
 def legend(chart: Chart, entries: Iterable[tuple[str, str | None]]) -> None:
-    """Names with their colours in a row above the plot; ``None`` is a note without a mark."""
+    """Write names with their colours in a row above the plot. ``None`` stands for a note without a mark."""
     x, y = 12.0, 1 - 20 / chart.height
     with chart.style():
         for name, colour in entries:
@@ -56,7 +56,7 @@ def legend(chart: Chart, entries: Iterable[tuple[str, str | None]]) -> None:
 def bars(
     chart: Chart, rows: Iterable[tuple[str, float, str]], *, format: str = "{:.4f}", room: float = 1.16
 ) -> None:
-    """A bar to the right for each (name, value, colour), from the top, with its value behind it."""
+    """Draw a horizontal bar for each (name, value, colour), from top to bottom, with the value at its end."""
     rows = list(rows)
     axes = chart.axes
     with chart.style():

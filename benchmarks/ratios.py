@@ -1,9 +1,9 @@
-"""Divergence over that of the recipe it is held against, from records of ``kvq-eval perplexity --json``.
+"""KL divergence relative to a baseline recipe, from records of ``kvq-eval perplexity --json``.
 
     python benchmarks/ratios.py RECORD ...
 
-Records on the same windows of the same text are taken together. The standard error is that of a ratio of means over
-windows taken in pairs; a record from before ``kl_windows`` has none.
+Records on the same windows of the same text are combined. The standard error is that of a ratio of means over paired
+windows. Records without ``kl_windows`` have none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from common import markdown_table
 
-#: What is measured, what it is held against, and the ratio to be reached.
+#: The recipe, its baseline recipe, and the ratio to reach.
 TARGETS = (("kvq3", "nuq4-1p", 1.0), ("kvq2", "nuq3-1p", 1.0), ("kvq4", "nuq4-1p", 0.25))
 
 
 def standard_error(over: Sequence[float], under: Sequence[float]) -> float:
-    """Of the ratio of the sums of two series in pairs, to first order; infinite for a single pair."""
+    """Standard error of the ratio of the sums of two paired series, to first order; infinite for a single pair."""
     pairs = len(over)
     if pairs < 2:
         return math.inf
@@ -32,10 +32,10 @@ def standard_error(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def by_text(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], dict[str, Mapping[str, Any]]]:
-    """Results by name, for each text: its name, the hash of its tokens, and the windows measured.
+    """Results by name, for each text. A text is its name, the hash of its tokens, and the number of windows.
 
     Raises:
-        ValueError: a name stands for two artifacts.
+        ValueError: two artifacts have the same name.
     """
     found: dict[tuple[str, str, int], dict[str, Mapping[str, Any]]] = {}
     for record in records:
@@ -53,7 +53,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table in Markdown.
 
     Raises:
-        ValueError: as :func:`by_text`, or there is nothing to compare.
+        ValueError: see :func:`by_text`, or there is nothing to compare.
     """
     rows = []
     for (text, _, windows), results in by_text(records).items():

@@ -1,14 +1,15 @@
-"""Hostile files, and kill -9: nothing is read as other than it was, nothing is left half written.
+"""Tests with hostile files and kill -9: no damaged file is accepted, and no file is left half written.
 
     python benchmarks/robustness.py [--artifacts 7000] [--caches 2500] [--checkpoints 500] [--pickles 1000] [--kills 50]
 
-Damaged and forged artifacts, saved caches and checkpoints of a calibration, and hostile pickles for
-``import-kvquant``, of a tiny random model. Each must be refused with an error of the package or give what the good file
-gives. A file that was signed again by its forger may also be another valid one. Then ``kvq-calibrate``,
-``kvq-eval --json`` and the saving of a cache are killed at random moments: what stands where a result was promised is
-whole, and ``--resume`` gives the bytes of a run that was not disturbed.
+The files are damaged and forged artifacts, saved caches, checkpoints of a calibration, and hostile pickles for
+``import-kvquant``, all of a tiny random model. Each must be refused with an error of the package, or give the same as
+the valid file. A file with a new, correct digest may also be another valid file. Then ``kvq-calibrate``, ``kvq-eval
+--json`` and the saving of a cache are killed at random moments. Their output files must be complete, and ``--resume``
+must give the same bytes as an uninterrupted run.
 
-``--case artifacts:17`` repeats one case in this process and shows what it raises. Exit status 1 where anything failed.
+``--case artifacts:17`` repeats one case in this process and shows what it raises. The exit status is 1 if any case
+failed.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ KILLS = 50
 
 
 def measure(place: Place, counts: Mapping[str, int], kill_count: int, seed: int) -> dict[str, Any]:
-    """All cases and kills.
+    """Run all cases and kills.
 
     Args:
         place: from :func:`robustness_model.prepare`.
-        counts: cases by kind.
-        kill_count: of each of the three commands.
-        seed: of everything random but the scheduling of processes.
+        counts: number of cases by kind.
+        kill_count: number of kills of each of the three commands.
+        seed: seed of everything random, except the scheduling of processes.
     """
     files = {kind: _summary(cases.run(kind, place, count, seed)) for kind, count in counts.items() if count}
     killed = {kind: kills.run(kind, place, kill_count, seed) for kind in kills.KINDS if kill_count}
@@ -61,7 +62,7 @@ def _summary(results: Sequence[cases.Result]) -> dict[str, Any]:
 
 
 def failures(content: Mapping[str, Any]) -> list[str]:
-    """One line for each failure that is kept."""
+    """One line for each recorded failure."""
     parts = [*content["files"].items(), *content["kills"].items()]
     return [f"{kind}: {line}" for kind, part in parts for line in part["failures"]]
 

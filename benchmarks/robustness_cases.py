@@ -1,4 +1,4 @@
-"""Hostile files read one after the other, in a process that is replaced where one of them ends or stops it."""
+"""Reads hostile files one after the other, in a process that is replaced if a file crashes or blocks it."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from robustness_model import (
 from kvq_calib import KVArtifact, KVQCache
 from kvq_calib.errors import KVQError
 
-#: One case may take this much processor time, and add this much to the peak of resident memory.
+#: Limits for one case: processor time, and growth of the peak resident memory.
 SECONDS = 20.0
-#: Seconds by the clock after which the reading process is replaced.
+#: Seconds of wall time after which the reading process is replaced.
 _PATIENCE = 60.0
 GROWTH = 512 << 20
-#: What the reading process may reserve beyond what it has, so that a machine survives what is not bounded.
+#: Additional memory that the reading process may reserve, to protect the machine.
 _RESERVE = 6 << 30
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-#: What nothing that reads a file may do.
+#: Audit events that must not occur while a file is read.
 _FORBIDDEN = (
     "os.system",
     "os.exec",
@@ -64,13 +64,13 @@ class Result:
     """What became of one case.
 
     Attributes:
-        kind, number: name the case.
-        name: of the attack.
+        kind, number: identify the case.
+        name: name of the attack.
         outcome: "refused", "same" (as the good file), "valid" (another one, signed again), "changed", "error", "slow",
             "memory", "executed", "crash" or "hang".
-        detail: for people.
+        detail: explanation, for readers.
         seconds: processor time.
-        growth: bytes added to the peak of resident memory.
+        growth: growth of the peak resident memory in bytes.
     """
 
     kind: str
@@ -83,7 +83,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether that must not be."""
+        """Whether the outcome is a failure."""
         return self.outcome not in _PASSED
 
     def line(self) -> str:
@@ -94,20 +94,20 @@ class Result:
 # --------------------------------------------------------------------------------- reading a kind of file
 
 Read = Callable[[bytes], bytes]
-"""Gives the content of a file in a form that can be compared."""
+"""Returns the content of a file in a comparable form."""
 Whole = Callable[[bytes], bool]
-"""Whether such content, of a forged file, is that of some valid file."""
+"""Whether such content, from a forged file, is that of a valid file."""
 
 
 @dataclass(frozen=True)
 class _Good:
-    """A good file and how files like it are read.
+    """A valid file, and how such files are read.
 
     Attributes:
         data: the file.
-        read: how.
-        sign: whether its digest can be made.
-        whole: of its content; where there is none, the content is a file of the kind and must be read as itself.
+        read: reads a file.
+        sign: whether the digest can be computed.
+        whole: checks the content. Without it, the content is itself a file of this kind, and must read as itself.
     """
 
     data: bytes
@@ -157,7 +157,7 @@ def _checkpoints(place: Place) -> list[_Good]:
         return b"".join(output.read_bytes() for output in outputs)
 
     def whole(content: bytes) -> bool:
-        """Whether what the run wrote are artifacts."""
+        """Whether the files that the run wrote are artifacts."""
         return all(KVArtifact.load(output).to_bytes() == output.read_bytes() for output in outputs)
 
     return [_Good(data, read, can_sign(data), whole) for data in place.checkpoints]
@@ -202,9 +202,9 @@ class _Reader:
     """Makes and reads the cases of one kind.
 
     Args:
-        kind: of file.
+        kind: kind of file.
         place: see :func:`robustness_model.prepare`.
-        seed: of the cases.
+        seed: seed of the cases.
     """
 
     def __init__(self, kind: str, place: Place, seed: int) -> None:
@@ -221,7 +221,7 @@ class _Reader:
             self.forbidden.append(event)
 
     def case(self, number: int) -> tuple[Case, int]:
-        """A case, and the number of the good file that it was made of."""
+        """A case, and the number of the valid file from which it was made."""
         draw = random.Random(f"{self.seed} {self.kind} {number}")
         chosen = draw.randrange(len(self.goods))
         if self.kind == "pickles":
@@ -247,12 +247,12 @@ class _Reader:
 
 
 def judged(case: Case, read: Read, good: bytes, whole: Whole | None = None) -> tuple[str, str]:
-    """Outcome and detail of reading a case.
+    """Outcome and detail of a case.
 
     Args:
         case: the file.
-        read: how files like it are read.
-        good: what that gives of the good file.
+        read: reads a file.
+        good: content of the valid file.
         whole: see :class:`_Good`.
     """
     try:
@@ -274,7 +274,7 @@ def _peak() -> int:
 
 
 def _bound_memory() -> None:
-    """Let the system refuse what is far beyond what a reader needs."""
+    """Limit the memory of the process far above what a reader needs."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         held = int(statm.read_text().split()[0]) * resource.getpagesize()
@@ -285,9 +285,9 @@ def _bound_memory() -> None:
 
 
 def read_cases(connection: Any, kind: str, place: Place, seed: int, numbers: range) -> None:
-    """What the reading process does: send the name of each case, then its result."""
+    """The reading process: for each case, send its name, then its result."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # libraries write where Python does not see it
+    for stream in (1, 2):  # libraries write to these directly
         os.dup2(null, stream)
     reader = _Reader(kind, place, seed)
     _bound_memory()
@@ -298,10 +298,10 @@ def read_cases(connection: Any, kind: str, place: Place, seed: int, numbers: ran
 
 
 def run(kind: str, place: Place, count: int, seed: int) -> list[Result]:
-    """Read cases 0 to ``count`` of a kind.
+    """Read the first ``count`` cases of a kind.
 
     Raises:
-        RuntimeError: the reading process cannot even read the good files.
+        RuntimeError: the reading process cannot read the valid files.
     """
     results: list[Result] = []
     while len(results) < count:
@@ -314,7 +314,7 @@ def run(kind: str, place: Place, count: int, seed: int) -> list[Result]:
 
 
 def _until_one_ends_it(kind: str, place: Place, seed: int, numbers: range) -> Iterator[Result]:
-    """Results of one process; the last is a crash or a hang where there was one."""
+    """Results of one process. If it crashed or hung, that is the last result."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = started(read_cases, theirs, kind, place, seed, numbers)
     theirs.close()

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: what stands where a result was promised is whole, and a resumed run ends as any other."""
+"""kill -9 at random moments: output files must be complete, and resumed runs must give the same result."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from robustness_model import (
 
 from kvq_calib import KVArtifact
 
-#: Seconds that the saving of caches is left alone with, at most.
+#: Longest time in seconds that the saving of caches runs before it is killed.
 _SAVING_SECONDS = 0.5
 
 
 def _killed(process: Any, after: float) -> tuple[bool, float]:
-    """Kill a process after that time; whether it was still at work, and the seconds that it had."""
+    """Kill a process after a time. Return whether it was still running, and the seconds that it ran."""
     began = time.monotonic()
     process.join(after)
     at_work, seconds = process.exitcode is None, time.monotonic() - began
@@ -42,14 +42,14 @@ def _killed(process: Any, after: float) -> tuple[bool, float]:
 
 
 def _finished(command: str, words: list[str]) -> tuple[int, float]:
-    """Exit status of a command that is left alone, and the seconds it took."""
+    """Run a command to its end. Return its exit status, and the seconds that it took."""
     began = time.monotonic()
     process = started(run_to_the_end, command, words)
     process.join()
     return process.exitcode, time.monotonic() - began
 
 
-# --------------------------------------------------------------------------------------- the three of them
+# ------------------------------------------------------------------------------------- the three commands
 
 
 class _Calibration:
@@ -67,7 +67,7 @@ class _Calibration:
             raise RuntimeError(f"kvq-calibrate ended with {status}, or does not give the same bytes again")
 
     def _wrong(self) -> list[str]:
-        """Outputs that are there and not what they should be."""
+        """Output files with wrong content."""
         there = {file: expected for file, expected in self.outputs.items() if file.exists()}
         return [file.name for file, expected in there.items() if file.read_bytes() != expected]
 
@@ -120,7 +120,7 @@ class _Evaluation:
         }
 
     def problem(self) -> str:
-        """The file is the older one, or has some windows of the whole result and says how many."""
+        """The file must be the older one, or have the result of some of the windows and state their number."""
         try:
             data = self.file.read_bytes()
             if data == self.old:
@@ -136,7 +136,7 @@ class _Evaluation:
 
 
 def save_without_end(place: Place, file: Path, connection: Any) -> None:
-    """What a process does: save two caches in turns to one file."""
+    """A process that saves two caches in turns to one file."""
     torch.set_num_threads(1)
     model, artifact = load_model(place), KVArtifact.load(place.artifact(RECIPES[-1]))
     caches = [filled_cache(model, artifact, tokens) for tokens in CACHE_TOKENS]
@@ -180,10 +180,10 @@ KINDS: dict[str, Callable[[Place, Path], Any]] = {
 
 
 def run(kind: str, place: Place, count: int, seed: int) -> dict[str, Any]:
-    """Kill one of them ``count`` times, each at a random moment of its work.
+    """Kill a command ``count`` times, each time at a random moment.
 
     Returns:
-        Counts, among them of kills that came before it ended by itself, and a line for each failure.
+        Counts, including kills before the command had ended by itself, and one line for each failure.
     """
     folder = place.folder / "killed"
     folder.mkdir()
@@ -196,7 +196,7 @@ def run(kind: str, place: Place, count: int, seed: int) -> dict[str, Any]:
         for number in range(count):
             after = draw.uniform(0, subject.seconds)
             at_work, took = _killed(subject.start(), after)
-            if not at_work:  # the machine is quicker now
+            if not at_work:  # it ended before the kill
                 subject.seconds = min(subject.seconds, took)
             left = any(file.name.startswith(".") for file in folder.iterdir())
             facts = {"in_time": at_work, **subject.found(), "with_temporary": left}
@@ -204,7 +204,7 @@ def run(kind: str, place: Place, count: int, seed: int) -> dict[str, Any]:
                 counts[name] += facts[name]
             if problem := subject.problem():
                 failures.append(f"kill {number} after {after:.2f} s: {problem}")
-            for file in folder.glob(".*"):  # the system gives no time to remove what has a temporary name
+            for file in folder.glob(".*"):  # a killed process cannot remove its temporary files
                 file.unlink()
             print(f"{kind}: {number + 1} of {count}", file=sys.stderr)
     finally:

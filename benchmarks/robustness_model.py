@@ -1,4 +1,4 @@
-"""A tiny model with all that robustness.py needs of it, and the commands as it calls them, in their own processes."""
+"""A tiny model with the files that robustness.py needs, and the commands, run in separate processes."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ import kvq_calib
 from kvq_calib import KVArtifact, KVQCache
 
 LAYERS, HEADS, HEAD_SIZE = 2, 2, 16
-#: Calibrated together: one with a width for every channel, one with outliers.
+#: Recipes to calibrate together: one with a width for every channel, one with outliers.
 RECIPES = ("kvq3", "nuq3-1p")
-#: What is fitted must not be a large part of a tiny model's cache, and takes no longer than the passes over the text.
+#: Changes so that the parameters are small even for a tiny model, and the fit takes no longer than the passes.
 _ALLOCATION = {"context": 1_000_000, "corrections": 0}
-#: Tokens of the caches that are saved for every artifact.
+#: Numbers of tokens of the caches that are saved for every artifact.
 CACHE_TOKENS = (37, 300)
 _ROOT = Path(__file__).parent.parent
-#: Processes are forked from one that has imported everything, so that a run is killed at its work and not at imports.
+#: Processes are forked from one that has imported everything, so that runs are killed at work and not during imports.
 _PROCESSES = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with the model, its text, and the files that good runs left.
+    """A folder with the model, its text, and the files of undisturbed runs.
 
     Attributes:
-        folder: of everything.
-        artifacts, caches, checkpoints: good files.
-        expected: what a calibration gives, by recipe.
+        folder: the folder.
+        artifacts, caches, checkpoints: valid files.
+        expected: the artifact that calibration gives, by recipe.
     """
 
     folder: Path
@@ -67,12 +67,12 @@ class Place:
         return self.folder / "model"
 
     def artifact(self, recipe: str) -> Path:
-        """The good artifact of a recipe."""
+        """The valid artifact of a recipe."""
         return self.folder / f"{recipe}.kvq.safetensors"
 
 
 def prepare(folder: Path) -> Place:
-    """Write the model and its text to an empty folder and run what makes the good files."""
+    """Write the model and its text to an empty folder, and make the valid files."""
     transformers.utils.logging.disable_progress_bar()
     _write_model(folder / "model")
     _write_text(folder / "text.txt")
@@ -129,8 +129,8 @@ def calibration(place: Path, output: Path, *more: str) -> list[str]:
 
     Args:
         place: folder of model and text.
-        output: with ``{recipe}`` in its name.
-        more: arguments.
+        output: output file, with ``{recipe}`` in its name.
+        more: further arguments.
     """
     recipes = ["--config", str(place / f"{RECIPES[0]}.yaml"), "--config", RECIPES[1]]
     text = ["--dataset", str(place / "text.txt"), "--samples", "6", "--seqlen", "48"]
@@ -138,7 +138,7 @@ def calibration(place: Path, output: Path, *more: str) -> list[str]:
 
 
 def entry_point(command: str) -> Callable[[], None]:
-    """What a command of the package calls."""
+    """The function behind a command of the package."""
     scripts = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, function = scripts[command].partition(":")
     found: Callable[[], None] = getattr(importlib.import_module(module), function)
@@ -146,7 +146,7 @@ def entry_point(command: str) -> Callable[[], None]:
 
 
 def call(command: str, words: Sequence[str]) -> tuple[int, str, str]:
-    """Run a command in this process; its exit status, and what it wrote to stdout and stderr."""
+    """Run a command in this process. Return its exit status, and its output on stdout and stderr."""
     out, err, before, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = [command, *words]
     status: Any = 0
@@ -162,7 +162,7 @@ def call(command: str, words: Sequence[str]) -> tuple[int, str, str]:
 
 
 def forced(command: str, *subcommand: str) -> list[str]:
-    """The option that lets a command replace a result that is there, if it asks for one."""
+    """The option that lets a command replace an existing result, if it has one."""
     return ["--force"] if "--force" in call(command, [*subcommand, "--help"])[1] else []
 
 
@@ -176,7 +176,7 @@ def checkpoint_often() -> None:
 
 
 def run_to_the_end(command: str, words: Sequence[str]) -> None:
-    """What a process of :func:`started` does: the command, with checkpoints at every step."""
+    """The process of :func:`started`: runs the command, with checkpoints at every step."""
     torch.set_num_threads(1)
     checkpoint_often()
     status, _, err = call(command, words)
@@ -186,12 +186,12 @@ def run_to_the_end(command: str, words: Sequence[str]) -> None:
 
 @functools.cache
 def _serve() -> None:
-    """Start the process that others are forked from."""
+    """Start the process from which others are forked."""
     package = pkgutil.walk_packages(kvq_calib.__path__, "kvq_calib.")
     _PROCESSES.set_forkserver_preload(
         ["robustness_cases", "robustness_kills", *(found.name for found in package)]
     )
-    path = os.pathsep.join(path for path in sys.path if path)  # it would not know ours
+    path = os.pathsep.join(path for path in sys.path if path)  # it would not inherit ours
     variables = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -211,7 +211,7 @@ def started(target: Callable[..., None], *values: Any) -> Any:
 
 
 def _calibrated(folder: Path) -> tuple[bytes, ...]:
-    """Run a calibration to its end; checkpoints as they stood in the middle and at last."""
+    """Run a calibration to its end. Return its checkpoints in the middle and at the end."""
     output = folder / "{recipe}.kvq.safetensors"
     file = Path(str(output).replace("{recipe}", RECIPES[0]) + ".checkpoint")
     seen: dict[bytes, None] = {}

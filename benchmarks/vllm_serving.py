@@ -1,12 +1,11 @@
-"""What vLLM serves on the packed cache and on its own: tokens that fit, and tokens per second at equal memory.
+"""vLLM with the packed cache and with its default cache: tokens that fit, and tokens per second at equal memory.
 
     python benchmarks/vllm_serving.py MODEL --artifact FILE [--artifact ...] [--dtype bfloat16 --dtype float32]
         [--memory 0.75] [--requests 8] [--tokens 4096] [--new 64] [--json FILE]
 
-Every row is an engine in a process of its own. ``one`` and ``many`` are decode steps alone: prompts stand in the prefix
-cache when the time is taken. ``pressed`` is the whole of as many requests in ``--pressed-memory``, in which vLLM's own
-cache holds but a few at a time. Besides seconds there are processor seconds, which other work on a machine hardly
-changes.
+Every row is an engine in a separate process. ``one`` and ``many`` time only decode steps, because the prompts are in
+the prefix cache. ``pressed`` times whole requests in ``--pressed-memory``, where vLLM's default cache holds only a few
+at a time. Processor seconds are reported beside wall time, because other load on the machine hardly changes them.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from typing import Any
 from common import environment
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # others may be at work on the same cores
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # other processes may use the same cores
 
 
 class Lines(logging.Handler):
-    """Keeps vLLM's own line about the size of its cache."""
+    """A log handler that keeps vLLM's line about the size of its cache."""
 
     def __init__(self) -> None:
         super().__init__()
         self.line = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Remember it."""
+        """Keep the line."""
         if "KV cache size" in (text := record.getMessage()):
             self.line = text
 
@@ -107,7 +106,7 @@ def preemptions(llm: Any) -> int:
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own does."""
+    """The separate process of a row."""
     import torch
 
     torch.manual_seed(0)

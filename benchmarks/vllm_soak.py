@@ -1,8 +1,8 @@
-"""Random requests to vLLM on the packed cache: lengths, cancellations and shared prefixes drawn at random.
+"""Random requests to vLLM with the packed cache: random lengths, cancellations and shared prefixes.
 
     python benchmarks/vllm_soak.py MODEL --artifact FILE [--requests 500] [--seed 0] [--blocks 40] [--json FILE]
 
-It fails where an output has another length than was asked for, a page is not given back, or memory keeps growing.
+It fails if an output has a wrong length, a page is not freed, or memory keeps growing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def soak(engine: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def free_pages(engine: Any) -> tuple[int, int]:
-    """Pages that no request holds, and pages there are; one is vLLM's own."""
+    """Number of free pages, and of all pages; vLLM reserves one."""
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     return pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
 
@@ -114,7 +114,7 @@ def main() -> int:
     print(json.dumps(found, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps({"config": environment(), **found}, indent=2) + "\n")
-    memory = found["memory_mib"]  # the first half of the requests may fill what is kept
+    memory = found["memory_mib"]  # the first half of the requests may fill caches
     grown = memory[-1][1] - memory[len(memory) // 2][1]
     return int(found["wrong lengths"] > 0 or free != pages or grown > 64)
 

@@ -1,8 +1,8 @@
-"""What the site has beside the pages of ``docs/``: files that they link to, commands, and settings.
+"""Additions to the pages of ``docs/`` on the site: linked files, commands, and settings.
 
-A page links to what is elsewhere in the repository (``../benchmarks/results/fit.md``), which works where the repository
-is browsed. Here each such file becomes a part of the site under ``repository/``, Markdown as a page, and the links
-follow. A link to a file that is not there stays as it is, and the strict build refuses it.
+Pages link to files elsewhere in the repository (``../benchmarks/results/fit.md``), which works when the repository is
+browsed. Here each such file becomes a part of the site under ``repository/``, Markdown as a page, and links are
+adapted. A link to a missing file is left unchanged, and the strict build refuses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DOCS = "docs"
 OUTSIDE = "repository"
-#: Not linked to by any page, but in the navigation.
+#: Files in the navigation that no page links to.
 _ALWAYS = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"),
     *(f"configs/{file.name}" for file in sorted((ROOT / "configs").glob("*.yaml"))),
@@ -35,17 +35,17 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
 def _place(path: str) -> str:
-    """Where a file of the repository stands on the site."""
+    """The place of a repository file on the site."""
     return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else f"{OUTSIDE}/{path}"
 
 
 def _origin(page: str) -> str:
-    """The file of the repository that a page of the site comes from."""
+    """The repository file of a page on the site."""
     return page.removeprefix(f"{OUTSIDE}/") if page.startswith(f"{OUTSIDE}/") else f"{DOCS}/{page}"
 
 
 def _targets(path: str, text: str) -> Iterator[tuple[re.Match[str], str]]:
-    """Links of a file to other files of the repository."""
+    """Links from a file to other files of the repository."""
     for link in _LINK.finditer(text):
         if "://" not in link[1] and not link[1].startswith(("mailto:", "/")):
             target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link[1]))
@@ -54,7 +54,7 @@ def _targets(path: str, text: str) -> Iterator[tuple[re.Match[str], str]]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add every file that a page links to, and what those link to."""
+    """Add every file that a page links to, and the files that those link to."""
     waiting = [_origin(file.src_uri) for file in files.documentation_pages()] + list(_ALWAYS)
     seen = set(waiting)
     while waiting:
@@ -71,7 +71,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links at where files stand on the site; write commands and settings where a page asks for them."""
+    """Adapt links to the site, and insert commands and settings where a page asks for them."""
     here = page.file.src_uri
     text, last = [], 0
     for link, target in _targets(_origin(here), markdown):
@@ -87,7 +87,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Docstrings name classes and functions with roles, which Markdown does not know: keep the name."""
+    """Replace Sphinx roles in docstrings by the name, because Markdown does not support them."""
     return re.sub(
         r":(?:class|func|meth|mod|data|attr):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html
     )
@@ -160,7 +160,7 @@ def _settings() -> Iterator[str]:
 
 
 def _attributes(model: type[BaseModel]) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each attribute."""
+    """Descriptions of attributes in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         part = (cls.__doc__ or "").partition("Attributes:\n")[2]

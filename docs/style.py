@@ -1,10 +1,10 @@
-"""Check how the documentation is written: `make lint` runs this.
+"""Check the style of the documentation. `make lint` runs it.
 
     python docs/style.py [FILE ...]
 
 - No line of prose is longer than 120 characters, in Markdown, docstrings and comments.
 - README, start page and guides have no sentence of more than 35 words.
-- Terms that are the field's are used, not others for them.
+- The field's terms are used.
 - proselint finds nothing, where it is installed.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_LINE = 120
 LONGEST_SENTENCE = 35
-#: What is not said, and what is.
+#: Terms to avoid, and what to write instead.
 TERMS = {
     r"\bforeign tokens?\b": "vocabulary samples",
     r"\bsweeps? over the coordinates\b": "refinement pass",
@@ -30,25 +30,25 @@ TERMS = {
     r"\bdivergence over that\b": "KL divergence relative to the baseline recipe",
     r"\bper cent\b": "%",
 }
-#: Of proselint's checks, those that do not suit: typographic marks in plain text, and letters of formulas.
+#: Checks of proselint that do not suit plain text and formulas.
 OFF = ("typography", "lexical_illusions", "dates_times", "misc.phrasal_adjectives", "misc.but")
 
 
 def pages() -> list[Path]:
-    """Every page that people read."""
+    """All pages of documentation."""
     own = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")]
     return [*own, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def sources() -> list[Path]:
-    """Every file of code."""
+    """All source files."""
     folders = ("kvq_calib", "benchmarks", "kernels", "tests", "docs", "examples")
     kinds = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
     return sorted(file for folder in folders for kind in kinds for file in (ROOT / folder).rglob(kind))
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of Markdown that are prose, numbered from 1: no code, no table, no HTML."""
+    """The lines of prose in Markdown, numbered from 1: without code, tables and HTML."""
     fenced = False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -60,7 +60,7 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
-    """Sentences with the line on which they begin; a list item, a cell of a table or a blank line ends one."""
+    """Sentences, with the line on which they begin. A list item or a blank line ends a sentence."""
     start, words = 0, []
     for number, line in [*prose(text), (0, "")]:
         line = re.sub(r"`[^`]*`", "code", re.sub(r"\]\([^)]*\)", "]", line))
@@ -80,7 +80,7 @@ def _is_prose_of_code(line: str, inside: bool) -> bool:
 
 
 def long_lines(file: Path) -> Iterator[str]:
-    """Lines of prose that are too long."""
+    """Problems: lines of prose that are too long."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         lines = [(number, line) for number, line in prose(text) if not line.startswith("!")]
@@ -97,14 +97,14 @@ def long_lines(file: Path) -> Iterator[str]:
 
 
 def long_sentences(file: Path) -> Iterator[str]:
-    """Sentences that are too long."""
+    """Problems: sentences that are too long."""
     for number, sentence in sentences(file.read_text(encoding="utf-8")):
         if (count := len(sentence.split())) > LONGEST_SENTENCE:
             yield f"{file}:{number}: a sentence of {count} words, more than {LONGEST_SENTENCE}: {sentence[:60]}..."
 
 
 def wrong_terms(file: Path) -> Iterator[str]:
-    """Terms of our own where the field has one."""
+    """Problems: unusual terms, where the field has one."""
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         for pattern, better in TERMS.items():
             if found := re.search(pattern, line, re.IGNORECASE):
@@ -112,7 +112,7 @@ def wrong_terms(file: Path) -> Iterator[str]:
 
 
 def proselint(files: list[Path]) -> Iterator[str]:
-    """What proselint says of the prose of pages; code and tables are left out."""
+    """Problems that proselint finds in the prose of pages, without code and tables."""
     if importlib.util.find_spec("proselint") is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def proselint(files: list[Path]) -> Iterator[str]:
 
 
 def problems(files: list[Path]) -> Iterator[str]:
-    """Everything that is wrong with pages and sources."""
+    """All problems of pages and sources."""
     guides = [ROOT / "README.md", ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md")]
     for file in files:
         yield from long_lines(file)
@@ -148,7 +148,7 @@ def problems(files: list[Path]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print what is wrong; the status is 1 if there is anything."""
+    """Print all problems. The status is 1 if there are any."""
     found = list(problems([Path(name).resolve() for name in sys.argv[1:]] or [*pages(), *sources()]))
     for line in found:
         print(line.replace(f"{ROOT}/", ""))

@@ -1,6 +1,6 @@
-"""Check the wheels of a folder: each has a library for every instruction set of this machine, and one that runs here.
+"""Check the wheels in a folder: each has a library for every instruction set of this machine, and one runs here.
 
-Needs nothing but Python.
+It needs only Python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compile_cpu import TARGETS, library_name
 
 
 def problem(wheel: Path) -> str:
-    """What is wrong with a wheel, or nothing."""
+    """The problem of a wheel, or ``None``."""
     if "-py3-none-" not in wheel.name or wheel.name.endswith("-any.whl"):
         return "its tags are not those of every Python and one platform"
     running = []
@@ -35,7 +35,7 @@ def problem(wheel: Path) -> str:
 
 
 def main() -> int:
-    """Check every wheel; say what is wrong."""
+    """Check every wheel, and print problems."""
     wheels = sorted(Path(sys.argv[1]).glob("*.whl"))
     problems = {wheel.name: problem(wheel) for wheel in wheels}
     for name, what in problems.items():

@@ -1,6 +1,6 @@
 """Compile every kernel variant for given architectures with nvcc; no GPU is needed.
 
-Fails where a kernel keeps anything in local memory, be it a spilled register or an array indexed at run time.
+It fails if a kernel uses local memory, for spilled registers or for an array indexed at run time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "cuda"
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
-#: Bits of every channel, with levels from a table; or :data:`COMPUTED`.
+#: Bits of every channel, with a table of levels; or :data:`COMPUTED`.
 TABLES = (1, 2, 3, 4, 5, 8)
-#: Bits that say that each channel has its own width, and computed levels.
+#: The value of bits for channels with different widths and computed levels.
 COMPUTED = 0
 
 
 def decode_variants(full: bool) -> list[dict[str, int]]:
     """Compile-time constants of ``decode.cu``.
 
-    The recipes' variants in full: every head size, group and width, with and without outliers. What multiplies
-    them, flags and pairs of different widths, is covered at one head size, and in full with ``full``.
+    The variants of the recipes are compiled in full: every head size, group and width, with and without outliers. Flags
+    and pairs of different widths would multiply their number, so these are compiled at one head size, and in full with
+    ``full``.
     """
     base = {"KEY_OUTLIERS": 1, "VALUE_OUTLIERS": 1, "VALUE_TOKEN": 1, "ROPE": 1}
     off = {"SOFTCAP": 0, "QUERY_BFLOAT": 0, "STORAGE_BFLOAT": 0}
@@ -38,7 +39,7 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
             "KEY_PATHS": int(key == COMPUTED and paths),
             "VALUE_PATHS": int(value == COMPUTED and paths),
         }
-        # Computed levels are a channel's, and without outliers.
+        # Computed levels are per channel, and without outliers.
         own: dict[str, int] = {"KEY_OUTLIERS": 0} if key == COMPUTED else {}
         own |= {"VALUE_OUTLIERS": 0, "VALUE_TOKEN": 0} if value == COMPUTED else {}
         return {**names, **base, **off, **flags, **own}
@@ -73,7 +74,7 @@ def decode_variants(full: bool) -> list[dict[str, int]]:
 def compile_one(
     nvcc: str, arch: str, source: str, defines: dict[str, int], folder: str
 ) -> tuple[str, list[str], int]:
-    """Compile one variant; return its name, what is wrong with it, and the most registers of a kernel."""
+    """Compile one variant. Return its name, its problem, and the largest number of registers of a kernel."""
     options = [f"-DKVQ_{name}={value}" for name, value in defines.items()]
     name = f"{source} {arch} " + " ".join(f"{key.lower()}={value}" for key, value in defines.items())
     target = Path(folder) / f"{abs(hash(name))}.cubin"
@@ -94,7 +95,7 @@ def compile_one(
 
 
 def main() -> int:
-    """Compile and report; the exit status is 1 where a variant fails."""
+    """Compile and report. The exit status is 1 if a variant fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("archs", nargs="+")
     parser.add_argument("--nvcc", default="nvcc")

@@ -1,6 +1,6 @@
-"""Compile the CPU kernels: one shared library for each instruction set of a machine, with GCC or Clang.
+"""Compile the CPU kernels with GCC or Clang: one shared library for each instruction set of a machine.
 
-Needs nothing but Python. Run by the package's build; ``python kernels/compile_cpu.py FOLDER`` does it by hand.
+It needs only Python. The package's build runs it; ``python kernels/compile_cpu.py FOLDER`` runs it by hand.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
-#: Contraction would round a product and a sum once where the reference rounds twice.
+#: No contraction, because it rounds a product and a sum once, and the reference rounds twice.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"),
 )  # fmt: skip
 _X86 = {isa: (f"-march={isa}",) for isa in ("x86-64-v2", "x86-64-v3", "x86-64-v4")}
 _ARM: dict[str, tuple[str, ...]] = {"neon": ()}
-#: What each instruction set needs, by machine.
+#: Compiler flags for each instruction set, by machine.
 TARGETS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 
 class CompileError(RuntimeError):
-    """No library came of it; the message is one line."""
+    """No library could be made. The message is one line."""
 
 
 def find_compiler() -> list[str] | None:
-    """``$CXX``, or the first C++ compiler there is."""
+    """``$CXX``, or the first C++ compiler that is found."""
     if named := os.environ.get("CXX"):
         return shlex.split(named)
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
 def library_name(isa: str) -> str:
-    """Name of the file."""
+    """File name of a library."""
     return f"kvq-{isa}.so"
 
 
@@ -51,10 +51,10 @@ def compile_library(
 
     Args:
         isa: instruction set.
-        folder: where it goes; made where it is missing.
+        folder: folder for the library; created if needed.
         compiler: command and first arguments.
         extra: further arguments.
-        machine: whose instruction set it is; this one by default.
+        machine: machine of the instruction set; this one by default.
 
     Raises:
         CompileError: the compiler is missing, too old, or fails.
@@ -86,7 +86,7 @@ def compile_library(
 
 
 def compile_all(folder: Path) -> tuple[list[Path], list[str]]:
-    """The libraries for this machine, and a line for each that could not be made."""
+    """Compile the libraries for this machine. Return them, and a line for each that could not be made."""
     targets = TARGETS.get(platform.machine().lower())
     if targets is None:
         return [], [f"there are no native kernels for {platform.machine()}; torch computes instead"]

@@ -1,10 +1,10 @@
-"""Count the instructions of the decode kernel's inner loops in machine code, weighted by the widths of real artifacts.
+"""Count instructions in the machine code of the decode kernel's inner loops, weighted by widths of real artifacts.
 
-No GPU is needed: nvcc compiles, nvdisasm (PyPI: ``nvidia-cuda-nvdisasm``) disassembles. Printed and written is what a
-thread issues per element of keys and of values: all instructions, those of the integer unit, which takes one every
-other clock, and loads from global memory. Softmax and what else is done once a page are not among them.
+No GPU is needed: nvcc compiles, and nvdisasm (PyPI: ``nvidia-cuda-nvdisasm``) disassembles. It prints and writes what a
+thread issues per element of keys and of values: all instructions, instructions of the integer unit, which takes one
+every other clock, and loads from global memory. Softmax and other work once per page is not counted.
 
-An artifact whose heads are smaller than ``--head-dim`` has neighbouring heads laid out as one.
+For an artifact whose heads are smaller than ``--head-dim``, neighbouring heads are joined.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kvq_calib.runtime.cuda.decode import DecodeVariant
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths, arrange_pairs, arrange_values
 from kvq_calib.schema.geometry import KINDS, Kind, channel_pairs
 
-#: Elements of a thread that one matrix product takes, where up to four query heads share a key-value head.
+#: Elements per thread in one matrix product, for up to four query heads per key-value head.
 PRODUCT_ELEMENTS = 8
-#: Opcodes of the integer unit, 16 lanes wide for 32 threads: logic, shifts, permutes, comparisons, conversions.
+#: Opcodes of the integer unit, which has 16 lanes for 32 threads: logic, shifts, permutes, comparisons, conversions.
 ALU = frozenset(
     (
         *(
@@ -55,13 +55,13 @@ ALU = frozenset(
         *("ISETP", "FSETP", "PLOP3", "FMNMX", "VIMNMX", "VIADDMNMX", "I2FP", "F2FP", "P2R", "R2P"),
     )
 )
-#: Of levels that are looked up.
+#: Opcodes of table look-ups of levels.
 _TABLE: Widths = (0, 0)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Per element of an inner loop."""
+    """Counts per element of an inner loop."""
 
     instructions: float
     alu: float
@@ -69,7 +69,7 @@ class Loop:
 
     @classmethod
     def of(cls, opcodes: Sequence[str]) -> Loop:
-        """Of a loop's instructions."""
+        """Count the instructions of a loop."""
         names = Counter(opcode.split(".")[0] for opcode in opcodes)
         elements = PRODUCT_ELEMENTS * names["HMMA"]
         alu = sum(count for name, count in names.items() if name in ALU)
@@ -78,25 +78,25 @@ class Loop:
 
 @dataclass(frozen=True)
 class Count:
-    """A line of the result."""
+    """One line of the result."""
 
     recipe: str
     kind: Kind
     instructions: float
     alu: float
     loads: float
-    mixed: float  # share of the elements that are in steps or tiles of mixed widths
+    mixed: float  # share of the elements in steps or tiles of mixed widths
 
 
 class ToolMissing(Exception):
-    """A program is not installed; the message says what to do."""
+    """A program is not installed. The message says what to do."""
 
 
 def disassembler(name: str) -> str:
-    """``nvdisasm`` from the PATH, or of the PyPI package.
+    """Path of ``nvdisasm``: from PATH, or from the PyPI package.
 
     Raises:
-        ToolMissing: it is in neither.
+        ToolMissing: it is not installed.
     """
     packaged = [str(found) for folder in sys.path for found in Path(folder).glob(f"nvidia/cu*/bin/{name}")]
     for found in (shutil.which(name), *packaged):
@@ -106,7 +106,7 @@ def disassembler(name: str) -> str:
 
 
 def inner_loops(listing: str) -> list[list[str]]:
-    """Opcodes of the innermost loops of ``decode_attention`` that have matrix products, in the order of addresses."""
+    """Opcodes of the innermost loops with matrix products in ``decode_attention``, in the order of addresses."""
     start = listing.index(".text.decode_attention")
     opcodes: list[str] = []
     label_at: dict[str, int] = {}
@@ -131,7 +131,7 @@ def inner_loops(listing: str) -> list[list[str]]:
 
 
 def variant_of(pair: dict[Kind, Quantizer], head_dim: int, group: int) -> DecodeVariant:
-    """The decode kernel's variant for a layer."""
+    """The variant of the decode kernel for a layer."""
     key, value = pair["key"], pair["value"]
 
     def bits(quantizer: Quantizer) -> int:
@@ -155,7 +155,7 @@ def variant_of(pair: dict[Kind, Quantizer], head_dim: int, group: int) -> Decode
 
 
 def loops_of(variant: DecodeVariant, arch: str, tools: argparse.Namespace) -> dict[Kind, dict[Widths, Loop]]:
-    """What the kernel has for each kind of steps and tiles."""
+    """The loops of the kernel for each kind of steps and tiles."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "decode.cubin"
         cubin.write_bytes(compile_cubin("decode.cu", variant.defines, arch, None, tools.nvcc))
@@ -164,7 +164,7 @@ def loops_of(variant: DecodeVariant, arch: str, tools: argparse.Namespace) -> di
         )
     kinds: list[tuple[Kind, Widths]] = []
     kinds += [("key", kind) for kind in ([_TABLE] if variant.key_bits else KEY_KINDS)]
-    # Tiles of no width have no loop.
+    # Tiles of width 0 have no loop.
     kinds += [("value", kind) for kind in ([_TABLE] if variant.value_bits else VALUE_KINDS[1:])]
     loops = inner_loops(done.stdout)
     if len(loops) != len(kinds):
@@ -178,7 +178,7 @@ def loops_of(variant: DecodeVariant, arch: str, tools: argparse.Namespace) -> di
 
 
 def joined_heads(widths: Sequence[int], size: int, heads: int) -> Iterator[list[int]]:
-    """Every head of a layer with the neighbours that make it ``heads`` times as large."""
+    """The widths of a layer with every ``heads`` neighbouring heads joined."""
     count = len(widths) // size
     for first in range(count):
         numbers = [(first + i) % count for i in range(heads)]
@@ -186,7 +186,7 @@ def joined_heads(widths: Sequence[int], size: int, heads: int) -> Iterator[list[
 
 
 def kinds_of(quantizer: Quantizer, kind: Kind, head_dim: int) -> Counter[Widths]:
-    """How many steps or tiles of each kind a layer has."""
+    """Number of steps or tiles of each kind in a layer."""
     if not isinstance(quantizer, TrellisQuantizer):
         return Counter({_TABLE: 1})
     size = quantizer.shape.head_dim
@@ -211,7 +211,7 @@ Loops = dict[Kind, dict[Widths, Loop]]
 
 
 def counts_of(path: Path, arguments: argparse.Namespace, known: dict[DecodeVariant, Loops]) -> list[Count]:
-    """Of one artifact; ``known`` are the loops of variants met before."""
+    """Counts for one artifact. ``known`` has the loops of earlier variants."""
     layers = KVArtifact.load(path).quantizers()
     variant = variant_of(layers[0], arguments.head_dim, arguments.group)
     if variant not in known:
@@ -235,7 +235,7 @@ def counts_of(path: Path, arguments: argparse.Namespace, known: dict[DecodeVaria
 
 
 def print_counts(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Print a line for keys and one for values of each artifact; return what they say."""
+    """Print one line for keys and one for values of each artifact, and return them."""
     print(f"{'recipe':<10}{'kind':<7}{'all':>7}{'ALU':>7}{'loads':>7}{'mixed':>7}")
     counts: list[dict[str, object]] = []
     known: dict[DecodeVariant, Loops] = {}
@@ -251,7 +251,7 @@ def print_counts(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    """Print a table, and write it where asked."""
+    """Print a table, and write it if requested."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("--nvcc", default="nvcc")

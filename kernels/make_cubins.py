@@ -1,7 +1,7 @@
-"""Compile, beforehand, the kernels that the tests and benchmarks load on a GPU: for a machine without nvcc.
+"""Compile the kernels that tests and benchmarks load on a GPU in advance, for a machine without nvcc.
 
-Which these are is found by running them on the pretended GPU of ``tests/pretended``, whose compiler writes down what it
-is asked for. Results are kept under the names that a cache on the machine looks for.
+To find these kernels, tests and benchmarks are run on the simulated GPU of ``tests/pretended``, whose compiler records
+the requests. Results get the file names that the package's kernel cache expects.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def asked_for(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Sources and options that the pretended compiler has met."""
+    """Sources and options that were requested from the simulated compiler."""
     found = {json.dumps(json.loads(file.read_text())) for file in folder.glob("*.cubin")}
     return sorted((source, tuple(defines)) for source, defines in map(json.loads, found))
 
 
 def rehearse(folder: Path, tests: list[str]) -> None:
-    """Run what a GPU would run."""
+    """Run on the simulated GPU what would run on a GPU."""
     paths = [str(ROOT / name) for name in ("", "tests", "benchmarks")]
     environment = {**os.environ, "KVQ_CALIB_PRETENDED": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     pretended = [sys.executable, "-m", "pretended"]

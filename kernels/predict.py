@@ -1,7 +1,7 @@
-"""What the counted instructions say about time: bounds that no run on the named GPU can beat.
+"""Lower bounds on decode time from the counted instructions, for several GPUs.
 
-Reads what ``make kernel-counts`` wrote and prints the tables of docs/reference/kernels.md. Softmax and everything else
-that is done once a page are not counted, and no GPU keeps all of its units busy, so measured times will be longer.
+It reads the output of ``make kernel-counts`` and prints the tables of docs/reference/kernels.md. Softmax and other work
+once per page is not counted, and no GPU keeps all units busy, so measured times will be longer.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = Path(__file__).parent.parent / "benchmarks/results/kernel_instructions.json"
-#: Nominal bits of a number of the cache, everything counted.
+#: Nominal bits per element, everything counted.
 BITS = {"nuq4-1p": 4.4, "nuq3-1p": 3.4, "nuq2-1p": 2.4, "kvq4": 4.4, "kvq3": 3.4, "kvq2": 2.4}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """By its data sheet.
+    """A GPU, from its data sheet.
 
     Attributes:
-        multiprocessors: each issues 128 instructions of threads per clock, half of that on the integer unit.
-        clock: boost, in Hz.
-        bandwidth: of memory, in bytes per second.
+        multiprocessors: number of multiprocessors. Each issues 128 thread instructions per clock, or 64 on the integer
+            unit.
+        clock: boost clock in Hz.
+        bandwidth: memory bandwidth in bytes per second.
     """
 
     multiprocessors: int
@@ -35,18 +36,18 @@ class Gpu:
 
     @property
     def issued(self) -> float:
-        """Instructions of threads per second."""
+        """Thread instructions per second."""
         return self.multiprocessors * 128 * self.clock
 
 
 H200 = Gpu(132, 1.98e9, 4.8e12)
-#: Llama-3-8B at 128K tokens, batch 1: elements of a layer's keys, and as many of values.
+#: Llama-3-8B at 128K tokens, batch 1: number of elements of a layer's keys, and the same of its values.
 ELEMENTS = 131072 * 8 * 128
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Least seconds of a layer's decode attention."""
+    """Lower bounds in seconds for the decode attention of a layer."""
 
     issue: float
     alu: float
@@ -54,12 +55,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The largest of them."""
+        """The largest bound."""
         return max(self.issue, self.alu, self.memory)
 
 
 def bound(counts: Sequence[Mapping[str, Any]], recipe: str, gpu: Gpu = H200) -> Bound:
-    """Of a recipe, from its lines of the counts."""
+    """The bounds of a recipe, from its lines of the counts."""
     own = [count for count in counts if count["recipe"] == recipe]
     return Bound(
         issue=ELEMENTS * sum(count["instructions"] for count in own) / gpu.issued,
@@ -69,7 +70,7 @@ def bound(counts: Sequence[Mapping[str, Any]], recipe: str, gpu: Gpu = H200) -> 
 
 
 def count_rows(counts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line of Markdown for each recipe: instructions, those of the integer unit, and loads, of keys and values."""
+    """One line of Markdown per recipe: all instructions, integer instructions, and loads, of keys and values."""
     rows = []
     for recipe in dict.fromkeys(count["recipe"] for count in counts):
         cells = [f"`{recipe}`"]
@@ -81,7 +82,7 @@ def count_rows(counts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def bound_rows(counts: Sequence[Mapping[str, Any]], gpu: Gpu = H200) -> list[str]:
-    """A line of Markdown for each recipe: microseconds by each bound, and times float16 at most."""
+    """One line of Markdown per recipe: each bound in microseconds, and the largest possible speed-up over float16."""
     float16 = 2 * ELEMENTS * 2 / gpu.bandwidth
     rows = [f"| float16 | | | {1e6 * float16:.0f} | 1 |"]
     for recipe in dict.fromkeys(count["recipe"] for count in counts):

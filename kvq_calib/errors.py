@@ -1,14 +1,14 @@
-"""The errors users meet: each message is one line that says what was wrong and what to do."""
+"""Errors for users. Each message is one line that says what was wrong and what to do."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, on one line of at most ``most`` characters; its type's name where it says nothing."""
+    """The message of an exception as one line of at most ``most`` characters; its type's name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class KVQError(Exception):
-    """Base of every expected failure; the command line prints its message and exits with 1."""
+    """Base class of all expected failures. The command line prints the message and exits with status 1."""
 
 
 class ConfigError(KVQError):

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there at all."""
+"""Atomic file writing: a file is complete, or it does not exist."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvq_calib.errors import KVQError
 
 
 class WriteError(KVQError):
-    """A file could not be written; what stood there before still does."""
+    """A file could not be written. An older file of that name is unchanged."""
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` beside ``path``, then rename: a reader sees the old file or the new one, never a part.
 
-    A symbolic link is followed. What is no file, such as ``/dev/stdout`` or a pipe, is written to as it stands: a
-    rename would put a file in its place.
+    A symbolic link is followed. ``/dev/stdout``, a pipe and the like are written to directly, because a rename would
+    replace them by a file.
 
     Raises:
         WriteError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
@@ -48,10 +48,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _written_unnamed(path: Path, data: bytes) -> bool:
-    """Write a file that gets its name when it is whole; whether that can be done here.
+    """Write a file that gets its name only once it is complete. Return whether the system can do that.
 
-    Of a process that is killed nothing is left, which a temporary file would be. It takes Linux, and a file system that
-    has files without a name.
+    If the process is killed, no temporary file is left behind. This needs Linux and a file system that supports unnamed
+    files.
     """
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:
@@ -64,7 +64,7 @@ def _written_unnamed(path: Path, data: bytes) -> bool:
         _write(handle, data)
         with contextlib.suppress(OSError):  # no /proc
             handles = os.open("/proc/self/fd", os.O_RDONLY)
-            try:  # by a number in a folder: Python follows a link to a file in no other case
+            try:  # Python follows the link only if it is named relative to a folder's descriptor
                 os.link(str(handle), path, src_dir_fd=handles, follow_symlinks=True)
             finally:
                 os.close(handles)
@@ -83,12 +83,12 @@ def _write(handle: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold what is written to ``path`` alone, by a lock on a file beside it, which is there as long as it is held.
+    """Lock ``path`` against other writers. The lock is a file beside it, which is removed afterwards.
 
-    The lock of a process that ends goes with it. Where the system has no such locks nothing is held.
+    When a process ends, its lock ends too. Where the system has no file locks, nothing is locked.
 
     Raises:
-        WriteError: another process holds it.
+        WriteError: another process holds the lock.
     """
     try:
         import fcntl
@@ -110,7 +110,7 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
                     raise WriteError(
                         f"another run is writing {os.fspath(path)}; wait for it, or choose another place"
                     ) from error
-            if not _is_at(handle, file):  # whoever had it has just let go and removed it
+            if not _is_at(handle, file):  # the previous holder has just released and removed it
                 continue
             try:
                 yield
@@ -122,7 +122,7 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file stands at ``path``."""
+    """Whether an open file is the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -144,10 +144,10 @@ def _is_stream(path: str | os.PathLike[str]) -> bool:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Fail before hours of work rather than after: the folder of ``path`` must exist and take a file.
+    """Check before hours of work that the folder of ``path`` exists and can be written to.
 
     Raises:
-        WriteError: it does not.
+        WriteError: it does not exist, or cannot be written to.
     """
     if _is_stream(path):
         return

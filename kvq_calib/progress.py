@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done: the name of the phase, steps finished, steps in all."""
+"""Called with the name of the phase, the number of finished steps, and the number of all steps."""
 
 #: Seconds between lines where stderr is not a terminal.
 _LOG_SECONDS = 15.0
@@ -22,11 +22,11 @@ _AVERAGED_SECONDS = 3600.0
 class ProgressReporter:
     """A callable ``(what, done, total)``, and a context manager that draws while it is open.
 
-    The time left is that of the phase, from the steps that this process has timed: none is claimed before the second
-    step, and steps that were done before an interruption do not count.
+    The time left is that of the current phase. It is estimated from the steps that this process has timed, so it
+    appears with the second step, and steps from before an interruption do not count.
 
     Args:
-        quiet: say nothing (all ranks but one of a distributed run).
+        quiet: print nothing; for all ranks but one of a distributed run.
     """
 
     def __init__(self, quiet: bool = False) -> None:

@@ -353,10 +353,10 @@ def test_a_checkpoint_gives_back_what_was_saved(checkpoint):
         ),
         (
             lambda m, t: t["0/largest"].fill_(-1),
-            "tensor '0/largest', or one beside it, has values that no text gives",
+            "tensor '0/largest', or one beside it, has impossible values",
         ),
-        (lambda m, t: t["0/largest"].fill_(torch.inf), "values that no text gives"),
-        (lambda m, t: t["0/largest"].fill_(torch.nan), "values that no text gives"),
+        (lambda m, t: t["0/largest"].fill_(torch.inf), "impossible values"),
+        (lambda m, t: t["0/largest"].fill_(torch.nan), "impossible values"),
         (lambda m, t: m.update(identity=["this run"]), "other settings, data, model or version"),
         (lambda m, t: m.pop("identity"), "other settings, data, model or version"),
     ],

@@ -348,12 +348,12 @@ def test_calibration_says_what_becomes_of_files_that_are_there(place, tmp_path, 
     assert calibrate(place, "--resume", output=output)[0] == 0
     assert said() == [
         "/a.kvq.safetensors is there already, and will be replaced",
-        "there is no checkpoint /a.kvq.safetensors.checkpoint: nothing to resume, so this run begins anew",
+        "there is no checkpoint /a.kvq.safetensors.checkpoint to resume from: this run starts from the beginning",
     ]
     (tmp_path / "b.kvq.safetensors.checkpoint").write_bytes(b"of another run")
     assert calibrate(place, output=str(tmp_path / "b.kvq.safetensors"))[0] == 0
     assert said() == [
-        "/b.kvq.safetensors.checkpoint of an earlier run is there: --resume would go on from it; this run replaces it"
+        "/b.kvq.safetensors.checkpoint of an earlier run exists: --resume would continue from it, but this run replaces it"
     ]
     assert files(tmp_path) == ["a.kvq.safetensors", "b.kvq.safetensors"]
 

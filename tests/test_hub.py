@@ -160,7 +160,7 @@ def test_branches_foreign_cards_and_accounts_that_may_not(
     assert list(branches["main"]) == ["README.md"]
     assert branches["kv"]["README.md"] == b"# My model\n"
     assert branches["kv"]["nuq4-1p.kvq.safetensors"] == artifacts["nuq4-1p"].to_bytes()
-    assert "the README of maker/model is of something else and stays as it is" in ran.stderr
+    assert "the README of maker/model describes something else and is left as it is" in ran.stderr
     assert not hub.private
     ours = {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()}
     assert ours["nuq4-1p.kvq.safetensors"] == hub.repositories["maker/kv"]["main"]["nuq4-1p.kvq.safetensors"]
@@ -193,7 +193,7 @@ def test_a_card_of_something_else_stays(
     (tmp_path / "README.md").write_text("# My model\n")
     artifacts["nuq3-1p"].save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# My model\n"
-    assert "stays as it is" in caplog.text
+    assert "is left as it is" in caplog.text
 
 
 def test_what_is_not_there_is_said(artifacts: dict[str, KVArtifact], tmp_path: Path) -> None:
@@ -220,6 +220,8 @@ def test_the_card_says_bits_divergence_data_and_command(
     assert card.startswith(
         "---\nbase_model:\n- maker/tiny\nbase_model_relation: quantized\nlibrary_name: kvq-calib\n"
     )
+    headings = [line for line in card.splitlines() if line.startswith("## ")]
+    assert headings == ["## Size", "## Accuracy", "## Use", "## How it was made"]
     assert f"{artifact.bits_per_element(32768):.3f}" in card
     assert "| 0.06250 |" in card
     assert "| calibration text | notes.txt |" in card

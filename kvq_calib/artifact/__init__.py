@@ -1,1 +1,1 @@
-"""The artifact: one file that says everything a reader needs."""
+"""The artifact: one file with everything a reader needs."""

@@ -1,9 +1,9 @@
-"""The artifact: one safetensors file that says everything a reader needs. ``docs/reference/format.md`` is normative.
+"""The artifact: one safetensors file with everything a reader needs. ``docs/reference/format.md`` is normative.
 
-Tensors are named ``layers.{i}.{key|value}.{name}``; the codec says which there are
-(:meth:`kvq_calib.codec.quantizer.Quantizer.stored_tensors`). The safetensors metadata holds one entry, ``kvq``: a JSON
-object with sorted keys (one entry, because the order of several is not defined and the same inputs must give the same
-bytes).
+Tensors are named ``layers.{i}.{key|value}.{name}``. The codec defines which there are
+(:meth:`kvq_calib.codec.quantizer.Quantizer.stored_tensors`). The safetensors metadata has one entry, ``kvq``: a JSON
+object with sorted keys. It is a single entry because safetensors does not define an order of entries, and the same
+inputs must give the same bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["FORMAT_VERSION", "MAX_FILE_BYTES", "METADATA_KEY", "KVArtifact"]
 
 FORMAT_VERSION = 8
 METADATA_KEY = "kvq"
-#: Largest file a reader accepts. An artifact of a 405B model is under 1 GB.
+#: Largest file that is accepted. An artifact of a 405B model is under 1 GB.
 MAX_FILE_BYTES = 8 << 30
 _SECTIONS = {"format_version", "spec", "geometry", "model", "calibration", "outliers_per_token"}
 
@@ -55,9 +55,9 @@ class KVArtifact(Shareable):
         spec: how keys and values are quantized.
         geometry: shapes and rotary embeddings of the model's attention layers.
         layers: the tensors that calibration found for each layer.
-        model: the model it is for: ``id`` (as the user named it) and ``config``, the fields a model must share.
-        calibration: where the numbers come from: data, hashes, window, seed, settings, library versions.
-        outliers_per_token: expected outliers of one token, per kind and layer, measured at calibration.
+        model: the model it is for: ``id``, as the user named it, and ``config``, the fields that a model must match.
+        calibration: how it was calibrated: data, hashes, window, seed, settings, library versions.
+        outliers_per_token: mean number of outliers of a token, per kind and layer, measured at calibration.
     """
 
     spec: KVCacheSpec
@@ -70,7 +70,7 @@ class KVArtifact(Shareable):
     # ------------------------------------------------------------------ use
 
     def quantizers(self, device: torch.device | str = "cpu") -> list[dict[Kind, Quantizer]]:
-        """One quantizer per layer and kind."""
+        """One quantizer for each layer and kind."""
         return make_quantizers(self.spec, self.geometry, self.layers, device)
 
     def check_model(self, config: Mapping[str, Any]) -> None:
@@ -93,10 +93,10 @@ class KVArtifact(Shareable):
     def sizes(
         self, outliers_per_token: Mapping[Kind, Sequence[float]] | None = None
     ) -> list[dict[Kind, TensorShape]]:
-        """What decides the bytes of the keys and of the values of each layer.
+        """What determines the bytes of the keys and the values of each layer.
 
         Args:
-            outliers_per_token: measured outliers per token, kind and layer; those of calibration by default.
+            outliers_per_token: measured outliers per token, kind and layer; by default those of calibration.
         """
         rates = self.outliers_per_token if outliers_per_token is None else outliers_per_token
         return [
@@ -113,7 +113,7 @@ class KVArtifact(Shareable):
         ]
 
     def cache_shape(self, context: int, batch: int = 1, recent_tokens: int | None = None) -> CacheShape:
-        """How much a cache of this artifact holds; ``recent_tokens`` is the spec's by default."""
+        """The sizes of a cache of this artifact. ``recent_tokens`` is the spec's by default."""
         recent = self.spec.recent_tokens if recent_tokens is None else recent_tokens
         return CacheShape(context, batch, self.spec.sink_tokens, recent)
 
@@ -129,14 +129,14 @@ class KVArtifact(Shareable):
         Args:
             context: tokens of one sequence.
             batch: sequences.
-            recent_tokens: exact window; the spec's by default.
-            outliers_per_token: measured outliers per token, kind and layer; those of calibration by default.
+            recent_tokens: newest tokens that stay exact; by default the spec's.
+            outliers_per_token: measured outliers per token, kind and layer; by default those of calibration.
         """
         tensors = [tensor for layer in self.sizes(outliers_per_token) for tensor in layer.values()]
         return cache_bytes(tensors, self.cache_shape(context, batch, recent_tokens))
 
     def elements(self, context: int, batch: int = 1) -> int:
-        """Numbers an unquantized cache would hold: keys and values of every layer, within its sliding window."""
+        """Numbers in an unquantized cache: keys and values of every layer, within its sliding window."""
         return cache_elements(self.geometry.layers, context, batch)
 
     def bits_per_element(
@@ -145,7 +145,7 @@ class KVArtifact(Shareable):
         batch: int = 1,
         outliers_per_token: Mapping[Kind, Sequence[float]] | None = None,
     ) -> float:
-        """Everything stored for ``context`` tokens, in bits, over the numbers an unquantized cache would hold."""
+        """All bits stored for ``context`` tokens, divided by the numbers in an unquantized cache."""
         total = sum(self.storage(context, batch, outliers_per_token=outliers_per_token).values())
         return 8 * total / self.elements(context, batch)
 
@@ -170,17 +170,17 @@ class KVArtifact(Shareable):
         }
 
     def to_bytes(self) -> bytes:
-        """The file's content; a pure function of this object.
+        """The content of the file, which depends on nothing but this object.
 
         Raises:
-            ArtifactError: this object breaks a rule that :meth:`load` checks.
+            ArtifactError: :meth:`load` would refuse this content.
         """
         tensors = self._tensors()
         check_tensors(self.spec, self.geometry, tensors)
         return seal(METADATA_KEY, self._metadata(), tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the artifact: whole, or not at all."""
+        """Write the artifact atomically."""
         write_atomically(path, self.to_bytes())
 
     # ----------------------------------------------------------------- read
@@ -191,11 +191,11 @@ class KVArtifact(Shareable):
 
         Args:
             name: file, folder, or hub id.
-            options: ``filename`` where there are several, ``revision``, ``token``, ``cache_dir`` and
-                ``local_files_only``, as in transformers.
+            options: ``filename`` if there are several artifacts; ``revision``, ``token``, ``cache_dir`` and
+                ``local_files_only`` as in transformers.
 
         Raises:
-            ArtifactError: there is none, or what is wrong with the file.
+            ArtifactError: there is no artifact, or the file cannot be used.
         """
         return cls.load(find_artifact(name, **options))
 
@@ -204,7 +204,7 @@ class KVArtifact(Shareable):
         """Read and check an artifact.
 
         Raises:
-            ArtifactError: its subclass and message say what is wrong with the file.
+            ArtifactError: the file cannot be used; the subclass and the message say why.
         """
         file = Path(path)
         try:
@@ -218,7 +218,7 @@ class KVArtifact(Shareable):
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "artifact") -> KVArtifact:
-        """Check and build an artifact from a file's content; ``name`` is used in messages."""
+        """Check the content of a file and build the artifact. ``name`` is used in messages."""
         try:
             metadata, tensors = unseal(data, METADATA_KEY, lambda found: _check_version(found, name))
         except SealError as error:
@@ -243,7 +243,7 @@ class KVArtifact(Shareable):
 
 
 def _layer_params(spec: KVCacheSpec, tensors: Mapping[str, Tensor], layers: int) -> tuple[LayerParams, ...]:
-    """The numbers of all layers, of tensors that were checked."""
+    """The parameters of all layers, from tensors that were checked."""
     found = []
     for number, layer in enumerate(spec.resolved(layers)):
         own = {}
@@ -265,12 +265,12 @@ def _check_version(metadata: Mapping[str, Any], name: str) -> None:
         )
     if version < FORMAT_VERSION:
         raise ArtifactVersionError(
-            f"{name} has format version {version} of an earlier kvq-calib, this release reads {FORMAT_VERSION} alone; "
+            f"{name} has format version {version} of an earlier kvq-calib, this release reads only {FORMAT_VERSION}; "
             "calibrate the model again"
         )
 
 
-#: What is wrong with the content of a sealed file, as an error of artifacts.
+#: Faults of a sealed file: the error to raise, and its message.
 _FAULTS: Mapping[str, tuple[type[ArtifactError], str]] = {
     "file": (ArtifactFileError, "{name} is not a readable safetensors file: {problem}"),
     "kind": (ArtifactMetadataError, "{name} is a safetensors file, but not an artifact of kvq-calib"),

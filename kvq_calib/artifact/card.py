@@ -1,4 +1,4 @@
-"""The model card of a repository of artifacts: what they take, what they cost, and how they were made."""
+"""The model card of a repository of artifacts: their size, their accuracy, and how they were made."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CONTEXTS = (4096, 32768)
 
 @dataclass(frozen=True, eq=False)
 class CardEntry:
-    """One artifact of a card.
+    """One artifact in a card.
 
     Attributes:
         file: its name in the repository.
         artifact: its content.
-        measured: what evaluations say of it.
+        measured: results of evaluations.
     """
 
     file: str
@@ -34,7 +34,7 @@ class CardEntry:
 
 
 def is_card(text: str) -> bool:
-    """Whether a README was written here, and may be written again."""
+    """Whether a README is a card of this module, which may be replaced."""
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0]:
         return False
@@ -45,7 +45,7 @@ def is_card(text: str) -> bool:
 
 
 def model_card(repository: str, entries: Sequence[CardEntry]) -> str:
-    """A README in Markdown, with the facts that the hub reads in front.
+    """A README in Markdown, beginning with the metadata that the hub reads.
 
     Args:
         repository: hub id or folder, as ``KVArtifact.from_pretrained`` takes it.
@@ -58,8 +58,8 @@ def model_card(repository: str, entries: Sequence[CardEntry]) -> str:
     front = yaml.safe_dump(facts, sort_keys=True)
     parts = [
         f"---\n{front}---\n\n# Quantized key-value cache of {', '.join(models)}",
-        "No weights are in here: the files say how kvq-calib stores the keys and values of that model in a few bits, "
-        "fitted to it on a little text.",
+        "This repository has no weights. Its files tell kvq-calib how to store the model's keys and values in a few "
+        "bits; they were calibrated for this model on a little text.",
         *_figures(entries),
         *_use(repository, entries),
         *_origin(entries),
@@ -78,10 +78,10 @@ def _figures(entries: Iterable[CardEntry]) -> list[str]:
         for entry in entries
     ]
     parts = [
-        "KVArtifact, KVQCache What it takes",
+        "## Size",
         _table(headings, rows),
         "Bits count everything that is stored.",
-        "KVArtifact, KVQCache What it costs",
+        "## Accuracy",
     ]
     headings = ["file", "text", "tokens", "KL mean", "KL p99", "top-1", "perplexity", "unquantized", "mode"]
     rows = [
@@ -100,12 +100,12 @@ def _figures(entries: Iterable[CardEntry]) -> list[str]:
         for results, result in entry.measured
     ]
     if not rows:
-        return [*parts, "Not measured; `kvq-eval perplexity` does."]
+        return [*parts, "Not measured yet; `kvq-eval perplexity` measures it."]
     return [
         *parts,
         _table(headings, rows),
-        "KL divergence is from the unquantized model's predictions, in nats per predicted token; top-1 is the share of "
-        "tokens where both predict the same.",
+        "KL divergence is from the unquantized model's predictions, in nats per predicted token. Top-1 is the share of "
+        "tokens for which both models predict the same token.",
     ]
 
 
@@ -118,21 +118,21 @@ def _use(repository: str, entries: Sequence[CardEntry]) -> list[str]:
         "  # past_key_values=... before transformers 5.24"
     )
     return [
-        "KVArtifact, KVQCache Use",
+        "## Use",
         f"```python\n{code}\n```",
-        "A model that an artifact is not for is refused.",
+        "An artifact works with the model it was calibrated for; any other model is refused.",
     ]
 
 
 def _origin(entries: Iterable[CardEntry]) -> list[str]:
-    parts = ["KVArtifact, KVQCache How it was made"]
+    parts = ["## How it was made"]
     for entry in entries:
         record = entry.artifact.calibration
         data = record.get("data")
         facts = {
             "calibration text": fact_of(data, "dataset"),
             "windows": fact_of(data, "windows"),
-            "tokens of a window": fact_of(data, "seqlen"),
+            "tokens per window": fact_of(data, "seqlen"),
             "SHA-256 of the token ids": fact_of(data, "sha256"),
             **{f"version of {name}": version for name, version in _mapping(record.get("versions")).items()},
         }
@@ -155,7 +155,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays in its cell, whatever an artifact says."""
+    """Escape text so that it cannot leave its table cell."""
     return " ".join(str(value).replace("|", "\\|").replace("`", "'").split())
 
 

@@ -1,4 +1,4 @@
-"""The command that makes an artifact again, from what the artifact says of its calibration."""
+"""The command that makes an artifact again, from the artifact's record of its calibration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvq_calib.schema.recipe import calibration_config, recipe_names
 
 __all__ = ["NO_FIELD", "MadeBy", "calibration_command", "shell_lines"]
 
-#: A setting that is not worth an option: records have their text where it is looked for first.
+#: A setting and its default value, which the command does not show.
 NO_FIELD = ("text_field", "text")
 
 
@@ -25,8 +25,8 @@ class MadeBy:
     """How an artifact is made again.
 
     Attributes:
-        command: for a shell.
-        recipe, file: content and name of a recipe that does not ship; empty where it does.
+        command: the command line, for a shell.
+        recipe, file: content and file name of the recipe; empty for a shipped recipe.
     """
 
     command: str
@@ -35,15 +35,15 @@ class MadeBy:
 
 
 def calibration_command(model: str, artifact: Described, output: str) -> MadeBy | None:
-    """The command that makes an artifact again, and the recipe's file where it is not one that ships.
+    """The command that makes an artifact again, and the recipe file if the recipe is not shipped.
 
     Args:
-        model: as the command is to name it.
-        artifact: what was made.
-        output: file that the command is to write.
+        model: name of the model in the command.
+        artifact: the artifact.
+        output: file that the command writes.
 
     Returns:
-        ``None`` for an artifact that does not say how it was made.
+        ``None`` if the artifact does not record how it was made.
     """
     settings = artifact.calibration.get("settings")
     if not isinstance(settings, Mapping):
@@ -69,7 +69,7 @@ def calibration_command(model: str, artifact: Described, output: str) -> MadeBy 
 
 
 def shell_lines(words: Sequence[str]) -> str:
-    """A command for a shell, each option on a line of its own."""
+    """A command for a shell, with one option per line."""
     text = shlex.quote(words[0])
     for word in words[1:]:
         text += (" \\\n  " if word.startswith("-") else " ") + shlex.quote(word)
@@ -77,7 +77,7 @@ def shell_lines(words: Sequence[str]) -> str:
 
 
 def _assignments(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """What ``--set`` must change in ``old`` to make it ``new``."""
+    """The ``--set`` assignments that turn ``old`` into ``new``."""
     found = []
     for key, value in new.items():
         was = old.get(key)

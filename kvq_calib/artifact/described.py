@@ -1,4 +1,4 @@
-"""What an artifact says of itself, for what is written about it."""
+"""The interface of artifacts that model cards, commands and uploads use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Described"]
 
 
 class Described(Protocol):
-    """A :class:`~kvq_calib.artifact.artifact.KVArtifact`, as far as cards, commands and uploads see it."""
+    """The part of :class:`~kvq_calib.artifact.artifact.KVArtifact` that model cards, commands and uploads use."""
 
     @property
     def spec(self) -> KVCacheSpec:
@@ -24,13 +24,13 @@ class Described(Protocol):
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """Where its numbers come from."""
+        """How it was calibrated."""
 
     def bits_per_element(self, context: int) -> float:
-        """Everything stored for ``context`` tokens, in bits, over the numbers an unquantized cache would hold."""
+        """All bits stored for ``context`` tokens, divided by the numbers in an unquantized cache."""
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """The content of the file."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""

@@ -1,4 +1,4 @@
-"""The ways in which an artifact can be wrong."""
+"""Errors of artifacts."""
 
 from kvq_calib.errors import KVQError
 
@@ -8,11 +8,11 @@ class ArtifactError(KVQError):
 
 
 class ArtifactFileError(ArtifactError):
-    """Not a readable safetensors file: missing, truncated, or a header that lies."""
+    """Not a readable safetensors file: missing, truncated, or with a false header."""
 
 
 class ArtifactVersionError(ArtifactError):
-    """Written by another format version than this reader knows."""
+    """The file has a format version that this release does not read."""
 
 
 class ArtifactMetadataError(ArtifactError):
@@ -24,11 +24,11 @@ class ArtifactTensorError(ArtifactError):
 
 
 class ArtifactValueError(ArtifactError):
-    """A tensor with values no quantizer can have: NaN, unsorted levels, widths out of range, ..."""
+    """A tensor with impossible values: NaN, unsorted levels, widths out of range, ..."""
 
 
 class ArtifactDigestError(ArtifactError):
-    """Content that does not match its own digest: the file was damaged or edited."""
+    """The content does not match the digest: the file was damaged or edited."""
 
 
 class ArtifactModelError(ArtifactError):
@@ -36,4 +36,4 @@ class ArtifactModelError(ArtifactError):
 
 
 class ArtifactHubError(ArtifactError):
-    """No such artifact in a folder or on the hub, or the hub does not take it."""
+    """The artifact was not found in a folder or on the hub, or the hub refused an upload."""

@@ -1,10 +1,10 @@
-"""Scales of FP8 key-value caches, in the files that vLLM, TensorRT-LLM and SGLang read.
+"""Export of scales for FP8 key-value caches, in the files that vLLM, TensorRT-LLM and SGLang read.
 
-Such a cache keeps keys after RoPE and values as they are in ``float8_e4m3fn``, with one static scale for the keys and
-one for the values of a layer: ``scale = amax / 448``, ``amax`` the magnitude that should not saturate. Calibration
-records it (:func:`recorded_amax`); for an artifact from elsewhere, :func:`amax_of` says what follows from what its
-quantizers reach. File and key names are those that the three projects document;
-``docs/guides/integrations.md`` lists them.
+Such a cache holds rotated keys and values in ``float8_e4m3fn``. Each layer has one static scale for keys and one for
+values: ``scale = amax / 448``, where ``amax`` is the largest magnitude that must not saturate. Calibration records it
+(:func:`recorded_amax`). For an artifact without that record, :func:`amax_of` derives it from the range of the
+quantizers. The names of files and keys are those that the three projects document; ``docs/guides/integrations.md``
+lists them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ Amax = Mapping[Kind, Sequence[float]]
 
 
 def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
-    """Largest magnitude of each channel at any position, from that before RoPE, both ``[C]``.
+    """Largest magnitude of each channel after RoPE at any position, from that before RoPE; both ``[C]``.
 
-    A pair turns, so either half may come to be as long as the pair.
+    RoPE rotates a pair, so either coordinate can become as large as the length of the pair.
     """
     by_head = reach.view(heads, -1).clone()
     if rope.pairs:
@@ -62,11 +62,11 @@ def _rotated(reach: Tensor, heads: int, rope: RopeSpec) -> Tensor:
 
 
 def amax_of(artifact: KVArtifact) -> dict[Kind, list[float | None]]:
-    """Per layer, the largest magnitude of rotated keys and of values that the artifact's quantizers reach.
+    """For each layer, the largest magnitude of rotated keys and of values that the artifact's quantizers can represent.
 
-    Keys quantized before RoPE: for a pair whose halves reach ``a`` and ``b`` it is ``sqrt(a^2 + b^2)`` times the
-    attention scaling, which holds at every position and for every turn of the pair. ``None`` where thresholds come from
-    each token, or from the text.
+    For keys quantized before RoPE, a pair whose coordinates reach ``a`` and ``b`` reaches ``sqrt(a^2 + b^2)`` times the
+    attention scaling, at any position and with any pair rotation. ``None`` where thresholds come from each token or
+    from the text.
     """
     found: dict[Kind, list[float | None]] = {kind: [] for kind in KINDS}
     for index, quantizers in enumerate(artifact.quantizers()):
@@ -85,11 +85,11 @@ def amax_of(artifact: KVArtifact) -> dict[Kind, list[float | None]]:
 
 
 def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
-    """What an FP8 cache with one scale per layer cannot express of an artifact, in words.
+    """The properties of an artifact that an FP8 cache with one scale per layer does not have, in words.
 
     Args:
         artifact: the artifact.
-        amax: measured magnitudes, for whose kinds nothing is estimated; what the artifact records by default.
+        amax: measured magnitudes by kind, which replace the estimate; by default those that the artifact records.
     """
     measured = {**recorded_amax(artifact), **(amax or {})}
     lost: dict[str, dict[Kind, None]] = {}
@@ -108,10 +108,10 @@ def losses(artifact: KVArtifact, amax: Amax | None = None) -> list[str]:
 
 
 def read_amax(path: str | os.PathLike[str], layers: int) -> Amax:
-    """Read ``{"key": [...], "value": [...]}``, a magnitude for each layer; either may be left out.
+    """Read ``{"key": [...], "value": [...]}`` with one magnitude per layer. Either entry may be left out.
 
     Raises:
-        ConfigError: the file cannot be read, or is something else.
+        ConfigError: the file cannot be read, or does not have this form.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -121,11 +121,12 @@ def read_amax(path: str | os.PathLike[str], layers: int) -> Amax:
 
 
 def recorded_amax(artifact: KVArtifact) -> Amax:
-    """What calibration measured: the largest magnitude of rotated keys and of values of each layer over its text, all
-    tokens counted. Empty where the artifact records nothing.
+    """The largest magnitude of rotated keys and of values of each layer, measured at calibration over all tokens.
+
+    Empty if the artifact has no such record.
 
     Raises:
-        ConfigError: the record is something else.
+        ConfigError: the record does not have the right form.
     """
     content = artifact.calibration.get("amax")
     return (
@@ -160,7 +161,7 @@ def _scales(artifact: KVArtifact, amax: Amax | None) -> dict[Kind, list[float]]:
                 "thresholds come from the text itself; measure it as docs/guides/integrations.md shows, and give it with "
                 "--amax"
             )
-        # A layer whose keys or values are all zero still needs a scale to divide by.
+        # A layer whose keys or values are all zero still needs a scale, to divide by.
         scales[kind] = [max(number, _SMALLEST_AMAX) / _FP8_MAX for number in known]
     return scales
 
@@ -173,22 +174,22 @@ def export(
     prefix: str = DEFAULT_PREFIX,
     ranks: int = 1,
 ) -> dict[str, bytes]:
-    """The files of a format: name to content.
+    """The files of a format, by name.
 
     Args:
         artifact: the artifact.
         format: ``fp8-scales`` (compressed-tensors, as vLLM reads it), ``modelopt`` (as TensorRT-LLM reads it) or
             ``sglang`` (its ``--quantization-param-path``).
-        amax: magnitude for each layer that takes the place of what the artifact records or holds.
+        amax: a magnitude for each layer, by kind; replaces what the artifact records.
         prefix: name of an attention module in the checkpoint, with ``{layer}`` for its number; not for ``sglang``.
-        ranks: tensor-parallel ranks, for ``sglang`` alone, which lists the scales for each.
+        ranks: number of tensor-parallel ranks; only for ``sglang``, whose file lists the scales for each.
 
     Raises:
-        ConfigError: the artifact does not hold a range that is needed, or the prefix names one layer only.
+        ConfigError: the artifact does not hold a range that is needed, or the prefix has no ``{layer}``.
     """
     scales = _scales(artifact, amax)
     if format == "sglang":
-        # One factor serves keys and values, so the larger.
+        # Keys and values share one factor: the larger of the two.
         both = [max(pair) for pair in zip(scales["key"], scales["value"], strict=True)]
         by_layer = {str(layer): scale for layer, scale in enumerate(both)}
         content = {
@@ -212,7 +213,7 @@ def export(
     }
     files = {"kv_cache_scales.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
     if format == "modelopt":
-        # Readers know the layout by this producer; the version says who wrote the file.
+        # Readers recognise the layout by this producer. The version says who wrote the file.
         files["hf_quant_config.json"] = _json(
             {
                 "producer": {"name": "modelopt", "version": "kvq-calib"},
@@ -235,10 +236,10 @@ def export(
 
 
 def write(files: Mapping[str, bytes], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write :func:`export`'s files to a folder, which is made if it is not there.
+    """Write the files of :func:`export` to a folder, which is created if needed.
 
     Raises:
-        WriteError: it cannot be made or written.
+        WriteError: the folder or a file cannot be written.
     """
     place = Path(folder)
     try:

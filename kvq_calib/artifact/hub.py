@@ -31,13 +31,13 @@ _log = logging.getLogger(__name__)
 
 
 def file_name(artifact: Described) -> str:
-    """The name of an artifact among others: that of its recipe."""
+    """The default file name of an artifact, from the name of its recipe."""
     recipe = re.sub(r"[^\w.-]+", "-", str(artifact.calibration.get("recipe", ""))).strip("-.")
     return f"{recipe or 'artifact'}{SUFFIX}"
 
 
 def _entries(artifacts: Mapping[str, Described], results: Sequence[Results]) -> list[CardEntry]:
-    """Artifacts by their file names, with what was measured of them: results know files by their hashes."""
+    """Artifacts by file name, with their results, which name artifacts by hash."""
     entries = []
     for name, artifact in artifacts.items():
         if Path(name).name != name or not name.endswith(SUFFIX):
@@ -58,18 +58,18 @@ def _entries(artifacts: Mapping[str, Described], results: Sequence[Results]) -> 
 def save(
     folder: str | os.PathLike[str], artifacts: Mapping[str, Described], results: Sequence[Results] = ()
 ) -> list[Path]:
-    """Write artifacts and their model card; a README that is not such a card stays.
+    """Write artifacts and their model card. A README that is not such a card is left as it is.
 
     Args:
-        folder: made if it is not there.
-        artifacts: by file name.
-        results: of ``kvq-eval perplexity --json``; those of these artifacts are shown.
+        folder: folder to write to; created if needed.
+        artifacts: artifacts by file name.
+        results: files of ``kvq-eval perplexity --json``; the card shows the results of these artifacts.
 
     Returns:
         The files that were written.
 
     Raises:
-        ArtifactHubError: a name is not one for an artifact, or the folder cannot be made.
+        ArtifactHubError: a file name is not allowed, or the folder cannot be created.
         WriteError: a file cannot be written.
     """
     place = Path(folder)
@@ -83,7 +83,7 @@ def save(
     written = [place / entry.file for entry in entries]
     card = place / _CARD
     if card.exists() and not is_card(card.read_text(encoding="utf-8", errors="replace")):
-        _log.warning("%s is of something else and stays as it is; there is no card of the artifacts", card)
+        _log.warning("%s describes something else and is left as it is; no model card is written", card)
         return written
     write_atomically(card, model_card(place.name, entries).encode())
     return [*written, card]
@@ -98,9 +98,9 @@ class Upload:
 
     Attributes:
         repo_id: ``name/repository``.
-        private: whether a repository that is made is private; ``None`` is the account's default.
-        revision: branch, made if it is not there; ``None`` is the repository's main branch.
-        token: token of the account; ``None`` is the account that is logged in.
+        private: whether a new repository is private; ``None`` is the account's default.
+        revision: branch, created if needed; ``None`` is the main branch.
+        token: access token; ``None`` is the account that is logged in.
         commit_message: message of the commit.
         create_pr: open a pull request instead of changing the branch.
     """
@@ -114,18 +114,18 @@ class Upload:
 
 
 def push(target: Upload, artifacts: Mapping[str, Described], results: Sequence[Results] = ()) -> str:
-    """Upload artifacts and their model card in one commit; a README that is not such a card stays.
+    """Upload artifacts and their model card in one commit. A README that is not such a card is left as it is.
 
     Args:
-        target: where to.
-        artifacts: by file name.
+        target: where to upload.
+        artifacts: artifacts by file name.
         results: as in :func:`save`.
 
     Returns:
         Address of the commit, or of the pull request.
 
     Raises:
-        ArtifactHubError: a name is not one for an artifact, or the hub refuses, or cannot be reached.
+        ArtifactHubError: a file name is not allowed, or the hub refuses or cannot be reached.
     """
     entries = _entries(artifacts, results)
     api = huggingface_hub.HfApi(token=target.token, library_name="kvq-calib")
@@ -147,13 +147,13 @@ def push(target: Upload, artifacts: Mapping[str, Described], results: Sequence[R
                 revision=target.revision,
                 create_pr=target.create_pr,
             )
-    except Exception as error:  # of the network, the client and the hub
+    except Exception as error:  # the network, the client and the hub raise many kinds
         raise ArtifactHubError(f"cannot upload to {target.repo_id}: {_advice(error)}") from error
     return str(made.pr_url or made.commit_url)
 
 
 def _may_have_card(api: Any, target: Upload) -> bool:
-    """Whether a repository has no README, or one that was written here."""
+    """Whether a repository has no README, or a card of this module."""
     try:
         file = api.hf_hub_download(target.repo_id, _CARD, revision=target.revision)
     except LocalEntryNotFoundError:
@@ -162,7 +162,7 @@ def _may_have_card(api: Any, target: Upload) -> bool:
         return True
     if is_card(Path(file).read_text(encoding="utf-8", errors="replace")):
         return True
-    _log.warning("the README of %s is of something else and stays as it is", target.repo_id)
+    _log.warning("the README of %s describes something else and is left as it is", target.repo_id)
     return False
 
 
@@ -174,16 +174,16 @@ def find_artifact(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The file of an artifact: of a path, or in a folder, or in a repository of the hub.
+    """Find the file of an artifact: a path, or a file in a folder or in a repository on the hub.
 
     Args:
         name: file, folder, or hub id.
-        filename: which artifact of a folder or repository; needed where there are several.
-        revision: of a repository: branch, tag or commit.
-        token, cache_dir, local_files_only: as everywhere in Hugging Face's libraries.
+        filename: file name in the folder or repository; needed if there are several artifacts.
+        revision: branch, tag or commit of the repository.
+        token, cache_dir, local_files_only: as in Hugging Face's libraries.
 
     Raises:
-        ArtifactHubError: nothing there, or several; says which.
+        ArtifactHubError: there is no artifact, or there are several; the message names them.
     """
     path = Path(os.fspath(name)).expanduser()
     if path.is_file():
@@ -227,7 +227,7 @@ def _choose(folder: Path, name: str, filename: str | None) -> Path:
 
 
 def _advice(error: Exception) -> str:
-    """What went wrong, and for an account that may not what helps."""
+    """The cause of a failure, and how to log in if access was denied."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     text = one_line(error)
     if isinstance(error, HfHubHTTPError) and status in (401, 403):
@@ -239,7 +239,7 @@ def _advice(error: Exception) -> str:
 
 
 class Shareable:
-    """Saving and uploading of an artifact, as models of transformers are."""
+    """Saving and uploading an artifact, with the methods that transformers models have."""
 
     def save_pretrained(
         self: Described,
@@ -251,18 +251,18 @@ class Shareable:
         repo_id: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the artifact and a model card to a folder, as models of transformers are saved.
+        """Write the artifact and a model card to a folder, as with transformers models.
 
         Args:
-            save_directory: the folder; made if it is not there.
-            filename: of the artifact; that of its recipe by default.
-            results: files of ``kvq-eval perplexity --json``; the card shows what they say of this artifact.
+            save_directory: the folder; created if needed.
+            filename: file name of the artifact; by default from the name of its recipe.
+            results: files of ``kvq-eval perplexity --json``; the card shows the results of this artifact.
             push_to_hub: upload it too.
-            repo_id: where to; the folder's name by default.
-            options: of :meth:`push_to_hub`.
+            repo_id: repository to upload to; by default the folder's name.
+            options: further arguments of :meth:`push_to_hub`.
 
         Raises:
-            KVQError: the folder cannot be written, or see :meth:`push_to_hub`.
+            KVQError: the folder cannot be written, or the upload fails.
         """
         artifacts, measured = {filename or file_name(self): self}, read_results(results)
         save(save_directory, artifacts, measured)
@@ -280,7 +280,7 @@ class Shareable:
         """Upload the artifact with a model card, which states bits, KL divergence, data and command.
 
         Args:
-            repo_id: ``name/repository``; made if it is not there.
+            repo_id: ``name/repository``; created if needed.
             filename, results: as in :meth:`save_pretrained`.
             options: ``private``, ``revision``, ``token``, ``commit_message`` and ``create_pr``, as in transformers.
 

@@ -1,10 +1,10 @@
-"""Artifacts from the pickles of KVQuant's own code (its ``quantizers.pickle``).
+"""Import of ``quantizers.pickle`` files, which KVQuant's code writes.
 
 Such a file maps ``model.layers.N.self_attn.{k_proj,v_proj}`` to ``(upper, lower, centroids)`` and, with Q-Norm,
-``(..., scale, offset)``: thresholds of every channel and the centroids of the values normalised by them. Its values
-take their thresholds from each token at run time, so only centroids of theirs are used.
+``(..., scale, offset)``: the thresholds of every channel, and the centroids after normalisation by them. KVQuant
+computes thresholds of values for each token at run time, so for values only the centroids are used.
 
-A pickle is a program. This one is not run, but read as data: see :mod:`kvq_calib.artifact.number_pickle`.
+A pickle is a program. It is not run here, but read as data: see :mod:`kvq_calib.artifact.number_pickle`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvq_calib.schema.spec import KVCacheSpec, OutlierSpec, ScalarSpec
 
 __all__ = ["import_kvquant", "load_pickle"]
 
-#: Largest pickle that is read; that of a 65B model has some 10 MB.
+#: Largest pickle that is read, in bytes. For a 65B model it is about 10 MB.
 _MAX_BYTES = 1 << 30
 #: Most numbers in an array; a layer of a 405B model has 1024 channels of keys.
 _MAX_CHANNELS = 1 << 20
@@ -38,10 +38,10 @@ _SMALLEST_SCALE = 1e-8
 
 
 def load_pickle(path: str | os.PathLike[str]) -> Any:
-    """Load a pickle of numpy arrays, torch tensors, numbers, text and plain containers; nothing of it is run.
+    """Load a pickle of numpy arrays, torch tensors, numbers, text and plain containers, without running it.
 
     Raises:
-        ArtifactFileError: not such a file, or one that asks for more, or that declares more than it holds.
+        ArtifactFileError: not such a file; it needs anything else, or declares more data than it holds.
     """
     file = Path(path)
     try:
@@ -66,23 +66,23 @@ def import_kvquant(
     sink_tokens: int = 0,
     max_per_token: int | None = None,
 ) -> KVArtifact:
-    """An artifact with the thresholds and centroids of a ``quantizers.pickle``.
+    """Make an artifact from the thresholds and centroids of a ``quantizers.pickle``.
 
-    Q-Norm is folded into the levels. KVQuant codes by the levels before Q-Norm and reads those after it; here codes are
-    always the nearest stored level's, so elements near a boundary may differ by a level there.
+    Q-Norm is folded into the levels. KVQuant chooses codes by the levels before Q-Norm and decodes with those after it.
+    Here a code is always the nearest stored level, so elements near a boundary may differ by one level.
 
     Args:
         path: the pickle.
-        geometry: of the model it was made for.
+        geometry: geometry of the model it was made for.
         model: ``id`` and ``config`` of that model.
-        outliers: share of elements kept exact, which the pickle does not say: 1 minus its
-            ``--sparsity-threshold``, 0 for dense ones.
-        sink_tokens: first tokens kept exact (``--first_few_fp16``).
-        max_per_token: cap on a token's outliers of the keys; ``None`` derives it.
+        outliers: share of elements kept exact, which the pickle does not contain: 1 minus KVQuant's
+            ``--sparsity-threshold``, or 0 for dense quantizers.
+        sink_tokens: number of first tokens kept exact (KVQuant's ``--first_few_fp16``).
+        max_per_token: largest number of outliers of a token of keys; ``None`` derives it.
 
     Raises:
-        ArtifactFileError: not such a pickle, or nothing non-uniform in it.
-        ConfigError: it does not fit the geometry.
+        ArtifactFileError: not such a pickle, or without non-uniform quantizers.
+        ConfigError: the pickle does not fit the geometry.
     """
     content = load_pickle(path)
     if not isinstance(content, dict) or not content:
@@ -130,7 +130,7 @@ def import_kvquant(
 def _layer(
     path: str | os.PathLike[str], content: Mapping[Any, Any], number: int, shape: LayerGeometry
 ) -> tuple[LayerParams, frozenset[tuple[int, bool]]]:
-    """Parameters of a layer, and the number of levels and Q-Norm of its quantizers."""
+    """The parameters of a layer, the number of levels, and whether its quantizers have Q-Norm."""
     centroids, forms = {}, set()
     for kind, projection in (("key", "k_proj"), ("value", "v_proj")):
         name = f"model.layers.{number}.self_attn.{projection}"
@@ -185,7 +185,7 @@ def _channels(name: str, part: Any, channels: int) -> Tensor:
 
 
 def _levels(name: str, entry: tuple[Any, ...]) -> Tensor:
-    """Centroids as stored levels, Q-Norm applied: float32, sorted, representable in float16."""
+    """Centroids as stored levels, with Q-Norm applied: float32, sorted, representable in float16."""
     holder = entry[2]
     if not isinstance(holder, list | tuple) or not holder:
         raise ArtifactFileError(f"{name} has no centroids")

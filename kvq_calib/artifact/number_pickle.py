@@ -1,8 +1,8 @@
 """Pickles of arrays and tensors, read as data.
 
-A pickle is a program, and Python's unpickler runs it. This reader runs nothing: it knows the opcodes that build plain
-containers, and of the calls that pickles of numpy arrays and torch tensors contain it knows what they mean. It makes no
-object that is larger than the file, whatever sizes the file declares.
+A pickle is a program, and Python's unpickler runs it. This reader runs nothing. It interprets the opcodes that build
+plain containers, and the calls in pickles of numpy arrays and torch tensors. It makes no object larger than the file,
+whatever sizes the file declares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvq_calib.errors import one_line
 
 __all__ = ["PickleProblem", "read_pickle"]
 
-#: Opcodes of one file. Quantizers of a model of 126 layers have some 50 000.
+#: Largest number of opcodes in a file. The quantizers of a model of 126 layers have about 50,000.
 _MAX_OPCODES = 2_000_000
 _NUMBERS = {f"{kind}{size}" for kind, sizes in (("f", "248"), ("i", "1248"), ("u", "1248")) for size in sizes}
 _STORAGES = {
@@ -36,22 +36,22 @@ _STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
 }
-#: What stands at the beginning of a storage that torch pickled.
+#: What a storage pickled by torch begins with.
 _TORCH_MAGIC, _TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 class PickleProblem(Exception):
-    """A pickle that is not read; the message is one line, to be read after the file's name."""
+    """A pickle that is refused. The message is one line that continues after the file's name."""
 
 
 def read_pickle(data: bytes) -> Any:
-    """What a pickle holds: plain containers, numbers and text, numpy arrays and torch tensors.
+    """Read a pickle of plain containers, numbers, text, numpy arrays and torch tensors.
 
-    Arrays are found in the outermost container, and in two further levels of tuples and lists, where quantizers have
-    them.
+    Arrays are converted in the outermost container and in two further levels of tuples and lists, which is where
+    quantizers have them.
 
     Raises:
-        PickleProblem: it is broken, asks for something else, or declares more than it holds.
+        PickleProblem: it is broken, needs anything else, or declares more data than it holds.
     """
     try:
         return _plain(_Program(_Limits(len(data)), _CALLS).result(io.BytesIO(data)), 3, {})
@@ -62,10 +62,10 @@ def read_pickle(data: bytes) -> Any:
 
 
 class _Limits:
-    """What one file may take.
+    """Limits on the work and memory for one file.
 
     Args:
-        size: bytes of the file.
+        size: size of the file in bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,24 +74,24 @@ class _Limits:
         self._taken: Counter[str] = Counter()
 
     def step(self) -> None:
-        """One more opcode."""
+        """Count one more opcode."""
         self.opcodes += 1
         if self.opcodes > _MAX_OPCODES:
             raise PickleProblem("has too many parts to hold quantizers")
 
     def take(self, what: str, size: int) -> None:
-        """Bytes of a copy: all of a kind together are no more than the file's."""
+        """Count the bytes of a copy. All copies of a kind together are no larger than the file."""
         self._taken[what] += size
         self.fits(self._taken[what])
 
     def fits(self, size: int) -> None:
-        """Bytes that something would have, written out."""
+        """Check the size that an object would have, in bytes."""
         if not 0 <= size <= self.size:
             raise PickleProblem("declares arrays that are larger than the file: refused")
 
 
 class _Name:
-    """A function or class that a pickle names; nothing of Python's, and without attributes."""
+    """The name of a function or class in a pickle; not the Python object itself."""
 
     __slots__ = ("name",)
 
@@ -112,7 +112,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array that is named first and gets its content later."""
+    """An array that is created first and gets its content later."""
 
     __slots__ = ("content",)
 
@@ -134,9 +134,9 @@ class _Program:
     """The stack, the memo and the opcodes.
 
     Args:
-        limits: of the file.
-        calls: by the name under which a pickle calls them, given the limits and their arguments.
-        refer: what data outside the pickle is, of which it has a description; ``None`` refuses any.
+        limits: limits for the file.
+        calls: functions by their name in pickles; each gets the limits and the arguments.
+        refer: resolves a reference to data outside the pickle; ``None`` refuses references.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class _Program:
         self.memo: dict[int, Any] = {}
 
     def result(self, file: io.BytesIO) -> Any:
-        """Read from the place where ``file`` stands to just behind the end of one pickle."""
+        """Read one pickle from the current position of ``file``, and stop right after it."""
         for opcode, value, _ in pickletools.genops(file):
             self.limits.step()
             name = opcode.name
@@ -168,7 +168,7 @@ class _Program:
                 raise PickleProblem(f"has {name}, which no array and no tensor needs: refused")
         return self.pop()
 
-    # Below are the opcodes that do something with the stack; `value` is what stands behind an opcode.
+    # The opcodes that work on the stack; `value` is the operand of the opcode.
 
     def pop(self, _: Any = None) -> Any:
         return self.stack.pop()
@@ -317,12 +317,12 @@ _OPERATIONS: dict[str, Callable[[_Program, Any], Any]] = {
 
 
 def _plain(value: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
-    """The same with arrays in place of what holds them, in ``depth`` levels of containers.
+    """Replace the holders of arrays by the arrays, in ``depth`` levels of containers.
 
     Args:
-        value: which everything is in.
-        depth: below which everything stays as it is.
-        known: results by identity and depth, so that what stands in many places is gone through once.
+        value: the outermost object.
+        depth: number of levels to convert; deeper objects stay as they are.
+        known: results by identity and depth, so that a shared object is converted once.
     """
     if isinstance(value, _Array):
         if value.content is None:
@@ -341,11 +341,11 @@ def _plain(value: Any, depth: int, known: dict[tuple[int, int], Any]) -> Any:
     return known[place]
 
 
-# --------------------------------------------------------------------------- what pickles of arrays call
+# ------------------------------------------------------------------------- functions in pickles of arrays
 
 
 def _sizes(limits: _Limits, values: Any) -> tuple[int, ...]:
-    """A shape or strides: a few numbers that are not negative and not beyond any file."""
+    """A shape or strides: a few numbers, none negative, none larger than any file."""
     fine = isinstance(values, tuple) and len(values) <= 8
     if not fine or any(type(size) is not int or not 0 <= size < 2**62 for size in values):
         raise PickleProblem("has an array with an impossible shape")
@@ -353,7 +353,7 @@ def _sizes(limits: _Limits, values: Any) -> tuple[int, ...]:
 
 
 def _array(limits: _Limits, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    """An array over bytes of the file."""
+    """An array that is a view of bytes of the file."""
     if not isinstance(dtype, _Dtype):
         raise PickleProblem("has an array of something that is not a number")
     shape = (shape,) if type(shape) is int else shape
@@ -366,12 +366,12 @@ def _array(limits: _Limits, data: Any, dtype: Any, shape: Any, order: Any) -> np
 
 
 def _from_buffer(limits: _Limits, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    """How protocol 5 writes arrays; ``axes`` has a meaning for orders that are not read."""
+    """An array as protocol 5 writes it. ``axes`` only matters for memory orders that are refused."""
     return _Array(_array(limits, data, dtype, shape, order))
 
 
 def _reconstruct(limits: _Limits, kind: Any, shape: Any, code: Any) -> _Array:
-    """How protocols before 5 begin an array; its content follows."""
+    """An empty array as protocols before 5 write it; its content follows."""
     if not isinstance(kind, _Name) or kind.name != ("numpy", "ndarray"):
         raise PickleProblem("has an array of an unknown class")
     return _Array()
@@ -384,7 +384,7 @@ def _dtype(limits: _Limits, number: Any, align: Any = False, copy: Any = True) -
 
 
 def _encoded(limits: _Limits, text: Any, encoding: Any = None) -> bytes:
-    """How protocols before 3 write bytes."""
+    """Bytes as protocols before 3 write them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise PickleProblem("has bytes in an unknown encoding")
     limits.take("bytes", len(text))
@@ -392,7 +392,7 @@ def _encoded(limits: _Limits, text: Any, encoding: Any = None) -> bytes:
 
 
 def _hooks(limits: _Limits, *items: Any) -> dict[str, Any]:
-    """The backward hooks of a tensor: none."""
+    """The backward hooks of a tensor, of which there must be none."""
     if items not in ((), ([],)):
         raise PickleProblem("has a tensor with hooks: refused")
     return {}
@@ -402,11 +402,11 @@ def _ndarray(limits: _Limits, *arguments: Any) -> Any:
     raise PickleProblem("has an array without content: refused")
 
 
-# -------------------------------------------------------------------------- what pickles of tensors call
+# ------------------------------------------------------------------------ functions in pickles of tensors
 
 
 class _Declared:
-    """The storage that a storage's own pickle declares."""
+    """A storage as its pickle declares it."""
 
     __slots__ = ("dtype", "key", "size")
 
@@ -415,7 +415,7 @@ class _Declared:
 
 
 def _declared(described: Any) -> _Declared:
-    """How torch names the storage in a storage's own pickle."""
+    """Resolve torch's reference to the storage in the pickle of a storage."""
     if not isinstance(described, tuple) or len(described) not in (5, 6) or described[5:] not in ((), (None,)):
         raise PickleProblem("has a tensor whose storage is of an unknown kind")
     what, kind, key, _, size = described[:5]
@@ -425,7 +425,7 @@ def _declared(described: Any) -> _Declared:
 
 
 def _storage(limits: _Limits, data: Any) -> Tensor:
-    """The numbers of a tensor, in the form that torch wrote files in before it wrote zip files."""
+    """The numbers of a tensor, in torch's file format before zip files."""
     if not isinstance(data, bytes | bytearray):
         raise PickleProblem("has a tensor without content")
     limits.take("storages", len(data))

@@ -1,7 +1,7 @@
-"""Files with a seal: safetensors whose metadata holds one JSON object with a digest of everything.
+"""Sealed files: safetensors whose metadata is one JSON object with a digest of the whole content.
 
-Artifacts, saved caches and checkpoints of a calibration are such files. ``docs/reference/format.md`` defines the
-digest. It reveals damage, but stops no forger: values are checked although it is right.
+Artifacts, saved caches and checkpoints of a calibration are sealed files. ``docs/reference/format.md`` defines the
+digest. It reveals damage but does not stop a forger, so values are checked even if the digest is right.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ Fault = Literal["missing", "file", "kind", "metadata", "digest"]
 
 
 class SealError(Exception):
-    """A file that cannot be used; the message is one line, to be read after the file's name.
+    """A file that cannot be used. The message is one line that continues after the file's name.
 
     Attributes:
-        fault: "missing" where there is nothing that can be read, "file" for no safetensors file, "kind" for one of
-            another kind, "metadata" for metadata that is no JSON object, "digest" for content that does not match it.
+        fault: "missing" if no file can be read, "file" if it is not a safetensors file, "kind" if it is a safetensors
+            file of another kind, "metadata" if its metadata is not a JSON object, "digest" if the content does not
+            match.
     """
 
     def __init__(self, fault: Fault, message: str) -> None:
@@ -37,14 +38,14 @@ class SealError(Exception):
 
 
 class Sealed(NamedTuple):
-    """What a file holds: metadata without its digest, and tensors by name."""
+    """The content of a file: metadata without the digest, and tensors by name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def canonical(metadata: Mapping[str, Any]) -> str:
-    """The one way to write a JSON object: sorted keys, no white space, ASCII, no NaN and no infinity.
+    """Write a JSON object in its canonical form: sorted keys, no white space, ASCII, no NaN or infinity.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -53,14 +54,14 @@ def canonical(metadata: Mapping[str, Any]) -> str:
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the canonical metadata, which has no digest, and, sorted by name, every tensor.
+    """SHA-256 over the canonical metadata, without the digest, and then all tensors in the order of their names.
 
     Args:
         metadata: a JSON object.
-        tensors: on the CPU.
+        tensors: tensors on the CPU.
 
     Raises:
-        ValueError: a number of the metadata is NaN or infinite.
+        ValueError: a number in the metadata is NaN or infinite.
         RecursionError: the metadata is nested too deep.
     """
     state = hashlib.sha256(canonical(metadata).encode())
@@ -72,28 +73,28 @@ def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def seal(key: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a file.
+    """Make the content of a file.
 
     Args:
         key: of the entry of the safetensors metadata.
         metadata: a JSON object without ``digest``.
-        tensors: contiguous, on the CPU.
+        tensors: contiguous tensors on the CPU.
     """
     complete = {**metadata, "digest": digest(metadata, tensors)}
     return safetensors.torch.save(dict(tensors), {key: canonical(complete)})
 
 
 def unseal(data: bytes, key: str, check_kind: Callable[[Mapping[str, Any]], None] | None = None) -> Sealed:
-    """Take a file apart and hold its content against its digest.
+    """Split a file into metadata and tensors, and check its digest.
 
     Args:
         data: the file's content.
         key: of the entry of the safetensors metadata.
-        check_kind: called with the metadata before anything relies on the digest, which another version may make in
-            another way; what it raises is not caught.
+        check_kind: called with the metadata before the digest is checked, because another version may define the digest
+            differently. Its exceptions are not caught.
 
     Raises:
-        SealError: the content is not what :func:`seal` gives.
+        SealError: the content was not made by :func:`seal`.
     """
     metadata, tensors = _parse(data, key)
     stated = metadata.pop("digest", None)
@@ -103,7 +104,7 @@ def unseal(data: bytes, key: str, check_kind: Callable[[Mapping[str, Any]], None
         actual = digest(metadata, tensors)
     except (ValueError, RecursionError) as error:  # 1e999, or nested deeper than can be written again
         raise SealError("metadata", f"its metadata is not plain JSON ({one_line(error)})") from error
-    except (RuntimeError, TypeError) as error:  # a dtype without bytes of its own
+    except (RuntimeError, TypeError) as error:  # a dtype smaller than a byte
         raise SealError("file", f"it has a tensor of an unknown kind ({one_line(error)})") from error
     if stated != actual:
         raise SealError("digest", "it is damaged: its content does not match its digest")
@@ -113,10 +114,10 @@ def unseal(data: bytes, key: str, check_kind: Callable[[Mapping[str, Any]], None
 def read_sealed(
     path: Path, key: str, check_kind: Callable[[Mapping[str, Any]], None] | None = None
 ) -> Sealed:
-    """The same of a file on disk.
+    """:func:`unseal` for a file on disk.
 
     Raises:
-        SealError: it cannot be read, or is not what :func:`seal` gives.
+        SealError: it cannot be read, or was not made by :func:`seal`.
     """
     try:
         data = path.read_bytes()

@@ -1,9 +1,9 @@
-"""Parts of an artifact for runtimes that divide key-value heads over ranks (tensor parallelism).
+"""Shards of an artifact, for runtimes that divide key-value heads over ranks (tensor parallelism).
 
-Rank ``r`` of ``n`` holds the heads ``r H / n`` to ``(r + 1) H / n - 1`` of every layer, and with more ranks than heads
-each head is held by ``n / H`` ranks, as the engines do. With thresholds per channel a shard gives bit for bit what
-the whole gives for its heads. With thresholds per token a rank takes them from its own heads, since a token's other
-heads are elsewhere: never coarser, but not the same numbers. So it is with the cap on a token's outliers.
+Rank ``r`` of ``n`` holds the heads ``r H / n`` to ``(r + 1) H / n - 1`` of every layer. With more ranks than heads, ``n
+/ H`` ranks hold the same head, as inference engines do. With thresholds per channel, a shard gives the same bits for
+its heads as the whole artifact. With thresholds per token, a rank sees only its heads, so the numbers differ, but are
+never coarser. The same holds for the cap on the outliers of a token.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["shard"]
 
 
 def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
-    """One rank's part of an artifact.
+    """The shard of one rank.
 
     Args:
-        artifact: of the whole model.
+        artifact: the artifact of the whole model.
         rank: 0 to ``ranks - 1``.
-        ranks: ranks that divide the heads.
+        ranks: number of ranks that divide the heads.
 
     Raises:
-        ConfigError: a layer's heads cannot be divided so, or there is no such rank.
+        ConfigError: the heads of a layer cannot be divided evenly, or there is no such rank.
     """
     if not 0 <= rank < ranks:
         raise ConfigError(f"there is no rank {rank} of {ranks}; ranks are counted from 0")
@@ -52,7 +52,7 @@ def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
         geometry=KVGeometry(layers=tuple(shapes), ropes=artifact.geometry.ropes),
         layers=tuple(layers),
         calibration={**artifact.calibration, "shard": {"rank": rank, "ranks": ranks}},
-        # Counted per layer at calibration, so heads are taken to have equal parts.
+        # Outliers are counted per layer at calibration, so every head is assumed to have the same number.
         outliers_per_token={
             kind: [rate * share for rate, share in zip(rates, shares, strict=True)]
             for kind, rates in artifact.outliers_per_token.items()
@@ -61,7 +61,7 @@ def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
 
 
 def _heads(number: int, geometry: LayerGeometry, rank: int, ranks: int) -> tuple[int, int]:
-    """First head of a rank, and how many it has."""
+    """The first head of a rank, and its number of heads."""
     heads, queries = geometry.num_kv_heads, geometry.num_query_heads
     if queries % ranks or (heads % ranks and ranks % heads):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What is checked about a file before it is used: names, shapes, dtypes and values of tensors, and metadata."""
+"""Checks of a file before it is used: names, shapes, dtypes and values of tensors, and metadata."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["check_rates", "check_tensors", "prefix_of"]
 
 
 def prefix_of(layer: int, kind: Kind) -> str:
-    """What the names of a tensor of one layer's keys or values begin with."""
+    """The prefix of tensor names for the keys or the values of one layer."""
     return f"layers.{layer}.{kind}."
 
 
 def check_tensors(spec: KVCacheSpec, geometry: KVGeometry, tensors: Mapping[str, Tensor]) -> None:
-    """Hold every tensor against spec and geometry.
+    """Check every tensor against the spec and the geometry.
 
     Raises:
-        ArtifactError: one is missing, unknown, or not what it has to be; or spec and geometry do not fit each other.
+        ArtifactError: a tensor is missing, unknown or invalid, or spec and geometry do not fit each other.
     """
     unknown = set(tensors)
     for layer, kind, own in _specs(spec, geometry):
@@ -54,7 +54,7 @@ def _specs(spec: KVCacheSpec, geometry: KVGeometry) -> Iterator[tuple[int, Kind,
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, expected: StoredTensor) -> Tensor:
-    """The tensor ``name``, if it is there and of the expected shape and dtype."""
+    """The tensor ``name``. Raises if it is missing or does not have the expected shape and dtype."""
     tensor = tensors.get(name)
     if tensor is None:
         raise ArtifactTensorError(f"tensor {name} is missing")
@@ -72,10 +72,10 @@ def _checked(tensors: Mapping[str, Tensor], name: str, expected: StoredTensor) -
 
 
 def check_rates(rates: object, layers: int) -> dict[Kind, list[float]]:
-    """The metadata ``outliers_per_token``: for each kind a number per layer, not negative.
+    """Check the metadata ``outliers_per_token``: for each kind, one number per layer, none negative.
 
     Raises:
-        ArtifactMetadataError: it is something else.
+        ArtifactMetadataError: it does not have this form.
     """
     if not isinstance(rates, dict) or set(rates) != set(KINDS):
         raise ArtifactMetadataError("outliers_per_token must have 'key' and 'value'")

@@ -1,1 +1,1 @@
-"""From a model and text to statistics: capture, Fisher information, streaming accumulation."""
+"""Calibration: from a model and text to artifacts, by streaming statistics and fits."""

@@ -1,4 +1,4 @@
-"""From what fits gave to artifacts that say where their numbers come from."""
+"""Makes artifacts from the results of fits, with a record of how they were made."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def assemble(
     """The artifact of one recipe.
 
     Args:
-        recipe: that was fitted.
-        fitted: what the fit gave.
+        recipe: the recipe that was fitted.
+        fitted: result of the fit.
         model: the artifact's record of the model.
-        data: where the calibration text comes from.
-        amax: of :func:`largest_magnitudes`; not recorded where it is empty.
+        data: the artifact's record of the calibration text.
+        amax: result of :func:`largest_magnitudes`; not recorded if empty.
     """
     return KVArtifact(
         spec=fitted.spec,
@@ -55,11 +55,11 @@ def assemble(
 
 
 def largest_magnitudes(keys: Iterable[MagnitudeKey], totals: Table) -> dict[Kind, list[float]]:
-    """Per kind the largest magnitude of each layer; empty where nothing looked at the calibration text.
+    """The largest magnitude of each layer, by kind; empty if no pass read the calibration text.
 
     Args:
-        keys: of keys and values of all layers, layers in order.
-        totals: of all ranks.
+        keys: keys of these statistics, for keys and values of all layers in order.
+        totals: statistics of all ranks.
     """
     found: dict[Kind, list[float]] = {}
     for key in keys:

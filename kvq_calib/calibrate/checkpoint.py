@@ -1,4 +1,4 @@
-"""The state of a run on disk, so that an interrupted one can go on."""
+"""Checkpoints: the state of a run on disk, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["CHECKPOINT_SECONDS", "VERSION", "Checkpoint", "RunState"]
 
-#: Seconds between checkpoints: little work is lost, and writing the state stays negligible.
+#: Seconds between checkpoints. Little work is lost, and the time for writing is negligible.
 CHECKPOINT_SECONDS = 30.0
-#: Raised when statistics change their meaning, or the file: what an earlier version saved is then refused.
+#: Increased when the statistics or the file format change, so that older checkpoints are refused.
 VERSION = 4
 _METADATA_KEY = "kvq_checkpoint"
 
 
 @dataclass
 class RunState:
-    """How far this rank has come.
+    """The progress of this rank.
 
     Attributes:
-        statistics: of what this rank has seen.
-        done: steps of each part that are finished.
+        statistics: statistics of the text that this rank has seen.
+        done: number of finished steps of each part.
     """
 
     statistics: Table = field(default_factory=Table)
@@ -40,12 +40,12 @@ class RunState:
 
 
 class Checkpoint:
-    """One file that keeps a run's state; its tensors are named by the position of their key among the plan's.
+    """The file with a run's state. Its tensors are named by the position of their key in the plan.
 
     Args:
-        file: of this rank; ``None`` to keep nothing.
-        identity: what a checkpoint must share with the run, as a digest.
-        keys: of all statistics that the run can have, in a fixed order.
+        file: file of this rank; ``None`` for no checkpoint.
+        identity: digest of everything that must be equal in the checkpoint and the run.
+        keys: keys of all statistics that the run can have, in a fixed order.
     """
 
     def __init__(self, file: Path | None, identity: str, keys: Sequence[Key[Any]]) -> None:
@@ -54,13 +54,13 @@ class Checkpoint:
         self._saving = 0.0
 
     def load(self, geometry: KVGeometry) -> RunState:
-        """The state of an interrupted run; an empty one where there is no file.
+        """Load the state of an interrupted run; an empty state if there is no file.
 
         Args:
-            geometry: of the model.
+            geometry: geometry of the model.
 
         Raises:
-            CalibrationError: the file is no checkpoint, damaged, or of another run.
+            CalibrationError: the file is not a checkpoint, is damaged, or belongs to another run.
         """
         state = RunState()
         if self._file is None or not self._file.exists():
@@ -92,13 +92,13 @@ class Checkpoint:
         )
 
     def _done(self, stated: Any) -> dict[str, int]:
-        """How many steps of each part are done."""
+        """Number of finished steps of each part, from the metadata."""
         if not isinstance(stated, dict) or any(type(n) is not int or n < 0 for n in stated.values()):
             raise self._problem("'done' does not hold a number of steps for each part")
         return stated
 
     def _positions(self, stated: Any) -> list[int]:
-        """Positions of the keys whose statistics are there."""
+        """Positions of the keys that have statistics in the file."""
         known = range(len(self._keys))
         if not isinstance(stated, list) or any(type(n) is not int or n not in known for n in stated):
             raise self._problem("'positions' does not name statistics of this run")
@@ -107,7 +107,7 @@ class Checkpoint:
         return stated
 
     def _taken(self, tensors: dict[str, Tensor], position: int, empty: Statistics) -> dict[str, Tensor]:
-        """The tensors of one key, taken out of ``tensors``, which are like those of ``empty`` statistics."""
+        """The tensors of one key, removed from ``tensors``. They must be like those of ``empty`` statistics."""
         found = {}
         for name, like in empty.state().items():
             tensor = tensors.pop(_name(position, name), None)
@@ -121,19 +121,19 @@ class Checkpoint:
             found[name] = tensor
         if not empty.is_possible(found):
             raise self._problem(
-                f"tensor {_name(position, min(found))!r}, or one beside it, has values that no text gives"
+                f"tensor {_name(position, min(found))!r}, or one beside it, has impossible values"
             )
         return found
 
     def save(self, state: RunState, at_once: bool = False) -> None:
-        """Write the state, if the last time is long enough ago.
+        """Write the state, if enough time has passed since the last time.
 
         Args:
-            state: of this rank.
-            at_once: write it in any case.
+            state: state of this rank.
+            at_once: write in any case.
         """
         started = time.monotonic()
-        # Large states are written less often: saving takes a thirtieth of the time at most.
+        # Large states are written less often: writing takes at most a thirtieth of the time.
         wait = 0.0 if at_once else CHECKPOINT_SECONDS * max(1.0, self._saving)
         if self._file is None or started - self._saved_at < wait:
             return
@@ -153,7 +153,7 @@ class Checkpoint:
         self._saving = self._saved_at - started
 
     def remove(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the file, if it exists."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
@@ -163,5 +163,5 @@ def _name(position: int, tensor: str) -> str:
 
 
 def file_of_rank(file: Path, rank: int, ranks: int) -> Path:
-    """The checkpoint of one rank."""
+    """The checkpoint file of one rank."""
     return file if ranks == 1 else file.with_name(f"{file.name}.rank{rank}")

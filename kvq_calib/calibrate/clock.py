@@ -1,4 +1,4 @@
-"""Where the time and memory of a run go, and who is told how far it has come."""
+"""Measures the time and memory of the parts of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that this process has had resident so far."""
-    import resource  # not on every system, and only calibration asks
+    """Peak resident memory of this process so far, in bytes."""
+    import resource  # not available on every system, and only calibration needs it
 
-    # Linux counts kibibytes, macOS bytes.
+    # Linux gives kibibytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -30,8 +30,8 @@ class Clock:
     """Wall time and memory of the parts of a run.
 
     Attributes:
-        seconds: by part.
-        statistics_seconds: of those, what statistics took beside the model's passes.
+        seconds: wall time of each part.
+        statistics_seconds: the share of that for statistics, without the model's passes.
         peak_bytes: peak resident memory of the process up to the end of each part.
     """
 
@@ -40,12 +40,12 @@ class Clock:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def finished(self, part: str, started: float) -> None:
-        """Note that a part ended that began at ``started`` of :func:`time.monotonic`."""
+        """Record the end of a part that began at ``started``, a value of :func:`time.monotonic`."""
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
         self.peak_bytes[part] = peak_resident_bytes()
 
     def timing(self, part: str, observe: Callable[P, None]) -> Callable[P, None]:
-        """``observe``, with its time counted as that of statistics; they end on the CPU, so GPUs are waited for."""
+        """Wrap ``observe`` to count its time as that of statistics. It ends on the CPU, so this waits for GPUs."""
 
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             started = time.monotonic()

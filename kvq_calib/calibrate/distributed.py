@@ -1,4 +1,4 @@
-"""Data parallelism as torchrun starts it: windows are split over ranks, statistics are added, one rank writes."""
+"""Data parallelism under torchrun: ranks share the windows, statistics are added, and one rank writes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kvq_calib.errors import CalibrationError, one_line
 
 S = TypeVar("S", bound=Statistics)
 
-#: How long a rank waits for the others: longer than any window takes, shorter than a night.
+#: How long a rank waits for the others. It is longer than any window takes.
 _PATIENCE = timedelta(minutes=30)
 
-#: What the ranks have in common beside tensors; it outlives the process group, so that a last word can be agreed on.
+#: Store that the ranks share. It outlives the process group, so that ranks can agree on which one reports a failure.
 _store: Any = None
 _reports: bool | None = None
 
 
 def world() -> tuple[int, int]:
-    """Rank, and number of ranks."""
+    """The rank of this process, and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -42,10 +42,10 @@ def reduce_over_ranks(tensor: Tensor, reduction: Reduction) -> None:
 
 
 def added_over_ranks(statistics: S) -> S:
-    """Statistics of what all ranks have seen.
+    """Sum of the statistics of all ranks.
 
-    What a rank has seen itself stays apart, so that a checkpoint means the same whichever rank died when. With one rank
-    that is the same object.
+    Each rank also keeps its own statistics, so that its checkpoint does not depend on other ranks. With one rank, the
+    result is the same object.
     """
     if world()[1] == 1:
         return statistics
@@ -64,15 +64,15 @@ def added_over_ranks(statistics: S) -> S:
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Join the ranks that torchrun started, if it did.
+    """Join the ranks that torchrun started, if any.
 
-    Statistics are added on the CPU by gloo, so ranks on GPUs need nothing else. Warnings are rank 0's to give.
+    Gloo adds statistics on the CPU, so ranks on GPUs need no other backend. Only rank 0 logs warnings.
 
     Yields:
         Rank and number of ranks.
 
     Raises:
-        CalibrationError: the ranks do not find each other, or one of them ended before its work was done.
+        CalibrationError: the ranks do not find each other, or one of them ended early.
     """
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -93,7 +93,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     try:
         yield rank, ranks
     except BaseException as error:
-        first_to_report()  # before the others notice that this rank is gone
+        first_to_report()  # before the other ranks notice that this one has ended
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise CalibrationError(
                 "another rank ended, or kept the others waiting for half an hour; start all ranks again with --resume"
@@ -105,9 +105,9 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 def first_to_report() -> bool:
-    """Whether this rank is the first to ask: the one that says why the run ended.
+    """Whether this rank is the first to call it. That rank reports why the run ended.
 
-    Before the ranks have met, that is the first one of each machine.
+    Before the ranks have met, it is the first rank of each machine.
     """
     global _reports
     if _store is None:
@@ -116,27 +116,27 @@ def first_to_report() -> bool:
         mine = os.environ["RANK"]
         try:
             _reports = _store.compare_set("kvq.reported_by", "", mine).decode() == mine
-        except RuntimeError:  # whoever kept the store has ended, and has said why
+        except RuntimeError:  # the rank that hosts the store has ended, and has reported
             _reports = False
     return _reports
 
 
 def local_device(device: str) -> str:
-    """The device of this rank: with several ranks and GPUs, ``auto`` and ``cuda`` are the rank's own GPU."""
+    """The device of this rank. With several ranks and GPUs, ``auto`` and ``cuda`` mean the GPU of this rank."""
     if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return device
 
 
 def check_agreement(identity: str, windows: int) -> None:
-    """Refuse a run whose ranks would not compute parts of one thing.
+    """Refuse a run whose ranks have different settings, data or models.
 
     Args:
         identity: digest of settings, data and model of this rank, in hexadecimal.
-        windows: in all.
+        windows: number of windows of all ranks.
 
     Raises:
-        CalibrationError: on every rank alike.
+        CalibrationError: the ranks differ, or there are too few windows; raised on every rank.
     """
     _, ranks = world()
     if ranks == 1:

@@ -1,6 +1,7 @@
-"""Streaming statistics of channels: moments, also of RoPE pairs, and weighted distributions.
+"""Streaming statistics of channels: moments, covariances of RoPE pairs, and weighted distributions.
 
-They give widths and levels per channel. State depends on channels and bins, never on tokens, and two states add.
+Widths and levels of channels are fitted to them. Their size depends on channels and bins, not on tokens, and two states
+can be added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.errors import CalibrationError
 from kvq_calib.schema.geometry import RopeSpec
 
-#: Bins of a channel's weighted distribution.
+#: Number of bins of a channel's weighted distribution.
 WEIGHTED_BINS = 512
 #: The outermost bins begin this many standard deviations from the mean.
 _REACH = 64.0
@@ -23,7 +24,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Channel numbers of the two halves of every RoPE pair, each int64 ``[H, P]`` (``P`` is 0 without RoPE)."""
+    """First and second channels of all RoPE pairs, each int64 ``[H, P]`` (``P`` is 0 without RoPE)."""
     pairs = torch.tensor(rope.pairs if rope is not None else (), dtype=torch.int64).view(-1, 2)
     head = torch.arange(heads)[:, None] * head_dim
     return head + pairs[:, 0], head + pairs[:, 1]
@@ -66,42 +67,42 @@ class ChannelMoments(Statistics):
 
     @property
     def mean(self) -> Tensor:
-        """float64 ``[C]``."""
+        """Mean of each channel, float64 ``[C]``."""
         return self.sums[0] / self.count.clamp(min=1)
 
     @property
     def variance(self) -> Tensor:
-        """float64 ``[C]``."""
+        """Variance of each channel, float64 ``[C]``."""
         return (self.sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
 
     def squared_size(self, heads: int) -> Tensor:
-        """Mean sum of squares of each head, float32 ``[heads]``; 1 for a head of zeros."""
+        """Mean over tokens of the sum of squares of each head, float32 ``[heads]``; 1 for a head of zeros."""
         mean = self.sums[1].view(heads, -1).sum(1) / self.count.clamp(min=1)
         size = mean.float()
         return torch.where(size > 0, size, 1.0)
 
     @property
     def covariance(self) -> Tensor:
-        """Of the two halves of each pair, float64 ``[H, P]``."""
+        """Covariance of the two channels of each pair, float64 ``[H, P]``."""
         return self.cross / self.count.clamp(min=1) - self.mean[self.first] * self.mean[self.second]
 
     def principal_angle(self) -> Tensor:
-        """Angle that turns each pair to its principal axes, so that its halves are uncorrelated.
+        """Angle that rotates each pair to its principal axes, so that its two coordinates are uncorrelated.
 
         Returns:
-            float16 ``[H, P]`` in radians, as it is stored: whoever fits to turned values sees the rounded angle.
+            float16 ``[H, P]`` in radians, as stored, so that fits use the rounded angle.
         """
         spread = self.variance[self.first] - self.variance[self.second]
         return (-0.5 * torch.atan2(2 * self.covariance, spread)).half()
 
     def turned(self, angle: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel after turning each pair by ``angle``.
+        """Mean and standard deviation of every channel after rotating each pair by ``angle``.
 
         Args:
-            angle: float ``[H, P]``, or ``None`` for no turn.
+            angle: float ``[H, P]``, or ``None`` for no rotation.
 
         Returns:
-            Two float64 ``[C]``; a channel that never moves has a deviation of 1.
+            Two float64 ``[C]``; a constant channel has a deviation of 1.
         """
         mean, variance = self.mean.clone(), self.variance.clone()
         if angle is not None and angle.numel():
@@ -121,9 +122,9 @@ class ChannelMoments(Statistics):
 class WeightedHistogram(Statistics):
     """Weighted distribution of every channel.
 
-    Bins are equal steps of ``asinh((y - mean) / deviation)``: fine where values are dense, and wide enough
-    far out that no value is lost. Each bin keeps its weight and the weighted sum of its values, so that the
-    centre of any run of bins is exact; and both without weights.
+    Bins are equal steps of ``asinh((y - mean) / deviation)``: fine where values are dense, and wide enough far out that
+    no value is lost. Each bin has its weight and the weighted sum of its values, so that the centre of any run of bins
+    is exact; and the same without weights.
 
     Args:
         channels: number of channels ``C``.
@@ -133,12 +134,12 @@ class WeightedHistogram(Statistics):
     not_negative = frozenset({"count"})
 
     def __init__(self, channels: int) -> None:
-        # Weight and weighted value, then number and value.
+        # Sums of weights and of weighted values, then numbers and sums of values.
         self.sums = torch.zeros(4, channels, WEIGHTED_BINS, dtype=torch.float64)
         self.count = torch.zeros(1, dtype=torch.float64)
 
     def is_possible(self, state: Mapping[str, Tensor]) -> bool:
-        """See :class:`Statistics`: also, no weight is negative, and no mean of values is beyond what float32 has."""
+        """See :class:`Statistics`. Also, no weight is negative, and no mean of values is outside float32's range."""
         if not super().is_possible(state):
             return False
         weights, values = state["sums"][0::2], state["sums"][1::2]
@@ -150,7 +151,7 @@ class WeightedHistogram(Statistics):
         Args:
             y: float32 ``[N, C]`` on the CPU.
             weights: float ``[N, C]``, not negative: squared gradients of the loss with respect to ``y``.
-            mean, deviation: float ``[C]``, the same in every call; they place the bins.
+            mean, deviation: float ``[C]``, the same in every call; they define the bins.
         """
         y, weights = y.double(), weights.double()
         reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
@@ -174,10 +175,10 @@ class WeightedHistogram(Statistics):
         """The weighted distribution of one token.
 
         Args:
-            mean, deviation: what :meth:`update` was given.
+            mean, deviation: as in :meth:`update`.
             shrinkage: how far every weight is moved towards the mean of its channel, 0 to 1.
-            vocabulary: values of the same channels for tokens drawn from the vocabulary, in the same bins.
-            share: of them among the values that the moved part of the weight goes to, 0 to 1.
+            vocabulary: distribution of the same channels for vocabulary samples, in the same bins.
+            share: share of the vocabulary samples in the part without weights, 0 to 1.
 
         Returns:
             ``points`` float64 ``[C, bins]``, sorted in each row, and their ``weights``, float64 ``[C, bins]``.
@@ -193,7 +194,7 @@ class WeightedHistogram(Statistics):
         weight, moment = self.sums[:2] * (1 - shrinkage) + plain * common * shrinkage
         middle = (edges[:, 1:] + edges[:, :-1]) / 2
         points = torch.where(weight > 0, moment / weight.clamp(min=torch.finfo(torch.float64).tiny), middle)
-        # Rounding must not move a mean out of its bin: points stay sorted. The end bins are open.
+        # Rounding must not move a mean out of its bin, so that points stay sorted. The outer bins are open.
         points[:, 1:] = torch.maximum(points[:, 1:], edges[:, 1:-1])
         points[:, :-1] = torch.minimum(points[:, :-1], edges[:, 1:-1])
         return points, weight / self.count.clamp(min=1)

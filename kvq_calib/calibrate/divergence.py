@@ -1,4 +1,4 @@
-"""KL divergence from a model's predictions to those it makes with quantized keys and values, and its gradient."""
+"""KL divergence from a model's predictions to those with quantized keys and values, and its gradient."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from kvq_calib.schema.spec import KINDS, Kind, KVCacheSpec
 __all__ = ["Quantize", "divergence", "unquantized"]
 
 Quantize = Sequence[Mapping[Kind, Callable[[Tensor], Tensor]]]
-"""By layer and kind, what a reader of the cache sees of ``[B, H, T, D]``."""
+"""Quantizes and dequantizes ``[B, H, T, D]``, by layer and kind."""
 
-#: Tokens whose logits exist at one time.
+#: Number of tokens whose logits are computed at a time.
 _CHUNK = 256
 
 
 @torch.no_grad()
 def unquantized(model: Any, ids: Tensor) -> Tensor:
-    """What :func:`divergence` holds predictions against: the model's own, for ``ids [B, T]``.
+    """The unquantized model's predictions for ``ids [B, T]``, the reference of :func:`divergence`.
 
     Returns:
-        Its last hidden states ``[B, T, hidden]`` where its head can be applied to a part of them, else its logits.
+        The last hidden states ``[B, T, hidden]`` if the model's head can be applied to a part of them, else the logits.
     """
     if not is_splittable(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
@@ -52,10 +52,10 @@ def divergence(
     Args:
         model: causal language model in eval mode.
         ids: int64 ``[B, T]``.
-        cache: sink tokens stay exact.
-        quantize: by layer and kind, what a reader sees of ``[B, H, T, D]``.
-        backward: also add the gradient of the divergence to whatever ``quantize`` trains.
-        reference: of :func:`unquantized`, where it is known.
+        cache: spec of the cache; its sink tokens stay exact.
+        quantize: quantizes and dequantizes ``[B, H, T, D]``, by layer and kind.
+        backward: whether to add the gradient of the divergence to the parameters that ``quantize`` trains.
+        reference: result of :func:`unquantized`, if known.
 
     Returns:
         Nats per predicted token.
@@ -98,6 +98,6 @@ def divergence(
     if not math.isfinite(total):
         raise CalibrationError("the divergence of the quantized model is not finite; try --dtype float32")
     if backward:
-        with intercept(model, transform):  # layers that are recomputed must be quantized again
+        with intercept(model, transform):  # recomputed layers must be quantized again
             last.backward(gradient)
     return total

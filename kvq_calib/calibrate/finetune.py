@@ -1,13 +1,13 @@
-"""Gradient descent on what an artifact stores: the coefficients of levels and the angles of key pairs.
+"""Training of an artifact's parameters by gradient descent: coefficients of levels, and angles of key pairs.
 
-The objective is what matters in the end, the KL divergence from the model's own predictions to those it makes
-with quantized keys and values, on the calibration text. A few thousand numbers are trained and no weight of
-the model is, so a few dozen short windows suffice.
+The objective is the KL divergence from the model's predictions to those with quantized keys and values, on the
+calibration text. Only a few thousand numbers are trained, and no weight of the model, so a few dozen short windows
+suffice.
 
-Codes are piecewise constant, so gradients take them as given: a level is moved by what it does to the elements
-that are coded with it. (At a boundary between two levels both err by the same amount,
-so to first order nothing is lost by leaving out that elements change sides.) Through the quantizer, from a
-layer's error to earlier layers, gradients pass unchanged (straight-through estimator, arXiv 1308.3432).
+Codes are piecewise constant, so gradients treat them as fixed: a level moves according to the elements that are coded
+with it. At a boundary between two levels both have the same error, so it does not matter to first order that elements
+change codes. From a layer's error to earlier layers, gradients pass the quantizer unchanged (straight-through
+estimator, arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from kvq_calib.schema.spec import Kind
 
 __all__ = ["Learned", "Trainable", "learn"]
 
-#: A long memory of squared gradients: one short piece says little about their size.
+#: Adam averages squared gradients over many steps, because one short piece gives a noisy estimate.
 _BETAS = (0.9, 0.99)
 _WARMUP_STEPS = 5
-#: How far towards the trained numbers is tried on the window that was not trained on.
+#: Fractions of the way to the trained parameters that are tried on the held-out windows.
 _FRACTIONS = (0.25, 0.5, 1.0)
 
 
 class Trainable:
-    """The numbers of one layer's keys or values as a differentiable quantizer.
+    """The parameters of one layer's keys or values as a differentiable quantizer.
 
-    What is trained are offsets in units that make one learning rate serve all: of a channel's range over its number of
-    codes for coefficients, and radians for angles. Levels stay in order: a channel goes only as far as that holds.
+    It trains offsets in units for which one learning rate suits all: for coefficients, a channel's range divided by its
+    number of codes; for angles, radians. A channel moves only as far as its levels stay in order.
 
     Args:
-        quantizer: says where to start.
+        quantizer: the start.
     """
 
     def __init__(self, quantizer: TrellisQuantizer) -> None:
@@ -71,7 +71,7 @@ class Trainable:
             offset.requires_grad_()
 
     def live(self, fraction: float = 1.0) -> TrellisParams:
-        """The numbers as they stand, or this ``fraction`` of the way there; part of the autograd graph, float32."""
+        """The current parameters, or those a ``fraction`` of the way there; float32, in the autograd graph."""
         start, offsets = self.start, self.offsets
         wanted = start.coefficients + fraction * offsets["coefficients"] * self._unit
         with torch.no_grad():
@@ -84,7 +84,7 @@ class Trainable:
         )
 
     def result(self, fraction: float = 1.0) -> TrellisParams:
-        """The same, rounded to what is stored."""
+        """The same, rounded as stored."""
         live = self.live(fraction)
         coefficients = live.coefficients.detach().double()
         return replace(
@@ -94,7 +94,7 @@ class Trainable:
         ).to("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize ``[B, H, T, D]``, differentiably; float32."""
+        """Quantize and dequantize ``[B, H, T, D]``, differentiably: float32."""
         live = self.quantizer.with_params(self.live())
         with torch.no_grad():
             codes = live.quantize(x)
@@ -103,13 +103,12 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Learned:
-    """What training gave.
+    """Result of training.
 
     Attributes:
-        layers: the numbers to store; those it started from where training did not help.
-        fraction: how far towards the trained numbers they lie, 0 to 1.
-        before, after: KL divergence in nats per predicted token on windows that were not trained on; ``None``
-            where no window could be spared for that.
+        layers: the parameters to store; those of the start if training did not help.
+        fraction: how far they are from the start towards the trained parameters, 0 to 1.
+        before, after: KL divergence in nats per predicted token on held-out windows; ``None`` without such windows.
     """
 
     layers: tuple[LayerParams, ...]
@@ -129,24 +128,24 @@ def learn(
     recompute: bool = False,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train an artifact's numbers on windows of text.
+    """Train an artifact's parameters on windows of text.
 
-    Adam with a short warm-up and a cosine decay, one short window a step. The last windows are not
-    trained on. They decide how far to go from the start to where training ended: halfway keeps half of what all
-    steps agree on, and a quarter of the error that noise adds.
+    It uses Adam with a short warm-up and cosine decay, with one short window per step. The last windows are held out.
+    They decide how far to go from the start to the end of training: halfway keeps half of the systematic change, but
+    only a quarter of the error from noise.
 
     Args:
         model: causal language model in eval mode.
         windows: token ids int64 ``[N, T]``.
-        draft: where to start.
-        settings: steps, tokens of each, and the learning rate in the units of :class:`Trainable`.
-        seed: of the order of windows.
-        held_out: windows at the end that are not trained on, as far as there are more.
+        draft: artifact to start from.
+        settings: number of steps, tokens per step, and the learning rate in the units of :class:`Trainable`.
+        seed: seed for the order of windows.
+        held_out: number of held-out windows at the end; fewer if there are not enough windows.
         recompute: recompute layers in the backward pass.
-        progress: told after every step.
+        progress: called after every step.
 
     Returns:
-        The trained numbers, and the divergence before and after.
+        The trained parameters, and the KL divergence before and after.
     """
     device = input_device(model)
     trained = _trainables(draft, device)
@@ -180,7 +179,7 @@ def learn(
 
 
 Trainables = Sequence[Mapping[Kind, Trainable]]
-"""What is trained, by layer and kind."""
+"""The trained tensors, by layer and kind."""
 
 
 def _trainables(draft: KVArtifact, device: torch.device) -> Trainables:
@@ -195,7 +194,7 @@ def _trainables(draft: KVArtifact, device: torch.device) -> Trainables:
 
 
 def _reached(trained: Trainables, fraction: float) -> tuple[LayerParams, ...]:
-    """The numbers to store after this fraction of the way."""
+    """The parameters to store at this fraction of the way."""
     return tuple(
         LayerParams(parts["key"].result(fraction), parts["value"].result(fraction)) for parts in trained
     )
@@ -207,7 +206,7 @@ def _descend(
     settings: LearnConfig,
     progress: Progress | None,
 ) -> None:
-    """Update all offsets by what ``add_gradients`` adds in each step, averaged over ranks."""
+    """Update all offsets with the gradients that ``add_gradients`` adds in each step, averaged over ranks."""
     offsets = [offset for layer in trained for part in layer.values() for offset in part.offsets.values()]
     optimizer = torch.optim.Adam(offsets, lr=settings.learning_rate, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
@@ -230,7 +229,7 @@ def _descend(
 def _divergences(
     model: Any, windows: Tensor, draft: KVArtifact, candidates: Sequence[tuple[LayerParams, ...]]
 ) -> list[float]:
-    """Divergence of the draft with each of these numbers, on average over windows ``[N, T]``."""
+    """Mean KL divergence over windows ``[N, T]``, of the draft with each of the given parameters."""
     device = input_device(model)
     found: list[list[float]] = [[] for _ in candidates]
     for window in windows:
@@ -243,12 +242,12 @@ def _divergences(
 
 
 def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine down to 0."""
+    """Factor on the learning rate: linear warm-up, then half a cosine down to 0."""
     return min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
 def _orders(count: int, seed: int) -> Callable[[int], Tensor]:
-    """Shuffled order of the pieces in each round through them."""
+    """A shuffled order of the pieces for each round."""
 
     def order(round_: int) -> Tensor:
         generator = torch.Generator().manual_seed((seed << 20) + round_)

@@ -1,7 +1,7 @@
-"""Fits recipes of one table of levels for each layer's keys or values: KVQuant's, and the baselines.
+"""Fits recipes with one table of levels for each layer's keys or values: KVQuant's, and the baselines.
 
-Thresholds of channels are quantiles of a sketch of each channel. Levels are fitted to the distribution of normalised
-values, weighted by squared gradients of the loss where the recipe says so (KVQuant section 3.3).
+Thresholds of channels are quantiles of each channel's histogram. Levels are fitted to the distribution of normalised
+values, weighted by squared gradients of the loss if the recipe says so (KVQuant section 3.3).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from kvq_calib.schema.spec import QuantSpec, ScalarSpec, StorageDtype
 
 __all__ = ["LevelsKey", "NormalisedValues", "NormalisedView", "ScalarFitter", "SketchKey"]
 
-#: A channel that never moves still needs a positive scale.
+#: Smallest scale; a constant channel needs a positive one, too.
 _SMALLEST_SCALE = 1e-8
 
 Thresholds = tuple[Tensor | None, Tensor | None]
-"""Static scale and zero point per channel, float32 ``[C]`` each, where there are any."""
+"""Calibrated scale and zero point per channel, float32 ``[C]`` each, or ``None``."""
 
 
 @dataclass(frozen=True)
 class SketchKey(ObservedKey[ChannelHistogram, Tensor]):
-    """The distribution of every channel."""
+    """Key of the distribution of every channel."""
 
     def empty(self, geometry: KVGeometry) -> ChannelHistogram:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -55,7 +55,7 @@ class NormalisedValues:
     Attributes:
         normalised: float32 ``[N, C]``.
         outliers: bool ``[N, C]``, or ``None`` where there are none.
-        weights: float ``[N, C]``, squared gradients of the loss with respect to ``normalised``, or ``None``.
+        weights: float ``[N, C]``, squared gradients of the loss with respect to ``normalised``; or ``None``.
     """
 
     normalised: Tensor
@@ -70,9 +70,9 @@ class NormalisedView(View[NormalisedValues]):
     Attributes:
         spec: how they are normalised; see :func:`_normalisation`.
         storage: dtype of thresholds per token.
-        sinks: first tokens of each window that are left out.
-        sketch: where static thresholds come from.
-        weighted: by squared gradients.
+        sinks: number of first tokens of each window to leave out.
+        sketch: key of the distribution from which calibrated thresholds come.
+        weighted: whether values are weighted by squared gradients.
     """
 
     spec: ScalarSpec
@@ -88,7 +88,7 @@ class NormalisedView(View[NormalisedValues]):
 
     def reader(self, geometry: KVGeometry, totals: Table) -> Callable[[Captured], NormalisedValues]:
         """See :class:`kvq_calib.calibrate.plan.View`."""
-        spec, levels = self.spec, torch.zeros(1, 1 << self.spec.bits)  # which are not looked at
+        spec, levels = self.spec, torch.zeros(1, 1 << self.spec.bits)  # the levels are not used
         params = ScalarParams(levels, *thresholds(spec, self.sketch, totals))
         whole = ScalarQuantizer(spec, params, self.tensor.shape_in(geometry), storage_dtype=self.storage)
 
@@ -101,7 +101,7 @@ class NormalisedView(View[NormalisedValues]):
                 raise not_finite(self.tensor)
             weights = None
             if gradient is not None:
-                # A gradient of y times the step of the codebook: the weights of errors on the codebook's scale.
+                # The gradient with respect to y, times the scale, is that with respect to the normalised value.
                 weights = (quantizer.transform(gradient[:, :, self.sinks :]) * values.scale).square()
                 if quantizer.channel_normalised:
                     weights = weights * quantizer.scale.square()
@@ -114,7 +114,7 @@ class NormalisedView(View[NormalisedValues]):
 
 @dataclass(frozen=True)
 class LevelsKey(ObservedKey[LevelHistogram, NormalisedValues]):
-    """The distribution that a table of levels serves."""
+    """Key of the distribution to which a table of levels is fitted."""
 
     def empty(self, geometry: KVGeometry) -> LevelHistogram:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -126,7 +126,7 @@ class LevelsKey(ObservedKey[LevelHistogram, NormalisedValues]):
 
 
 def thresholds(spec: ScalarSpec, sketch: SketchKey | None, totals: Table) -> Thresholds:
-    """Static thresholds of every channel from its quantiles; none without a sketch."""
+    """Calibrated thresholds of every channel from its quantiles; ``None`` without a sketch."""
     if sketch is None:
         return None, None
     found, tail = totals.get(sketch), spec.outliers.fraction / 2
@@ -135,7 +135,7 @@ def thresholds(spec: ScalarSpec, sketch: SketchKey | None, totals: Table) -> Thr
 
 
 def _normalisation(spec: ScalarSpec) -> ScalarSpec:
-    """A spec with only what decides how values are normalised: recipes that agree in it share a distribution."""
+    """The part of a spec that defines normalisation. Recipes that agree in it share a distribution."""
     return spec.model_copy(update={"bits": 1, "levels": "uniform", "q_norm": False})
 
 
@@ -145,8 +145,8 @@ class _Tensor:
 
     Attributes:
         spec: how they are quantized.
-        sketch: of their channels, where thresholds are static.
-        distribution: of normalised values, where anything depends on it.
+        sketch: key of the channels' distributions, if thresholds are calibrated.
+        distribution: key of the distribution of normalised values, if needed.
     """
 
     spec: ScalarSpec
@@ -159,7 +159,7 @@ class ScalarFitter:
     """Fits one table of levels for each layer's keys or values.
 
     Args:
-        recipe: to fit.
+        recipe: the recipe.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -212,7 +212,7 @@ class ScalarFitter:
 
 
 def _asked(tensor: CachedTensor, spec: QuantSpec, config: CalibrationConfig, text: Text) -> _Tensor:
-    """What a recipe asks of one layer's keys or values."""
+    """The statistics that a recipe needs for one layer's keys or values."""
     assert isinstance(spec, ScalarSpec)
     sinks = config.cache.sink_tokens
     sketch = None

@@ -1,9 +1,9 @@
-"""Fits recipes with a width for every channel from one budget (kvq*).
+"""Fits recipes that give every channel a width under one budget (kvq*).
 
-Moments of channels give the rotation of key pairs; weighted distributions of the rotated channels give what every
-width costs each of them, and with one budget the widths and levels (:mod:`kvq_calib.calibrate.rate_distortion`). What
-errors cost on the model's output corrects the budget, and gradient descent on what is stored comes last where the
-recipe has it.
+The moments of channels give the rotation of key pairs. Weighted distributions of the rotated channels give the error of
+each channel at each width, and with a budget the widths and levels (:mod:`kvq_calib.calibrate.rate_distortion`). Then
+the cost of errors is measured on the model's output, and the allocation corrected. If the recipe says so, the
+parameters are finally trained by gradient descent.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ __all__ = [
     "TrellisFitter",
 ]
 
-#: Text on which the cost of a fit's errors is measured: windows, and tokens of each.
+#: Text for measuring the cost of errors: number of windows, and tokens of each.
 _SENSITIVITY_PIECES = 4
 _SENSITIVITY_TOKENS = 768
 
 
 @dataclass(frozen=True)
 class MomentsKey(ObservedKey[ChannelMoments, Tensor]):
-    """Moments of every channel, and of RoPE pairs where keys are rotated."""
+    """Key of the moments of every channel, and of RoPE pairs if keys are rotated."""
 
     def empty(self, geometry: KVGeometry) -> ChannelMoments:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -67,13 +67,13 @@ class MomentsKey(ObservedKey[ChannelMoments, Tensor]):
 
 @dataclass(frozen=True)
 class PrincipalValues:
-    """Keys before RoPE with their pairs on principal axes, or values, and gradients.
+    """Keys before RoPE with pairs rotated to principal axes, or values, and gradients.
 
     Attributes:
         y: float32 ``[N, C]`` on the CPU.
-        gradient: of the loss with respect to ``y``, or ``None``.
-        mean, deviation: of each channel, float64 ``[C]``, the same for all windows.
-        unit: mean sum of squares of each head, float32 ``[H]``, the same for all windows.
+        gradient: gradient of the loss with respect to ``y``, or ``None``.
+        mean, deviation: mean and standard deviation of each channel, float64 ``[C]``, the same for all windows.
+        unit: mean over tokens of the sum of squares of each head, float32 ``[H]``, the same for all windows.
     """
 
     y: Tensor
@@ -90,14 +90,14 @@ class PrincipalValues:
 
 @dataclass(frozen=True)
 class PrincipalView(View[PrincipalValues]):
-    """Keys before RoPE, or values, as they are to be quantized.
+    """Keys before RoPE, or values, in the form in which they are quantized.
 
     Attributes:
         turned: whether pairs are rotated to their principal axes.
-        sinks: first tokens of each window that are left out.
-        moments: give the angles.
-        weighted: gradients are wanted.
-        samples_only: only at tokens that were drawn from the vocabulary.
+        sinks: number of first tokens of each window to leave out.
+        moments: key of the moments, which give the angles.
+        weighted: whether gradients are needed.
+        samples_only: whether to use only vocabulary samples.
     """
 
     turned: bool
@@ -108,7 +108,7 @@ class PrincipalView(View[PrincipalValues]):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether gradients are wanted."""
+        """Whether gradients are needed."""
         return self.weighted
 
     def reader(self, geometry: KVGeometry, totals: Table) -> Callable[[Captured], PrincipalValues]:
@@ -138,7 +138,7 @@ class PrincipalView(View[PrincipalValues]):
 
 @dataclass(frozen=True)
 class DistributionKey(ObservedKey[WeightedHistogram, PrincipalValues]):
-    """The distribution of every channel, weighted by squared gradients where the view has them."""
+    """Key of the distribution of every channel, weighted by squared gradients if the view has them."""
 
     def empty(self, geometry: KVGeometry) -> WeightedHistogram:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -151,7 +151,7 @@ class DistributionKey(ObservedKey[WeightedHistogram, PrincipalValues]):
 
 @dataclass(frozen=True)
 class CovarianceKey(ObservedKey[GradientCovariance, PrincipalValues]):
-    """The covariance of the gradients of each head; the view has gradients."""
+    """Key of the covariance of the gradients of each head. The view has gradients."""
 
     def empty(self, geometry: KVGeometry) -> GradientCovariance:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -165,7 +165,7 @@ class CovarianceKey(ObservedKey[GradientCovariance, PrincipalValues]):
 
 @dataclass(frozen=True)
 class TokenCostsKey(ObservedKey[TokenCosts, PrincipalValues]):
-    """Squared gradients of tokens by the size of their vectors; the view has gradients."""
+    """Key of the squared gradients of tokens by the size of their vectors. The view has gradients."""
 
     def empty(self, geometry: KVGeometry) -> TokenCosts:
         """See :class:`kvq_calib.calibrate.plan.Key`."""
@@ -193,7 +193,7 @@ class NeighbourGradientsKey(ObservedKey[NeighbourGradients, PrincipalValues]):
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What the recipe asks of one layer's keys or values; see :class:`TensorStatistics`."""
+    """The statistics that the recipe needs for one layer's keys or values; see :class:`TensorStatistics`."""
 
     moments: MomentsKey
     weighted: DistributionKey
@@ -203,7 +203,7 @@ class _Tensor:
     vocabulary: DistributionKey | None
 
     def keys(self, stage: Stage) -> list[ObservedKey[Any, Any]]:
-        """Keys of a stage."""
+        """The keys of a stage."""
         asked: dict[Stage, tuple[ObservedKey[Any, Any] | None, ...]] = {
             Stage.THRESHOLDS: (self.moments,),
             Stage.VOCABULARY: (self.vocabulary,),
@@ -212,7 +212,7 @@ class _Tensor:
         return [key for key in asked[stage] if key is not None]
 
     def statistics(self, totals: Table) -> TensorStatistics:
-        """What was collected."""
+        """The collected statistics."""
         return TensorStatistics(
             moments=totals.get(self.moments),
             weighted=totals.get(self.weighted),
@@ -228,7 +228,7 @@ class TrellisFitter:
     """Fits widths and levels for every channel.
 
     Args:
-        recipe: to fit; it has an allocation.
+        recipe: the recipe, with an allocation.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -239,7 +239,7 @@ class TrellisFitter:
 
     @property
     def _text(self) -> Text:
-        """The calibration text, then the recipe's share of what the model writes."""
+        """The calibration text, then the recipe's share of self-generated text."""
         return Text(((Source.CALIBRATION, self._recipe.windows), *self._generated.parts))
 
     def _asked(self, tensor: CachedTensor, spec: QuantSpec) -> _Tensor:
@@ -287,22 +287,22 @@ class TrellisFitter:
         return self._learned(KVArtifact(cache, geometry, layers), materials)
 
     def _sensitivity_pieces(self, library: TextLibrary) -> Tensor:
-        """Beginnings of windows of the calibration text, half of them of the model's own where it wrote any."""
+        """The beginnings of windows of the calibration text. If there is self-generated text, half are from that."""
         own = library.rows(self._generated)[: _SENSITIVITY_PIECES // 2]
         rows = torch.cat((library.calibration[: _SENSITIVITY_PIECES - len(own)], own))
         return rows[:, :_SENSITIVITY_TOKENS]
 
     def _learned(self, draft: KVArtifact, materials: Materials) -> Fitted:
-        """Train what was fitted, and record what that brought on windows that were not trained on."""
+        """Train the fitted parameters, and record the KL divergence on held-out windows before and after."""
         config = self._recipe.config
         assert config.learn is not None
         started = time.monotonic()
 
-        def progress(what: str, done: int, total: int) -> None:  # each recipe is a part of its own
+        def progress(what: str, done: int, total: int) -> None:  # each recipe is a separate part
             materials.progress(f"{what} {self._recipe.name}", done, total)
 
         text = materials.library.rows(self._text)
-        # What comes last is not trained on: a window of each kind.
+        # The last windows are held out: one of each kind of text.
         last = sorted({self._recipe.windows - 1, len(text) - 1})
         rest = [row for row in range(len(text)) if row not in last]
         learned = learn(
@@ -321,6 +321,6 @@ class TrellisFitter:
 
 
 def _generated_text(settings: AllocationConfig, windows: int) -> Text:
-    """A recipe's share of the text that the model writes, for so many windows of calibration text."""
+    """A recipe's share of self-generated text, for so many windows of calibration text."""
     source = Source.SELF_GENERATED_REPEATING if settings.repeats else Source.SELF_GENERATED
     return text_of({source: round(settings.self_generated * windows)})

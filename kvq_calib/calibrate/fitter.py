@@ -1,7 +1,7 @@
-"""The protocol of what fits a recipe, and the registry of ways to do it.
+"""The protocol of fitters, which fit recipes, and their registry.
 
-To add one, write a class with the methods of :class:`Fitter` in a file of its own and give it a name with
-:func:`register`; see ``fit_scalar.py`` and ``fit_trellis.py``. Passes, checkpoints and assembly need nothing new.
+To add a fitter, write a class with the methods of :class:`Fitter` in a new file, and name it with :func:`register`; see
+``fit_scalar.py`` and ``fit_trellis.py``. Passes, checkpoints and assembly need no change.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Recipe:
     """One recipe on one model.
 
     Attributes:
-        name: of the recipe, for people.
-        config: its settings.
-        geometry: of the model.
-        windows: of the calibration text.
+        name: name of the recipe, for readers.
+        config: settings of the recipe.
+        geometry: geometry of the model.
+        windows: number of windows of calibration text.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Recipe:
 
     @cached_property
     def specs(self) -> tuple[LayerSpec, ...]:
-        """What is quantized how, by layer.
+        """The specs of keys and values, by layer.
 
         Raises:
             ConfigError: an override names a layer that does not exist.
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def tensors(self) -> dict[CachedTensor, QuantSpec]:
-        """Keys and values of all layers in order, with their specs."""
+        """The keys and values of all layers in order, with their specs."""
         return {
             tensor: self.specs[tensor.layer].of(tensor.kind) for tensor in cached_tensors(len(self.specs))
         }
@@ -62,14 +62,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Materials:
-    """What a fit can work with.
+    """What a fit may use.
 
     Attributes:
         model: causal language model in eval mode.
         library: the windows of text.
-        totals: the statistics that were asked for.
-        progress: told of steps that take long.
-        clock: told of parts that are to be listed by themselves.
+        totals: the collected statistics.
+        progress: called after steps that take long.
+        clock: measures parts that are listed separately.
     """
 
     model: Any
@@ -81,13 +81,13 @@ class Materials:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gives.
+    """Result of a fit.
 
     Attributes:
-        spec: what is quantized how, with what was decided for this model.
-        layers: the numbers of each layer.
-        facts: for the artifact's record of its calibration, beside what every recipe records.
-        outliers_per_token: expected outliers of one token; none by default.
+        spec: the spec, with what was decided for this model.
+        layers: parameters of each layer.
+        facts: additions to the artifact's record of its calibration.
+        outliers_per_token: expected outliers of a token; none by default.
     """
 
     spec: KVCacheSpec
@@ -96,23 +96,23 @@ class Fitted:
     outliers_per_token: Mapping[CachedTensor, float] = field(default_factory=dict)
 
     def outlier_rates(self, kind: Kind) -> list[float]:
-        """Expected outliers of one token in the keys or values of each layer."""
+        """Expected outliers of a token in the keys or the values of each layer."""
         return [
             self.outliers_per_token.get(CachedTensor(layer, kind), 0.0) for layer in range(len(self.layers))
         ]
 
 
 class Fitter(Protocol):
-    """Fits one recipe; made from a :class:`Recipe` alone."""
+    """Fits one recipe; constructed from a :class:`Recipe`."""
 
     def keys(self, stage: Stage) -> Iterable[ObservedKey[Any, Any]]:
-        """The statistics that it wants from a stage."""
+        """The statistics that it needs from a stage."""
 
     def fit(self, materials: Materials) -> Fitted:
-        """What is stored, from the statistics of all stages.
+        """Fit the parameters from the statistics of all stages.
 
         Raises:
-            ConfigError: the recipe cannot be met on this model.
+            ConfigError: this model cannot have the recipe.
         """
 
 
@@ -122,7 +122,7 @@ _FITTERS: dict[str, Callable[[Recipe], Fitter]] = {}
 
 
 def register(name: str) -> Callable[[F], F]:
-    """Class decorator: make a fitter known by the name of its codec."""
+    """Class decorator: register a fitter by the name of its codec."""
 
     def known(fitter: F) -> F:
         _FITTERS[name] = fitter
@@ -132,10 +132,10 @@ def register(name: str) -> Callable[[F], F]:
 
 
 def make_fitter(recipe: Recipe) -> Fitter:
-    """The fitter of a recipe's codec.
+    """Make the fitter for a recipe's codec.
 
     Raises:
-        ConfigError: the codec has none.
+        ConfigError: the codec has no fitter.
     """
     codec = recipe.config.codec
     if codec not in _FITTERS:
@@ -146,7 +146,7 @@ def make_fitter(recipe: Recipe) -> Fitter:
 
 
 def layer_params(params: Mapping[CachedTensor, Params]) -> tuple[LayerParams, ...]:
-    """The numbers of each layer from those of all keys and values."""
+    """The parameters of each layer, from those of all keys and values."""
     layers: Sequence[int] = sorted({tensor.layer for tensor in params})
     return tuple(
         LayerParams(params[CachedTensor(n, "key")], params[CachedTensor(n, "value")]) for n in layers

@@ -1,8 +1,8 @@
 """Gradients of the language-modelling loss with respect to cached keys and values.
 
 KVQuant (Hooper et al., 2024, section 3.3) weights each element by the diagonal of the Fisher information,
-estimated as the squared gradient of the loss. Only activations get gradients here: parameters are frozen, so
-the backward pass costs about as much as the forward pass, and gradients are handed on as they appear.
+estimated as the squared gradient of the loss. Parameters are frozen and only activations get gradients, so the backward
+pass costs about as much as the forward pass. Gradients are passed on as they are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvq_calib.model.placement import is_offloaded
 __all__ = ["fisher_pass"]
 
 _CHUNK = 256
-"""Tokens whose logits exist at one time."""
+"""Number of tokens whose logits are computed at a time."""
 
 
 def fisher_pass(
@@ -32,20 +32,20 @@ def fisher_pass(
     on_forward: OnForward | None = None,
     recompute: bool = False,
 ) -> float:
-    """Run windows of tokens forward and backward; hand every layer's gradients to `on_kv`.
+    """Run windows of tokens forward and backward, and pass every layer's gradients to `on_kv`.
 
-    The gradient of a window is that of the mean of its T - 1 next-token cross-entropies, in nats. Windows of
-    a batch do not mix, so each row of a gradient belongs to its own window's mean alone: squares of any
-    batches of windows of one length may simply be added.
+    The gradient of a window is that of the mean of its T - 1 next-token cross-entropies, in nats. Windows in a batch
+    are independent, so each row of a gradient belongs to one window. Squares from batches of windows of equal length
+    may be added.
 
     Args:
         model: causal language model in eval mode.
         ids: int64 [B, T], T at least 2, without padding.
-        on_kv: called with (layer, gradient of pre-RoPE keys, gradient of values), gradients float32 (or
-            wider) [B, Hkv, T, D], once per layer, last layer first; must keep no reference.
+        on_kv: called once per layer, last layer first, with (layer, gradient of pre-RoPE keys, gradient of values).
+            Gradients are float32 (or wider) [B, Hkv, T, D]. It must not keep references.
         on_forward: called with every layer during the forward pass.
-        recompute: keep only the input of each decoder layer and compute the layer again in the backward pass. A
-            model with offloaded weights always does: the graph of a whole pass would hold all of them.
+        recompute: keep only the input of each decoder layer, and compute the layer again in the backward pass. This is
+            always done for a model with offloaded weights, because the graph of a whole pass would hold all weights.
 
     Returns:
         The mean loss of the batch in nats per predicted token.
@@ -61,7 +61,7 @@ def fisher_pass(
     predicted = ids.shape[1] - 1
 
     def scale(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
-        # The backward pass runs on the sum over tokens, whose gradients do not underflow in float16.
+        # The backward pass uses the sum over tokens, because gradients of the mean may underflow in float16.
         grad_keys, grad_values = _wide(grad_keys) / predicted, _wide(grad_values) / predicted
         if not bool(torch.isfinite(grad_keys.sum() + grad_values.sum())):
             raise CalibrationError(f"gradients of layer {kv.layer} are not finite; try --dtype float32")
@@ -103,7 +103,7 @@ def _plain_backward(model: nn.Module, ids: Tensor) -> float:
 
 
 def _split_backward(model: nn.Module, ids: Tensor) -> float:
-    """Do the same with the logits of `_CHUNK` tokens at a time; all of them may take gigabytes."""
+    """The same with the logits of `_CHUNK` tokens at a time, because all logits may take gigabytes."""
     body: Any = model.base_model
     output = body(input_ids=ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state

@@ -1,8 +1,8 @@
-"""Levels of channels from their weighted distributions: what every width costs, and the coefficients for given widths.
+"""Levels of channels from weighted distributions: the error at every width, and coefficients for given widths.
 
-What a width costs follows from levels without a form, placed for the nearest-level rule (:func:`errors_by_width`).
-Coefficients come from samples of the distribution (:func:`fit_levels`): the best paths through them say which sample
-each level stands for, weighted least squares moves the polynomial there, and so on in turn.
+The error at a width is computed with unconstrained levels and nearest-level coding (:func:`errors_by_width`).
+Coefficients are fitted to samples of the distribution (:func:`fit_levels`), by alternating two steps: the best paths
+assign samples to levels, and weighted least squares moves the polynomial.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["DRAFT", "FULL", "Effort", "errors_by_width", "fit_levels", "level_ba
 
 @dataclass(frozen=True)
 class Effort:
-    """How far levels are fitted.
+    """The effort of a fit.
 
     Attributes:
-        samples: of each channel.
-        rounds: of finding paths and moving levels.
+        samples: number of samples of each channel.
+        rounds: number of rounds of finding paths and moving levels.
     """
 
     samples: int
@@ -46,27 +46,26 @@ class Effort:
 
 
 FULL = Effort(samples=8192, rounds=10)
-#: To measure what errors cost, a tenth of the work will do.
+#: For measuring the cost of errors, a tenth of the work suffices.
 DRAFT = Effort(samples=2048, rounds=3)
 
 
-#: Error of the best path, its levels moved, over that of the nearest level at the start: 2.4 to 2.8 for normal
-#: samples and 1.9 to 2.3 for Laplacian ones, 1 to 4 bits. Only its size against the error without any bits matters
-#: here.
+#: Error of the best path with fitted levels, divided by that of nearest-level coding at the start: 2.4 to 2.8 for
+#: normal samples and 1.9 to 2.3 for Laplacian ones, at 1 to 4 bits. Here only the ratio to the error at 0 bits matters.
 _PATH_OVER_NEAREST = 2.4
-#: Powers of the density of levels by which starts are near them.
+#: Powers of the density of levels that weight them in different starts.
 _DENSITIES = (2.0, 1.0, 0.0)
-#: How far beyond the least squares coefficients move in all rounds but the last: whole runs of levels creep in one
+#: Over-relaxation of the least-squares step in all rounds but the last, because runs of levels move slowly in one
 #: direction.
 _STEP = 1.5
-#: Weight of where levels began, in shares of the mean weight of a level: those that paths hardly use stay there.
+#: Weight of a level's start, relative to the mean weight of a level. Levels that paths hardly use stay there.
 _PRIOR = 0.02
-#: How far levels that rounding put out of order are moved towards a straight line, one after the other.
+#: Fractions, tried in order, by which levels that rounding put out of order are moved towards a straight line.
 _STRAIGHTENED = (0.02, 0.1, 0.3, 1.0)
 
 
 def level_placement(spec: TrellisSpec) -> PlaceLevels:
-    """What places levels without a form, called as :func:`kvq_calib.fit.density.lloyd` is."""
+    """The function that places unconstrained levels, with the signature of :func:`kvq_calib.fit.density.lloyd`."""
     return spread_levels if spec.states > 1 else lloyd
 
 
@@ -76,7 +75,8 @@ def errors_by_width(points: Tensor, weights: Tensor, spec: TrellisSpec) -> Tenso
     Args:
         points, weights: float64 ``[C, n]``, from
             :meth:`kvq_calib.calibrate.distribution.WeightedHistogram.distribution`.
-        spec: with a trellis, levels are twice as many and their error is that of the nearest times a factor.
+        spec: with a trellis, there are twice as many levels, and the error is that of nearest-level coding times a
+            factor.
     """
     counts = [spec.level_count(bits) for bits in range(spec.max_bits + 1)]
     coded_error = _PATH_OVER_NEAREST if spec.states > 1 else 1.0
@@ -93,13 +93,13 @@ def level_basis(spec: TrellisSpec, bits: Tensor) -> Tensor:
 def fit_levels(
     points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec, effort: Effort = FULL
 ) -> TrellisParams:
-    """Widths and coefficients, as they are stored.
+    """Fit the coefficients. Returns widths and coefficients as stored.
 
     Args:
         points, weights: float64 ``[C, n]``, the distribution of each channel.
         bits: uint8 ``[C]``.
-        spec: of the tensor.
-        effort: how far they are fitted.
+        spec: spec of the keys or values.
+        effort: effort of the fit.
     """
     basis, samples = level_basis(spec, bits), _drawn(points, weights, effort.samples)
     current = _start(spec, bits, basis, _placed(points, weights, bits, spec), samples)
@@ -120,10 +120,10 @@ def fit_levels(
 
 
 def _start(spec: TrellisSpec, bits: Tensor, basis: Tensor, levels: Tensor, samples: Tensor) -> Tensor:
-    """Of polynomials near levels without a form, for each channel the one of least error, float64 ``[C, 6]``.
+    """For each channel, the best of several polynomials near the unconstrained levels: float64 ``[C, 6]``.
 
-    Where a few values lie far out, what is near the many others does not reach them, and steps from there would have to
-    leave the order of the levels.
+    If a few values are far out, a polynomial near the many others does not reach them, and cannot get there with its
+    levels in order.
     """
     starts = [nearest_polynomial(basis, levels, density) for density in _DENSITIES]
     starts.append(chord(basis, levels[:, 0], levels[:, -1]))
@@ -138,7 +138,7 @@ def _is_level(spec: TrellisSpec, bits: Tensor) -> Tensor:
 
 
 def _drawn(points: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Samples of every channel by weight, in random order: float64 ``[C, count]``, numbers that float32 has."""
+    """Weighted samples of every channel, in random order: float64 ``[C, count]``, representable in float32."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     share = evenly_weighted(weights).cumsum(1)
     place = torch.searchsorted(share, (order + 0.5) / count * share[:, -1:])
@@ -146,7 +146,7 @@ def _drawn(points: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def _placed(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) -> Tensor:
-    """Levels without a form, float64 ``[C, L]``; a shorter row repeats its last one."""
+    """Unconstrained levels, float64 ``[C, L]``. A channel with fewer levels repeats its last one."""
     counts = level_counts(spec, bits)
     found = torch.zeros(len(bits), int(counts.max()), dtype=torch.float64)
     for count in counts.unique().tolist():
@@ -159,7 +159,7 @@ def _placed(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) ->
 def _followed(
     spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The level of each sample on the best paths, int64 ``[C, n]``, and the mean squared error ``[C]``."""
+    """The level of each sample on the best path, int64 ``[C, n]``, and the mean squared error, ``[C]``."""
     plain = TrellisSpec(max_bits=spec.max_bits, states=spec.states)
     params = TrellisParams(bits.to(torch.uint8), coefficients.float())
     quantizer = TrellisQuantizer(plain, params, HeadShape(1, len(bits)))
@@ -170,12 +170,12 @@ def _followed(
 
 
 def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> Tensor:
-    """Coefficients ``[C, 6]`` as they are stored, rounded so that no level falls.
+    """Coefficients ``[C, 6]`` as stored, rounded so that levels do not decrease.
 
     Args:
         spec: of the tensor.
         bits: integer ``[C]``.
-        coefficients: float64 ``[C, 6]``, of rising levels.
+        coefficients: float64 ``[C, 6]``, of increasing levels.
     """
     places, basis = level_places(spec, bits), level_basis(spec, bits)
     line = chord(basis, *evaluate(basis[:, [0, -1]], coefficients).T)

@@ -1,7 +1,7 @@
-"""Passes of windows of text through a model, which feed accumulators.
+"""Passes of text through a model, which fill the statistics.
 
-A pass knows keys, views and windows; it knows nothing of recipes and codecs. Windows are divided over ranks, and what
-the ranks have seen is added up at the end of each pass.
+A pass uses keys, views and windows, but no recipes or codecs. Ranks share the windows, and their statistics are added
+at the end of each pass.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Passes:
 
     Attributes:
         model: causal language model in eval mode.
-        geometry: of the model.
-        state: of this rank; what is in it is not done again.
-        totals: of all ranks, of the parts that are finished.
-        checkpoint: keeps ``state``.
-        clock: told of every part.
-        progress: told after every step.
+        geometry: geometry of the model.
+        state: state of this rank; finished steps are not repeated.
+        totals: statistics of all ranks, of finished parts.
+        checkpoint: saves ``state``.
+        clock: measures every part.
+        progress: called after every step.
         recompute: recompute layers in the backward pass.
     """
 
@@ -53,7 +53,7 @@ class Passes:
     recompute: bool = False
 
     def observe(self, part: str, keys: Sequence[ObservedKey[Any, Any]], windows: Sequence[Window]) -> None:
-        """Let every key see its windows; the pass runs backward where any key needs gradients.
+        """Collect the statistics of keys from their windows. There is a backward pass if any key needs gradients.
 
         Raises:
             CalibrationError: activations or gradients are not finite.
@@ -78,19 +78,19 @@ class Passes:
                 self.steps(part, len(windows), step, keys)
 
     def prepare(self, keys: Sequence[Key[Any]]) -> None:
-        """Make the accumulators that no checkpoint had."""
+        """Make the statistics that were not in the checkpoint."""
         for key in keys:
             if key not in self.state.statistics:
                 self.state.statistics.put(key, key.empty(self.geometry))
 
     def steps(self, part: str, count: int, step: Callable[[int], None], keys: Sequence[Key[Any]]) -> None:
-        """Run this rank's steps that are not done yet, then add up statistics over ranks.
+        """Run the remaining steps of this rank, then add the statistics of all ranks.
 
         Args:
-            part: what a user sees.
-            count: of steps of all ranks.
-            step: called with its number.
-            keys: of the statistics that the steps add to.
+            part: name of the part, for the user.
+            count: number of steps of all ranks.
+            step: called with the number of the step.
+            keys: keys of the statistics that the steps update.
         """
         rank, ranks = world()
         mine = range(rank, count, ranks)
@@ -101,7 +101,7 @@ class Passes:
             step(number)
             self.state.done[part] = done
             self.progress(part, done, len(mine))
-            # What follows the last step may take long: learning, the next part of a large model.
+            # What follows the last step may take long, such as training, or the next part of a large model.
             self.checkpoint.save(self.state, at_once=done == len(mine))
         for key in keys:
             self.totals.put(key, added_over_ranks(self.state.statistics.get(key)))
@@ -109,14 +109,14 @@ class Passes:
 
 
 def forward_pass(model: Any, ids: Tensor) -> None:
-    """A forward pass for the hooks alone: without the head, whose logits are not needed."""
+    """A forward pass for the hooks only, without the model's head."""
     model.base_model(input_ids=ids, use_cache=False)
 
 
 def observe_window(
     model: Any, geometry: KVGeometry, keys: Sequence[ObservedKey[Any, Any]], window: Window
 ) -> Table:
-    """What keys collect from the forward pass of a single window.
+    """The statistics of keys from the forward pass of one window.
 
     Raises:
         CalibrationError: activations are not finite.
@@ -133,7 +133,7 @@ def observe_window(
 
 @dataclass(frozen=True)
 class _Reading:
-    """A view of one layer, and what takes up what it gives."""
+    """A view of one layer, and the statistics that use it."""
 
     view: View[Any]
     read: Callable[[Captured], Any]
@@ -141,12 +141,12 @@ class _Reading:
 
 
 class _Observation:
-    """Hands captured layers to the keys of a pass that look at the present window.
+    """Passes captured layers on to the keys that use the current window.
 
     Args:
-        keys: of the pass.
-        geometry: of the model.
-        statistics: the accumulators of the keys.
+        keys: keys of the pass.
+        geometry: geometry of the model.
+        statistics: statistics of the keys.
         totals: statistics of earlier stages.
     """
 
@@ -165,11 +165,11 @@ class _Observation:
             self._readings.setdefault((view.tensor.layer, view.needs_gradients), []).append(reading)
 
     def see(self, kv: LayerKV) -> None:
-        """A layer in the forward pass."""
+        """Process a layer in the forward pass."""
         self._hand_out(Captured(kv), needs_gradients=False)
 
     def see_gradients(self, kv: LayerKV, keys: Tensor, values: Tensor) -> None:
-        """A layer in the backward pass."""
+        """Process a layer in the backward pass."""
         self._hand_out(Captured(kv, (keys, values)), needs_gradients=True)
 
     def _hand_out(self, captured: Captured, needs_gradients: bool) -> None:

@@ -1,8 +1,8 @@
-"""What a calibration collects: typed keys of statistics, and the plan that lists them.
+"""Typed keys of statistics, and the plan that lists what a calibration collects.
 
-A recipe asks for statistics by keys. A key is frozen and says everything that decides its statistics: what of the
-model is looked at (a :class:`View`), on which windows of text, and how it is accumulated. Recipes that ask for equal
-keys share one accumulator, and keys of equal views share the work of reading.
+A recipe requests statistics by keys. A key is frozen and fully defines its statistics: which tensors of the model (a
+:class:`View`), which windows of text, and how they are accumulated. Recipes with equal keys share the statistics, and
+keys with equal views share the work of reading.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ X = TypeVar("X")
 
 
 class Stage(Enum):
-    """Passes over text, in order; what a later one looks at may depend on what earlier ones found.
+    """Passes over text, in order. A stage may depend on the statistics of earlier stages.
 
-    The values are what a user sees of them.
+    The values are their names for the user.
     """
 
     THRESHOLDS = "thresholds"
@@ -41,12 +41,12 @@ class Stage(Enum):
 
 
 class Captured:
-    """What a pass sees of one layer in one window.
+    """The tensors of one layer in one window.
 
     Args:
         kv: keys and values of the layer.
-        gradients: of the loss with respect to the keys before RoPE and to the values, each ``[B, H, T, D]``, where the
-            pass runs backward.
+        gradients: gradients of the loss with respect to the keys before RoPE and to the values, each ``[B, H, T, D]``;
+            only in a backward pass.
     """
 
     def __init__(self, kv: LayerKV, gradients: tuple[Tensor, Tensor] | None = None) -> None:
@@ -54,13 +54,13 @@ class Captured:
         self._gradients = gradients
 
     def values_of(self, kind: Kind, pre_rope: bool = True) -> Tensor:
-        """Keys, before RoPE or after it, or values, ``[B, H, T, D]``."""
+        """Values, or keys before or after RoPE: ``[B, H, T, D]``."""
         if kind == "value":
             return self.kv.values
         return self.kv.keys if pre_rope else self.kv.rotated_keys
 
     def gradient_of(self, kind: Kind, pre_rope: bool = True) -> Tensor | None:
-        """The gradient of the loss with respect to them, ``[B, H, T, D]``."""
+        """Gradient of the loss with respect to them, ``[B, H, T, D]``."""
         if self._gradients is None:
             return None
         keys, values = self._gradients
@@ -75,11 +75,11 @@ class Captured:
 
 
 class Key(ABC, Generic[S]):
-    """Asks for statistics ``S``; equal keys mean the same ones."""
+    """A request for statistics of type ``S``. Equal keys have the same statistics."""
 
     @abstractmethod
     def empty(self, geometry: KVGeometry) -> S:
-        """An accumulator that has seen nothing."""
+        """Empty statistics."""
 
 
 class Table:
@@ -89,28 +89,28 @@ class Table:
         self._found: dict[Key[Any], Statistics] = {}
 
     def put(self, key: Key[S], statistics: S) -> None:
-        """Keep the statistics of a key."""
+        """Set the statistics of a key."""
         self._found[key] = statistics
 
     def get(self, key: Key[S]) -> S:
-        """The statistics of a key that is there."""
+        """The statistics of a key in the table."""
         return cast(S, self._found[key])
 
     def __contains__(self, key: Key[Any]) -> bool:
         return key in self._found
 
     def items(self) -> Iterator[tuple[Key[Any], Statistics]]:
-        """Keys and statistics in the order in which they were put there."""
+        """Keys and statistics, in the order in which they were set."""
         return iter(self._found.items())
 
 
 @dataclass(frozen=True)
 class View(ABC, Generic[X]):
-    """What statistics look at; ``X`` is what they are given of each window.
+    """The part of the model that statistics use; they get an ``X`` for each window.
 
     Attributes:
-        tensor: keys or values of which layer.
-        text: on which windows.
+        tensor: the keys or values of one layer.
+        text: the windows.
     """
 
     tensor: CachedTensor
@@ -118,36 +118,36 @@ class View(ABC, Generic[X]):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the pass must run backward for it."""
+        """Whether it needs a backward pass."""
         return False
 
     @abstractmethod
     def reader(self, geometry: KVGeometry, totals: Table) -> Callable[[Captured], X]:
-        """What makes ``X`` of a captured layer.
+        """A function that makes ``X`` from a captured layer.
 
         Args:
-            geometry: of the model.
+            geometry: geometry of the model.
             totals: statistics of earlier stages.
         """
 
 
 @dataclass(frozen=True)
 class ObservedKey(Key[S], Generic[S, X]):
-    """Asks for statistics of what a view gives.
+    """A request for statistics over a view.
 
     Attributes:
-        view: what is looked at.
+        view: the view.
     """
 
     view: View[X]
 
     @abstractmethod
     def add(self, statistics: S, seen: X) -> None:
-        """Add what the view gave of one window."""
+        """Add the view's ``X`` of one window."""
 
 
 def not_finite(tensor: CachedTensor) -> CalibrationError:
-    """The error for keys or values that are no numbers."""
+    """The error for keys or values with NaN or infinity."""
     return CalibrationError(
         f"layer {tensor.layer} gives {tensor.kind}s that are not finite; try --dtype float32 or bfloat16, or check "
         "the checkpoint"
@@ -156,7 +156,7 @@ def not_finite(tensor: CachedTensor) -> CalibrationError:
 
 @dataclass(frozen=True)
 class CachedView(View[Tensor]):
-    """Rotated keys, or values, as they are, ``[B, H, T, D]``."""
+    """Rotated keys, or values, unchanged: ``[B, H, T, D]``."""
 
     def reader(self, geometry: KVGeometry, totals: Table) -> Callable[[Captured], Tensor]:
         """The tensor itself."""
@@ -165,11 +165,11 @@ class CachedView(View[Tensor]):
 
 @dataclass(frozen=True)
 class ChannelView(View[Tensor]):
-    """Keys, before RoPE or after it, or values, as channels: float32 ``[N, C]`` on the CPU.
+    """Values, or keys before or after RoPE, as channels: float32 ``[N, C]`` on the CPU.
 
     Attributes:
-        sinks: first tokens of each window that are left out.
-        pre_rope: keys before RoPE; true for values.
+        sinks: number of first tokens of each window to leave out.
+        pre_rope: whether keys are taken before RoPE; true for values.
     """
 
     sinks: int
@@ -187,10 +187,10 @@ class ChannelView(View[Tensor]):
 
 @dataclass(frozen=True)
 class MagnitudeKey(ObservedKey[Magnitude, Tensor]):
-    """The largest magnitude of rotated keys, or of values.
+    """Key of the largest magnitude of rotated keys, or of values.
 
-    Whatever is calibrated, every pass over the calibration text looks at these first, so that the first layer that
-    gives something else than numbers is named; later ones only follow it.
+    Every pass over the calibration text collects it first. So if activations are not finite, the message names the
+    first layer with the problem.
     """
 
     def empty(self, geometry: KVGeometry) -> Magnitude:
@@ -201,7 +201,7 @@ class MagnitudeKey(ObservedKey[Magnitude, Tensor]):
         """See :class:`ObservedKey`.
 
         Raises:
-            CalibrationError: names the layer.
+            CalibrationError: a number is not finite; the message names the layer.
         """
         if not statistics.update(seen):
             raise not_finite(self.view.tensor)
@@ -209,7 +209,7 @@ class MagnitudeKey(ObservedKey[Magnitude, Tensor]):
 
 @dataclass(frozen=True)
 class SelfGeneratedKey(Key[SelfGeneratedText]):
-    """Text that the model writes itself; the fields are the arguments of :class:`SelfGeneratedText`."""
+    """Key of self-generated text. The fields are the arguments of :class:`SelfGeneratedText`."""
 
     plain: int
     repeating: int
@@ -231,41 +231,40 @@ class SelfGeneratedKey(Key[SelfGeneratedText]):
 
 
 def magnitude_keys(layers: int, windows: int) -> list[MagnitudeKey]:
-    """Keys of the magnitudes of all layers over so many windows of the calibration text."""
+    """Keys of the magnitudes of all layers, over so many windows of calibration text."""
     text = text_of({Source.CALIBRATION: windows})
     return [MagnitudeKey(CachedView(tensor, text)) for tensor in cached_tensors(layers)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which statistics each stage collects.
+    """The statistics that each stage collects.
 
     Attributes:
-        stages: distinct keys by stage, in the order in which they were first asked for; a stage that nobody asked for
-            is left out.
+        stages: distinct keys by stage, in the order of the requests; stages without keys are left out.
     """
 
     stages: Mapping[Stage, tuple[ObservedKey[Any, Any], ...]]
 
     @property
     def keys(self) -> tuple[ObservedKey[Any, Any], ...]:
-        """All distinct keys, in an order that depends on what was asked for alone."""
+        """All distinct keys, in an order that depends only on the requests."""
         return tuple(dict.fromkeys(key for stage in Stage for key in self.stages.get(stage, ())))
 
     @property
     def text(self) -> Text:
-        """All windows that any key looks at."""
+        """All windows that any key uses."""
         return united(key.view.text for key in self.keys)
 
 
 def make_plan(
     asked: Callable[[Stage], Iterable[ObservedKey[Any, Any]]], magnitudes: Sequence[MagnitudeKey]
 ) -> Plan:
-    """The plan for all that is asked for.
+    """Make the plan for all requests.
 
     Args:
         asked: keys by stage, with repetitions.
-        magnitudes: looked at first in every stage over the calibration text that anything is asked of.
+        magnitudes: keys that come first in every stage over the calibration text that has other keys.
     """
     stages = {}
     for stage in Stage:

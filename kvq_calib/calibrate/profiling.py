@@ -1,4 +1,4 @@
-"""Where the time and memory of a calibration went, in a few lines."""
+"""Tables of the time and memory of a calibration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _GIB = 2**30
 
 
 def profile_lines(model: Any, before: Mapping[str, float], result: Calibrated) -> list[str]:
-    """Tables for people; of this rank, where there are several.
+    """The tables as lines of text. With several ranks they are for this rank.
 
     Args:
-        model: that was calibrated.
-        before: seconds of what was done before calibration, by name.
-        result: of the calibration.
+        model: the calibrated model.
+        before: seconds of the steps before calibration, by name.
+        result: result of the calibration.
     """
     rows: list[tuple[str, float]] = list(before.items())
     for part, seconds in result.seconds.items():

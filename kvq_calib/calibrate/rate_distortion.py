@@ -1,4 +1,4 @@
-"""From the weighted distributions of all channels to widths and levels, under one budget."""
+"""Fits widths and levels of all channels to weighted distributions, under one budget."""
 
 from __future__ import annotations
 
@@ -32,35 +32,34 @@ from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, LayerSpec,
 __all__ = ["Measure", "TensorStatistics", "correction", "fit_layers", "pair_angles", "spec_by_layer"]
 
 Measure = Callable[[tuple[LayerParams, ...]], Mapping[CachedTensor, Tensor]]
-"""What the errors of a fit cost by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`."""
+"""Cost of a fit's errors by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`."""
 
-#: How much of what compensation takes from the weights of a layer (in logarithms, on average) the allocation counts
-#: on: errors that are handed on widen what a coordinate has to code. Between the coordinates of the layer it counts
-#: on all of it.
+#: Share of the mean logarithmic reduction of a layer's weights by compensation that the allocation assumes. It is below
+#: 1, because compensated errors widen the range that a coordinate has to code. Differences between the coordinates of a
+#: layer count fully.
 _TRUST = 0.5
-#: Share of what compensation saves on the calibration text that is left on other text.
+#: Share of compensation's saving on the calibration text that remains on other text.
 _OTHER_TEXT = 0.7
-#: The whole matrix of compensation is stored where it takes at most this share of what it saves.
+#: The whole matrix is stored if its size is at most this share of its saving.
 _MATRIX_SHARE = 0.4
-#: Columns of the factors of compensation that are tried.
+#: Numbers of columns to try for the factor.
 _FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
-#: A measured error counts as at most and as at least this many times the estimated one. Measured of a single head,
-#: small ones are noise, and can be negative.
+#: Bounds on a measured cost, as multiples of the estimate. Small measured costs of a single head are noisy, and can be
+#: negative.
 _MOST, _LEAST = 64.0, 1 / 8
 
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """What was collected of one layer's keys or values.
+    """Statistics of one layer's keys or values.
 
     Attributes:
-        moments: of its channels.
-        weighted: distribution of each channel.
-        covariance: of the gradients, where errors are compensated.
-        token_costs: squared gradients by the size of tokens, where paths weigh their tokens.
-        neighbours: gradients of neighbouring tokens, where noise is shaped.
-        vocabulary: distribution of values for tokens drawn from the vocabulary, in the bins of ``weighted``; without it
-            that of the text stands alone.
+        moments: moments of its channels.
+        weighted: weighted distribution of each channel.
+        covariance: covariance of the gradients; with error compensation.
+        token_costs: squared gradients by the size of tokens; with token weighting.
+        neighbours: correlation of the gradients of neighbouring tokens; with noise shaping.
+        vocabulary: distribution of each channel for vocabulary samples, in the bins of ``weighted``; or ``None``.
     """
 
     moments: ChannelMoments
@@ -72,7 +71,7 @@ class TensorStatistics:
 
 
 def pair_angles(moments: ChannelMoments, turned: bool, rope: RopeSpec | None) -> Tensor | None:
-    """The angles by which RoPE pairs of keys are rotated, float16 ``[H, P]``; ``None`` where they are not."""
+    """The angles of RoPE pairs of keys, float16 ``[H, P]``; ``None`` without pair rotation."""
     return moments.principal_angle() if turned and rope is not None else None
 
 
@@ -82,18 +81,18 @@ def spec_by_layer(
     geometry: KVGeometry,
     covariances: Mapping[CachedTensor, GradientCovariance],
 ) -> KVCacheSpec:
-    """The spec with error compensation as it pays in each layer at ``settings.context`` tokens, or left out.
+    """The spec, with the best form of error compensation in each layer at ``settings.context`` tokens, or none.
 
-    A matrix grows with the square of the head's size and is stored once, so that it weighs most in layers with large
-    heads and a sliding window; factors of few columns save less and take far less. Where the matrix takes too large a
-    share of what it saves, the factor that saves most beyond what it takes is stored. A rank that the spec gives is
-    taken or left out.
+    The size of the matrix grows with the square of the head size and does not depend on the context. So it costs most
+    in layers with large heads and a sliding window. A factor with few columns saves less, but is far smaller. If the
+    matrix takes too large a share of its saving, the factor with the largest net saving is used. If the spec gives a
+    rank, that rank or none is used.
 
     Args:
-        cache: spec.
-        settings: the context.
-        geometry: of the model.
-        covariances: of the gradients, where errors are compensated.
+        cache: the spec.
+        settings: gives the context.
+        geometry: geometry of the model.
+        covariances: covariances of the gradients, for layers with error compensation.
     """
     layers = list(cache.resolved(len(geometry.layers)))
     for at, covariance in covariances.items():
@@ -112,19 +111,19 @@ def spec_by_layer(
 def _compensation_that_pays(
     spec: ErrorCompensationSpec, covariance: Tensor, numbers: int
 ) -> ErrorCompensationSpec | None:
-    """The compensation that pays on so many numbers, or ``None``.
+    """The form of compensation with the largest net saving on so many numbers, or ``None``.
 
     Args:
-        spec: what the recipe asks for.
-        covariance: of the gradients, float64 ``[H, D, D]``.
-        numbers: that are held of the tensor.
+        spec: the spec of the recipe.
+        covariance: covariance of the gradients, float64 ``[H, D, D]``.
+        numbers: number of elements of the keys or values in the cache.
     """
     stored, saved = {}, {}
     ranks = [rank for rank in _FACTOR_RANKS if 4 * rank <= covariance.shape[-1]]
     for rank in [spec.rank] if spec.rank else [0, *ranks]:
         found = compensation_factors(covariance, rank)
         stored[rank] = 8 * found.nbytes
-        # An error a quarter as large is worth a bit of each number.
+        # Dividing the error by four is worth one bit per number.
         saved[rank] = -_TRUST * float(found.left.log2().mean()) / 2 * numbers
         if rank == 0 and stored[rank] <= _MATRIX_SHARE * saved[rank]:
             return spec
@@ -136,16 +135,16 @@ def _compensation_that_pays(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One layer's keys or values on the way to their parameters.
+    """Intermediate results for one layer's keys or values.
 
     Attributes:
-        at: which.
+        at: the layer, and whether it is keys or values.
         spec: how they are quantized.
-        errors: what every width costs every channel, float64 ``[C, widths]``.
-        points, weights: the distributions that levels are fitted to, float64 ``[C, n]``.
+        errors: error of every channel at every width, float64 ``[C, widths]``.
+        points, weights: the distributions for fitting levels, float64 ``[C, n]``.
         constant: the parameters that do not depend on the widths, by name.
-        groups: channels that share a width.
-        held: tokens that a cache holds of them.
+        groups: groups of channels that share a width.
+        held: number of tokens in the cache.
     """
 
     at: CachedTensor
@@ -165,12 +164,12 @@ def _prepared(
     settings: AllocationConfig,
     geometry: KVGeometry,
 ) -> _Tensor:
-    """Errors by width, distributions and constant parameters of one layer's keys or values."""
+    """Compute the errors by width, distributions and constant parameters of one layer's keys or values."""
     assert isinstance(spec, TrellisSpec)
     layer, moments = geometry.layers[at.layer], statistics.moments
     angle = pair_angles(moments, spec.pair_rotation, at.rope_in(geometry))
     constant = {} if angle is None else {"pair_angle": angle}
-    # In the first layer keys and values depend on the token alone.
+    # In the first layer, keys and values depend only on the token.
     share = settings.vocabulary_samples if at.layer else 1.0
     points, weights = statistics.weighted.distribution(
         *moments.turned(angle), settings.shrinkage, statistics.vocabulary, share
@@ -193,7 +192,7 @@ def _prepared(
 def _groups(
     at: CachedTensor, errors: Tensor, settings: AllocationConfig, geometry: KVGeometry
 ) -> WidthGroups:
-    """Channels of one layer's keys or values that share a width."""
+    """The groups of channels of one layer's keys or values that share a width."""
     shape = at.shape_in(geometry)
     least = settings.min_key_bits if at.kind == "key" else settings.min_value_bits
     floor = min(least, errors.shape[1] - 1)
@@ -203,7 +202,7 @@ def _groups(
 
 
 def _compensation_tensors(found: CompensationFactors, spec: ErrorCompensationSpec) -> dict[str, Tensor]:
-    """What is stored of the factors, by name."""
+    """The stored tensors of error compensation, by name."""
     tensors = {"compensation": found.entries, "compensation_scale": found.scale}
     if spec.needs_error_weight:
         tensors["error_weight"] = found.weight
@@ -217,14 +216,14 @@ def fit_layers(
     statistics: Mapping[CachedTensor, TensorStatistics],
     measure: Measure,
 ) -> tuple[LayerParams, ...]:
-    """Fit everything a layer stores, for all layers.
+    """Fit the parameters of all layers.
 
     Args:
-        cache: spec; ``max_bits`` is the largest width, or the width of all channels where the scope is ``uniform``.
-        settings: budget and floors.
-        geometry: of the model.
-        statistics: of each layer's keys and values.
-        measure: what errors cost; called ``settings.corrections`` times.
+        cache: the spec; ``max_bits`` is the largest width, or the width of all channels if the scope is ``uniform``.
+        settings: budget and smallest widths.
+        geometry: geometry of the model.
+        statistics: statistics of each layer's keys and values.
+        measure: measures the cost of errors; called ``settings.corrections`` times.
 
     Raises:
         ConfigError: the budget is too small.
@@ -255,7 +254,7 @@ class _BudgetedFit:
     tensors: Sequence[_Tensor]
 
     def widths(self, errors: Sequence[Tensor]) -> list[Tensor]:
-        """Widths within the budget, uint8 ``[C]`` each, for errors by width, float64 ``[C, widths]`` each."""
+        """Widths within the budget, uint8 ``[C]`` each, from errors by width, float64 ``[C, widths]`` each."""
         counted = [
             table if tensor.at.layer else table * self.settings.first_layer_weight
             for table, tensor in zip(errors, self.tensors, strict=True)
@@ -272,19 +271,19 @@ class _BudgetedFit:
         return within_budget(self.settings.bits_per_element, widths_at, self._stored_bits)
 
     def params(self, widths: Sequence[Tensor], effort: Effort = FULL) -> tuple[LayerParams, ...]:
-        """What is stored of all layers with channels of these widths."""
+        """The parameters of all layers for these widths."""
         return self._layers(
             fit_levels(t.points, t.weights, w, t.spec, effort)
             for t, w in zip(self.tensors, widths, strict=True)
         )
 
     def _stored_bits(self, widths: Sequence[Tensor]) -> float:
-        """Bits per element, everything counted, with channels of these widths."""
+        """Bits per element for these widths, everything counted."""
         layers = self._layers(_shapes(w, t.spec) for t, w in zip(self.tensors, widths, strict=True))
         return KVArtifact(self.cache, self.geometry, layers).bits_per_element(self.settings.context)
 
     def _layers(self, params: Iterable[TrellisParams]) -> tuple[LayerParams, ...]:
-        """By layer, with what does not depend on the widths."""
+        """The parameters by layer, with those that do not depend on the widths added."""
         return layer_params(
             {
                 tensor.at: replace(own, **tensor.constant)
@@ -299,7 +298,7 @@ def _corrected(
     tensors: Sequence[_Tensor],
     cost: Mapping[CachedTensor, Tensor],
 ) -> list[Tensor]:
-    """Estimated errors of every width, moved towards what those of the present widths were measured to cost by head."""
+    """Estimated errors of every width, corrected by head towards the measured cost at the current widths."""
     measured = [cost[tensor.at] for tensor in tensors]
     estimated = [
         table.gather(1, chosen.to(torch.int64)[:, None]).view(len(own), -1).sum(1)
@@ -312,13 +311,13 @@ def _corrected(
 
 
 def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[Tensor]:
-    """Factors on the estimated errors of heads that bring them half of the way (in logarithms) to the measured ones.
+    """Factors on the estimated errors of heads, which move them halfway (in logarithms) to the measured ones.
 
-    Half, because a measurement holds for the errors as they are and the widths that follow change them, and because it
-    is one of a few pieces of text.
+    Only half, because the measurement holds for the current errors, which the new widths change, and because it uses
+    only a few pieces of text.
 
     Args:
-        measured, estimated: ``[H]`` of each layer and kind.
+        measured, estimated: costs by head, ``[H]`` for each layer and kind.
     """
     tiny = torch.finfo(torch.float32).tiny
     heads = [len(each) for each in measured]
@@ -328,6 +327,6 @@ def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[
 
 
 def _shapes(widths: Tensor, spec: TrellisSpec) -> TrellisParams:
-    """Parameters of the right shapes and arbitrary content, to count what they take."""
+    """Parameters of the right shapes with arbitrary content, to count their bytes."""
     numbers = int(coefficient_counts(spec, widths).sum())
     return TrellisParams(widths, torch.zeros(numbers, dtype=torch.float16))

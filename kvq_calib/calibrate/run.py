@@ -1,8 +1,8 @@
-"""Calibration from a model and windows of text to artifacts: plan, passes, assembly.
+"""Calibration, from a model and windows of text to artifacts: plan, passes, assembly.
 
-Each recipe asks for statistics by keys (:mod:`kvq_calib.calibrate.plan`). Passes over the text collect all of them
-(:mod:`kvq_calib.calibrate.passes`): what two recipes have in common is measured once. From them each recipe is fitted
-(:mod:`kvq_calib.calibrate.fitter`) and its artifact assembled (:mod:`kvq_calib.calibrate.assemble`).
+Each recipe requests statistics by keys (:mod:`kvq_calib.calibrate.plan`). Passes over the text collect them
+(:mod:`kvq_calib.calibrate.passes`); statistics that several recipes need are collected once. Then each recipe is fitted
+(:mod:`kvq_calib.calibrate.fitter`), and its artifact assembled (:mod:`kvq_calib.calibrate.assemble`).
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ FITTERS = (fit_scalar, fit_trellis)
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a run produced.
+    """Result of a run.
 
     Attributes:
-        artifacts: by the name of their recipe.
-        seconds: wall time by part of the run.
-        statistics_seconds: of those, what statistics took beside the model's passes.
-        statistics_bytes: held by the statistics of this rank; the same for any amount of text.
+        artifacts: artifacts by the name of their recipe.
+        seconds: wall time of each part of the run.
+        statistics_seconds: the share of that for statistics, without the model's passes.
+        statistics_bytes: size of the statistics of this rank; it does not depend on the amount of text.
         peak_bytes: peak resident memory of the process up to the end of each part.
     """
 
@@ -85,20 +85,20 @@ def calibrate(
 
     Args:
         model: a causal language model in eval mode.
-        windows: token ids int64 ``[N, T]`` and where they come from.
-        configs: recipes by name. Settings of the run (data, seed, recompute) must agree.
+        windows: token ids int64 ``[N, T]``, and where they come from.
+        configs: recipes by name. Their settings of the run (data, seed, recompute) must agree.
         model_id, model_config: recorded in the artifacts; see :func:`kvq_calib.model.fingerprint.model_fingerprint`.
-        checkpoint: file that keeps the statistics of a run; removed when it is complete.
-        resume: go on from ``checkpoint`` if it is there. The result is the same as without interruption.
-        progress: told after every window.
-        deliver: called with the artifacts on rank 0 while the checkpoint is still there, so that a disk that is full
-            when they are saved costs no work.
+        checkpoint: file for the statistics of the run; removed at the end.
+        resume: continue from ``checkpoint`` if it exists. The result is the same as without interruption.
+        progress: called after every window.
+        deliver: called with the artifacts on rank 0, before the checkpoint is removed. So no work is lost if the disk
+            is full.
 
     Raises:
         CalibrationError: activations that are not finite, or a checkpoint of another run.
         ConfigError: settings that contradict each other or the model.
-        ModelError: the model cannot be captured, a packed cache cannot serve it, or the text has tokens that it does
-            not know.
+        ModelError: the model cannot be captured, a packed cache cannot serve it, or the text has tokens outside its
+            vocabulary.
     """
     job = _prepared(model, windows, configs)
     keeper = _checkpoint(job, checkpoint, model, model_config)
@@ -120,7 +120,7 @@ def calibrate(
 
 
 def shared_setting(configs: Mapping[str, CalibrationConfig], name: str) -> Any:
-    """A setting of the run that all recipes calibrated together must agree on."""
+    """The value of a setting of the run, on which all recipes must agree."""
     values = {config_name: getattr(config, name) for config_name, config in configs.items()}
     if len(set(values.values())) > 1:
         raise ConfigError(f"recipes calibrated together must agree on {name}, not {values}")
@@ -129,15 +129,15 @@ def shared_setting(configs: Mapping[str, CalibrationConfig], name: str) -> Any:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be done, and with what.
+    """The work of a run.
 
     Attributes:
-        geometry: of the model.
+        geometry: geometry of the model.
         library: the windows of text.
-        fitters: by recipe.
-        plan: the statistics that they ask for.
-        generated: the text that the model is to write, where any recipe asks for it.
-        recompute: recompute layers in backward passes.
+        fitters: fitters by recipe.
+        plan: the statistics to collect.
+        generated: key of the self-generated text, if a recipe needs any.
+        recompute: whether to recompute layers in backward passes.
     """
 
     geometry: KVGeometry
@@ -149,12 +149,12 @@ class _Job:
 
     @property
     def keys(self) -> tuple[Key[Any], ...]:
-        """All keys in a fixed order."""
+        """All keys, in a fixed order."""
         return (*(() if self.generated is None else (self.generated,)), *self.plan.keys)
 
 
 def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, CalibrationConfig]) -> _Job:
-    """The job of a run.
+    """Prepare the work of a run.
 
     Raises:
         ConfigError: settings that contradict each other or the model.
@@ -180,7 +180,7 @@ def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, Calibrati
 
 
 def _generated_key(text: Text, library: TextLibrary) -> SelfGeneratedKey | None:
-    """The key of the text that the model is to write."""
+    """The key of the self-generated text."""
     plain = text.count(Source.SELF_GENERATED)
     repeating = text.count(Source.SELF_GENERATED_REPEATING)
     if not plain and not repeating:
@@ -197,7 +197,7 @@ def _generated_key(text: Text, library: TextLibrary) -> SelfGeneratedKey | None:
 
 
 def _checkpoint(job: _Job, file: Path | None, model: Any, model_config: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of this rank, after a check that all ranks compute parts of one thing."""
+    """The checkpoint of this rank, after a check that all ranks agree."""
     rank, ranks = world()
     facts = {
         "version": VERSION,
@@ -214,10 +214,10 @@ def _checkpoint(job: _Job, file: Path | None, model: Any, model_config: Mapping[
 
 
 def _generate(key: SelfGeneratedKey, job: _Job, passes: Passes) -> SelfGeneratedText:
-    """Let the model write its text.
+    """Let the model generate text.
 
     Raises:
-        CalibrationError: its predictions are no numbers; names the layer if one of its keys or values are not.
+        CalibrationError: its predictions are not finite; the message names the first layer with such keys or values.
         ConfigError: the model is offloaded.
     """
     if is_offloaded(passes.model):
@@ -234,7 +234,9 @@ def _generate(key: SelfGeneratedKey, job: _Job, passes: Passes) -> SelfGenerated
         except CalibrationError:
             (window,) = job.library.windows(text_of({Source.CALIBRATION: 1}))
             magnitudes = magnitude_keys(len(job.geometry.layers), 1)
-            observe_window(passes.model, job.geometry, magnitudes, window)  # raises where it knows the layer
+            observe_window(
+                passes.model, job.geometry, magnitudes, window
+            )  # raises an error that names the layer
             raise
 
     passes.steps("generating text", len(text.beginnings), step, [key])
@@ -252,6 +254,6 @@ def _artifacts(job: _Job, passes: Passes, model: Mapping[str, Any]) -> dict[str,
         recipe.name: assemble(recipe, fitter.fit(materials), model=model, data=job.library.source, amax=amax)
         for recipe, fitter in job.fitters
     }
-    # Learning is a part of its own.
+    # Training is a separate part.
     clock.finished("fit", started + clock.seconds.get("learning", 0.0))
     return artifacts

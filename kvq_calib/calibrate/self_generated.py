@@ -1,8 +1,8 @@
-"""Self-generated calibration text: windows that the model writes itself.
+"""Self-generated calibration text: windows that the model generates.
 
-Sixteen windows of one kind of text say little about others, and a model knows more of them than a calibration run can
-be given: what it generates is drawn from its own distribution, with the registers, languages and oddities of its
-training text. (LLM-QAT, arXiv 2305.17888, and Williams et al., arXiv 2410.17170, calibrate weights on such text.)
+Sixteen windows of one kind of text say little about other kinds. Generated text is drawn from the model's distribution,
+so it has the styles and languages of the training text. LLM-QAT (arXiv 2305.17888) and Williams et al. (arXiv
+2410.17170) calibrate weights on such text.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from kvq_calib.model.placement import input_device
 
 __all__ = ["SelfGeneratedText", "continue_texts"]
 
-#: Tokens of a document: as much as short documents of web text have, and many beginnings for the same work.
+#: Tokens of a document. Short documents are common in web text, and give many different beginnings.
 _DOCUMENT_TOKENS = 256
-#: Documents generated at a time: their cache is that of two windows of 2,048 tokens.
+#: Number of documents generated at a time. Their cache is as large as that of two windows of 2,048 tokens.
 _DOCUMENTS = 16
-#: Pieces that two documents are cut into to be repeated.
+#: Number of pieces into which two documents are cut for repetition.
 _PIECES = 8
 
 
 class SelfGeneratedText(Statistics):
-    """Documents by the batch they are generated in; those of batches that are not generated yet are zeros.
+    """Generated documents, by batch. Batches that are not generated yet are zero.
 
     Args:
-        plain: windows that the documents are to fill one after the other.
-        repeating: windows that they are to fill with repeats between them.
-        seqlen: tokens of a window.
-        prefix: tokens that a text begins with, such as the beginning-of-sequence token.
-        vocabulary: number of tokens that the model knows.
-        seed: of every draw.
+        plain: number of windows to fill with documents.
+        repeating: number of windows to fill with documents and repeats of them.
+        seqlen: tokens in a window.
+        prefix: tokens at the beginning of a text, such as the beginning-of-sequence token.
+        vocabulary: size of the model's vocabulary.
+        seed: seed of all random choices.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"ids": "sum"}
@@ -59,11 +59,13 @@ class SelfGeneratedText(Statistics):
         self._body = seqlen - len(prefix)
         length = min(_DOCUMENT_TOKENS, self._body)
         filling, mixed = (-(-windows * self._body // length) for windows in (plain, repeating))
-        documents = max(filling, mixed - mixed // 3)  # of three in mixed text, one repeats the others
-        # Whole batches, so that more windows begin with the same text.
+        documents = max(
+            filling, mixed - mixed // 3
+        )  # with repeats, one of three documents repeats the others
+        # Whole batches, so that a larger number of windows begins with the same text.
         self.ids = torch.zeros(-(-documents // _DOCUMENTS), _DOCUMENTS, length, dtype=torch.int64)
         first = sample_tokens(vocabulary, self.ids[..., 0].numel(), torch.Generator().manual_seed(seed))
-        #: What each document begins with, int64 ``[batches, documents]``.
+        #: The first token of each document, int64 ``[batches, documents]``.
         self.beginnings = first.view(self.ids.shape[:2])
 
     def is_possible(self, state: Mapping[str, Tensor]) -> bool:
@@ -71,18 +73,18 @@ class SelfGeneratedText(Statistics):
         return super().is_possible(state) and bool((state["ids"] < self._vocabulary).all())
 
     def generate(self, model: Any, batch: int) -> None:
-        """Let the model write one batch."""
+        """Let the model generate one batch."""
         generator = torch.Generator().manual_seed((self._seed + ((batch + 1) << 32)) % (1 << 63))
         prompt = torch.cat((self._prefix.expand(self.ids.shape[1], -1), self.beginnings[batch, :, None]), 1)
         text = continue_texts(model, prompt, self.ids.shape[2] - 1, generator)
         self.ids[batch] = text[:, len(self._prefix) :]
 
     def windows(self, count: int, *, repeats: bool) -> Tensor:
-        """The documents one after the other.
+        """The documents, one after the other, cut into windows.
 
         Args:
-            count: of windows, at most those of the constructor. More begin with the same text.
-            repeats: after every two documents comes one that repeats pieces of them in random order.
+            count: number of windows, at most that of the constructor. A larger number begins with the same text.
+            repeats: whether every two documents are followed by one that repeats pieces of them in random order.
 
         Returns:
             int64 ``[count, seqlen]``.
@@ -95,7 +97,7 @@ class SelfGeneratedText(Statistics):
         return torch.cat((self._prefix.expand(count, -1), text), 1)
 
     def _repeated(self, pairs: Tensor) -> Tensor:
-        """Pieces of each two documents ``[P, 2, T]`` in random order, as long as one, ``[P, T]``."""
+        """Pieces of each two documents ``[P, 2, T]`` in random order, as long as one document: ``[P, T]``."""
         length = pairs.shape[-1]
         pieces = pairs.flatten(1).split(-(-2 * length // _PIECES), dim=1)
         generator = torch.Generator().manual_seed(self._seed)
@@ -108,19 +110,19 @@ class SelfGeneratedText(Statistics):
 
 @torch.no_grad()
 def continue_texts(model: Any, prompt: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """Continue texts by tokens drawn from the model's predictions, whatever it says of their end.
+    """Continue texts with tokens drawn from the model's predictions. End-of-sequence tokens do not end them.
 
     Args:
         model: causal language model in eval mode.
         prompt: int64 ``[B, P]``.
-        tokens: to add.
-        generator: of the draws.
+        tokens: number of tokens to add.
+        generator: random generator.
 
     Returns:
-        int64 ``[B, P + tokens]``, the prompt included.
+        int64 ``[B, P + tokens]``, including the prompt.
 
     Raises:
-        CalibrationError: the model's predictions are not numbers.
+        CalibrationError: the model's predictions are not finite.
     """
     text, step, cache = [prompt], prompt, None
     for _ in range(tokens):

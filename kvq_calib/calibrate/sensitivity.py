@@ -1,10 +1,9 @@
-"""What the errors of each head's keys and values really cost, measured on the model's output.
+"""Measures the cost of the errors of each head's keys and values on the model's output.
 
-The weighted error of an allocation is a second-order estimate, head by head. This measures all heads at once and at
-the errors they have: the quantized keys of every head, and its values, become ``x + a (x' - x)`` with a factor ``a``
-of 1 of their own, and one backward pass of the divergence gives its derivative with respect to every ``a``. For an
-error that costs ``c a^2`` that is ``2 c``, with whatever errors of different heads and layers do to each other
-included.
+The weighted error of an allocation is a second-order estimate, separately for each head. Here all heads are measured
+together, at their real errors. The quantized keys of every head, and the values, become ``x + a (x' - x)`` with a
+separate factor ``a = 1``. One backward pass of the KL divergence gives its derivative with respect to every ``a``. If
+an error costs ``c a^2``, the derivative is ``2 c``. Interactions between the errors of heads and layers are included.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ __all__ = ["error_sensitivity"]
 def error_sensitivity(
     model: Any, pieces: Tensor, draft: KVArtifact, *, recompute: bool = False
 ) -> dict[CachedTensor, Tensor]:
-    """Derivative of the divergence with respect to a factor on the errors of each head's keys, and of its values.
+    """Derivative of the KL divergence with respect to a factor on the errors of each head's keys, and of its values.
 
     Args:
         model: causal language model in eval mode.
-        pieces: token ids int64 ``[N, T]``; ranks divide them.
-        draft: what is to be stored.
+        pieces: token ids int64 ``[N, T]``, which ranks share.
+        draft: the parameters to measure.
         recompute: recompute layers in the backward pass.
 
     Returns:

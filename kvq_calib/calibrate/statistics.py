@@ -1,8 +1,8 @@
-"""Streaming statistics: their size depends on channels and bins, never on tokens, and two of them add.
+"""Streaming statistics. Their size depends on channels and bins, not on tokens, and two of them can be added.
 
-:class:`ChannelHistogram` sketches the distribution of every channel, for thresholds; :class:`LevelHistogram`
-collects the weighted distribution of normalised values, for codebooks. Both accumulate exact integer counts or
-float64 sums, so that splitting the text over ranks, or stopping and resuming, changes nothing that matters.
+:class:`ChannelHistogram` has the distribution of every channel, for thresholds. :class:`LevelHistogram` has the
+weighted distribution of normalised values, for levels. Both accumulate exact integer counts or float64 sums, so
+splitting the text over ranks, or resuming a run, makes no relevant difference.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from kvq_calib.errors import CalibrationError
 
 CHANNEL_BINS = 1024
 LEVEL_BINS = 4096
-#: Narrowest bins are 2 ** -140, so that a channel of zeros needs no special case.
+#: Exponent of the narrowest bins, 2 ** -140. With it, a channel of zeros needs no special case.
 _SMALLEST_EXPONENT = -140
-#: Beyond the sum of the squares of float32 numbers over any text.
+#: Above the sum of squares of float32 numbers over any text.
 _LARGEST_SUM = 1e100
 
 Reduction = Literal["sum", "min", "max"]
 
 
 class Statistics:
-    """An accumulator whose state is a few tensors, each an attribute.
+    """Statistics whose state is a few tensors, which are attributes.
 
     Attributes:
-        reductions: the names of these tensors, and how those of two accumulators become that of both.
-        not_negative: the names of those that count, or add up squares or weights.
+        reductions: the names of these tensors, and the operation that combines two states.
+        not_negative: the names of tensors that cannot be negative: counts, and sums of squares or weights.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]]
     not_negative: ClassVar[frozenset[str]] = frozenset()
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that hold everything."""
+        """The tensors of the state, by name."""
         return {name: getattr(self, name) for name in self.reductions}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Load tensors from :meth:`state`."""
         for name in self.reductions:
             setattr(self, name, state[name])
 
     def is_possible(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether some text could have given a state, as far as its numbers tell; asked of one that has seen nothing.
+        """Whether some text could give this state, judging by its numbers. Called on empty statistics.
 
         Args:
             state: tensors of the right shapes and dtypes.
         """
         if any(bool((state[name] < 0).any()) for name in self.not_negative):
             return False
-        # NaN compares as false. A bound may be infinite where no channel was seen, as it is in the beginning.
+        # Comparisons with NaN are false. A bound may be infinite if no value was seen, as in the beginning.
         return all(
             bool(((state[name].abs() <= _largest(empty.dtype)) | (state[name] == empty)).all())
             for name, empty in self.state().items()
@@ -62,16 +62,16 @@ class Statistics:
         )
 
     def copied(self) -> Self:
-        """Another one with tensors of its own."""
+        """A copy, with copied tensors."""
         other = copy.copy(self)
         other.load({name: tensor.clone() for name, tensor in self.state().items()})
         return other
 
     def align(self, largest: Callable[[Tensor], Tensor]) -> None:
-        """Bring the state into a form that can be added to that of others.
+        """Convert the state to a form in which it can be added to others.
 
         Args:
-            largest: the elementwise maximum of a tensor over all that will be added.
+            largest: gives the elementwise maximum of a tensor over all states to be added.
         """
 
 
@@ -80,11 +80,11 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 class ChannelHistogram(Statistics):
-    """Distribution of each channel in equal bins that widen by powers of two as larger values arrive.
+    """Distribution of each channel in equal bins. Bins widen by powers of two as larger values arrive.
 
-    Bin edges are multiples of ``2 ** exponent[c]`` around 0, and widening joins neighbours, so the result depends
-    on the values alone and not on their order. Counts are exact; quantiles are interpolated within a bin, whose
-    width is below 1/256 of the channel's largest magnitude.
+    Bin edges are multiples of ``2 ** exponent[c]`` around 0, and widening joins neighbouring bins, so the result does
+    not depend on the order of values. Counts are exact. Quantiles are interpolated within a bin, whose width is below
+    1/256 of the channel's largest magnitude.
 
     Args:
         channels: number of channels ``C``.
@@ -105,11 +105,11 @@ class ChannelHistogram(Statistics):
         self.high = torch.full((channels,), -torch.inf)
 
     def align(self, largest: Callable[[Tensor], Tensor]) -> None:
-        """Join bins until each channel's are as wide as the widest of all that will be added."""
+        """Widen the bins of each channel to the widest of all states to be added."""
         self._widen(largest(self.exponent))
 
     def _widen(self, exponent: Tensor) -> None:
-        """Join bins until each channel has at least ``exponent``."""
+        """Widen the bins of each channel to at least ``exponent``."""
         shift = (exponent - self.exponent).clamp(min=0)
         if not bool(shift.any()):
             return
@@ -143,14 +143,14 @@ class ChannelHistogram(Statistics):
             raise CalibrationError("activations are not finite")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._widen(self._exponent_for(low, high))
-        # Exact: float64 holds every float32 times a power of two.
+        # Exact, because float64 represents every float32 times a power of two.
         step = torch.exp2(-self.exponent.double())
         first = torch.arange(y.shape[1]) * CHANNEL_BINS + CHANNEL_BINS // 2
         flat = (y.double() * step).floor_().to(torch.int64) + first
         self.counts += torch.bincount(flat.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def quantile(self, q: float) -> Tensor:
-        """The ``q``-quantile of each channel, float32 ``[C]``; 0 and 1 give the exact extremes."""
+        """The ``q``-quantile of each channel, float32 ``[C]``; 0 and 1 give the exact minimum and maximum."""
         if q <= 0:
             return self.low.clone()
         if q >= 1:
@@ -176,21 +176,21 @@ class Magnitude(Statistics):
         self.largest = torch.zeros(1)
 
     def update(self, x: Tensor) -> bool:
-        """Add values of any shape; whether all are finite."""
-        # NaN is the maximum of whatever contains it.
+        """Add values of any shape. Return whether all are finite."""
+        # The maximum of numbers with a NaN is NaN.
         low, high = x.detach().aminmax()
         self.largest = torch.maximum(self.largest, torch.maximum(-low, high).to(self.largest))
         return bool(torch.isfinite(self.largest))
 
 
 class LevelHistogram(Statistics):
-    """Distribution of normalised values over ``[-1, 1]`` in equal bins: how many fell in each, and their weight.
+    """Distribution of normalised values over ``[-1, 1]`` in equal bins: the number of values in each, and their weight.
 
-    A bin stands for its middle, which is off by at most 1/4096 of the scale: less than float16 levels resolve.
-    Tokens and outliers are counted; outliers stay out of the bins.
+    A bin is represented by its middle, an error of at most 1/4096 of the scale, which is below the resolution of
+    float16 levels. Tokens and outliers are counted. Outliers are not in the bins.
 
     Args:
-        weighted: values have weights; else a count serves as both.
+        weighted: whether values have weights; if not, counts are used as weights.
     """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"sums": "sum", "seen": "sum"}
@@ -205,18 +205,18 @@ class LevelHistogram(Statistics):
 
         Args:
             normalised: float32 ``[N, C]``.
-            outliers: bool ``[N, C]`` or ``None``: values that the codebook does not serve.
-            weights: float ``[N, C]``, not negative; ``None`` where the histogram has none.
+            outliers: bool ``[N, C]``, values that are not coded by levels; or ``None``.
+            weights: float ``[N, C]``, not negative; ``None`` if the histogram has no weights.
         """
         tokens = normalised.shape[0]
         found = 0 if outliers is None else int(outliers.sum())
         self.seen += torch.tensor([tokens, found], dtype=torch.float64)
-        # Values beyond the cap of outliers are clamped, as the quantizer's end levels clamp them.
+        # Values beyond the cap of outliers are clamped, as in the quantizer.
         half = LEVEL_BINS // 2
-        # Narrow integers: the passes over them are bound by memory.
+        # Narrow integers are faster, because memory bandwidth limits the speed.
         bins = (normalised * half).floor_().clamp_(-half, half - 1).add_(half).to(torch.int16)
         if outliers is not None:
-            bins.masked_fill_(outliers, LEVEL_BINS)  # a bin of their own, dropped below
+            bins.masked_fill_(outliers, LEVEL_BINS)  # an additional bin, dropped below
         bins = bins.flatten()
         counts = torch.bincount(bins, minlength=LEVEL_BINS)[:LEVEL_BINS]
         self.sums[0] += counts.cpu()
@@ -232,7 +232,7 @@ class LevelHistogram(Statistics):
 
     @property
     def counts(self) -> Tensor:
-        """Values in each bin, float64 ``[bins]``."""
+        """Number of values in each bin, float64 ``[bins]``."""
         return self.sums[0]
 
     @property
@@ -242,5 +242,5 @@ class LevelHistogram(Statistics):
 
     @property
     def outliers_per_token(self) -> float:
-        """Mean number of outliers of one token."""
+        """Mean number of outliers of a token."""
         return float(self.seen[1] / self.seen[0].clamp(min=1))

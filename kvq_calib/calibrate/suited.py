@@ -1,4 +1,4 @@
-"""What of a recipe a model cannot have, found before time is spent on it."""
+"""Checks, before time is spent, that a model can have what a recipe asks for."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = ["suited", "warn_of_range"]
 
 _log = logging.getLogger(__name__)
 
-#: Tokens that are looked at for large numbers. Those that are far above the others stand at a text's beginning.
+#: Number of tokens that are checked for large numbers. The largest occur at the beginning of a text.
 _TOKENS = 128
 _LARGEST = torch.finfo(torch.float16).max
 
 
 def suited(model: Any, recipes: Sequence[Recipe], ids: Tensor) -> list[Recipe]:
-    """The recipes as this model can have them.
+    """Adapt recipes to this model, or refuse them.
 
-    A recipe that stores what stays exact in float16 gets bfloat16 where keys or values of the beginning of the text
-    are above half of what float16 holds, with a logged warning.
+    If keys or values at the beginning of the text exceed half the range of float16, a recipe that stores exact numbers
+    in float16 gets bfloat16, and a warning is logged.
 
     Args:
         model: a causal language model in eval mode.
-        recipes: at least one.
+        recipes: one or more recipes.
         ids: windows of the text, int64 ``[N, T]``.
 
     Raises:
-        ConfigError: an override names a layer that does not exist, or keys are to be quantized before a rotary
-            embedding that has no table; names the setting.
+        ConfigError: an override names a layer that does not exist, or keys should be quantized before a rotary
+            embedding that cannot be expressed as a table; the message names the setting.
         CalibrationError: activations are not finite.
     """
     for recipe in recipes:
@@ -95,11 +95,11 @@ def _check_rotary(model: Any, recipe: Recipe) -> None:
 
 
 def warn_of_range(recipes: Sequence[Recipe], largest: Mapping[Kind, Sequence[float]]) -> None:
-    """Say so where the text had numbers that the storage of a recipe does not hold.
+    """Warn if the text had numbers outside the range of a recipe's storage dtype.
 
     Args:
-        recipes: that were calibrated.
-        largest: magnitude of the keys and of the values of each layer over the whole text.
+        recipes: the calibrated recipes.
+        largest: largest magnitude of the keys and of the values of each layer over the whole text.
     """
     names = _in_float16(recipes)
     beyond = [

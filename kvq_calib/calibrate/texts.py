@@ -1,4 +1,4 @@
-"""The windows of text that statistics look at, by where they come from."""
+"""The windows of text that statistics use, by source."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from kvq_calib.model.load import vocabulary_of
 
 
 class Source(Enum):
-    """Where a window comes from; passes take them in this order."""
+    """Where a window comes from. Passes use sources in this order."""
 
     CALIBRATION = "calibration"
     SELF_GENERATED = "self-generated"
     SELF_GENERATED_REPEATING = "self-generated, with repeats"
-    #: The calibration text with every second token drawn from the vocabulary.
+    #: The calibration text with every second token replaced by a vocabulary sample.
     VOCABULARY_SAMPLES = "vocabulary samples"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of text: the first so many of each source.
+    """A set of windows: a number of first windows of each source.
 
     Attributes:
-        parts: pairs of source and count, sources in order and counts positive; made by :func:`text_of`.
+        parts: pairs of source and count, with sources in order and positive counts; made by :func:`text_of`.
     """
 
     parts: tuple[tuple[Source, int], ...]
 
     def takes(self, window: Window) -> bool:
-        """Whether a window is one of these."""
+        """Whether a window is in the set."""
         return any(window.source is source and window.number < count for source, count in self.parts)
 
     def count(self, source: Source) -> int:
-        """Windows of this source."""
+        """Number of windows of this source."""
         return dict(self.parts).get(source, 0)
 
 
@@ -52,7 +52,7 @@ class Window:
 
     Attributes:
         source: where it comes from.
-        number: of the window among those of its source.
+        number: number of the window within its source.
         ids: int64 ``[1, T]``.
     """
 
@@ -62,12 +62,12 @@ class Window:
 
 
 def text_of(counts: Mapping[Source, int]) -> Text:
-    """A text of so many windows of each source; sources without windows are left out."""
+    """A text with the given number of windows of each source. Sources without windows are left out."""
     return Text(tuple((source, counts[source]) for source in Source if counts.get(source)))
 
 
 def united(texts: Iterable[Text]) -> Text:
-    """All windows that any of these texts has."""
+    """The union of texts."""
     every = list(texts)
     return text_of({source: max((text.count(source) for text in every), default=0) for source in Source})
 
@@ -76,12 +76,12 @@ class TextLibrary:
     """The windows of a run.
 
     Args:
-        windows: of the calibration text.
-        model: whose vocabulary is sampled.
-        seed: of what is drawn.
+        windows: windows of the calibration text.
+        model: the model whose vocabulary is sampled.
+        seed: seed of the samples.
 
     Attributes:
-        generated: the text that the model wrote, once it has.
+        generated: the self-generated text, once it exists.
     """
 
     def __init__(self, windows: TokenWindows, model: Any, seed: int) -> None:
@@ -93,7 +93,7 @@ class TextLibrary:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Size of the model's vocabulary."""
         return vocabulary_of(self._model)
 
     @cached_property
@@ -101,10 +101,10 @@ class TextLibrary:
         return with_vocabulary_samples(self.calibration, self.vocabulary, self.seed)
 
     def rows(self, text: Text) -> Tensor:
-        """The windows of a text one after the other, int64 ``[N, T]``.
+        """The windows of a text, int64 ``[N, T]``.
 
         Raises:
-            ValueError: the text has self-generated windows, and the model has not written yet.
+            ValueError: the text has self-generated windows, which do not exist yet.
         """
         return torch.cat([self.calibration[:0], *(self._rows(source, count) for source, count in text.parts)])
 

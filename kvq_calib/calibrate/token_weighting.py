@@ -1,9 +1,9 @@
-"""Token weighting: what an error of a token costs, by the size of its vector.
+"""Fits token weighting: the cost of a token's error by the size of its vector.
 
-Squared gradients differ from token to token by orders of magnitude, since most of the attention goes to few tokens.
-An encoder that chooses codes for 32 tokens at once could spare those, but learns of the attention too late. What it
-sees is the token: in many models, tokens that only collect attention that is needed nowhere else have much smaller
-values than the rest.
+Squared gradients differ from token to token by orders of magnitude, because most of the attention goes to few tokens.
+An encoder that chooses codes for 32 tokens at once could give those tokens smaller errors, but it does not know future
+attention. The size of a token's vector predicts it: in many models, tokens that absorb unneeded attention have much
+smaller values than others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from kvq_calib.codec.token_weighting import SIZE_CLASSES, size_classes, squared_
 
 __all__ = ["TokenCosts"]
 
-#: Tokens of mean cost that every class is given beside its own: single gradients say little.
+#: Number of tokens of mean cost that are added to every class, because single gradients are noisy.
 _PRIOR_TOKENS = 20
 
 
 class TokenCosts(Statistics):
-    """Sum of the squared gradients of the tokens of each class of size, and their number.
+    """Sum of the squared gradients of the tokens of each size class, and their number.
 
     Args:
         heads: key-value heads ``H``.
@@ -40,9 +40,9 @@ class TokenCosts(Statistics):
         """Add tokens.
 
         Args:
-            y, gradient: float ``[N, C]`` on the CPU, values as they are to be quantized and the gradients of the loss
-                with respect to them.
-            unit: float32 ``[H]``, the same in every call: the size that classes are counted from.
+            y, gradient: the values to quantize, and the gradients of the loss with respect to them; float ``[N, C]`` on
+                the CPU.
+            unit: float32 ``[H]``, the same in every call: unit of the squared size, from which classes are counted.
         """
         heads = self.sums.shape[1]
         place = size_classes(unit, squared_size(y.float(), heads)).T
@@ -51,10 +51,10 @@ class TokenCosts(Statistics):
         self.sums[1].scatter_add_(1, place, torch.ones_like(cost))
 
     def weights(self, shrinkage: float) -> Tensor:
-        """Mean squared gradient of each class over that of all tokens, float16 ``[H, 32]``.
+        """Mean squared gradient of each class, divided by that of all tokens: float16 ``[H, 32]``.
 
         Args:
-            shrinkage: how far a weight is moved towards 1, 0 to 1.
+            shrinkage: how far weights are moved towards 1, from 0 to 1.
         """
         cost, count = self.sums
         mean = (cost.sum(1, keepdim=True) / count.sum(1, keepdim=True).clamp(min=1)).clamp(

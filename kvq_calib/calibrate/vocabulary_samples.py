@@ -1,9 +1,8 @@
-"""Tokens that the calibration text does not have.
+"""Vocabulary samples: tokens that are missing from the calibration text.
 
-A few windows of text hold a tenth of a vocabulary. Keys and values of the first layer are functions of the token
-alone, and those of the next few layers nearly are, so a token that another text uses often may lie far from
-everything that was seen. The model can be asked what they are: with tokens drawn from the vocabulary put into the
-text.
+A few windows of text contain a tenth of a vocabulary. Keys and values of the first layer depend only on the token, and
+those of the next few layers nearly so. So a token that is frequent in another text may have keys and values far from
+all that were seen. Tokens drawn from the vocabulary are therefore put into the text.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from torch import Tensor
 
 __all__ = ["sample_tokens", "sampled_positions", "with_vocabulary_samples"]
 
-#: Vocabularies are numbered about in the order of how common their tokens are (merges of byte-pair encoding, scores of
-#: unigram models), so tokens are drawn by Zipf's law of their number. The first thousand (bytes, special tokens and the
-#: commonest words) count alike.
+#: Token ids roughly follow the frequency of tokens (merges of byte-pair encoding, scores of unigram models). So tokens
+#: are drawn by Zipf's law of their id, with about equal probabilities for the first thousand (bytes, special tokens and
+#: the most common words).
 _ALIKE = 1000
-#: Every second token is drawn, from the second on.
+#: Every second token is replaced, starting with the second.
 _FIRST = 1
 _STEP = 2
 
@@ -29,7 +28,7 @@ def sample_tokens(vocabulary: int, count: int, generator: torch.Generator) -> Te
 
 
 def with_vocabulary_samples(ids: Tensor, vocabulary: int, seed: int) -> Tensor:
-    """Replace every second token of ``ids [N, T]``, from the second on, by one drawn from the vocabulary."""
+    """Replace every second token of ``ids [N, T]``, starting with the second, by one drawn from the vocabulary."""
     text = ids.clone()
     places = text[:, _FIRST::_STEP]
     found = sample_tokens(vocabulary, places.numel(), torch.Generator().manual_seed(seed))
@@ -38,5 +37,5 @@ def with_vocabulary_samples(ids: Tensor, vocabulary: int, seed: int) -> Tensor:
 
 
 def sampled_positions(first: int) -> slice:
-    """Positions of the drawn tokens of a window from ``first`` on."""
+    """Positions of the drawn tokens in a window, starting at ``first``."""
     return slice(first + (first - _FIRST) % _STEP, None, _STEP)

@@ -1,4 +1,4 @@
-"""``kvq-artifact``: look at artifacts, convert and share them."""
+"""``kvq-artifact``: inspect, convert and share artifacts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["artifact_group"]
 @click.group("kvq-artifact", context_settings=SETTINGS)
 @debug_option
 def artifact_group() -> None:
-    """Look at artifacts, convert and share them; no model is loaded."""
+    """Inspect, convert and share artifacts. No model is loaded."""
 
 
 @artifact_group.command(
@@ -54,7 +54,7 @@ def artifact_group() -> None:
 @json_option
 @debug_option
 def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_file: str | None) -> None:
-    """Content of ARTIFACT, and its bits per element at chosen context lengths."""
+    """Show what ARTIFACT contains, and its bits per element at given context lengths."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.evaluate.tables import artifact_facts, artifact_tables, print_table
 
@@ -69,7 +69,7 @@ def inspect_command(file: str, contexts: tuple[int, ...], layers: bool, json_fil
 @click.argument("artifact", type=FilePath(), metavar="ARTIFACT")
 @debug_option
 def vllm_command(artifact: str) -> None:
-    """Check that vLLM can serve ARTIFACT, a file or a hub id, and print the options that do it."""
+    """Check that vLLM can serve ARTIFACT, a file or a hub id, and print vLLM's options for it."""
     from kvq_calib.integrations.vllm.checks import ARTIFACT_KEY, artifact_of, check_artifact, is_installed
 
     check_artifact(artifact_of(artifact))
@@ -97,15 +97,20 @@ def vllm_command(artifact: str) -> None:
         type=click.IntRange(2),
         required=True,
         metavar="N",
-        help="Ranks that divide the key-value heads.",
+        help="Number of ranks that divide the key-value heads.",
     ),
     click.option(
-        "-o", "--output", type=FilePath(), required=True, metavar="FILE", help="With {rank} in its name."
+        "-o",
+        "--output",
+        type=FilePath(),
+        required=True,
+        metavar="FILE",
+        help="Files to write, with {rank} in the name.",
     ),
 )
 @debug_option
 def shard_command(file: str, ranks: int, output: str) -> None:
-    """Divide ARTIFACT by key-value heads: one artifact for every rank of a tensor-parallel runtime."""
+    """Divide ARTIFACT by key-value heads into one artifact for each rank of a tensor-parallel runtime."""
     from kvq_calib.artifact.artifact import KVArtifact
     from kvq_calib.artifact.shard import shard
 
@@ -137,7 +142,7 @@ def shard_command(file: str, ranks: int, output: str) -> None:
     ),
 )
 @section(
-    "What the pickle does not say",
+    "What the pickle does not contain",
     click.option(
         "--model",
         type=FilePath(),
@@ -164,7 +169,7 @@ def shard_command(file: str, ranks: int, output: str) -> None:
 )
 @debug_option
 def import_command(file: str, output: str, model: str, outliers: float, sink_tokens: int) -> None:
-    """Turn the quantizers.pickle of KVQuant's own code into an artifact; nothing in it is executed."""
+    """Convert a quantizers.pickle of KVQuant into an artifact. The pickle is not executed."""
     from kvq_calib.artifact.import_kvquant import import_kvquant
     from kvq_calib.model.configuration import geometry_of_configuration
 
@@ -198,10 +203,12 @@ def import_command(file: str, output: str, model: str, outliers: float, sink_tok
         type=FilePath(),
         required=True,
         metavar="FOLDER",
-        help="Where the files go; made if it is not there.",
+        help="Folder for the files; created if needed.",
     ),
     click.option(
-        "--force", is_flag=True, help="Write although an FP8 cache cannot express all of the artifact."
+        "--force",
+        is_flag=True,
+        help="Write the scales even if an FP8 cache cannot represent everything in ARTIFACT.",
     ),
 )
 @section(
@@ -236,7 +243,7 @@ def export_command(
     ranks: int,
     force: bool,
 ) -> None:
-    """Write FP8 key-value scales that other runtimes read, from the ranges that ARTIFACT holds."""
+    """Write FP8 key-value scales for other runtimes, from the ranges in ARTIFACT."""
     from kvq_calib.artifact import export_fp8 as fp8
     from kvq_calib.artifact.artifact import KVArtifact
 
@@ -256,7 +263,7 @@ def export_command(
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where and how artifacts are uploaded: fields of :class:`kvq_calib.artifact.hub.Upload`."""
+    """The fields of :class:`kvq_calib.artifact.hub.Upload`."""
 
     private: bool | None
     revision: str | None
@@ -272,9 +279,9 @@ _push_options = collected(
         click.option(
             "--private/--public",
             default=None,
-            help="Whether a repository that is made is private.  [default: the account's]",
+            help="Whether a new repository is private.  [default: the account's]",
         ),
-        click.option("--revision", metavar="BRANCH", help="Made if it is not there.  [default: main]"),
+        click.option("--revision", metavar="BRANCH", help="Branch, created if needed.  [default: main]"),
         click.option("--message", "commit_message", metavar="TEXT", help="Message of the commit."),
         click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch."),
     ),
@@ -306,7 +313,7 @@ def push_command(
 ) -> None:
     """Upload artifacts to the Hugging Face hub, with a model card that states bits, KL divergence, data and command.
 
-    The account is the one that is logged in (hf auth login), or that of HF_TOKEN.
+    It uses the account that is logged in (hf auth login), or the token in HF_TOKEN.
     """
     from kvq_calib.artifact.hub import SUFFIX, Upload, push
     from kvq_calib.schema.results import read_results

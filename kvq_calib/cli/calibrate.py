@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecipeChanges:
-    """Which recipes are calibrated, and what the command line says otherwise than they do.
+    """The recipes to calibrate, and the settings that the command line changes.
 
     Attributes:
         recipes: names or files.
-        budgets: bits per element, of recipes of these budgets.
-        dataset, text_field, samples, seqlen, seed, recompute: settings of the run; ``None`` where they were not given.
+        budgets: budgets of ``kvq-BITS`` recipes, in bits per element.
+        dataset, text_field, samples, seqlen, seed, recompute: settings of the run; ``None`` if not given.
         weights: short for ``fit.weights``.
-        assignments: ``KEY=VALUE`` each.
+        assignments: ``KEY=VALUE`` strings.
     """
 
     recipes: tuple[str, ...]
@@ -62,13 +62,13 @@ class RecipeChanges:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All recipes, or the usual one."""
+        """All recipes, or the default recipe."""
         from kvq_calib.schema.recipe import DEFAULT_RECIPE, budget_recipe
 
         return (*self.recipes, *map(budget_recipe, self.budgets)) or (DEFAULT_RECIPE,)
 
     def config(self, recipe: str) -> CalibrationConfig:
-        """A recipe with these changes.
+        """The settings of a recipe, with these changes.
 
         Raises:
             ConfigError: in one line, which key is wrong and why.
@@ -97,13 +97,13 @@ _changes = collected(
         ),
         click.option("--text-field", metavar="NAME", help=f"{TEXT_FIELD_HELP}  [default: text]"),
         click.option(
-            "--samples", type=click.IntRange(1), metavar="N", help="Windows of text.  [default: 16]"
+            "--samples", type=click.IntRange(1), metavar="N", help="Number of windows of text.  [default: 16]"
         ),
         click.option(
-            "--seqlen", type=click.IntRange(8), metavar="TOKENS", help="Tokens of a window.  [default: 2048]"
+            "--seqlen", type=click.IntRange(8), metavar="TOKENS", help="Tokens per window.  [default: 2048]"
         ),
         click.option(
-            "--seed", type=click.IntRange(0), metavar="N", help="Of every random choice.  [default: 0]"
+            "--seed", type=click.IntRange(0), metavar="N", help="Seed of all random choices.  [default: 0]"
         ),
     ),
     section(
@@ -156,10 +156,10 @@ class _Job:
     """A calibration that is about to start.
 
     Attributes:
-        outputs: file of each recipe, by its short name.
+        outputs: output file of each recipe, by its short name.
         configs: settings of each recipe.
         run: the settings that all recipes share.
-        resume: whether to go on from a checkpoint.
+        resume: whether to continue from a checkpoint.
     """
 
     outputs: Mapping[str, Path]
@@ -169,12 +169,12 @@ class _Job:
 
     @property
     def first(self) -> Path:
-        """The output whose name the checkpoint has."""
+        """The first output, after which the checkpoint is named."""
         return next(iter(self.outputs.values()))
 
     @property
     def checkpoint(self) -> Path:
-        """The file that an interrupted run leaves; those of several ranks have names made of it."""
+        """The file that an interrupted run leaves. With several ranks, their files have names derived from it."""
         return self.first.with_name(f"{self.first.name}.checkpoint")
 
 
@@ -197,8 +197,8 @@ class _Job:
         metavar="ARTIFACT",
         help="File to write; {recipe} stands for the recipe's name.  [required, but for --check]",
     ),
-    click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run."),
-    click.option("--profile", is_flag=True, help="Say where time and memory went."),
+    click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted run."),
+    click.option("--profile", is_flag=True, help="Show where time and memory went."),
 )
 @_changes
 @section(
@@ -273,7 +273,7 @@ def calibrate_command(
 
 
 def _check(model: ModelOptions) -> None:
-    """Say how a model can be used."""
+    """Print whether and how a model can be used."""
     from kvq_calib.model.check import check_configuration, words_of
     from kvq_calib.model.load import load_configuration
 
@@ -287,7 +287,7 @@ def _check(model: ModelOptions) -> None:
 def _calibrate(
     job: _Job, loaded: LoadedModel, progress: ProgressReporter, before: dict[str, float]
 ) -> Calibrated:
-    """Read the text, calibrate, and save the artifacts; seconds of reading go to ``before``."""
+    """Read the text, calibrate, and save the artifacts. ``before`` gets the seconds spent on reading."""
     from kvq_calib.calibrate.run import calibrate
     from kvq_calib.data import load_windows
     from kvq_calib.model.fingerprint import model_fingerprint
@@ -317,7 +317,7 @@ def _calibrate(
 
 @contextlib.contextmanager
 def _manners(job: _Job, rank: int, ranks: int) -> Iterator[None]:
-    """Say what becomes of files that are there, keep other runs from writing them, and say what a failure leaves.
+    """Announce which files are replaced, lock them against other runs, and after a failure say how to continue.
 
     Raises:
         WriteError: another run has the same output.
@@ -331,10 +331,12 @@ def _manners(job: _Job, rank: int, ranks: int) -> Iterator[None]:
             announce(file)
         there = _changed_at(checkpoint)
         if job.resume and there is None:
-            _log.warning("there is no checkpoint %s: nothing to resume, so this run begins anew", checkpoint)
+            _log.warning(
+                "there is no checkpoint %s to resume from: this run starts from the beginning", checkpoint
+            )
         elif there is not None and not job.resume:
             _log.warning(
-                "%s of an earlier run is there: --resume would go on from it; this run replaces it",
+                "%s of an earlier run exists: --resume would continue from it, but this run replaces it",
                 checkpoint,
             )
         try:
@@ -347,7 +349,7 @@ def _manners(job: _Job, rank: int, ranks: int) -> Iterator[None]:
 
 
 def _changed_at(file: Path) -> int | None:
-    """When a file was last written, in nanoseconds; ``None`` where there is none."""
+    """Time of the last change of a file, in nanoseconds; ``None`` if it does not exist."""
     try:
         return file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -355,7 +357,7 @@ def _changed_at(file: Path) -> int | None:
 
 
 def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
-    """Where the artifact of each recipe goes, by the recipe's short name."""
+    """The output file of each recipe, by the recipe's short name."""
     check_fields(output, "recipe")
     names = [Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe for recipe in recipes]
     if len(set(names)) != len(names):
@@ -368,7 +370,7 @@ def _outputs(output: str, recipes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _max_memory(text: str | None) -> dict[int | str, str] | None:
-    """``0=20GiB,cpu=64GiB`` as accelerate takes it."""
+    """Parse ``0=20GiB,cpu=64GiB`` into the form that accelerate takes."""
     if text is None:
         return None
     limits: dict[int | str, str] = {}

@@ -14,7 +14,7 @@ _NAME = "kvq_section"
 
 
 def section(title: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Decorate a command with options that stand under one title in its help, in this order."""
+    """Decorate a command with options that its help shows under one title, in this order."""
 
     def decorate(function: Any) -> Any:
         before = list(getattr(function, "__click_params__", []))
@@ -29,7 +29,7 @@ def section(title: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def sections_of(command: click.Command, context: click.Context) -> dict[str, list[click.Option]]:
-    """Options of a command by title; what has none comes last."""
+    """The options of a command by title. Options without a title come last."""
     found: dict[str, list[click.Option]] = {}
     last: list[click.Option] = []
     for parameter in command.get_params(context):
@@ -41,10 +41,10 @@ def sections_of(command: click.Command, context: click.Context) -> dict[str, lis
 
 
 class Command(click.Command):
-    """A command whose help has its options in sections, and examples after them.
+    """A command whose help shows options in sections, then examples.
 
     Args:
-        examples: command lines that work, as a user types them.
+        examples: command lines that work as they stand.
     """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples as they are: a wrapped line cannot be copied."""
+        """Write the examples unwrapped, so that they can be copied."""
         super().format_epilog(ctx, formatter)
         if self.examples:
             formatter.write_paragraph()

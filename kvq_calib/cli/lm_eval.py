@@ -1,7 +1,7 @@
-"""``kvq-lm-eval``: the command of lm-evaluation-harness, with the model ``kvq`` known to it.
+"""``kvq-lm-eval``: the command of lm-evaluation-harness, with the model ``kvq`` registered.
 
-The harness looks models up in a registry of its own process and loads no plug-ins (``--include_path`` is for tasks), so
-something must register the model and then hand over: this. Every argument is the harness's.
+The harness finds models in a registry inside its process and loads no plug-ins (``--include_path`` is for tasks). So
+this command registers the model and then calls the harness with all arguments.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def _command(arguments: tuple[str, ...]) -> None:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 
-    importlib.import_module("lm_eval.models")  # which the harness does only where no model is registered
+    importlib.import_module("lm_eval.models")  # the harness does so only if no model is registered
     if "kvq" not in model_registry:  # by name, so that --help loads no torch
         model_registry.register("kvq", target="kvq_calib.integrations.lm_eval:KVQuantLM")
-    sys.argv = [sys.argv[0], *arguments]  # which the harness reads; --debug is ours
+    sys.argv = [sys.argv[0], *arguments]  # the harness reads sys.argv; --debug is not one of its options
     cli_evaluate()
 
 

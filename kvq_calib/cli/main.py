@@ -1,4 +1,4 @@
-"""The entry points: run a command, and end with the right status and one line on what was wrong.
+"""The entry points: run a command, and end with the right exit status and one line on what was wrong.
 
 Exit status: 0 on success, 2 on a usage error, 1 on anything else. Progress goes to stderr, results to stdout.
 """
@@ -39,7 +39,7 @@ def artifact() -> None:
 def run_command(command: click.Command) -> None:
     """Run a command; turn every failure into one line and the right exit status."""
     invocation = Invocation()
-    # A job that is told to stop writes nothing half, just as on Ctrl-C.
+    # A terminated job cleans up, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = command.main(standalone_mode=False, obj=invocation)
@@ -49,7 +49,7 @@ def run_command(command: click.Command) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is a whole line
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that the message is printed completely
         expected = isinstance(error, KeyboardInterrupt | click.Abort | click.ClickException)
         if invocation.debug and not expected:
             traceback.print_exc()
@@ -60,9 +60,9 @@ def run_command(command: click.Command) -> None:
 
 
 def _report(error: BaseException) -> None:
-    """One line on stderr, and for wrong usage what would be right."""
+    """Print one line on stderr, and for wrong usage the correct one."""
     text = " ".join(str(error).split())
-    # click raises its own in place of an interrupt
+    # click raises this in place of KeyboardInterrupt
     notes = getattr(error.__cause__ or error if isinstance(error, click.Abort) else error, "__notes__", [])
     if isinstance(error, click.ClickException):
         error.show()
@@ -77,7 +77,7 @@ def _report(error: BaseException) -> None:
 
 
 def _is_ours_to_report() -> bool:
-    """Whether no other rank reports what ended the run; always true of a process by itself."""
+    """Whether this process reports the failure. In a distributed run only one rank does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     from kvq_calib.calibrate.distributed import first_to_report

@@ -1,7 +1,7 @@
-"""Options that commands share: each group arrives as one object.
+"""Options that several commands share. A command gets each group as one object.
 
-A command that is decorated with :func:`model_options`, say, gets the argument ``model`` of the class
-:class:`ModelOptions`. Imports of torch and transformers take seconds: they wait until an object is used.
+For example, a command decorated with :func:`model_options` gets an argument ``model`` of class :class:`ModelOptions`.
+Importing torch and transformers takes seconds, so it is done only when an object is used.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 
 
 class FilePath(click.Path):
-    """A path, or a name where paths are allowed too; shells leave ``~`` alone in ``--output=~/x``."""
+    """A path, or a name where both are allowed. It expands ``~``, which shells do not do in ``--output=~/x``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path with ``~`` replaced."""
@@ -61,7 +61,7 @@ class FilePath(click.Path):
 
 @dataclass
 class Invocation:
-    """What holds for a whole command line; the object of click's context.
+    """Settings of a whole command line; the object of click's context.
 
     Attributes:
         debug: whether ``--debug`` was given, before or after the subcommand.
@@ -92,7 +92,7 @@ context_option = section(
 
 
 def mode_option(help: str) -> Decorator:
-    """``--mode``, with what a command makes of it."""
+    """The option ``--mode``, with the command's help text."""
     modes = click.Choice(["prefill", "decode"])
     return section(
         "Measurement", click.option("--mode", type=modes, default="prefill", show_default=True, help=help)
@@ -100,12 +100,12 @@ def mode_option(help: str) -> Decorator:
 
 
 def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
-    """Options whose values a command gets as one object.
+    """A decorator that passes the values of several options to a command as one object.
 
     Args:
-        cls: a dataclass with a field for the value of each option, by the option's name.
-        name: of the command's argument.
-        options: in the order of the help.
+        cls: a dataclass with a field for each option, of the option's name.
+        name: name of the command's argument.
+        options: the options, in the order of the help.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -122,7 +122,7 @@ def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
 
 
 def artifact_options(required: bool = True) -> Decorator:
-    """``--artifact``, by which several artifacts are named."""
+    """The option ``--artifact``, which may be given several times."""
     return section(
         "Artifacts",
         click.option(
@@ -153,7 +153,7 @@ class ModelOptions:
     def load(
         self, *, device: str | None = None, max_memory: Mapping[int | str, str] | None = None
     ) -> LoadedModel:
-        """Load the model, on ``device`` where it is given."""
+        """Load the model, on ``device`` if given."""
         from kvq_calib.model.load import load_model
 
         return load_model(
@@ -166,7 +166,7 @@ class ModelOptions:
         )
 
     def load_for(self, artifacts: Mapping[str, KVArtifact]) -> LoadedModel:
-        """Load the model, which every artifact must be for."""
+        """Load the model, and check that every artifact was calibrated for it."""
         from kvq_calib.model.fingerprint import model_fingerprint
 
         loaded = self.load()
@@ -213,10 +213,10 @@ class TextOptions:
 
     Attributes:
         dataset: name or path.
-        text_field: where records in a file of one's own have their text.
-        seqlen: tokens of a window.
+        text_field: field of the records in a local file that holds their text.
+        seqlen: tokens in a window.
         windows: at most this many, ``None`` for all.
-        seed: of the data, where it is sampled.
+        seed: seed for drawing windows, where they are drawn.
     """
 
     dataset: str
@@ -226,16 +226,16 @@ class TextOptions:
     seed: int
 
     def field_of(self, dataset: str) -> str:
-        """``text_field``, but for a published data set, which has its own."""
+        """The field to read from ``dataset``: ``text_field``, or the default for a published data set."""
         from kvq_calib.data import DATA_SETS, DEFAULT_FIELD
 
         return DEFAULT_FIELD if dataset in DATA_SETS else self.text_field
 
     def check(self, calibration: str | None = None) -> None:
-        """Refuse a text that does not exist, before a model is loaded; that of the calibration too, where there is one.
+        """Check before a model is loaded that the text exists, and the calibration text if there is one.
 
         Raises:
-            DataError: neither the name of a data set nor a path, or less text than one window.
+            DataError: not the name of a data set and not a path, or less text than one window.
         """
         from kvq_calib.data import check_dataset
 
@@ -244,16 +244,16 @@ class TextOptions:
             check_dataset(calibration, self.field_of(calibration), self.seqlen)
 
     def load(self, loaded: LoadedModel) -> TokenWindows:
-        """Cut the text into windows of the evaluation.
+        """Cut the text into windows for evaluation.
 
         Raises:
-            ModelError: windows are longer than the model was trained for, or have tokens that it does not know.
+            ModelError: the windows are longer than the model's context, or have tokens outside its vocabulary.
             DataError: the text is missing, unreadable or too short.
         """
         return self._windows(loaded, self.dataset, self.windows, "evaluation")
 
     def load_calibration(self, loaded: LoadedModel, dataset: str, samples: int) -> TokenWindows:
-        """Cut windows as long from a text of calibration; raises as :meth:`load`."""
+        """Cut a calibration text into windows of the same length. Raises as :meth:`load`."""
         return self._windows(loaded, dataset, samples, "calibration")
 
     def _windows(self, loaded: LoadedModel, dataset: str, samples: int | None, split: Split) -> TokenWindows:
@@ -274,7 +274,7 @@ class TextOptions:
         return found
 
 
-TEXT_FIELD_HELP = "Where records in files of your own (.jsonl, .parquet, .csv) have their text."
+TEXT_FIELD_HELP = "Field that holds the text of records in your own files (.jsonl, .parquet, .csv)."
 
 
 def text_options(
@@ -283,7 +283,7 @@ def text_options(
     windows: int | None = None,
     help: str = "wikitext2, c4, python-docs, or a file, folder, glob or - of your own.",
 ) -> Decorator:
-    """Options of :class:`TextOptions`, with their defaults; the argument is ``text``."""
+    """The options of :class:`TextOptions`, with their defaults. The argument is ``text``."""
     return collected(
         TextOptions,
         "text",
@@ -297,7 +297,7 @@ def text_options(
             ),
             click.option(
                 "--seqlen", type=click.IntRange(8), default=seqlen, show_default=True, metavar="TOKENS",
-                help="Tokens of a window.",
+                help="Tokens per window.",
             ),
             click.option(
                 "--windows", type=click.IntRange(1), default=windows, show_default=windows is not None, metavar="N",
@@ -305,7 +305,7 @@ def text_options(
             ),
             click.option(
                 "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-                help="Which parts of a text are taken, where they are drawn.",
+                help="Seed for drawing windows, where they are drawn.",
             ),
         ),
     )  # fmt: skip
@@ -315,11 +315,11 @@ def text_options(
 
 
 def load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
-    """Artifacts by a short name: the file's, as far as it is unique.
+    """Load artifacts, by a short name: the file name as far as it is unique.
 
     Raises:
         ConfigError: one is named twice.
-        ArtifactError: a file is no artifact.
+        ArtifactError: a file is not an artifact.
     """
     from kvq_calib.artifact.artifact import KVArtifact
 
@@ -331,10 +331,10 @@ def load_artifacts(files: tuple[str, ...]) -> dict[str, KVArtifact]:
 
 
 def write_json(file: str | None, content: Mapping[str, Any]) -> None:
-    """Write a result where ``--json`` asks for it; the file never holds what JSON has no word for.
+    """Write a result to the file of ``--json``, if given. It is always valid JSON, without NaN or infinity.
 
     Raises:
-        ConfigError: the content has a number that is infinite or not a number.
+        ConfigError: the result contains NaN or infinity.
         WriteError: the file cannot be written.
     """
     if file is None:
@@ -349,15 +349,15 @@ def write_json(file: str | None, content: Mapping[str, Any]) -> None:
 
 
 def require_extra(purpose: str, extra: str, *modules: str) -> None:
-    """Say what to install before any work is done.
+    """Check before any work that an extra is installed.
 
     Args:
-        purpose: what needs it, the subject of the message.
-        extra: of this package.
-        modules: that it brings.
+        purpose: what needs the extra, the subject of the message.
+        extra: name of the extra of this package.
+        modules: modules that the extra installs.
 
     Raises:
-        ConfigError: a module is not there.
+        ConfigError: a module is missing; the message says what to install.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""What a command writes: checked before the work, and a file that will be replaced is named."""
+"""Checks of output files before the work: they can be written, and files that will be replaced are named."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 def check_output(file: str | os.PathLike[str] | None) -> None:
-    """Fail before the work rather than after where ``file`` cannot be written, and say so where it will be replaced.
+    """Check before the work that ``file`` can be written, and log it if it will be replaced.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the file cannot be written.
     """
     if file is not None:
         check_writable(file)
@@ -27,16 +27,16 @@ def check_output(file: str | os.PathLike[str] | None) -> None:
 
 
 def announce(file: str | os.PathLike[str]) -> None:
-    """Say that ``file`` will be replaced, if there is one."""
+    """Log that ``file`` will be replaced, if it exists."""
     if os.path.isfile(file):
         _log.warning("%s is there already, and will be replaced", os.fspath(file))
 
 
 def check_fields(output: str, field: str) -> None:
-    """Refuse a file name with a field in braces other than ``field``, as after a slip of the pen.
+    """Refuse a file name with a field in braces other than ``field``, such as a misspelled one.
 
     Raises:
-        UsageError: names it.
+        UsageError: there is such a field; the message names it.
     """
     for found in re.findall(r"\{\w*\}", output):
         if found != f"{{{field}}}":

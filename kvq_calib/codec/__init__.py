@@ -1,1 +1,1 @@
-"""Numbers to bits and back."""
+"""Codecs: numbers to bits and back."""

@@ -1,10 +1,10 @@
-"""Error compensation: rounding errors of a head's coordinates that make good for each other.
+"""Error compensation: the coding of a coordinate takes the errors of the head's other coordinates into account.
 
-Errors ``e`` of a head are taken to cost ``e^T W e``. With ``W = M^T D M``, ``M`` unit lower triangular and ``D``
-diagonal, coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of (M - I)[i, j] (y[j] - y'[j])``: what is left
-to weigh are the rounding errors ``t - y' = M e`` alone, by ``D``. (The rounding of GPTQ, arXiv 2210.17323, and QuIP,
-arXiv 2307.13304, applied to the cache.) The coordinates coded first know nothing of the errors to come, so each may be
-coded again, given the errors that all others have by then: coordinate descent on the same weight.
+The cost of a head's errors ``e`` is modelled as ``e^T W e``. Let ``W = M^T D M``, with ``M`` unit lower triangular and
+``D`` diagonal. Coordinate ``i`` is coded as ``t[i] = y[i] + sum over j < i of (M - I)[i, j] (y[j] - y'[j])``. Then the
+cost is that of the rounding errors ``t - y' = M e`` alone, weighted by ``D``. This is the rounding of GPTQ (arXiv
+2210.17323) and QuIP (arXiv 2307.13304), applied to the cache. Coordinates that are coded first do not know the later
+errors. So each may be coded again, with the errors of all others known: coordinate descent on the same cost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Compensation", "error_weight_matrix", "matrix_of_entries", "triangul
 
 
 def matrix_of_entries(entries: Tensor, step: Tensor, size: int) -> Tensor:
-    """Strictly lower triangular matrices from what is stored.
+    """Strictly lower triangular matrices from their stored entries.
 
     Args:
         entries: int8 ``[H, D (D - 1) / 2]``, row by row.
@@ -36,14 +36,14 @@ def matrix_of_entries(entries: Tensor, step: Tensor, size: int) -> Tensor:
 
 
 def error_weight_matrix(entries: Tensor, step: Tensor, weight: Tensor, rank: int) -> Tensor:
-    """The weight ``W`` of the errors of each head as it is stored.
+    """The weight ``W`` of the errors of each head, from its stored form.
 
     Args:
         entries, step: int8 ``[H, n]`` and float32 ``[H]``.
         weight: float16 ``[H, D]``.
-        rank: 0 where ``W = M^T D M``, with ``M`` the matrix of ``entries`` with ones on its diagonal and ``D`` of
-            ``weight``; otherwise the correlations are those of a factor ``F [D, rank]``, the square roots of
-            ``weight`` their units: ``W = S (I - diag(F F^T) + F F^T) S``.
+        rank: with 0, ``W = M^T D M``, where ``M`` is the matrix of ``entries`` with ones on its diagonal, and ``D`` the
+            diagonal matrix of ``weight``. Otherwise ``entries`` is a factor ``F [D, rank]`` of the correlations, and
+            ``S`` the diagonal matrix of the square roots of ``weight``: ``W = S (I - diag(F F^T) + F F^T) S``.
 
     Returns:
         float64 ``[H, D, D]``.
@@ -61,8 +61,8 @@ def error_weight_matrix(entries: Tensor, step: Tensor, weight: Tensor, rank: int
 
 
 def triangular_factor(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``M`` unit lower triangular and ``D`` of ``W = M^T diag(D) M``: ``[H, D, D]`` and ``[H, D]`` of ``[H, D, D]``."""
-    # Coordinates in reverse turn Cholesky's W = C C^T into one with C upper triangular.
+    """Factor ``W = M^T diag(D) M``: ``M`` unit lower triangular ``[H, D, D]``, ``D [H, D]``, from ``[H, D, D]``."""
+    # With the coordinates reversed, Cholesky's W = C C^T has an upper triangular C.
     upper = torch.linalg.cholesky(weight.flip(-1, -2)).flip(-1, -2)
     root = upper.diagonal(dim1=-2, dim2=-1)
     return (upper / root[:, None, :]).mT, root.square()
@@ -70,14 +70,14 @@ def triangular_factor(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What coordinates take up of the errors of others; float32 ``[H, D, D]`` each, row ``i`` is coordinate ``i``'s.
+    """How the errors of other coordinates enter each coordinate: float32 ``[H, D, D]``, row ``i`` for coordinate ``i``.
 
     Attributes:
-        shares: of the earlier coordinates' errors, in the first pass; zero from the diagonal on.
-        refinement_shares: of all other coordinates' errors, in the passes after it, zero on the diagonal: with the
-            weight ``W``, ``W[i, j] / W[i, i]``, for what the other errors ``e[j]`` cost together with ``e[i]`` is
-            least where ``e[i]`` makes good for this sum of theirs. ``None`` where there are none.
-        refinement_passes: how many.
+        shares: factors of earlier coordinates' errors in the first pass; zero on and above the diagonal.
+        refinement_shares: factors of all other coordinates' errors in refinement passes; zero on the diagonal. They
+            are ``W[i, j] / W[i, i]``, since ``e^T W e`` is least where ``e[i]`` is minus the sum of these shares of the
+            other errors. ``None`` without refinement passes.
+        refinement_passes: number of refinement passes.
     """
 
     shares: Tensor
@@ -95,11 +95,11 @@ class Compensation:
         refinement_passes: int,
         size: int,
     ) -> Compensation:
-        """From what is stored, see :func:`error_weight_matrix`.
+        """Make it from the stored tensors, see :func:`error_weight_matrix`.
 
         Args:
-            entries, step, weight: ``weight`` is needed for a rank or for refinement passes.
-            rank, refinement_passes: of the spec.
+            entries, step, weight: the stored tensors; ``weight`` is needed with a rank or refinement passes.
+            rank, refinement_passes: as in the spec.
             size: ``D``.
         """
         if weight is None:
@@ -117,22 +117,22 @@ class Compensation:
         return cls(shares, refined.float(), refinement_passes)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """All tensors."""
         return [tensor for tensor in (self.shares, self.refinement_shares) if tensor is not None]
 
     def apply(self, y: Tensor, code: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Code all coordinates of heads.
 
-        Sums run from ``j = 0`` on, products and sums rounded one by one; in a refinement pass that of the coordinates
-        after ``i`` comes first and is added to ``y[i]`` as a whole.
+        Sums run from ``j = 0`` on, and every product and sum is rounded. In a refinement pass, the sum over the
+        coordinates after ``i`` is computed first and then added to ``y[i]``.
 
         Args:
             y: float32 ``[D, H, B, T]``.
-            code: codes coordinate ``i``, given what of it is to be coded ``[H, B, T]``, and returns what a reader sees
-                of it, float32 ``[H, B, T]``; called for every coordinate in every pass.
+            code: gets ``i`` and what to code of coordinate ``i``, ``[H, B, T]``, and returns the decoded numbers,
+                float32 ``[H, B, T]``. It is called for every coordinate in every pass.
 
         Returns:
-            What was coded in the last pass, float32 ``[D, H, B, T]``.
+            The numbers that the last pass coded, float32 ``[D, H, B, T]``.
         """
         error = torch.zeros_like(y)
 

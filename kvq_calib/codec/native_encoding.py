@@ -1,4 +1,4 @@
-"""A quantizer's numbers as the native encoders read them."""
+"""A quantizer's parameters in the form that the native encoders read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["encoding_library", "scalar_tables", "trellis_tables"]
 
 
 def encoding_library(x: Tensor, params: Params) -> Library | None:
-    """The native library that is to code ``x``; ``None`` where torch is to.
+    """The native library for coding ``x``; ``None`` if torch should do it.
 
-    That is where none is there, ``x`` is not float32 on the CPU, or the numbers ``params`` are being trained.
+    That is the case if there is no library, ``x`` is not float32 on the CPU, or ``params`` are being trained.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return None
@@ -34,12 +34,12 @@ def encoding_library(x: Tensor, params: Params) -> Library | None:
 def trellis_tables(
     quantizer: Quantizer, params: TrellisParams, states: int, compensation: Compensation | None
 ) -> TrellisTables:
-    """The tables; the numbers must be on the CPU, and must not be changed in place from now on.
+    """Tables for the trellis encoder. The parameters must be on the CPU, and must not be changed in place afterwards.
 
     Args:
-        quantizer: of the trellis codec.
-        params, compensation: its own.
-        states: of the trellis.
+        quantizer: a quantizer of the trellis codec.
+        params, compensation: its parameters and its error compensation.
+        states: number of states of the trellis.
     """
     shares = None if compensation is None else compensation.shares.contiguous()
     refinement = None if compensation is None else compensation.refinement_shares
@@ -48,7 +48,7 @@ def trellis_tables(
     turned = {}
     if params.pair_angle is not None:
         assert quantizer.rope is not None
-        # In the shape that the reference takes them in, so that rounding is the same.
+        # In the same shape as in the reference, so that rounding is the same.
         angle = params.pair_angle.float()[:, None, :]
         turned = {
             "pair": torch.tensor(quantizer.rope.pairs, dtype=torch.int32).reshape(-1, 2),
@@ -74,11 +74,11 @@ def trellis_tables(
 
 @torch.no_grad()
 def scalar_tables(quantizer: Quantizer, boundaries: Tensor, per_side: int) -> ScalarTables:
-    """The tables of the scalar codec; the numbers must be on the CPU, and must not be changed in place from now on.
+    """Tables for the scalar encoder. The parameters must be on the CPU, and must not be changed in place afterwards.
 
     Args:
-        quantizer: of the scalar codec.
-        boundaries: float32 ``[L - 1]``, between its levels.
+        quantizer: a quantizer of the scalar codec.
+        boundaries: float32 ``[L - 1]``, the boundaries between its levels.
         per_side: elements that thresholds of tokens leave out at each end.
     """
     levels = quantizer.shared_levels

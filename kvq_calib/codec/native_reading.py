@@ -1,4 +1,4 @@
-"""A quantizer's numbers as native readers of its codes take them."""
+"""A quantizer's parameters in the form that native readers of its codes take."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kvq_calib.native.attend import CodeTables
 
 __all__ = ["CODECS", "code_tables"]
 
-#: Codecs that native readers know.
+#: Codecs that native readers support.
 CODECS = ("scalar", "trellis")
 
 
 @torch.no_grad()
 def code_tables(quantizer: Quantizer) -> CodeTables:
-    """The tables; the numbers must be on the CPU, and must not be changed in place from now on."""
+    """Tables for native readers. The parameters must be on the CPU, and must not be changed in place afterwards."""
     thresholds, levels = quantizer.has_channel_thresholds, quantizer.shared_levels
     return CodeTables(
         heads=quantizer.shape.heads,

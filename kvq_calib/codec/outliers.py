@@ -1,4 +1,4 @@
-"""Outliers: which elements of a token keep an exact residual (KVQuant section 3.4)."""
+"""Selection of outliers, the elements of a token that keep an exact residual (KVQuant section 3.4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def cap_per_token(outliers: Tensor, magnitude: Tensor, cap: int) -> Tensor:
     Args:
         outliers: bool ``[..., C]``.
         magnitude: float32 ``[..., C]``, ``|u|``.
-        cap: most outliers to keep.
+        cap: largest number of outliers to keep.
     """
     crowded = outliers.sum(-1) > cap
     if not bool(crowded.any()):

@@ -1,11 +1,11 @@
-"""Bit layout of the packed cache: the only place that knows it.
+"""Bit layout of the packed cache. No other Python code depends on it.
 
 ``docs/reference/kernels.md`` states it for other readers.
 
-A **block** is 32 tokens and a **page** 8 blocks. Inside a page every (sequence, channel) owns one contiguous
-region of ``8 * bits`` 32-bit words: block after block, ``bits`` words each. So every region is a multiple of
-32 bytes whatever the widths are, eight lanes of a warp read the eight blocks of a channel with full sectors, and
-channels of different widths need no padding.
+A **block** is 32 tokens and a **page** 8 blocks. Inside a page, every (sequence, channel) has one contiguous region of
+``8 * bits`` 32-bit words: block after block, ``bits`` words each. So every region is a multiple of 32 bytes at any
+width. Eight lanes of a warp read the eight blocks of a channel with full sectors, and channels of different widths need
+no padding.
 
 The ``bits`` words of a *unit* (one channel, one block) hold 32 codes in nibble slices. Eight tokens are one slice,
 one nibble each, so that ``word & mask`` yields eight selectors for a byte-permute lookup:
@@ -22,9 +22,9 @@ width     token ``t`` (0..31) stands in
 0         nothing
 ========  ==========================================================================================
 
-Outliers of a page are lists, one per (block, sequence, head) in this order: ``uint16`` index
-``token_in_block << 11 | coordinate`` and the residual in the storage dtype, with starts in ``int16`` where a full page
-cannot have more entries than that holds, else in ``int32``.
+Outliers of a page are lists, one per (block, sequence, head) in this order. An entry is a ``uint16`` index
+``token_in_block << 11 | coordinate`` and the residual in the storage dtype. The starts of the lists are ``int16`` if
+that suffices for the most entries a page can have, else ``int32``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BLOCK_TOKENS = 32
 PAGE_BLOCKS = 8
 PAGE_TOKENS = BLOCK_TOKENS * PAGE_BLOCKS
 WORD_BYTES = 4
-#: Bits of an outlier index that hold the coordinate within the head.
+#: Bits in an outlier index for the coordinate within the head.
 COORDINATE_BITS = 11
 OUTLIER_INDEX_BYTES = 2
 #: Exact tokens, residuals and per-token scales are 16-bit floats of either kind.
@@ -51,9 +51,9 @@ STORAGE_BYTES = 2
 
 
 def _sliced(width: int) -> list[list[tuple[int, int, int]]]:
-    """Where 8-token slice ``s`` keeps its codes: per slice a list of (word, shift in the nibble, bit of the code).
+    """Positions of the codes of each 8-token slice: a list of (word, shift in the nibble, bit of the code).
 
-    A run of adjacent bits would do for widths 1, 2 and 4; naming single bits serves width 3 with the same code.
+    Widths 1, 2 and 4 would need only runs of adjacent bits. Naming single bits covers width 3 with the same code.
     """
     if width == 4:
         return [[(s, bit, bit) for bit in range(4)] for s in range(4)]
@@ -111,8 +111,8 @@ def slice_bytes(words: Tensor, bits: int) -> Tensor:
         bits: width, 1 to 4.
 
     Returns:
-        uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` holds token ``8 * s + 2 * j`` in its low nibble and
-        the next one in its high nibble. The bits of a nibble above the code are undefined.
+        uint8 ``[..., 4, 4]``: byte ``j`` of slice ``s`` has token ``8 * s + 2 * j`` in its low nibble and the next
+        token in its high nibble. The bits of a nibble above the code are undefined.
     """
     if bits == 3:
         top = [words[..., p, None] >> (3 - p) & (0x11111111 << p) for p in range(3)]
@@ -124,7 +124,7 @@ def slice_bytes(words: Tensor, bits: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _width_groups(widths: tuple[int, ...]) -> tuple[tuple[int, Tensor, Tensor], ...]:
-    """Per width in use: (width, channels ``[n]``, rows ``[n, width]`` of the page as ``[W, 8]`` words)."""
+    """For each width in use: (width, channels ``[n]``, rows ``[n, width]`` of the page as ``[W, 8]`` words)."""
     of_channel = torch.tensor(widths, dtype=torch.int64)
     offsets = of_channel.cumsum(0) - of_channel
     groups = []
@@ -136,13 +136,13 @@ def _width_groups(widths: tuple[int, ...]) -> tuple[tuple[int, Tensor, Tensor], 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Where everything of one layer's keys or values stands in a page.
+    """The layout of a page for one layer's keys or values.
 
     Attributes:
-        widths: bits of each channel, ``C = heads * head_dim`` numbers from 0 to 8.
+        widths: width of each channel in bits, ``C = heads * head_dim`` numbers from 0 to 8.
         heads, head_dim: shape of a token.
-        token_params: a scale and a zero point per token are stored.
-        outlier_cap: most outliers of one token; 0 where no outlier lists are stored.
+        token_params: whether a scale and a zero point per token are stored.
+        outlier_cap: largest number of outliers of a token; 0 without outlier lists.
     """
 
     widths: tuple[int, ...]
@@ -167,7 +167,7 @@ class PageLayout:
 
     @cached_property
     def word_offsets(self) -> tuple[int, ...]:
-        """Sum of the widths before each channel; its region in a page starts at word ``8 * offset``."""
+        """Sum of the widths before each channel. The channel's region in a page starts at word ``8 * offset``."""
         offsets, total = [], 0
         for width in self.widths:
             offsets.append(total)
@@ -182,13 +182,13 @@ class PageLayout:
     def groups(self, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Channels by width: ``(width, channels int64 [n], rows int64 [n, width])``.
 
-        ``page.view(B, W, 8)[:, rows]`` holds the words of these channels, in order of block and word.
+        ``page.view(B, W, 8)[:, rows]`` has the words of these channels, in order of block and word.
         """
         for width, channels, rows in _width_groups(self.widths):
             yield width, channels.to(device), rows.to(device)
 
     def new_page(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """Zeroed code words of one page, int32 ``[batch, 8 * W]``."""
+        """The code words of a new page, all zero: int32 ``[batch, 8 * W]``."""
         return torch.zeros(batch, PAGE_BLOCKS * self.words_per_block, dtype=torch.int32, device=device)
 
     def write(self, page: Tensor, codes: Tensor, first_block: int) -> None:
@@ -197,7 +197,7 @@ class PageLayout:
         Args:
             page: int32 ``[B, 8 * W]``.
             codes: uint8 ``[B, 32 * n, C]``.
-            first_block: block of the page the first token goes to; ``first_block + n`` is at most 8.
+            first_block: block of the page for the first token; ``first_block + n`` is at most 8.
         """
         batch, tokens, _ = codes.shape
         if not tokens:
@@ -228,12 +228,12 @@ class PageLayout:
         return codes
 
     def start_dtype(self, batch: int) -> torch.dtype:
-        """Of a page's list starts: as narrow as the most entries that the page could have allow."""
+        """Dtype of the starts of a page's lists: the narrowest that holds the most entries a page can have."""
         most = PAGE_TOKENS * batch * self.outlier_cap
         return torch.int16 if most <= torch.iinfo(torch.int16).max else torch.int32
 
     def page_bytes(self, batch: int = 1) -> dict[str, int]:
-        """Bytes of one page's buffers but for outlier entries, by kind of buffer."""
+        """Bytes of one page's buffers without outlier entries, by kind of buffer."""
         sizes = {"codes": WORD_BYTES * PAGE_BLOCKS * self.words_per_block * batch}
         if self.token_params:
             sizes["token_scales"] = 2 * STORAGE_BYTES * PAGE_TOKENS * batch
@@ -250,8 +250,8 @@ class OutlierLists:
 
     Attributes:
         index: int16 ``[E]`` (the bit pattern of a uint16): ``token_in_block << 11 | coordinate``.
-        residual: storage dtype ``[E]``: what to add to the dequantized code.
-        counts: int32 ``[n, B, heads]``: entries of each list.
+        residual: storage dtype ``[E]``: what is added to the dequantized code.
+        counts: int32 ``[n, B, heads]``: number of entries of each list.
     """
 
     index: Tensor
@@ -265,7 +265,7 @@ def pack_outliers(mask: Tensor, residual: Tensor, heads: int) -> OutlierLists:
     Args:
         mask: bool ``[B, 32 * n, C]``.
         residual: ``[B, 32 * n, C]`` in the storage dtype; read where ``mask`` is set.
-        heads: key-value heads in ``C``.
+        heads: number of key-value heads in ``C``.
     """
     if mask.device.type == "cpu" and (native := library()) is not None:
         return OutlierLists(*list_outliers(native, mask.contiguous(), residual.contiguous(), heads))

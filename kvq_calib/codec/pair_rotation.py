@@ -1,6 +1,6 @@
-"""Turning the RoPE pairs of keys by angles of their own, so that the two halves of a pair are uncorrelated.
+"""Rotation of RoPE pairs of keys by calibrated angles, so that the two coordinates of a pair are uncorrelated.
 
-A turn within a pair commutes with RoPE, so a reader may turn the query instead of the keys.
+Rotations within a pair commute with RoPE, so a reader may rotate the query instead of the keys.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["turn_pairs"]
 
 
 def turn_pairs(x: Tensor, angle: Tensor, rope: RopeSpec, sign: float = 1.0) -> Tensor:
-    """Turn each pair of channels by its angle.
+    """Rotate each pair of channels by its angle.
 
     Args:
         x: float32 ``[B, H, T, D]``.
         angle: ``[H, P]`` in radians.
-        rope: says which channels are pairs.
-        sign: -1 undoes the turn.
+        rope: defines which channels are pairs.
+        sign: -1 undoes the rotation.
 
     Returns:
         float32 ``[B, H, T, D]``.

@@ -1,4 +1,4 @@
-"""The calibrated numbers of one layer's keys or values, as tensors by name; each codec has a class of its own."""
+"""The calibrated parameters of one layer's keys or values: tensors by name, with one class per codec."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["LayerParams", "Params", "StoredTensor", "TensorProblem"]
 
 
 class StoredTensor(NamedTuple):
-    """What a tensor of an artifact must be.
+    """The required shape and dtype of a tensor in an artifact.
 
     Attributes:
-        shape: ``None`` for "any, at least 1".
-        dtypes: names of the allowed ones, that of new artifacts first.
+        shape: the shape; ``None`` in it stands for any size of at least 1.
+        dtypes: names of the allowed dtypes; new artifacts have the first.
     """
 
     shape: tuple[int | None, ...]
@@ -27,10 +27,10 @@ class StoredTensor(NamedTuple):
 
 
 class TensorProblem(ValueError):
-    """A tensor with values that no quantizer can have.
+    """A tensor has invalid values.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
     """
 
     def __init__(self, name: str, what: str) -> None:
@@ -40,48 +40,48 @@ class TensorProblem(ValueError):
 
 @dataclass(frozen=True)
 class Params:
-    """Tensors by name; the base of what each codec stores."""
+    """Tensors by name; the base class of each codec's parameters."""
 
-    #: Names of tensors that all heads share; of the others the first dimension goes over heads or channels.
+    #: Names of tensors that all heads share. The first dimension of the others is heads or channels.
     shared: ClassVar[frozenset[str]] = frozenset()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that are not ``None``, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of these tensors."""
+        """Number of bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """A copy on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
     def of_heads(self, spec: QuantSpec, shape: HeadShape, first: int, count: int) -> Self:
-        """What belongs to some heads, the basis of shards.
+        """The parameters of some heads, for shards.
 
         Args:
-            spec: of the tensor.
-            shape: of all heads.
-            first, count: of the heads to keep.
+            spec: spec of the keys or values.
+            shape: shape with all heads.
+            first, count: first head to keep, and number of heads.
         """
         part: dict[str, Any] = {}
         for name, tensor in self.tensors().items():
             if name not in self.shared:
-                step = tensor.shape[0] // shape.heads  # channels of a head, or 1
+                step = tensor.shape[0] // shape.heads  # the channels of a head, or 1
                 part[name] = tensor[first * step : (first + count) * step]
         return replace(self, **part)
 
 
 @dataclass(frozen=True)
 class LayerParams:
-    """The calibrated numbers of one layer."""
+    """The calibrated parameters of one layer."""
 
     key: Params
     value: Params
 
     def of(self, kind: Kind) -> Params:
-        """The numbers of ``kind``."""
+        """The parameters of the keys or of the values."""
         return self.key if kind == "key" else self.value

@@ -1,15 +1,16 @@
 """Trellis-coded quantization: twice the levels for the same bits.
 
-Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. Which half of them a token may use follows from the lowest
-bits of the two codes before it, so the encoder chooses a *path* of 32 tokens instead of 32 nearest levels: Ungerboeck's
-four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer (IEEE Trans. Commun.
-38, 1990). Per channel, with ``u[t]`` the lowest bit of the code of token ``t`` of a block and ``u[t] = 0`` before it::
+Codes of ``b`` bits select among ``2 ** (b + 1)`` levels. The lowest bits of the two codes before a token determine
+which half of the levels it may use. So the encoder chooses a *path* through 32 tokens instead of 32 nearest levels.
+This is Ungerboeck's four-state trellis (IEEE Trans. Inf. Theory 28, 1982) as used for sources by Marcellin and Fischer
+(IEEE Trans. Commun. 38, 1990). For each channel, let ``u[t]`` be the lowest bit of the code of token ``t`` of a block,
+and 0 before the block::
 
     level index[t] = 4 * (code[t] >> 1) + 2 * (u[t] ^ u[t - 2]) + u[t - 1]
 
-Reading is therefore three bit operations and the look-up there was before; the work is in the encoder, which finds the
-path of least squared error with Viterbi's algorithm. A block starts in a known state and ends in any, so no bit is
-stored beside the codes, and blocks stay independent of each other.
+So reading needs three bit operations more than a look-up of levels. The work is in the encoder, which finds the path of
+least squared error with Viterbi's algorithm. A block starts in a known state and may end in any, so nothing is stored
+beside the codes, and blocks are independent.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ __all__ = ["Subsets", "best_path", "level_index"]
 
 
 def level_index(codes: Tensor) -> Tensor:
-    """Which level each code stands for.
+    """The index of the level that each code stands for.
 
     Args:
-        codes: integers ``[..., T]``, tokens in order from the first of a block on.
+        codes: integers ``[..., T]``, tokens in order, starting with the first of a block.
 
     Returns:
         The same dtype and shape.
@@ -45,15 +46,15 @@ def level_index(codes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subsets:
-    """The levels of ``C`` channels, made ready for :func:`best_path`.
+    """The levels of ``C`` channels, prepared for :func:`best_path`.
 
-    It says where any number stands in each of the four subsets ``levels[:, s::4]``. One search in the boundaries of all
-    subsets together gives a *rank*, which says what is nearest in each of them.
+    The four subsets are ``levels[:, s::4]``. One search in the boundaries of all subsets together gives the *rank* of a
+    number, from which follows the nearest level in each subset.
 
     Attributes:
         boundaries: float32 ``[C, R]``, sorted in each row.
-        nearest: float32 ``[C, 4, R + 1]``, the level of each subset that is nearest to what has a rank.
-        place: int64 ``[C, 4 (R + 1)]``, its place in the subset.
+        nearest: float32 ``[C, 4, R + 1]``, the nearest level of each subset for each rank.
+        place: int64 ``[C, 4 (R + 1)]``, the index of that level in the subset.
         empty: bool ``[C]``, channels of width 0.
     """
 
@@ -64,10 +65,10 @@ class Subsets:
 
     @classmethod
     def of(cls, levels: Tensor, bits: Tensor) -> Subsets:
-        """Of some channels.
+        """Prepare the levels of some channels.
 
         Args:
-            levels: float32 ``[C, L]``, sorted in each row, of which the first ``2 ** (bits + 1)`` are used.
+            levels: float32 ``[C, L]``, sorted in each row; the first ``2 ** (bits + 1)`` are used.
             bits: integer ``[C]``, the widths.
         """
         if levels.shape[1] < 4:  # every channel has width 0
@@ -84,19 +85,19 @@ class Subsets:
         return cls(boundaries, subsets.gather(-1, place), place.flatten(1), bits == 0)
 
     def split(self, channels: int) -> list[Subsets]:
-        """The same in parts of so many channels."""
+        """Parts of at most so many channels."""
         parts = (getattr(self, f.name).split(channels) for f in fields(self))
         return [Subsets(*part) for part in zip(*parts, strict=True)]
 
 
 @lru_cache
-@torch.inference_mode(False)  # the tables outlive the mode they are first asked for in
+@torch.inference_mode(False)  # the tables are kept beyond an inference mode in which they may be made
 def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What two successive tokens are on the only way between two states, int64.
+    """The subsets of two successive tokens on the only way between two states, int64.
 
     Returns:
-        Subsets of the first token and of the second, ``[2, 16]``, by ``4 * before + after``; and ``[16, 2]`` the same
-        with 4 times the lowest bits of their codes added.
+        The subsets of the first and of the second token, ``[2, 16]``, at index ``4 * before + after``; and the same as
+        ``[16, 2]``, with 4 times the lowest bits of the codes added.
     """
     state = torch.arange(4)
     last, long_ago = (state & 1)[:, None], (state >> 1)[:, None]
@@ -107,20 +108,19 @@ def _pair_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes whose path through the trellis has the least squared error, or the least weighted one.
+    """Codes of the path through the trellis with the least squared error, weighted if ``weight`` is given.
 
-    A state is ``u[t] + 2 u[t - 1]``. Two tokens lead from any state to any other in one way, so Viterbi's algorithm
-    takes them two at a time: to the cost of each state the sum of the two squares is added, in float32, every operation
-    rounded. Ties go to the predecessor, and in the end to the state, of the lower number.
+    A state is ``u[t] + 2 u[t - 1]``. There is exactly one way of two tokens from any state to any other, so Viterbi's
+    algorithm takes two tokens at a time. It adds the sum of their two squares to the cost of each state, in float32
+    with every operation rounded. Ties go to the predecessor, and at the end to the state, with the lower number.
 
     Args:
-        subsets: of the levels.
-        u: float32 ``[C, B, T]``, tokens in order from the first of a block on.
-        weight: float32 ``[C, B, T]``, not negative, of the squares; only their proportions within a block matter.
+        subsets: the levels of the channels.
+        u: float32 ``[C, B, T]``, tokens in order, starting with the first of a block.
+        weight: float32 ``[C, B, T]``, not negative, weights of the squares; only ratios within a block matter.
 
     Returns:
-        Codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and the indices of the levels they stand for, int64
-        ``level_index(codes)``.
+        The codes, uint8 ``[C, B, T]``, 0 for channels of width 0; and ``level_index(codes)``, int64.
     """
     channels, batch, tokens = u.shape
     rank = torch.searchsorted(subsets.boundaries, u.flatten(1).contiguous())
@@ -128,7 +128,7 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
     distance = distance * distance
     if weight is not None:
         distance = distance * weight.flatten(1)[:, None]
-    # Tokens that are not there cost nothing, so they leave the choice of the path to those that are.
+    # Missing tokens cost nothing, so they do not influence the path.
     distance = torch.nn.functional.pad(
         distance.view(channels, 4, batch, tokens), (0, -tokens % BLOCK_TOKENS)
     ).transpose(0, 1)
@@ -137,9 +137,8 @@ def best_path(subsets: Subsets, u: Tensor, weight: Tensor | None = None) -> tupl
     pair = first.index_select(0, of_pair[0]) + second.index_select(0, of_pair[1])  # [16, 16, N]
     cost = torch.full_like(first[:, 0], torch.inf)
     cost[0] = 0
-    # ``amin`` is much faster than ``min`` with indices, so which way into a state was the best is asked of all steps at
-    # once.
-    other = []  # per two tokens, whether a way into a state is not the best one
+    # ``amin`` is much faster than ``min`` with indices, so the best predecessors of all steps are found at once.
+    other = []  # for every two tokens: whether a way into a state is not the best
     for step in pair.unflatten(0, (4, 4)).unbind(2):
         ways = step + cost[:, None]
         cost = ways.amin(0)

@@ -1,19 +1,19 @@
 """The protocol of a codec: one layer's keys or values to codes and back.
 
-What codecs compute defines the numbers that every runtime and kernel must match. A codec is a subclass of
-:class:`Quantizer`. An element ``y`` of channel ``c`` (after the channel's invertible transform) is coded and read as::
+Codecs define the numbers that every runtime and kernel must match. A codec is a subclass of :class:`Quantizer`. An
+element ``y`` of channel ``c`` (after the channel's invertible transform) is coded and read as::
 
     y' = level[index]
     y' = zero_point + scale * level[index]    with a scale and a zero point of the channel or token
 
-where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). In the second case what is coded
-is ``u = (y - zero_point) * (1 / scale)`` in float32. Outliers keep ``y - y'`` beside
-their code in the storage dtype. Decoding is therefore one dense pass plus a sparse addition, and nothing is stored
-twice. Unless a codec says otherwise (:attr:`Quantizer.codes_in_blocks`, :meth:`Quantizer.cannot_stream`), every token
-is quantized by itself: how tokens are grouped into calls, pages or batches never changes a code.
+where ``index`` follows from the codes of the channel (:meth:`Quantizer.level_index`). In the second case the coded
+number is ``u = (y - zero_point) * (1 / scale)`` in float32. Outliers keep ``y - y'`` in the storage dtype, beside their
+code. So decoding is one dense pass plus a sparse addition, and nothing is stored twice. Every token is quantized
+independently, and codes do not depend on how tokens are grouped into calls, pages or batches. Codecs declare exceptions
+from this (:attr:`Quantizer.codes_in_blocks`, :meth:`Quantizer.cannot_stream`).
 
-:mod:`kvq_calib.codec.registry` has the codecs by name. ``tests/test_codec_protocol.py`` holds each of them to what is
-promised here; ``tests/toy_codec.py`` is the smallest there can be.
+:mod:`kvq_calib.codec.registry` has the codecs by name. ``tests/test_codec_protocol.py`` checks that each follows this
+protocol. ``tests/toy_codec.py`` is a minimal codec.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"float16": torch.float16, "bf
 
 @dataclass(frozen=True)
 class Normalised:
-    """Keys or values on the scale of the levels.
+    """Keys or values, normalised to the range of the levels.
 
     Attributes:
-        y: float32 ``[B, T, C]``, what is quantized: after the channel's transform and, where there are such, after the
-            calibrated normalisation of channels and with what makes good for the errors of other coordinates.
+        y: float32 ``[B, T, C]``, the numbers to quantize: after the channel's transform, the calibrated normalisation
+            of channels (if any), and error compensation (if any).
         normalised: float32 ``[B, T, C]``, ``(y - zero_point) / scale``.
         scale, zero_point: float32, broadcast against ``y``.
-        outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
-        token: scale and zero point per token ``[B, T]`` as stored, where there are such.
+        outliers: bool ``[B, T, C]``, or ``None`` if the spec has none.
+        token: scale and zero point per token, ``[B, T]`` each, as stored; ``None`` without thresholds per token.
     """
 
     y: Tensor
@@ -61,7 +61,7 @@ class Normalised:
 
     @classmethod
     def of(cls, y: Tensor, scale: Tensor, zero_point: Tensor) -> Normalised:
-        """``y`` by these thresholds."""
+        """Normalise ``y`` by these thresholds."""
         return cls(y, (y - zero_point) * reciprocal(scale), scale, zero_point)
 
 
@@ -71,8 +71,8 @@ class Quantized:
 
     Attributes:
         codes: uint8 ``[B, T, C]``.
-        outliers: bool ``[B, T, C]``, or ``None`` where the spec has none.
-        residual: storage dtype ``[B, T, C]``, zero where ``outliers`` is not set; ``None`` with it.
+        outliers: bool ``[B, T, C]``, or ``None`` if the spec has none.
+        residual: storage dtype ``[B, T, C]``, zero where ``outliers`` is not set; ``None`` if ``outliers`` is.
         token_scale, token_zero_point: storage dtype ``[B, T]``; only with thresholds per token.
         channel_scale, channel_zero_point: float32 ``[B, 1, C]``; only with online thresholds per channel.
     """
@@ -87,23 +87,23 @@ class Quantized:
 
 
 class Quantizer(ABC):
-    """Quantizes and dequantizes one layer's keys or values: a codec, with the numbers of an artifact.
+    """Quantizes and dequantizes one layer's keys or values: a codec with the parameters of an artifact.
 
-    Keys are given as they are to be quantized: before RoPE where the spec says ``pre_rope``, else after it.
+    Keys are given before RoPE if the spec says ``pre_rope``, else after it.
 
     Args:
-        spec: of this codec.
-        params: the calibrated numbers, of the codec's :attr:`params_type`.
+        spec: a spec of this codec.
+        params: the calibrated parameters, of class :attr:`params_type`.
         shape: heads and head size.
-        rope: of keys, the layer's rotary embedding; needed where RoPE pairs are turned.
-        storage_dtype: of residuals and scales per token.
+        rope: for keys, the layer's rotary embedding; needed for pair rotation.
+        storage_dtype: dtype of residuals and of scales per token.
     """
 
-    #: Of the codec: its name, its spec, and the class of its numbers.
+    #: The codec's name, spec class and parameter class.
     codec: ClassVar[str]
     spec_type: ClassVar[type[QuantSpec]]
     params_type: ClassVar[type[Params]]
-    #: Whether :meth:`channel_range` follows from the levels, since thresholds are free parameters of a fit.
+    #: Whether :meth:`channel_range` follows from the levels, because the codec has no calibrated thresholds.
     range_is_estimated: ClassVar[bool] = False
 
     def __init__(
@@ -128,15 +128,15 @@ class Quantizer(ABC):
         return self.with_params(self.params.to(device))
 
     def with_params(self, params: Params) -> Self:
-        """The same quantizer with other numbers."""
+        """The same quantizer with other parameters."""
         return type(self)(self.spec, params, self.shape, self.rope, self.storage_dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """The device of the parameters."""
         return next(iter(self.params.tensors().values())).device
 
-    # ------------------------------------------------------------ what an artifact holds of it
+    # ------------------------------------------------------------ the tensors in an artifact
 
     @classmethod
     @abstractmethod
@@ -144,33 +144,33 @@ class Quantizer(ABC):
         """Name, shape and dtype of every tensor that is stored.
 
         Args:
-            spec: of this codec.
+            spec: a spec of this codec.
             shape: heads and head size.
-            pairs: RoPE pairs of a head; 0 for values, and where there is no rotary embedding.
+            pairs: number of RoPE pairs of a head; 0 for values, and without rotary embedding.
         """
 
     @classmethod
     @abstractmethod
     def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse values that no quantizer of this spec has; names, shapes and dtypes are right already.
+        """Refuse invalid values. Names, shapes and dtypes have been checked.
 
         Raises:
-            TensorProblem: names the tensor and what is wrong with it.
+            TensorProblem: a tensor is invalid; the message says why.
         """
 
     @classmethod
     def nominal_layout(cls, spec: QuantSpec, shape: HeadShape) -> PageLayout:
-        """The page of an artifact that is not there yet: every channel has the widest code."""
+        """The page layout before calibration: every channel has the largest width."""
         return PageLayout((spec.max_width,) * shape.channels, shape.heads, shape.head_dim, False, 0)
 
     @classmethod
     def nominal_outliers(cls, spec: QuantSpec, shape: HeadShape) -> float:
-        """Outliers of a token that are meant."""
+        """The intended number of outliers of a token."""
         return 0.0
 
     @classmethod
     def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
-        """Bytes of the numbers of an artifact that is not there yet; what has no shape of its own is left out."""
+        """Bytes of the parameters before calibration, without tensors whose shape depends on it."""
         return sum(
             math.prod(0 if size is None else size for size in tensor.shape)
             * getattr(torch, tensor.dtypes[0]).itemsize
@@ -180,48 +180,48 @@ class Quantizer(ABC):
     @property
     @abstractmethod
     def widths(self) -> tuple[int, ...]:
-        """Bits of each channel's codes, ``C`` numbers."""
+        """The width of each channel in bits, ``C`` numbers."""
 
     @property
     def per_token(self) -> bool:
-        """Whether a scale and a zero point of each token are stored."""
+        """Whether a scale and a zero point are stored for each token."""
         return False
 
     @property
     def outlier_cap(self) -> int:
-        """Most outliers of one token."""
+        """Largest number of outliers of a token."""
         return 0
 
     @cached_property
     def layout(self) -> PageLayout:
-        """Where the codes stand in a page."""
+        """The layout of pages."""
         return PageLayout(
             self.widths, self.shape.heads, self.shape.head_dim, self.per_token, self.outlier_cap
         )
 
     def derived(self) -> list[Tensor]:
-        """Tensors that are made of the stored ones once and kept."""
+        """Tensors that are computed once from the stored ones, and kept."""
         return []
 
-    # ------------------------------------------------------------ what a reader of the codes asks
+    # ------------------------------------------------------------ properties for readers of the codes
 
     @property
     def read_rope(self) -> RopeSpec | None:
-        """The rotary embedding that readers apply; ``None`` where keys are stored as attention uses them."""
+        """The rotary embedding that readers apply; ``None`` if keys are stored as attention uses them."""
         return self.rope if self.spec.pre_rope else None
 
     @property
     @abstractmethod
     def levels(self) -> Tensor:
-        """Levels per channel, float32 ``[C, L]``; a row of fewer than ``L`` levels repeats its last one."""
+        """Levels per channel, float32 ``[C, L]``. A channel with fewer levels repeats its last one."""
 
     @property
     def shared_levels(self) -> Tensor | None:
-        """The levels, float32 ``[L]``, where all channels have the same ones."""
+        """The levels, float32 ``[L]``, if all channels share them, else ``None``."""
         return None
 
     def level_count(self, width: int) -> int:
-        """Levels of a channel of this width."""
+        """Number of levels of a channel with this width."""
         return 1 << width
 
     @property
@@ -231,40 +231,40 @@ class Quantizer(ABC):
 
     @property
     def scale(self) -> Tensor:
-        """Calibrated scale per channel, float32 ``[C]``; only where :attr:`has_channel_thresholds`."""
+        """Calibrated scale per channel, float32 ``[C]``; only with :attr:`has_channel_thresholds`."""
         raise NotImplementedError
 
     @property
     def zero_point(self) -> Tensor:
-        """Calibrated zero point per channel, float32 ``[C]``; as :attr:`scale`."""
+        """Calibrated zero point per channel, float32 ``[C]``; only with :attr:`has_channel_thresholds`."""
         raise NotImplementedError
 
     @property
     def channel_normalised(self) -> bool:
-        """Whether the channels' scale and zero point act after a token's, and after the residuals of outliers."""
+        """Whether readers apply the channels' scale and zero point after the token's and after residuals."""
         return False
 
     @property
     def pair_angle(self) -> Tensor | None:
-        """Angle by which each RoPE pair is turned before quantization, float32 ``[H, P]``, or ``None``."""
+        """Angle in radians by which each RoPE pair is rotated before quantization, float32 ``[H, P]``, or ``None``."""
         return None
 
     @property
     def codes_in_blocks(self) -> bool:
-        """Whether the tokens of a block are coded together, so that codes depend on where blocks begin."""
+        """Whether the tokens of a block are coded together, so that codes depend on block boundaries."""
         return False
 
     @property
     def compensates(self) -> bool:
-        """Whether what is coded makes good for the errors of other coordinates."""
+        """Whether the codec has error compensation."""
         return False
 
     def level_index(self, codes: Tensor) -> Tensor:
-        """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
+        """Index of the level of each code: integers ``[..., T]``, tokens in order from the first of a block."""
         return codes
 
     def cannot_stream(self) -> str | None:
-        """Why a cache cannot be filled with this codec token by token, and what to do; ``None`` where it can."""
+        """Why a cache cannot be filled token by token with this codec, and what to do; ``None`` if it can."""
         if (held := self.channel_range()) is not None:
             centre, half = held
             largest = float((centre.abs() + half).max())
@@ -276,17 +276,17 @@ class Quantizer(ABC):
         return None
 
     def channel_range(self) -> tuple[Tensor, Tensor] | None:
-        """Centre and half width of what each channel holds that is neither an outlier nor clamped.
+        """Centre and half width of the range of each channel: outside it, elements are outliers or clamped.
 
         Returns:
-            Two float32 ``[C]``; ``None`` where the artifact does not say.
+            Two float32 ``[C]``; ``None`` if the artifact does not determine them.
         """
         return (self.zero_point, self.scale) if self.has_channel_thresholds else None
 
-    # ------------------------------------------------------------ numbers to codes and back
+    # ------------------------------------------------------------ coding and decoding
 
     def transform(self, x: Tensor) -> Tensor:
-        """Heads to channels, ``[B, H, T, D]`` to float32 ``[B, T, C]``, by the codec's invertible map."""
+        """Apply the codec's invertible transform: ``[B, H, T, D]`` to float32 ``[B, T, C]``."""
         return x.float().transpose(1, 2).flatten(2)
 
     def inverse_transform(self, y: Tensor) -> Tensor:
@@ -296,14 +296,14 @@ class Quantizer(ABC):
 
     @abstractmethod
     def normalise(self, x: Tensor) -> Normalised:
-        """Bring ``[B, H, T, D]`` keys or values into the range of the levels and mark the outliers."""
+        """Normalise keys or values ``[B, H, T, D]`` to the range of the levels, and mark outliers."""
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
-        """Quantize ``[B, H, T, D]`` keys or values."""
+        """Quantize keys or values ``[B, H, T, D]``."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of codes: uint8 ``[B, T, C]``, tokens from the first of a block on, to float32 ``[B, T, C]``."""
+        """Levels of codes: uint8 ``[B, T, C]``, tokens starting with the first of a block, to float32 ``[B, T, C]``."""
         codes = codes.permute(2, 0, 1)
         index = self.level_index(codes)
         seen = self.levels.gather(1, index.flatten(1).to(torch.int64))
@@ -314,10 +314,10 @@ class Quantizer(ABC):
         """Keys or values from codes: float32 ``[B, H, T, D]``."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What a reader of the cache sees of ``x``: float32 ``[B, H, T, D]``."""
+        """Quantize and dequantize ``x``: float32 ``[B, H, T, D]``."""
         return self.dequantize(self.quantize(x))
 
 
 def roundtrip_storage(x: Tensor, dtype: StorageDtype) -> Tensor:
-    """What a reader sees of a token that is kept exact: ``x`` rounded to the storage dtype."""
+    """What a reader gets for an exact token: ``x`` rounded to the storage dtype."""
     return x.to(STORAGE_DTYPES[dtype]).to(x.dtype)

@@ -19,14 +19,14 @@ _CODECS: dict[str, type[Quantizer]] = {codec.codec: codec for codec in (ScalarQu
 
 
 def register(codec: type[Quantizer]) -> type[Quantizer]:
-    """Make a further codec and its spec known; a decorator."""
+    """Register a codec and its spec; a decorator."""
     register_spec(codec.spec_type)
     _CODECS[codec.codec] = codec
     return codec
 
 
 def codec_of(spec: QuantSpec) -> type[Quantizer]:
-    """The codec that a spec names."""
+    """The codec of a spec."""
     return _CODECS[spec.codec]
 
 
@@ -36,7 +36,7 @@ def make_quantizers(
     layers: Sequence[LayerParams],
     device: torch.device | str = "cpu",
 ) -> list[dict[Kind, Quantizer]]:
-    """One quantizer per layer and kind, of what is or will be an artifact."""
+    """Make one quantizer per layer and kind, from the contents of an artifact."""
     return [
         {
             kind: codec_of(own.of(kind))(

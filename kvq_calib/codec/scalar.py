@@ -4,7 +4,7 @@
 
     code = number of boundaries b with u > b,  boundaries = midpoints of the sorted levels
 
-Every token is quantized by itself, save with online thresholds per channel, an evaluation-only setting.
+Every token is quantized independently, except with online thresholds per channel, which are for evaluation only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["ScalarParams", "ScalarQuantizer"]
 
 @dataclass(frozen=True)
 class ScalarParams(Params):
-    """What the scalar codec stores; ``C`` channels.
+    """Parameters of the scalar codec, for ``C`` channels.
 
     Attributes:
         codebook: float32 ``[1, 2 ** bits]``, the sorted levels.
@@ -58,7 +58,7 @@ class ScalarQuantizer(Quantizer):
 
     @classmethod
     def stored_tensors(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> dict[str, StoredTensor]:
-        """A table of levels, and thresholds where they are calibrated."""
+        """A table of levels, and thresholds if they are calibrated."""
         assert isinstance(spec, ScalarSpec)
         tensors = {"codebook": StoredTensor((1, 1 << spec.bits), ("float32",))}
         if spec.calibrated_thresholds:
@@ -68,7 +68,7 @@ class ScalarQuantizer(Quantizer):
 
     @classmethod
     def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Levels sorted, scales positive, everything finite."""
+        """Check that levels are sorted, scales are positive, and all numbers are finite."""
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise TensorProblem(name, "has values that are not finite")
@@ -80,14 +80,14 @@ class ScalarQuantizer(Quantizer):
 
     @classmethod
     def nominal_layout(cls, spec: QuantSpec, shape: HeadShape) -> PageLayout:
-        """Every channel has the same width, so this is the true one."""
+        """The exact layout, because every channel has the same width."""
         assert isinstance(spec, ScalarSpec)
         cap = spec.outliers.cap(spec.per_token, shape.channels)
         return PageLayout((spec.bits,) * shape.channels, shape.heads, shape.head_dim, spec.per_token, cap)
 
     @classmethod
     def nominal_outliers(cls, spec: QuantSpec, shape: HeadShape) -> float:
-        """Exact for thresholds per token, the stated share for thresholds per channel."""
+        """The exact number with thresholds per token; the stated share with thresholds per channel."""
         assert isinstance(spec, ScalarSpec)
         outliers, channels = spec.outliers, shape.channels
         meant = 2 * outliers.per_side(channels) if spec.per_token else outliers.fraction * channels
@@ -95,22 +95,22 @@ class ScalarQuantizer(Quantizer):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The same for all channels."""
+        """The width of each channel in bits, the same for all."""
         return (self.spec.bits,) * self.shape.channels
 
     @property
     def per_token(self) -> bool:
-        """Whether a scale and a zero point of each token are stored."""
+        """Whether a scale and a zero point are stored for each token."""
         return self.spec.per_token
 
     @property
     def outlier_cap(self) -> int:
-        """Most outliers of one token."""
+        """Largest number of outliers of a token."""
         return self.spec.outliers.cap(self.spec.per_token, self.shape.channels)
 
     @property
     def levels(self) -> Tensor:
-        """The same for all channels: float32 ``[C, L]``."""
+        """The same levels for all channels: float32 ``[C, L]``."""
         return self.params.codebook.expand(self.shape.channels, -1)
 
     @property
@@ -137,16 +137,16 @@ class ScalarQuantizer(Quantizer):
 
     @property
     def channel_normalised(self) -> bool:
-        """Whether a channel is normalised before a token takes its thresholds."""
+        """Whether channels are normalised before the thresholds of tokens are computed."""
         return self.spec.thresholds == "token_normalized"
 
     @property
     def _online(self) -> bool:
-        """Whether thresholds of channels come from the text itself."""
+        """Whether the thresholds of channels come from the text itself."""
         return self.spec.thresholds == "channel_online"
 
     def cannot_stream(self) -> str | None:
-        """Online thresholds per channel cannot; neither can thresholds beyond the storage dtype."""
+        """A reason for online thresholds per channel, and for thresholds outside the range of the storage dtype."""
         if self._online:
             return (
                 "online thresholds per channel need the whole text at once and serve evaluation only; "
@@ -161,7 +161,7 @@ class ScalarQuantizer(Quantizer):
         return (levels[:-1] + levels[1:]) * 0.5
 
     def normalise(self, x: Tensor) -> Normalised:
-        """Bring ``[B, H, T, D]`` keys or values into the range of the levels and mark the outliers."""
+        """Normalise keys or values ``[B, H, T, D]`` to the range of the levels, and mark outliers."""
         y, token = self.transform(x), None
         if self.channel_normalised:
             y = (y - self.zero_point) * reciprocal(self.scale)
@@ -183,7 +183,7 @@ class ScalarQuantizer(Quantizer):
         return self.params.codebook[0][codes.to(torch.int64)]
 
     def quantize(self, x: Tensor) -> Quantized:
-        """Quantize ``[B, H, T, D]`` keys or values; natively where a library is there."""
+        """Quantize keys or values ``[B, H, T, D]``, with the native library if there is one."""
         if found := self._encode_natively(x.float()):
             token_scale, token_zero_point = found.token or (None, None)
             return Quantized(
@@ -207,7 +207,7 @@ class ScalarQuantizer(Quantizer):
         )
 
     def derived(self) -> list[Tensor]:
-        """What the native encoder reads besides the numbers of the artifact, where it codes."""
+        """Tensors for the native encoder beside the parameters, if it is used."""
         if self._online or self.device.type != "cpu" or library() is None:
             return []
         found = (self.native_tables.boundaries, self.native_tables.inverse)
@@ -215,13 +215,13 @@ class ScalarQuantizer(Quantizer):
 
     @cached_property
     def native_tables(self) -> ScalarTables:
-        """What the native encoder reads; the numbers must be on the CPU."""
+        """Tables for the native encoder. The parameters must be on the CPU."""
         outliers = self.spec.outliers
         per_side = outliers.per_side(self.shape.channels) if self.per_token else 0
         return scalar_tables(self, self.boundaries, per_side)
 
     def _encode_natively(self, x: Tensor) -> EncodedTokens | None:
-        """See :func:`kvq_calib.native.encode_scalar.encode_scalar`; ``None`` where torch is to compute."""
+        """See :func:`kvq_calib.native.encode_scalar.encode_scalar`; ``None`` if torch must code."""
         if self._online or (native := encoding_library(x, self.params)) is None:
             return None
         return encode_scalar(native, self.native_tables, x)

@@ -1,6 +1,6 @@
-"""Bytes of a packed cache, from the layout of its pages alone: what artifacts state and what memory reports add up.
+"""Bytes of a packed cache, from the layout of its pages. Artifacts and memory reports use these formulas.
 
-Tests hold these formulas against the bytes of filled caches.
+Tests compare them with the bytes of filled caches.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ __all__ = ["CacheShape", "TensorShape", "cache_bytes", "packed_tokens"]
 
 
 def packed_tokens(context: int, recent_tokens: int = 0, sliding_window: int | None = None) -> tuple[int, int]:
-    """Which tokens of a text stand in packed blocks: ``(first, stop)``.
+    """The tokens of a text that are in packed blocks, from ``first`` up to ``stop``: ``(first, stop)``.
 
-    Whole blocks older than the recent window are packed. A layer with a sliding window has freed the whole
-    pages that its newest query did not see.
+    Whole blocks older than the recent window are packed. A layer with a sliding window has freed the pages of which its
+    newest query sees no token.
     """
     stop = max(context - recent_tokens, 0) // BLOCK_TOKENS * BLOCK_TOKENS
     if sliding_window is None:
@@ -27,7 +27,7 @@ def packed_tokens(context: int, recent_tokens: int = 0, sliding_window: int | No
 
 @dataclass(frozen=True)
 class CacheShape:
-    """How much a cache holds.
+    """The number of tokens in a cache.
 
     Attributes:
         context: tokens of one sequence.
@@ -41,7 +41,7 @@ class CacheShape:
     recent_tokens: int = 0
 
     def shared_bytes(self) -> dict[str, float]:
-        """Bytes that all layers share: a position per slot, place and fill of each block, slots of sinks."""
+        """Bytes that layers share: the position of each slot, place and fill of each block, and the slots of sinks."""
         _, packed = packed_tokens(self.context, self.recent_tokens)
         return {
             "positions": 4 * PAGE_TOKENS * -(-self.context // PAGE_TOKENS) * self.batch,
@@ -52,13 +52,13 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class TensorShape:
-    """What decides the bytes of one layer's keys or values.
+    """What determines the bytes of one layer's keys or values.
 
     Attributes:
-        layout: of its pages.
-        sliding_window: of the layer.
-        outliers_per_token: measured, or an expectation.
-        parameters: bytes of the calibrated numbers.
+        layout: layout of the pages.
+        sliding_window: sliding window of the layer in tokens, or ``None``.
+        outliers_per_token: measured or expected number of outliers of a token.
+        parameters: bytes of the calibrated parameters.
     """
 
     layout: PageLayout
@@ -67,7 +67,7 @@ class TensorShape:
     parameters: float
 
     def bytes(self, cache: CacheShape) -> dict[str, float]:
-        """Bytes by kind of buffer. Pages are allocated whole; tokens that fill no block are exact."""
+        """Bytes by kind of buffer. Pages are allocated as a whole. Tokens of an unfilled block are exact."""
         layout, batch = self.layout, cache.batch
         first, stop = packed_tokens(cache.context, cache.recent_tokens, self.sliding_window)
         pages = -(-stop // PAGE_TOKENS) - first // PAGE_TOKENS
@@ -83,7 +83,7 @@ class TensorShape:
 
 
 def cache_bytes(tensors: Iterable[TensorShape], cache: CacheShape) -> dict[str, float]:
-    """Bytes of a whole cache by kind of buffer: keys and values of all layers, and what layers share."""
+    """Bytes of a cache by kind of buffer: keys and values of all layers, and what layers share."""
     total: dict[str, float] = {}
     for tensor in tensors:
         for name, size in tensor.bytes(cache).items():

@@ -1,4 +1,4 @@
-"""Thresholds: the scale and zero point that bring numbers into the range of the levels."""
+"""Thresholds: the scale and zero point that normalise numbers to the range of the levels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["online_thresholds", "reciprocal", "token_thresholds"]
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """``1 / scale`` in float32, 0 for a scale of 0 (all elements equal: each is coded by the level nearest 0)."""
+    """``1 / scale`` in float32; 0 for a scale of 0. Then all elements are equal, and get the level nearest to 0."""
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
 
 
 def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each token, leaving out its ``per_side`` largest and smallest elements.
 
-    The zero point is the middle of what remains, rounded to the storage dtype; the scale is the largest distance
-    from it, rounded up, so that no element that remains becomes an outlier through rounding.
+    The zero point is the middle of the remaining range, rounded to the storage dtype. The scale is the largest distance
+    from it, rounded up, so that rounding makes no remaining element an outlier.
 
     Args:
         values: float32 ``[..., C]``.
-        per_side: elements left out at each end.
-        storage: dtype the pair is stored in.
+        per_side: number of elements to leave out at each end.
+        storage: dtype of the result.
 
     Returns:
         ``(scale, zero_point)``, each ``[...]`` in the storage dtype.
@@ -35,7 +35,7 @@ def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tup
     else:
         high = values.topk(per_side + 1, dim=-1).values[..., -1]
         low = values.topk(per_side + 1, dim=-1, largest=False).values[..., -1]
-    # Of zeros of both signs either may be the least; sums with 0 have one sign whichever it was.
+    # If zeros of both signs occur, either may be the minimum. Adding 0 gives both the same sign.
     zero_point = ((low + high) * 0.5 + 0.0).to(storage)
     exact = torch.maximum(high - zero_point.float(), zero_point.float() - low) + 0.0
     scale = exact.to(storage)
@@ -44,11 +44,11 @@ def token_thresholds(values: Tensor, per_side: int, storage: torch.dtype) -> tup
 
 
 def online_thresholds(y: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each sequence and channel from the text itself.
+    """Scale and zero point of each sequence and channel, from the text itself.
 
     Args:
         y: float32 ``[B, T, C]``.
-        fraction: share of elements outside, half of it at each end.
+        fraction: share of elements outside the range, half of them at each end.
 
     Returns:
         ``(scale, zero_point)``, each float32 ``[B, 1, C]``.

@@ -1,8 +1,8 @@
-"""Token weighting: what an error of a token counts in the choice of a path, by the size of its vector.
+"""Token weighting: the weight of a token's error in the choice of a path depends on the size of its vector.
 
-Loss gradients of a token's keys, or of its values, differ by orders of magnitude from token to token, for much of the
-attention goes to few. Who is to be one of them is not known when a block is coded, but their sizes tell: tokens that
-take up attention that is needed nowhere else have small values. (``docs/explanation/token-weighting.md``)
+Loss gradients of keys and values differ by orders of magnitude from token to token, because a few tokens get most of
+the attention. Future attention is not known when a block is coded, but the size of the vectors predicts it. For
+example, tokens that absorb unneeded attention have small values. See ``docs/explanation/token-weighting.md``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 __all__ = ["SIZE_CLASSES", "size_classes", "size_edges", "squared_size", "token_weights"]
 
-#: Classes of a token's size that weights tell apart.
+#: Number of size classes with separate weights.
 SIZE_CLASSES = 32
-#: Edges between the classes, in units: half octaves of the squared size from 2 ** -10 on.
+#: Edges between the classes, in units of the head: half octaves of the squared size, starting at 2 ** -10.
 _EDGES = tuple(2.0 ** ((step - 20) / 2) for step in range(SIZE_CLASSES - 1))
 
 
 def size_edges(unit: Tensor) -> Tensor:
-    """Sums of squares between the classes, float32: ``[H]``, the units, to ``[H, 31]``."""
+    """Edges between the classes as sums of squares, float32 ``[H, 31]``, from the units ``[H]``."""
     return unit[:, None] * torch.tensor(_EDGES, dtype=torch.float32, device=unit.device)
 
 
 def squared_size(y: Tensor, heads: int) -> Tensor:
-    """Sum of squares of each head, from its first coordinate on, every square and sum rounded.
+    """Sum of squares of each head, starting with its first coordinate, with every square and sum rounded.
 
     Args:
         y: float32 ``[..., C]``.
-        heads: key-value heads ``H`` in ``C``.
+        heads: number of key-value heads ``H`` in ``C``.
 
     Returns:
         float32 ``[..., H]``.
@@ -41,7 +41,7 @@ def squared_size(y: Tensor, heads: int) -> Tensor:
 
 
 def size_classes(unit: Tensor, size: Tensor) -> Tensor:
-    """The class of every token of a head: number of edges below its squared size.
+    """The size class of every token of a head: the number of edges below its squared size.
 
     Args:
         unit: float32 ``[H]``.
@@ -57,12 +57,12 @@ def size_classes(unit: Tensor, size: Tensor) -> Tensor:
 
 
 def token_weights(y: Tensor, weight: Tensor, unit: Tensor) -> Tensor:
-    """What errors of each token count.
+    """The weight of each token's errors.
 
     Args:
         y: float32 ``[B, T, C]``.
-        weight: ``[H, 32]``, the weight of a token by its class.
-        unit: float32 ``[H]``, the squared size that classes are counted from.
+        weight: ``[H, 32]``, weight by size class.
+        unit: float32 ``[H]``, unit of the squared size.
 
     Returns:
         float32 ``[B, T, H]``.

@@ -1,15 +1,15 @@
 """The trellis codec: a width for each channel, and the path of least error through a block of tokens.
 
-A channel's levels are computed from its coefficients (:mod:`kvq_calib.codec.computed_levels`) and need no scale or zero
-point. A code is not that of the nearest level but a step of the path of least error through a block
-(:mod:`kvq_calib.codec.paths`), and stands for the level ``level_index``. So the tokens of a block, 32 from the start of
-what is given, are coded together. (With one state there is no trellis: a code means its level, and every token is coded
-by itself.)
+A channel's levels are computed from its coefficients (:mod:`kvq_calib.codec.computed_levels`); there is no scale or
+zero point. The codes of a block are the path of least error through the trellis (:mod:`kvq_calib.codec.paths`), not the
+nearest levels, and ``level_index`` gives the level of a code. So the tokens of a block are coded together; blocks have
+32 tokens, starting with the first token given. With one state there is no trellis: a code is the index of its level,
+and every token is coded independently.
 
-With error compensation, what is coded is not ``y`` but ``y`` plus a linear combination of the errors of other
-coordinates of its head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a path counts a
-token by its size (:mod:`kvq_calib.codec.token_weighting`). Decoding knows nothing of either.
-On the CPU the native encoder (:mod:`kvq_calib.native.encode`) finds the same codes where it is there.
+With error compensation, the coded number is ``y`` plus a linear combination of the errors of other coordinates of the
+head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a token in a path is weighted by
+the token's size (:mod:`kvq_calib.codec.token_weighting`). Decoding needs neither. On the CPU the native encoder
+(:mod:`kvq_calib.native.encode`), if installed, finds the same codes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ __all__ = ["TrellisQuantizer", "nearest_boundaries"]
 
 
 def nearest_boundaries(levels: Tensor, bits: Tensor) -> Tensor:
-    """Decision boundaries of channels whose codes mean the nearest level.
+    """Decision boundaries of channels that are coded by the nearest level.
 
     Args:
-        levels: float32 ``[C, L]``, of which the first ``2 ** bits`` are used.
+        levels: float32 ``[C, L]``; the first ``2 ** bits`` are used.
         bits: integer ``[C]``.
 
     Returns:
-        float32 ``[C, L - 1]``: midpoints of the levels that are used, then ``+inf``.
+        float32 ``[C, L - 1]``: midpoints of the used levels, then ``+inf``.
     """
     middle = (levels[:, :-1] + levels[:, 1:]) * 0.5
     count = (1 << bits.to(torch.int64))[:, None]
@@ -69,7 +69,7 @@ class TrellisQuantizer(Quantizer):
     spec: TrellisSpec
     params: TrellisParams
 
-    # ------------------------------------------------------------ what an artifact holds of it
+    # ------------------------------------------------------------ the tensors in an artifact
 
     @classmethod
     def stored_tensors(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> dict[str, StoredTensor]:
@@ -98,7 +98,7 @@ class TrellisQuantizer(Quantizer):
 
     @classmethod
     def check_values(cls, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Widths in range, levels that do not fall, everything finite and of the right sign."""
+        """Check that widths are in range, levels do not decrease, and numbers are finite and of the right sign."""
         assert isinstance(spec, TrellisSpec)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -122,7 +122,7 @@ class TrellisQuantizer(Quantizer):
 
     @classmethod
     def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
-        """Bytes of the numbers of an artifact that is not there yet, all channels of the widest code."""
+        """Bytes of the parameters before calibration, if all channels had the largest width."""
         assert isinstance(spec, TrellisSpec)
         each = int(coefficient_counts(spec, torch.tensor(spec.max_bits)))
         beside = super().nominal_bytes(spec, shape, pairs)
@@ -130,23 +130,23 @@ class TrellisQuantizer(Quantizer):
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        """Bits of each channel."""
+        """The width of each channel in bits."""
         return tuple(self.params.bits.tolist())
 
     def derived(self) -> list[Tensor]:
-        """The matrices of error compensation, and the native encoder's tables where it codes."""
+        """The matrices of error compensation, and the tables of the native encoder if it is used."""
         found = [] if self.compensation is None else self.compensation.tensors()
         if self.device.type == "cpu" and library() is not None:
             found += self.native_tables.tensors()
         return found
 
-    # ------------------------------------------------------------ what a reader of the codes asks
+    # ------------------------------------------------------------ properties for readers of the codes
 
-    # Properties, not cached: a runtime holds a quantizer per layer, and these are larger than what they come from.
+    # These properties are not cached: a runtime has a quantizer per layer, and they are larger than the parameters.
 
     @property
     def coefficients(self) -> Tensor:
-        """Coefficients of the levels, float32 ``[C, 6]``, zero where a channel has fewer."""
+        """Coefficients of the levels, float32 ``[C, 6]``, zero for coefficients that a channel does not have."""
         params = self.params
         if params.coefficients.ndim == 2:
             return params.coefficients
@@ -154,36 +154,36 @@ class TrellisQuantizer(Quantizer):
 
     @property
     def levels(self) -> Tensor:
-        """Levels per channel, float32 ``[C, L]``; a row of fewer than ``L`` levels repeats its last one."""
+        """Levels per channel, float32 ``[C, L]``. A channel with fewer levels repeats its last one."""
         return computed_levels(self.coefficients, level_places(self.spec, self.params.bits))
 
     def level_count(self, width: int) -> int:
-        """Levels of a channel of this width."""
+        """Number of levels of a channel with this width."""
         return self.spec.level_count(width)
 
     @property
     def pair_angle(self) -> Tensor | None:
-        """Angle by which each RoPE pair is turned, float32 ``[H, P]``, or ``None``."""
+        """Angle in radians by which each RoPE pair is rotated, float32 ``[H, P]``, or ``None``."""
         return None if self.params.pair_angle is None else self.params.pair_angle.float()
 
     @property
     def codes_in_blocks(self) -> bool:
-        """True where there are paths."""
+        """True if the trellis has more than one state."""
         return self.spec.states > 1
 
     @property
     def compensates(self) -> bool:
-        """Where the spec says so."""
+        """Whether the spec has error compensation."""
         return self.spec.error_compensation is not None
 
     def level_index(self, codes: Tensor) -> Tensor:
-        """Which level each code stands for: integers ``[..., T]``, tokens in order from the first of a block on."""
+        """Index of the level of each code: integers ``[..., T]``, tokens in order from the first of a block."""
         return level_index(codes) if self.codes_in_blocks else codes
 
     def channel_range(self) -> tuple[Tensor, Tensor]:
-        """From the levels: the ends are the outer ones and half the gaps beside them."""
+        """The range from the levels: it ends half a gap beyond the outermost levels."""
         rows = self.levels
-        low, high = rows[:, :1], rows[:, -1:]  # sorted, and the last level is repeated to the end of the row
+        low, high = rows[:, :1], rows[:, -1:]  # sorted, with the last level repeated to the end of the row
         below = torch.where(rows > low, rows, torch.inf).amin(1, keepdim=True) - low
         above = high - torch.where(rows < high, rows, -torch.inf).amax(1, keepdim=True)
         single = low == high
@@ -191,10 +191,10 @@ class TrellisQuantizer(Quantizer):
         high = (high + above.masked_fill(single, 0.0) / 2)[:, 0]
         return (low + high) / 2, (high - low) / 2
 
-    # ------------------------------------------------------------ numbers to codes
+    # ------------------------------------------------------------ coding and decoding
 
     def transform(self, x: Tensor) -> Tensor:
-        """Turn RoPE pairs, where the spec says so; heads to channels: ``[B, H, T, D]`` to float32 ``[B, T, C]``."""
+        """Rotate RoPE pairs if the spec says so, and join heads: ``[B, H, T, D]`` to float32 ``[B, T, C]``."""
         x = x.float()
         if self.params.pair_angle is not None:
             assert self.rope is not None
@@ -226,24 +226,24 @@ class TrellisQuantizer(Quantizer):
         )
 
     def token_weights(self, y: Tensor) -> Tensor | None:
-        """What errors of each token count: float32 ``[B, T, C]`` to ``[B, T, H]``; ``None`` where all count alike."""
+        """Weights of the tokens' errors: float32 ``[B, T, C]`` to ``[B, T, H]``; ``None`` without token weighting."""
         if self.params.token_weight is None:
             return None
         assert self.params.token_size_unit is not None
         return token_weights(y, self.params.token_weight, self.params.token_size_unit)
 
     def _deciders(self, levels: Tensor, bits: Tensor) -> Subsets | Tensor:
-        """What decides the codes of some channels: of their levels ``[C, L]`` and widths ``[C]``."""
+        """Tables to code some channels, from levels ``[C, L]`` and widths ``[C]``: subsets, or boundaries."""
         return Subsets.of(levels, bits) if self.codes_in_blocks else nearest_boundaries(levels, bits)
 
     @staticmethod
     def _code(deciders: Subsets | Tensor, u: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes of some channels, uint8, and the indices of the levels they stand for, int64.
+        """Codes of some channels, uint8, and the indices of their levels, int64.
 
         Args:
-            deciders: of these channels.
-            u: elements, float32 ``[C, B, T]``.
-            weight: of their tokens, float32 ``[C, B, T]``, or ``None``.
+            deciders: see :meth:`_deciders`, for these channels.
+            u: numbers to code, float32 ``[C, B, T]``.
+            weight: weights of the tokens, float32 ``[C, B, T]``, or ``None``.
         """
         if isinstance(deciders, Subsets):
             return best_path(deciders, u, weight)
@@ -252,23 +252,23 @@ class TrellisQuantizer(Quantizer):
 
     @cached_property
     def native_tables(self) -> TrellisTables:
-        """What the native encoder reads; the numbers must be on the CPU."""
+        """Tables for the native encoder. The parameters must be on the CPU."""
         return trellis_tables(self, self.params, self.spec.states, self.compensation)
 
     def _encode_natively(
         self, x: Tensor, weight: Tensor | None = None, *, compensated: bool = True, by_size: bool = False
     ) -> Encoded | None:
-        """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` where torch is to compute."""
+        """See :func:`kvq_calib.native.encode.encode_trellis`; ``None`` if torch must code."""
         if (native := encoding_library(x, self.params)) is None:
             return None
         return encode_trellis(native, self.native_tables, x, weight, compensated=compensated, by_size=by_size)
 
     def encode(self, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Codes without error compensation, with noise shaping where the quantizer has it.
+        """Code without error compensation, with noise shaping where the quantizer has it.
 
         Args:
-            y: float32 ``[B, T, C]``; tokens are taken in blocks of 32 from the first on.
-            weight: of the tokens, float32 ``[B, T, H]``, or ``None``.
+            y: float32 ``[B, T, C]``; blocks have 32 tokens, starting with the first.
+            weight: weights of the tokens, float32 ``[B, T, H]``, or ``None``.
 
         Returns:
             uint8 ``[B, T, C]``.
@@ -292,10 +292,10 @@ class TrellisQuantizer(Quantizer):
 
         Args:
             y: float32 ``[B, T, C]``.
-            weight: of the tokens, float32 ``[B, T, H]``, or ``None``.
+            weight: weights of the tokens, float32 ``[B, T, H]``, or ``None``.
 
         Returns:
-            What was coded in the last pass, float32 ``[B, T, C]``, and its codes, uint8 ``[B, T, C]``.
+            The numbers that the last pass coded, float32 ``[B, T, C]``, and their codes, uint8 ``[B, T, C]``.
         """
         assert self.compensation is not None
         if (found := self._encode_natively(y, weight)) is not None and found.coded is not None:
@@ -324,7 +324,7 @@ class TrellisQuantizer(Quantizer):
         return by_channel(coded), by_channel(codes)
 
     def normalise(self, x: Tensor) -> Normalised:
-        """Bring ``[B, H, T, D]`` keys or values into the range of the levels, errors of others made good for."""
+        """Keys or values ``[B, H, T, D]`` as the codes see them, with error compensation."""
         if self.compensation is None:
             y = self.transform(x)
         elif (
@@ -337,7 +337,7 @@ class TrellisQuantizer(Quantizer):
         return Normalised(y, y, torch.ones((), device=y.device), torch.zeros((), device=y.device))
 
     def quantize(self, x: Tensor) -> Quantized:
-        """Quantize ``[B, H, T, D]`` keys or values."""
+        """Quantize keys or values ``[B, H, T, D]``."""
         if found := self._encode_natively(x.float(), by_size=self.spec.token_weighting):
             return Quantized(found.codes)
         y = self.transform(x)
@@ -352,7 +352,7 @@ class TrellisQuantizer(Quantizer):
 
 
 def _check_levels(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> None:
-    """Widths in range, coefficients as many as these channels have, levels finite and in order."""
+    """Check the widths, the number of coefficients, and that levels are finite and sorted."""
     if int(bits.max()) > spec.max_bits:
         raise TensorProblem("bits", f"has widths over {spec.max_bits}")
     needed = int(coefficient_counts(spec, bits).sum())

@@ -1,4 +1,4 @@
-"""The numbers of the trellis codec in an artifact: widths, coefficients of levels, and what only coding needs."""
+"""Parameters of the trellis codec: widths, coefficients of levels, and what only the encoder needs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["TrellisParams"]
 
 @dataclass(frozen=True)
 class TrellisParams(Params):
-    """What the trellis codec stores; ``C`` channels, ``H`` heads of ``D`` coordinates, ``P`` RoPE pairs.
+    """Parameters of the trellis codec, for ``C`` channels, ``H`` heads of ``D`` coordinates, ``P`` RoPE pairs.
 
     Attributes:
         bits: uint8 ``[C]``, width of each channel.
-        coefficients: of the levels (:mod:`kvq_calib.codec.computed_levels`), ``[N]``, channel after channel, those that
-            a channel has; float16, or float32 where numbers are beyond that. Computed with in float32. While they are
-            trained float32 ``[C, 6]``.
-        pair_angle: float16 ``[H, P]``, radians by which each RoPE pair is turned. Computed with in float32.
-        compensation: int8 ``[H, n]``: the entries below the diagonal of one matrix ``[D, D]`` per head, row by row, in
-            steps of the head's ``compensation_scale``; with a rank a factor ``[D, rank]`` of the errors' correlations.
+        coefficients: coefficients of the levels (:mod:`kvq_calib.codec.computed_levels`), ``[N]``, channel after
+            channel. Stored as float16, or as float32 if numbers are out of its range. Computations use float32. During
+            training they are float32 ``[C, 6]``.
+        pair_angle: float16 ``[H, P]``, angle of each RoPE pair in radians. Computations use float32.
+        compensation: int8 ``[H, n]``: per head, the entries below the diagonal of a matrix ``[D, D]``, row by row, in
+            steps of the head's ``compensation_scale``; with a rank, a factor ``[D, rank]`` of the errors' correlations.
         compensation_scale: float32 ``[H]``.
-        error_weight: float16 ``[H, D]``, not negative: what an error of each coordinate costs beside those of the
-            others of its head; without a rank, what is left of that after compensation.
-        token_weight: float16 ``[H, 32]``, not negative: the weight of a token by the class of its size.
-        token_size_unit: float32 ``[H]``, positive: the squared size that classes are counted from.
-        error_feedback: float16 ``[H]``, above -1 and below 1: what of a token's rounding error the next one takes up.
+        error_weight: float16 ``[H, D]``, not negative: cost of an error of each coordinate, relative to the other
+            coordinates of the head; without a rank, the cost that remains after compensation.
+        token_weight: float16 ``[H, 32]``, not negative: weight of a token by its size class.
+        token_size_unit: float32 ``[H]``, positive: unit of the squared size, from which classes are counted.
+        error_feedback: float16 ``[H]``, above -1 and below 1: share of a token's rounding error that the next one adds.
     """
 
     bits: Tensor
@@ -46,11 +46,11 @@ class TrellisParams(Params):
     token_size_unit: Tensor | None = None
     error_feedback: Tensor | None = None
 
-    #: Their number per head differs.
+    #: Their number differs from head to head.
     shared: ClassVar[frozenset[str]] = frozenset({"coefficients"})
 
     def of_heads(self, spec: QuantSpec, shape: HeadShape, first: int, count: int) -> Self:
-        """What belongs to some heads."""
+        """The parameters of some heads."""
         assert isinstance(spec, TrellisSpec)
         part = super().of_heads(spec, shape, first, count)
         stop = torch.nn.functional.pad(coefficient_counts(spec, self.bits).cumsum(0), (1, 0))

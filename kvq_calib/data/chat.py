@@ -1,4 +1,4 @@
-"""Chats: lists of messages, written out by the tokenizer's chat template as the model saw them in training."""
+"""Chats: lists of messages, rendered as text by the tokenizer's chat template, as the model saw them in training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kvq_calib.errors import DataError, one_line
 __all__ = ["Messages", "check_messages", "render_chat"]
 
 Messages: TypeAlias = list[dict[str, Any]]
-"""Messages in order, each with a `role` and a `content`; what else they have is the template's affair."""
+"""Messages in order, each with a `role` and a `content`. The template may use further keys."""
 
 
 def check_messages(value: list[Any], where: str) -> Messages:
-    """Return a list that can be a chat.
+    """Check that `messages` can be a chat, and return it.
 
     Raises:
-        DataError: it is empty, or an entry has no `role` of text, or a `content` that is a number or an object.
+        DataError: the list is empty, a `role` is missing or is not text, or a `content` is a number or an object.
     """
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -30,9 +30,10 @@ def check_messages(value: list[Any], where: str) -> Messages:
 
 
 def render_chat(messages: Messages, tokenizer: Any, where: str) -> str:
-    """Return a chat as text, control tokens spelled out.
+    """Return a chat as text, with its control tokens written out.
 
-    A beginning-of-sequence token is left out where the tokenizer adds one to every text, and so to every window.
+    The beginning-of-sequence token is left out where the tokenizer adds one to every text, because every window gets
+    one.
 
     Raises:
         DataError: the tokenizer has no chat template, or its template refuses these messages.

@@ -1,4 +1,4 @@
-"""Where local text lies: a file, a folder, a glob or standard input, plain or compressed."""
+"""Finding and opening local text: a file, a folder, a glob or standard input, plain or compressed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvq_calib.errors import DataError, one_line
 
 __all__ = ["DATA_SETS", "KNOWN_KINDS", "STANDARD_INPUT", "TextFile", "find_files"]
 
-#: Data sets that have a name, and no path.
+#: Data sets that are chosen by name.
 DATA_SETS = ("wikitext2", "c4", "python-docs")
 STANDARD_INPUT = "-"
 KNOWN_KINDS = ".txt, .raw, .jsonl, .json, .csv (each also as .gz or .zst) and .parquet"
@@ -34,9 +34,9 @@ class TextFile:
     """One file of text or records.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         kind: one of the suffixes ".txt", ".raw", ".jsonl", ".json", ".csv" and ".parquet".
-        content: where it lies, or what it holds.
+        content: its path, or its bytes.
         compression: "gzip", "zstd" or None.
     """
 
@@ -47,10 +47,10 @@ class TextFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """Give a stream of the decompressed content.
+        """Open a stream of the decompressed content.
 
         Raises:
-            DataError: it cannot be opened, or, while the stream is in use, cannot be read or decompressed.
+            DataError: it cannot be opened; or, while the stream is in use, it cannot be read or decompressed.
         """
         try:
             with contextlib.ExitStack() as stack:
@@ -66,14 +66,14 @@ class TextFile:
 
 
 def find_files(dataset: str) -> list[TextFile]:
-    """Return the files that a path names, in the order of their paths.
+    """Return the files that a path or glob names, sorted by path.
 
     Args:
-        dataset: path of a file; of a folder, which is searched with everything below it; a glob, in which `**` stands
-            for any folders; or "-" for standard input. What folders and globs find of other kinds is left out.
+        dataset: path of a file; path of a folder, which is searched recursively; a glob, in which `**` stands for any
+            folders; or "-" for standard input. Files of unknown kinds in folders and globs are left out.
 
     Raises:
-        DataError: there is nothing, or nothing of a known kind.
+        DataError: no file is found, or none of a known kind.
     """
     if dataset == STANDARD_INPUT:
         return [_standard_input()]
@@ -105,14 +105,14 @@ def _known(paths: Any) -> list[TextFile]:
     for path in sorted(paths):
         compression = _COMPRESSIONS.get(path.suffix.lower())
         kind = (Path(path.stem) if compression else path).suffix.lower()
-        compressible = kind != ".parquet"  # which compresses its columns itself
+        compressible = kind != ".parquet"  # it compresses its columns itself
         if kind in _KINDS and (compressible or compression is None) and path.exists() and not path.is_dir():
             found.append(TextFile(str(path), kind, path, compression))
     return found
 
 
 def _decompressed(stream: BinaryIO, compression: str) -> Any:
-    """Return a context that gives the decompressed stream; broken data raises OSError while it is read."""
+    """Return a context manager with the decompressed stream. Reading broken data raises OSError."""
     import pyarrow  # only this and .parquet need it
 
     if not pyarrow.Codec.is_available(compression):
@@ -122,7 +122,7 @@ def _decompressed(stream: BinaryIO, compression: str) -> Any:
 
 @functools.cache
 def _standard_input() -> TextFile:
-    """Return what standard input holds; it can be read once, and is asked for before and after a model is loaded."""
+    """Return the bytes of standard input. They are kept: it can be read only once, and it is needed twice."""
     name = "standard input"
     if sys.stdin is None or sys.stdin.isatty():
         raise DataError(f"no text on {name}: pipe some into the command, or name a file")
@@ -135,7 +135,7 @@ def _standard_input() -> TextFile:
 
 
 def _kind_of(data: bytes) -> str:
-    """Return the kind of content without a name: JSON where it begins with an object or a list of them, else text."""
+    """Return the kind of content that has no file name: JSON if it begins with an object or a list, else text."""
     if data.startswith(b"PAR1"):
         return ".parquet"
     text = data.removeprefix(_BYTE_ORDER_MARK).lstrip()

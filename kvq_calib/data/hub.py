@@ -36,8 +36,7 @@ def wikitext2(split: Literal["calibration", "evaluation"]) -> list[str]:
 
 
 def c4(split: Literal["calibration", "evaluation"]) -> Iterator[str]:
-    """Yield documents of the first English shard, as they arrive: train for calibration, validation for
-    evaluation."""
+    """Yield documents of the first English shard as they arrive: train for calibration, validation for evaluation."""
     part, file = _C4_FILES[split]
 
     def read(datasets: Any) -> Iterator[str]:
@@ -50,8 +49,8 @@ def c4(split: Literal["calibration", "evaluation"]) -> Iterator[str]:
 
 
 def _from_hub(name: str, read: Callable[[Any], _T]) -> _T:
-    """Call `read(datasets)`; without network only what an earlier run left in the local cache can be read."""
-    import datasets  # takes a second, and only these two data sets need it
+    """Call `read(datasets)`. Without network, only data in the local cache can be read."""
+    import datasets  # the import takes a second, and only these two data sets need it
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())

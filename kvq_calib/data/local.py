@@ -17,15 +17,15 @@ __all__ = ["check_documents", "local_label", "read_documents"]
 
 
 def read_documents(dataset: str, tokenizer: Any, field: str = DEFAULT_FIELD) -> list[str]:
-    """Return the documents of a file, folder, glob or of standard input, in the order of the paths.
+    """Return the documents of a file, a folder, a glob or standard input, sorted by path.
 
     Args:
         dataset: as `find_files` takes it.
-        tokenizer: writes out chats; used for nothing else.
+        tokenizer: used only to render chats.
         field: see `read_records`.
 
     Raises:
-        DataError: nothing to read, a file or record that is not what it should be, or no text at all.
+        DataError: no file, a malformed file or record, or no text.
     """
     documents = [
         record.content
@@ -40,16 +40,16 @@ def read_documents(dataset: str, tokenizer: Any, field: str = DEFAULT_FIELD) -> 
 
 
 def check_documents(dataset: str, field: str = DEFAULT_FIELD, seqlen: int = 2) -> None:
-    """Look at the beginning of every file: its kind, its first record with text, and the field of that.
+    """Check the beginning of every file: its kind, its first record with text, and the field that holds the text.
 
-    As much of the text is read as might fill a window.
+    Files are read until there may be enough text for one window.
 
     Args:
         dataset, field: as `read_documents` takes them.
-        seqlen: tokens of a window.
+        seqlen: tokens in a window.
 
     Raises:
-        DataError: as `read_documents`, as far as beginnings tell; or the text is too short for a window whatever the
+        DataError: as `read_documents`, for the part that is read; or the text is too short for one window with any
             tokenizer.
     """
     most = 0.0
@@ -61,7 +61,7 @@ def check_documents(dataset: str, field: str = DEFAULT_FIELD, seqlen: int = 2) -
                     break
     if not most:
         raise _no_text(dataset)
-    if most < seqlen - 1:  # the first token of a window can be that of the beginning of a sequence
+    if most < seqlen - 1:  # the first token of a window can be the beginning-of-sequence token
         raise DataError(
             f"{local_label(dataset)} has at most {most:.0f} tokens, less than one window of {seqlen}; use a smaller "
             "--seqlen or more text"
@@ -69,10 +69,10 @@ def check_documents(dataset: str, field: str = DEFAULT_FIELD, seqlen: int = 2) -
 
 
 def _most_tokens(record: Record) -> float:
-    """Tokens that a document can have at most, with what separates it from the next.
+    """Largest possible number of tokens of a document and the separator after it.
 
-    No tokenizer makes more than one of a byte. Some normalise first, which leaves ASCII alone and makes at most 11
-    bytes of another byte (Unicode's NFKC); some put a space in front. What a template adds to a chat is not known.
+    A tokenizer makes at most one token of each byte. Some normalise first: Unicode's NFKC keeps ASCII and turns any
+    other byte into at most 11. Some put a space in front. What a template adds to a chat is not known.
     """
     if not record.content:
         return 0.0
@@ -82,7 +82,7 @@ def _most_tokens(record: Record) -> float:
 
 
 def local_label(dataset: str) -> str:
-    """Return the name for records: the last part of a path, which may be passed on."""
+    """Return the name to write to results: the last part of a path, so that no folder names are passed on."""
     if dataset == STANDARD_INPUT:
         return "standard input"
     path = Path(dataset).expanduser()

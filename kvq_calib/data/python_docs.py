@@ -1,4 +1,4 @@
-"""The chapters of the Python manual that ship with CPython, so that calibration works with no network."""
+"""Chapters of the Python manual that ship with CPython, so that calibration works without network."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ __all__ = ["python_docs", "python_docs_version"]
 
 
 def python_docs_version() -> str:
-    """Return the Python release whose manual this is; the text differs between releases."""
+    """Return the Python release that the manual belongs to. The text differs between releases."""
     return f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
 
 
 def python_docs(split: Literal["calibration", "evaluation"]) -> list[str]:
     """Return the help topics of one split, sorted by name.
 
-    Two of three topics, by a hash of the name, are for calibration. Topics repeat parts of one another, so
-    paragraphs that calibration topics hold are left out of the evaluation topics: the splits share no
-    paragraph.
+    A hash of the name puts two of three topics into the calibration split. Topics repeat parts of one another, so the
+    evaluation split leaves out every paragraph of the calibration split.
     """
     names = {
         part: [name for name in sorted(topics) if _is_calibration(name) == (part == "calibration")]
@@ -36,7 +35,7 @@ def _is_calibration(name: str) -> bool:
 
 
 def _unseen(text: str, seen: set[str]) -> str:
-    """Return the text without paragraphs in `seen`, and add its own to it."""
+    """Return the text without the paragraphs in `seen`, and add its paragraphs to `seen`."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(paragraph.split())

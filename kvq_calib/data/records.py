@@ -1,4 +1,4 @@
-"""What files of every kind hold: texts, and chats as lists of messages."""
+"""Reading the documents in files of every kind: texts, and chats as lists of messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DEFAULT_FIELD", "Record", "read_records"]
 
 DEFAULT_FIELD = "text"
 _CHAT_FIELD = "messages"
-#: Fields of a record that a message lists.
+#: Largest number of fields that a message lists.
 _LISTED_FIELDS = 8
 
 
@@ -28,7 +28,7 @@ class Record:
     """One document.
 
     Attributes:
-        where: file and place, for messages.
+        where: file and place in it, for messages.
         content: a text, or the messages of a chat.
     """
 
@@ -37,15 +37,15 @@ class Record:
 
 
 def read_records(file: TextFile, field: str = DEFAULT_FIELD) -> Generator[Record, None, None]:
-    """Yield the documents of a file as they are read; plain text is one.
+    """Yield the documents of a file as they are read. A plain text file is one document.
 
     Args:
-        file: of any kind.
-        field: of a record that holds its text, or its chat as a list of `{role, content}`. Where it is the default
-            and a record does not have it, "messages" is taken.
+        file: the file, of any kind.
+        field: field of a record that holds its text, or its chat as a list of `{role, content}`. A record without the
+            default field is read from "messages".
 
     Raises:
-        DataError: the content is not what the file's kind says, or a record has no text under `field`.
+        DataError: the content does not match the file's kind, or a record has no text under `field`.
     """
     rows = _READERS.get(file.kind)
     with file.opened() as stream:
@@ -59,7 +59,7 @@ def read_records(file: TextFile, field: str = DEFAULT_FIELD) -> Generator[Record
 
 
 def _decoded(data: bytes, name: str) -> str:
-    """Return UTF-8 as text, without a byte-order mark, every line ended by a single newline."""
+    """Decode UTF-8: without byte-order mark, and with every line end as a single newline."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -98,7 +98,7 @@ def _json_line(line: str, where: str) -> _Rows:
 
 
 def _json(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
-    """Yield the records of a list or of an object by itself; many files of this name hold JSON lines instead."""
+    """Yield the records of a JSON list, or a single object. Many .json files hold JSON lines, which are read too."""
     text = _decoded(stream.read(), name)
     try:
         content = _parsed(text, name)
@@ -114,7 +114,7 @@ def _json(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
 
 
 def _csv(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
-    """Yield the rows below the header, all values as text."""
+    """Yield the rows below the header, with all values as text."""
     with _long_fields(), io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
@@ -129,7 +129,7 @@ def _csv(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let fields of a CSV file be documents; the limit is 128 KiB otherwise."""
+    """Allow CSV fields as long as a document. Python's default limit is 128 KiB."""
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -138,7 +138,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def _parquet(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
-    """Yield rows with the columns that can hold text."""
+    """Yield rows, with only the columns that can hold text."""
     import pyarrow  # only this and compressed files need it
     import pyarrow.parquet
 
@@ -157,7 +157,7 @@ def _parquet(stream: BinaryIO, name: str, fields: tuple[str, ...]) -> _Rows:
 
 
 def _check_columns(columns: Iterable[str], fields: tuple[str, ...], name: str) -> list[str]:
-    """Return those of `fields` that a table has."""
+    """Return those of `fields` that the table has as columns."""
     found = [field for field in fields if field in columns]
     if not found:
         raise DataError(f'{name} has no column "{fields[0]}"{_instead(columns)}')
@@ -191,13 +191,13 @@ def _content(row: Any, fields: tuple[str, ...], where: str) -> str | Messages:
         raise DataError(f'{where}: no string under "{name}" but {_type_name(value)}')
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is not a character
         raise DataError(f'{where}: "{name}" is not Unicode text ({error.reason})') from error
     return value
 
 
 def _instead(names: Iterable[Any]) -> str:
-    """Return which fields there are and how to choose one, as the end of a message."""
+    """Return the end of a message: which fields there are, and how to choose one."""
     known = [str(name)[:40] for name in names]
     if not known:
         return ""

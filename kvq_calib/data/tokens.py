@@ -1,4 +1,4 @@
-"""Text to token ids."""
+"""Tokenization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
-    """Return the tokens of a text of any length, int64 `[T]`, without special tokens around it."""
+    """Tokenize a text of any length, without special tokens around it: int64 `[T]`."""
     limit = tokenizer.model_max_length
     tokenizer.model_max_length = int(1e30)  # no warning that the text is longer than the model's context
     try:
@@ -23,7 +23,7 @@ def encode(tokenizer: Any, text: str) -> Ids:
 
 
 def bos_token_id(tokenizer: Any) -> int | None:
-    """Return the id of the token that the tokenizer puts before a text, None where it puts none."""
+    """Return the id of the token that the tokenizer puts before a text; None if it puts none."""
     bos: int | None = tokenizer.bos_token_id
     with_special = tokenizer("a")["input_ids"]
     without = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -2,18 +2,18 @@
 
 Two conventions are published, and every data set can be cut by either:
 
-- "random": windows start at seeded random places and may overlap, as GPTQ and KVQuant calibrate. On C4 each
-  window comes from another document that is long enough by itself.
-- "consecutive": the text is joined, tokenized once and cut into windows that follow one another from its start,
-  as perplexity is reported. On C4 that is the first 1,100 documents of the validation shard, joined by spaces.
+- "random": windows start at seeded random places and may overlap, as in GPTQ and KVQuant. On C4 each window comes from
+  a different document that is long enough.
+- "consecutive": the documents are joined, tokenized once, and cut into windows that follow one another from the start.
+  This is how perplexity is reported. On C4 the text is the first 1,100 documents of the validation shard, joined by
+  spaces.
 
-"auto", the default, is "consecutive" for evaluation. For calibration it is "random" on wikitext2 and c4, and
-"spread" on python-docs and local text, which is often short: windows of the consecutive grid, all of them
-where no more exist than are asked for, else a seeded choice without repetition.
+"auto", the default, is "consecutive" for evaluation. For calibration it is "random" on wikitext2 and c4, and "spread"
+on python-docs and local text, which is often short. "spread" draws windows of the consecutive cut without repetition,
+or takes all of them if there are no more than asked for.
 
-Where the tokenizer puts a beginning-of-sequence token before a text, every window starts with one, at the
-cost of one token of text: Gemma's activations mean nothing without it. (The literature has it in the first
-window only.)
+If the tokenizer puts a beginning-of-sequence token before a text, every window starts with one, in place of one token
+of text. Without it, Gemma's activations are meaningless. (In the literature only the first window has one.)
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def load_windows(
             another for evaluation.
         tokenizer: a transformers tokenizer.
         samples: windows to return; None for all of the consecutive cut.
-        seqlen: tokens in a window, the beginning-of-sequence token included.
+        seqlen: tokens in a window, including the beginning-of-sequence token.
         seed: seed of the random choices.
         split: "calibration" or "evaluation".
-        convention: see the module's text.
-        text_field: field of records in local files that has their text; see `read_records`.
+        convention: see the description of the module.
+        text_field: field of the records in local files that holds their text; see `read_records`.
 
     Raises:
-        DataError: unknown data set, unreadable text, no network, or less text than one window. Where the text
-            has fewer windows than asked for, those are returned, with a logged warning.
+        DataError: unknown data set, unreadable text, no network, or less text than one window. If the text has fewer
+            windows than asked for, all of them are returned and a warning is logged.
     """
     if seqlen < 2 or (samples is not None and samples < 1):
         raise DataError(f"at least one window of two tokens is needed, not {samples} of {seqlen}")
@@ -129,14 +129,14 @@ def load_windows(
 
 
 def check_dataset(dataset: str, text_field: str = DEFAULT_FIELD, seqlen: int = 2) -> None:
-    """Refuse a data set that cannot be used, as far as that shows without a tokenizer: before a model is loaded.
+    """Refuse an unusable data set before a model is loaded, as far as that is possible without a tokenizer.
 
     Args:
-        dataset, text_field, seqlen: as `load_windows` takes them. Standard input is read here, and kept.
+        dataset, text_field, seqlen: as in `load_windows`. Standard input is read here, and kept.
 
     Raises:
-        DataError: neither the name of a data set nor a path; or a file whose kind is unknown, that cannot be read, or
-            whose first record has no text under the field; or less text than one window in any case.
+        DataError: not the name of a data set and not a path; a file is of an unknown kind, cannot be read, or has no
+            text under the field in its first record; or the text is too short for one window.
     """
     _check_field(dataset, text_field)
     if dataset not in DATA_SETS:
@@ -161,7 +161,7 @@ def _resolve(
 
 
 def _documents(dataset: str, split: Split, tokenizer: Any, text_field: str) -> tuple[Iterable[str], str, str]:
-    """Return documents, what stands between them when joined, and the name for the record."""
+    """Return the documents, the separator to join them with, and the name to write to results."""
     if dataset not in DATA_SETS:
         return read_documents(dataset, tokenizer, text_field), "\n\n", local_label(dataset)
     if dataset == "wikitext2":
@@ -175,7 +175,7 @@ def _documents(dataset: str, split: Split, tokenizer: Any, text_field: str) -> t
 def _cut(
     tokens: Ids, body: int, samples: int | None, seed: int, cut: Literal["consecutive", "random", "spread"]
 ) -> tuple[Ids, int]:
-    """Return windows `[N, body]` of a text, none where it is too short, and how many tokens the text has."""
+    """Return windows `[N, body]` of a text, and the number of its tokens. N is 0 if the text is too short."""
     total = len(tokens)
     starts = _starts(total, body, samples, seed, cut) if total >= body else []
     return np.stack([tokens[start : start + body] for start in starts]) if starts else tokens[:0, None], total
@@ -210,7 +210,7 @@ def _from_long_documents(documents: Iterable[str], tokenizer: Any, samples: int,
     draw = random.Random(seed)
     rows = []
     for text in documents:
-        if len(text) < body:  # a token is hardly ever less than a character
+        if len(text) < body:  # a token is almost never shorter than a character
             continue
         tokens = encode(tokenizer, text)
         if len(tokens) < body:

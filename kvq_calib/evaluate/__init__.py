@@ -1,1 +1,1 @@
-"""What an artifact costs and what it saves."""
+"""Measurements of what an artifact costs and saves."""

@@ -1,4 +1,4 @@
-"""Artifacts and rivals on the same windows, in one run, against one baseline."""
+"""Measures artifacts and rivals on the same windows, in one run, against one baseline."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from kvq_calib.schema.recipe import EvalConfig
 
 __all__ = ["ComparedResult", "Comparison", "compare", "frontier", "runnable"]
 
-#: Further contexts at which bits are recorded: windows, rotations and codebooks weigh less in long ones.
+#: Further contexts at which bits are recorded. At long contexts, exact windows, rotations and codebooks count less.
 _CONTEXTS = (4096, 32768, 131072)
-#: Enough for a second call of a cache, which reads what the first one quantized.
+#: Enough tokens for a second call of a cache, which reads what the first call quantized.
 _PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class ComparedResult:
-    """One artifact or rival.
+    """The result of one artifact or rival.
 
     Attributes:
-        result: the figures.
+        result: the measured numbers.
         origin: ``artifact``, or a rival's ``library``, ``reference`` or ``in the style of``.
-        source, settings: what it is.
+        source, settings: where it comes from, and how it is configured.
         bits_at: bits per element at other contexts.
-        on_frontier: whether nothing measured in the same run has less KL divergence in as few bits.
+        on_frontier: whether no other result of the run has lower KL divergence at as few bits.
     """
 
     result: PerplexityResult
@@ -50,7 +50,7 @@ class ComparedResult:
     on_frontier: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of the JSON report: that of ``kvq-eval perplexity``, and what is said here."""
+        """The entry of the JSON report: that of ``kvq-eval perplexity``, and the further fields here."""
         return {
             **self.result.to_json(),
             "origin": self.origin,
@@ -63,7 +63,7 @@ class ComparedResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
+    """Results of :func:`compare`.
 
     Attributes:
         artifacts, rivals: in the order given.
@@ -96,7 +96,7 @@ class Comparison:
 
 
 def frontier(results: Sequence[PerplexityResult]) -> list[PerplexityResult]:
-    """Those that no other beats in bits and mean divergence, by rising bits."""
+    """The results that no other beats in bits and mean KL divergence, by rising bits."""
     return pareto.frontier(results, _at)
 
 
@@ -107,15 +107,15 @@ def _at(result: PerplexityResult) -> tuple[float, float]:
 def runnable(
     rivals: Sequence[Rival], model: Any, has_text: bool
 ) -> tuple[list[Rival], list[tuple[str, str]]]:
-    """Divide rivals into those that can run here and the others.
+    """Divide rivals into those that can run here and those that cannot.
 
     Args:
-        rivals: to divide.
+        rivals: rivals to check.
         model: the causal language model.
         has_text: whether there is calibration text.
 
     Returns:
-        The first, and names and reasons of the others.
+        The rivals that can run, and the names of the others with the reasons.
     """
     geometry = inspect_model(model)
     reasons = [(rival, rival.obstacle(geometry, has_text) or _failure(rival, model)) for rival in rivals]
@@ -126,20 +126,20 @@ def runnable(
 
 
 def _failure(rival: Rival, model: Any) -> str | None:
-    """Why a library does not work here; what it compiles at first use, it compiles now."""
+    """Why a library does not work here. It is called once, so that it compiles now what it compiles at first use."""
     if rival.origin != "library":
         return None
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():
             rival.logits(model, ids)
-    except Exception as error:  # another project's code: anything may be raised
+    except Exception as error:  # code of other projects may raise anything
         return f"it fails here: {one_line(error)}"
     return None
 
 
 class _RivalContender:
-    """A rival as what a text pass measures; it puts its own hooks on the model for each text."""
+    """A rival as a contender of a text pass. It puts its hooks on the model for each text."""
 
     hooks = None
     remedy = "name the others with --rival to leave it out"
@@ -149,7 +149,7 @@ class _RivalContender:
 
     @property
     def mode(self) -> Mode:
-        """As the rival's exact window asks for."""
+        """``decode`` for a rival with a window of exact tokens, else ``prefill``."""
         return self.rival.mode
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -170,17 +170,17 @@ def compare(
     calibration: TokenWindows | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure artifacts and rivals on the same windows; the baseline runs once.
+    """Measure artifacts and rivals on the same windows. The baseline runs once.
 
     Args:
         model: the unquantized causal language model.
-        artifacts: by name. They must fit the model (checked by the caller).
-        rivals: that can run here, see :func:`runnable`.
+        artifacts: artifacts by name. The caller checks that they fit the model.
+        rivals: rivals that can run here, see :func:`runnable`.
         windows: token ids int64 ``[N, T]``.
         config: mode of the artifacts, and the context at which bits are stated; see
             :func:`~kvq_calib.evaluate.perplexity.measure_perplexity`.
-        calibration: text of rivals that are calibrated, int64 ``[N, T]``.
-        progress: told after every pass over a window.
+        calibration: calibration text for rivals, int64 ``[N, T]``.
+        progress: called after every pass over a window.
 
     Raises:
         NotFiniteError: predictions of the model, of an artifact or of a rival are not finite.
@@ -194,7 +194,7 @@ def compare(
             progress("calibrated rivals", done, len(calibrated))
     ours = artifact_contenders(model, artifacts, config)
     theirs = {rival.name: _RivalContender(rival, model, geometry) for rival in rivals}
-    # Prefixes keep an artifact and a rival of one name apart.
+    # Prefixes distinguish an artifact and a rival of the same name.
     contenders: dict[str, Contender] = {f"artifact {name}": one for name, one in ours.items()}
     contenders |= {f"rival {name}": one for name, one in theirs.items()}
     measured = measure(model, contenders, windows, config.context, progress)

@@ -1,4 +1,4 @@
-"""Artifacts as what :func:`~kvq_calib.evaluate.text_pass.text_pass` measures, in the mode that serves each."""
+"""Artifacts as contenders of :func:`~kvq_calib.evaluate.text_pass.text_pass`, in prefill or decode mode."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ __all__ = [
 
 
 def _remedy(artifact: KVArtifact) -> str:
-    """What helps where predictions are not finite."""
+    """What to try if predictions are not finite."""
     if artifact.spec.storage_dtype == "float16":
         return "where keys or values are larger than float16 holds, calibrate with --set cache.storage_dtype=bfloat16"
     return "try --dtype float32, or calibrate this model anew"
 
 
 def mode_of(artifact: KVArtifact, config: EvalConfig) -> Mode:
-    """How an artifact is measured: as asked, but through the packed cache where it keeps recent tokens exact.
+    """The mode for an artifact: the requested one, but decode mode if the artifact keeps recent tokens exact.
 
-    In one forward pass every query would read quantized what the bits count as exact.
+    In prefill mode, every query would read recent tokens quantized, although the bits count them as exact.
     """
     return "decode" if artifact.spec.recent_tokens else config.mode
 
 
 def forced_to_decode(artifacts: Mapping[str, KVArtifact], config: EvalConfig) -> list[str]:
-    """One line for every artifact that is not measured in the mode asked for."""
+    """One line for every artifact that is not measured in the requested mode."""
     return [
         f"{name}: measured in decode mode, {min(config.chunk, SHORT_CHUNK)} tokens per step: its newest "
         f"{artifact.spec.recent_tokens} tokens are exact, which prefill mode would quantize"
@@ -50,12 +50,12 @@ def forced_to_decode(artifacts: Mapping[str, KVArtifact], config: EvalConfig) ->
 
 
 class PrefillContender:
-    """An artifact inside one forward pass; counts the outliers that it meets.
+    """An artifact in prefill mode. It counts the outliers.
 
     Args:
-        artifact: what is measured.
-        hooks: those of the model.
-        quantizer: made of ``artifact``.
+        artifact: the artifact.
+        hooks: the hooks on the model.
+        quantizer: the quantizer of ``artifact``.
     """
 
     mode: Mode = "prefill"
@@ -69,17 +69,17 @@ class PrefillContender:
         return self.hooks.logits(self.quantizer, ids)
 
     def bits_per_element(self, context: int) -> float:
-        """With the outliers that were met."""
+        """Bits per element, with the outliers counted so far."""
         return self.artifact.bits_per_element(context, outliers_per_token=self.quantizer.counts.per_token())
 
 
 class DecodeContender:
-    """An artifact as its packed cache holds it.
+    """An artifact in decode mode, through its packed cache.
 
     Args:
-        artifact: what is measured.
-        hooks: those of the model.
-        model: the model; what cannot be streamed is refused here, before anything is measured.
+        artifact: the artifact.
+        hooks: the hooks on the model.
+        model: the model. An artifact that cannot be streamed is refused here, before anything is measured.
         chunk: tokens per step; an artifact with a window of recent exact tokens takes at most
             :data:`~kvq_calib.evaluate.decode.SHORT_CHUNK`.
     """
@@ -101,7 +101,7 @@ class DecodeContender:
             self._cache.reset()
 
     def bits_per_element(self, context: int) -> float:
-        """With the outliers of the calibration."""
+        """Bits per element, with the outliers measured at calibration."""
         return self.artifact.bits_per_element(context)
 
 
@@ -111,12 +111,12 @@ ArtifactContender = PrefillContender | DecodeContender
 def artifact_contenders(
     model: Any, artifacts: Mapping[str, KVArtifact], config: EvalConfig
 ) -> dict[str, ArtifactContender]:
-    """A contender for each artifact; quantizers and caches are made here, once.
+    """Make a contender for each artifact. Quantizers and caches are made here, once.
 
     Args:
         model: the unquantized causal language model.
-        artifacts: by name; they must fit the model (checked by the caller).
-        config: the mode asked for, and the tokens per step of decode mode.
+        artifacts: artifacts by name. The caller checks that they fit the model.
+        config: the requested mode, and the tokens per step of decode mode.
 
     Raises:
         RuntimeMismatchError: an artifact to be measured in decode mode cannot be streamed.

@@ -1,4 +1,4 @@
-"""A text that goes through a cache, a few tokens at a time: what is measured is what is used."""
+"""Runs a text through a cache, a few tokens at a time, so that the cache is measured as it is used."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kvq_calib.runtime import attached
 
 __all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through"]
 
-#: Tokens per pass where a window of recent exact tokens matters: short, so that what is exact is the window and not
-#: the chunk. A block of the packed cache has as many.
+#: Tokens per pass for an artifact with a window of recent exact tokens. It is short, so that mostly the window and not
+#: the chunk is exact. It equals a block of the packed cache.
 SHORT_CHUNK = 32
 
 
@@ -23,15 +23,15 @@ SHORT_CHUNK = 32
 def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK) -> Tensor:
     """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through an empty cache.
 
-    The packed cache packs whole blocks of 32 tokens as soon as their last token is stored, before attention of the same
-    pass reads them; the newest tokens that fill no block are still exact. So a smaller ``chunk`` leaves a little more
+    The packed cache packs a block of 32 tokens as soon as its last token is stored, before attention of the same pass
+    reads it. The newest tokens are exact until their block is full. So a smaller ``chunk`` leaves slightly more tokens
     exact: with ``chunk=1`` every token sees up to 31 exact neighbours, as in generation.
 
     Args:
-        model: the unquantized causal language model, attached where ``cache`` is packed.
-        cache: any cache of transformers.
+        model: the unquantized causal language model, attached if ``cache`` is packed.
+        cache: any transformers cache.
         ids: the text.
-        chunk: tokens per pass; single ones where ``cache`` is packed and the model takes no others.
+        chunk: tokens per pass; 1 if ``cache`` is packed and the model takes only single tokens.
     """
     if getattr(cache, "single_tokens", False):
         chunk = 1
@@ -40,13 +40,13 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
 
 
 class AttachedHooks:
-    """What a packed cache needs on the model."""
+    """The hooks on the model that packed caches need."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Attach the model for a while."""
+        """Attach the model, and detach it on leaving."""
         with attached(self._model):
             yield

@@ -1,6 +1,6 @@
-"""Bytes of a packed cache at any context, for an artifact, or for a model's shape and a recipe alone.
+"""Bytes of a packed cache at any context, for an artifact, or for a model's shape and a recipe.
 
-There is one formula, :func:`stored_bytes`, over that of :mod:`kvq_calib.codec.packing`; tests hold it against the bytes
+:func:`stored_bytes` is the only formula; it builds on :mod:`kvq_calib.codec.packing`. Tests compare it with the bytes
 of filled caches. Sizes in GB are 2 ** 30 bytes, as in the KVQuant paper.
 """
 
@@ -34,14 +34,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """A cache in bytes.
+    """The size of a cache.
 
     Attributes:
         context: tokens of each sequence.
         batch: sequences.
         by_kind: bytes by kind of buffer.
-        elements: numbers an unquantized cache holds, of a layer with a sliding window those of the window.
-        state_bytes: what layers keep beside keys and values, never quantized; in no other figure.
+        elements: numbers in an unquantized cache. For a layer with a sliding window, only those of the window.
+        state_bytes: bytes that layers keep beside keys and values. They are not quantized, and not in the other fields.
     """
 
     context: int
@@ -52,7 +52,7 @@ class MemoryReport:
 
     @property
     def total(self) -> float:
-        """Bytes of the packed cache, everything counted."""
+        """All bytes of the packed cache."""
         return sum(self.by_kind.values())
 
     @property
@@ -62,7 +62,7 @@ class MemoryReport:
 
     @property
     def bits_per_element(self) -> float:
-        """Everything stored, in bits, over the numbers it stands for."""
+        """All stored bits, divided by ``elements``."""
         return 8 * self.total / self.elements
 
     def as_dict(self) -> dict[str, object]:
@@ -87,17 +87,17 @@ def artifact_report(
     batch: int = 1,
     outliers_per_token: Mapping[Kind, Sequence[float]] | None = None,
 ) -> MemoryReport:
-    """The cache of an artifact; outliers as measured at calibration, or as given (per kind and layer)."""
+    """The size of an artifact's cache, with the outliers measured at calibration, or as given per kind and layer."""
     sizes = artifact.storage(context, batch, outliers_per_token=outliers_per_token)
     elements = artifact.elements(context, batch)
     return MemoryReport(context, batch, sizes, elements, batch * artifact.geometry.state_bytes)
 
 
 def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:
-    """Bits per element of the keys and of the values of each layer, everything counted but what layers share.
+    """Bits per element of the keys and of the values of each layer, without what layers share.
 
     Args:
-        artifact: its outliers count as measured at calibration.
+        artifact: the artifact, with the outliers measured at calibration.
         context: tokens of one sequence.
     """
     bits: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
@@ -113,7 +113,7 @@ def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:
 
 
 def _nominal(spec: QuantSpec, geometry: LayerGeometry, kind: Kind) -> TensorShape:
-    """Keys or values as a recipe alone describes them; RoPE pairs are taken to cover the head."""
+    """Keys or values from a recipe without an artifact. RoPE pairs are assumed to cover the head."""
     codec, shape = codec_of(spec), geometry.shape(kind)
     pairs = shape.head_dim // 2 if kind == "key" else 0
     return TensorShape(
@@ -131,17 +131,17 @@ def shape_report(
     batch: int = 1,
     allocation: AllocationConfig | None = None,
 ) -> MemoryReport:
-    """What a recipe would need for a model, without an artifact.
+    """The size of a cache for a model and a recipe, without an artifact.
 
-    Outliers take their nominal share. Thresholds of calibration are fitted to other text, so what an artifact measures
-    may differ a little. Channels take the width that the spec names; where a recipe has a budget, codes take what it
-    leaves them at its context.
+    Outliers have their nominal share. An artifact may measure slightly different numbers, because its thresholds were
+    fitted to another text. Channels have the width of the spec. If the recipe has a budget, codes take what the budget
+    leaves for them at its context.
     """
     return _report(shape, spec, context, batch, _share_of_codes(shape, spec, allocation))
 
 
 def _share_of_codes(shape: ModelShape, spec: KVCacheSpec, allocation: AllocationConfig | None) -> float:
-    """What codes take under a budget, over what they would take if every channel had the largest width."""
+    """Bytes of the codes under a budget, divided by their bytes if every channel had the largest width."""
     if allocation is None or allocation.scope == "uniform":
         return 1.0
     widest = _report(shape, spec, allocation.context, 1, 1.0)
@@ -171,10 +171,10 @@ def per_gpu_report(
     gpus: int = 1,
     allocation: AllocationConfig | None = None,
 ) -> MemoryReport:
-    """The cache on the GPU that holds most of it; see :func:`shape_report` and
-    :func:`~kvq_calib.evaluate.shapes.stages`.
+    """The size of the cache on the GPU with the largest part of it.
 
-    Overrides of single layers count as in the whole model.
+    See :func:`shape_report` and :func:`~kvq_calib.evaluate.shapes.stages`. Overrides of layers refer to the layers of
+    the whole model.
     """
     _, parts = stages(shape, gpus)
     share = _share_of_codes(shape, spec, allocation)
@@ -193,10 +193,10 @@ def longest_context(
     gpu_bytes: int = 80 * GIB,
     allocation: AllocationConfig | None = None,
 ) -> int:
-    """Most tokens, in whole pages, of one sequence that fit beside the 16-bit weights; 0 if none do.
+    """The largest number of tokens of one sequence, in whole pages, that fit beside the 16-bit weights; 0 if none do.
 
-    With several GPUs the one that holds most of the cache decides, weights divided evenly. Activations and work
-    space are left out, as in the paper's table.
+    With several GPUs, the weights are divided evenly and the GPU with most of the cache decides. Activations and
+    workspace do not count, as in the paper's table.
     """
     room = gpu_bytes - shape.weight_bytes / gpus
 
@@ -215,7 +215,7 @@ def longest_context(
     return low * PAGE_TOKENS
 
 
-#: KVQuant (arXiv 2401.18079): GB of the cache of LLaMA-7B, by recipe and tokens of context.
+#: Cache of LLaMA-7B in GB, by recipe and tokens of context, from KVQuant (arXiv 2401.18079).
 PAPER_GB: dict[str, dict[int, float]] = {
     "fp16": {131_072: 64.0},
     "nuq4-1p": {131_072: 17.3},
@@ -228,16 +228,16 @@ PAPER_GB: dict[str, dict[int, float]] = {
 def paper_comparison(
     recipes: Mapping[str, CalibrationConfig], contexts: Sequence[int] = (131_072, 1_048_576, 10_000_000)
 ) -> list[dict[str, object]]:
-    """LLaMA-7B beside the paper: one row per recipe and context.
+    """Compare LLaMA-7B with the paper: one row per recipe and context.
 
     Args:
-        recipes: by name; the names of :data:`PAPER_GB` find the paper's figures.
+        recipes: recipes by name. The paper's figures are found by the names in :data:`PAPER_GB`.
         contexts: tokens.
 
     Returns:
-        Rows with ``recipe``, ``context``, ``gb``, ``paper_gb`` (``None`` where it gives none),
-        ``bits_per_element``, ``gb_with_weights``, and whether that fits on 1 and on 8 GPUs of 80 GB
-        (``fits_1_gpu``, ``fits_8_gpus``). The first rows are the unquantized cache.
+        Rows with ``recipe``, ``context``, ``gb``, ``paper_gb`` (``None`` if the paper gives none),
+        ``bits_per_element``, ``gb_with_weights``, and whether that fits on 1 and on 8 GPUs of 80 GB (``fits_1_gpu``,
+        ``fits_8_gpus``). The first rows are the unquantized cache.
     """
     shape = SHAPES["llama-7b"]
     rows = []

@@ -1,7 +1,7 @@
 """Passkey retrieval: a number is hidden in a long text and asked for at its end.
 
-A trial passes when the model's greedy continuation is the number. Quantization can only be blamed for what the
-unquantized model can do, so an artifact is judged on the trials that the unquantized model passes.
+A trial passes if the model's greedy continuation is the number. Artifacts are only tested on trials that the
+unquantized model passes, because other failures are not due to quantization.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _QUESTION = "What is the pass key that you were told to remember? The pass key i
 
 @dataclass(frozen=True)
 class PasskeyConfig:
-    """What texts are tried.
+    """The texts to try.
 
     Attributes:
         lengths: tokens of the prompt.
-        depths: where the number stands, 0 (beginning) to 1 (end).
-        trials: texts per length and depth, each with a number of five digits of its own.
+        depths: position of the number, 0 (beginning) to 1 (end).
+        trials: texts per length and depth, each with a different five-digit number.
         seed: seed of the numbers.
         chunk: tokens per call.
     """
@@ -67,14 +67,14 @@ class Trial:
 
 @dataclass
 class PasskeyCell:
-    """What was found at one length and depth.
+    """Results at one length and depth.
 
     Attributes:
         length: tokens of the prompt.
-        depth: where the number stands, 0 at the beginning and 1 at the end.
-        trials: texts tried.
-        baseline: how many of them the unquantized model passes.
-        passed: of those, how many pass with each artifact.
+        depth: position of the number, 0 (beginning) to 1 (end).
+        trials: number of texts.
+        baseline: number of trials that the unquantized model passes.
+        passed: number of those that pass with each artifact.
     """
 
     length: int
@@ -84,7 +84,7 @@ class PasskeyCell:
     passed: dict[str, int] = field(default_factory=dict)
 
     def rate(self, name: str) -> float | None:
-        """Share of what the unquantized model passes; ``None`` where it passes nothing."""
+        """Share of the unquantized model's passed trials that the artifact passes; ``None`` if there are none."""
         return self.passed[name] / self.baseline if self.baseline else None
 
     def as_dict(self) -> dict[str, object]:
@@ -105,7 +105,7 @@ def make_trial(tokenizer: Any, length: int, depth: float, key: int) -> Trial:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     needle, question = ids(_NEEDLE.format(key=key)), ids(_QUESTION)
-    whole = list(tokenizer(_QUESTION)["input_ids"])  # with what the tokenizer puts in front of a text
+    whole = list(tokenizer(_QUESTION)["input_ids"])  # with the tokens that the tokenizer puts before a text
     special = whole[: next(i for i in range(len(whole)) if whole[i : i + len(question)] == question)]
     room = length - len(special) - len(needle) - len(question)
     if room < 0:
@@ -121,8 +121,8 @@ def make_trial(tokenizer: Any, length: int, depth: float, key: int) -> Trial:
 def passes(model: Any, cache: Any, trial: Trial, chunk: int) -> bool:
     """Whether greedy decoding with ``cache`` gives the answer.
 
-    The prompt goes in ``chunk`` tokens per call. The answer is fed as if the model had said it: all its tokens being
-    the most likely ones is what greedy decoding needs.
+    The prompt is fed in calls of ``chunk`` tokens. Then the answer is fed in one call: greedy decoding gives it exactly
+    if each of its tokens is the most likely one.
     """
     device = input_device(model)
     for part in torch.split(trial.prompt[:, :-1].to(device), chunk, dim=1):
@@ -144,16 +144,17 @@ def measure_passkey(
     Args:
         model: the unquantized causal language model; left as it was.
         tokenizer: its tokenizer.
-        artifacts: by name.
+        artifacts: artifacts by name.
         config: the texts.
-        progress: told after every text and cache.
+        progress: called after every text and cache.
 
     Returns:
-        One cell per length and depth, lengths outermost. An artifact is run where the unquantized model passes.
+        One cell per length and depth, sorted by length. An artifact runs only on trials that the unquantized model
+        passes.
 
     Raises:
-        ConfigError: a length the model does not allow or that is too short.
-        ModelError: the tokenizer gives tokens that the model does not know.
+        ConfigError: a length is too short, or longer than the model's context.
+        ModelError: the tokenizer gives tokens outside the model's vocabulary.
         RuntimeMismatchError: an artifact cannot be streamed.
     """
     planned = _plan(model, tokenizer, artifacts, config)
@@ -183,7 +184,7 @@ def measure_passkey(
 def _plan(
     model: Any, tokenizer: Any, artifacts: Mapping[str, KVArtifact], config: PasskeyConfig
 ) -> list[tuple[PasskeyCell, list[Trial]]]:
-    """Empty cells, and the texts of each."""
+    """Empty cells, each with its texts."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     numbers = random.Random(config.seed)
     planned = []

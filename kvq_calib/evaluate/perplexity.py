@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence and agreement of a quantized cache beside the unquantized model, in one run."""
+"""Perplexity, KL divergence and agreement of quantized caches against the unquantized model, in one run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from kvq_calib.schema.recipe import EvalConfig
 __all__ = ["Finished", "PerplexityResult", "measure", "measure_perplexity", "result_of"]
 
 Finished = Callable[[Sequence["PerplexityResult"]], None]
-"""Told after every window what the windows up to it gave."""
+"""Called after every window with the results of all windows so far."""
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What one cache costs.
+    """The result of one cache.
 
     Attributes:
         name: name of the artifact or rival.
         mode: how it was measured: ``prefill`` or ``decode``.
-        bits_per_element: everything stored at the configured context, with the outliers counted in this run.
+        bits_per_element: all stored bits per element at the configured context, with the outliers counted in this run.
         perplexity, baseline_perplexity: ``exp`` of the mean negative log likelihood of the same tokens.
-        kl_mean: KL divergence from the unquantized to the quantized prediction, nats per predicted token.
-        kl_p99: 99th percentile of that divergence over tokens.
-        kl_windows: mean of that divergence over each window, in the order of the text. Results on the same windows can
-            be compared in pairs: windows differ from each other by more than caches do.
-        top1_agreement: share of tokens where both predict the same most likely token.
-        tokens: predicted tokens.
-        seconds: wall time of this cache's passes.
+        kl_mean: mean KL divergence from the unquantized to the quantized prediction, in nats per predicted token.
+        kl_p99: 99th percentile of the KL divergence over tokens.
+        kl_windows: mean KL divergence of each window, in the order of the text. Compare results on the same windows
+            in pairs: windows differ more than caches do.
+        top1_agreement: share of tokens for which both predict the same most likely token.
+        tokens: number of predicted tokens.
+        seconds: wall time of the passes with this cache.
     """
 
     name: str
@@ -58,7 +58,7 @@ class PerplexityResult:
 
 
 def result_of(name: str, contender: Contender, score: Score, context: int) -> PerplexityResult:
-    """Sum up what a text pass found; bits are stated at ``context`` tokens."""
+    """Summarise the score of a text pass. Bits are stated at ``context`` tokens."""
     divergence = torch.cat(score.divergences)
     return PerplexityResult(
         name=name,
@@ -76,7 +76,7 @@ def result_of(name: str, contender: Contender, score: Score, context: int) -> Pe
 
 
 def _perplexity(nll: float, tokens: int) -> float:
-    return math.exp(min(nll / tokens, 700.0))  # what double precision holds
+    return math.exp(min(nll / tokens, 700.0))  # the largest exponent in double precision
 
 
 def measure_perplexity(
@@ -87,16 +87,16 @@ def measure_perplexity(
     progress: Progress | None = None,
     finished: Finished | None = None,
 ) -> list[PerplexityResult]:
-    """Measure several artifacts on the same windows; the baseline runs once.
+    """Measure several artifacts on the same windows. The baseline runs once.
 
     Args:
         model: the unquantized causal language model.
-        artifacts: by name, in the order of the report. They must fit the model (checked by the caller).
+        artifacts: artifacts by name, in the order of the report. The caller checks that they fit the model.
         windows: token ids int64 ``[N, T]``.
         config: mode, and the context at which bits are stated. An artifact with a window of recent exact tokens is
-            measured in decode mode, whatever is asked for.
-        progress: told after every pass over a window.
-        finished: told after every window.
+            always measured in decode mode.
+        progress: called after every pass over a window.
+        finished: called after every window.
 
     Raises:
         NotFiniteError: predictions of the model, or of an artifact, are not finite.
@@ -114,15 +114,15 @@ def measure(
     progress: Progress | None = None,
     finished: Finished | None = None,
 ) -> list[PerplexityResult]:
-    """Measure anything that quantizes a cache on the same windows, against one baseline pass each.
+    """Measure contenders on the same windows, with one baseline pass per window.
 
     Args:
         model: the unquantized causal language model.
-        contenders: by name, in the order of the report.
+        contenders: contenders by name, in the order of the report.
         windows: token ids int64 ``[N, T]``.
         context: tokens at which bits are stated.
-        progress: told after every pass over a window.
-        finished: told after every window.
+        progress: called after every pass over a window.
+        finished: called after every window.
 
     Raises:
         NotFiniteError: predictions of the model, or of a contender, are not finite.

@@ -1,7 +1,7 @@
-"""Quantization inside one forward pass: what the literature measures perplexity with.
+"""Prefill mode: keys and values are quantized inside one forward pass, as the literature measures perplexity.
 
-Sink tokens stay exact (rounded to the storage dtype). A window of recent exact tokens has no meaning where all queries
-run at once: artifacts that have one are measured in decode mode (:mod:`kvq_calib.evaluate.contenders`).
+Sink tokens stay exact (rounded to the storage dtype). A window of recent exact tokens has no meaning if all queries run
+at once, so artifacts with one are measured in decode mode (:mod:`kvq_calib.evaluate.contenders`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["OutlierCounts", "PrefillHooks", "PrefillQuantizer", "coded_after_rop
 
 
 class OutlierCounts:
-    """Outliers found while quantizing.
+    """Number of outliers found while quantizing.
 
     Attributes:
-        found: by kind and layer.
-        tokens: that were quantized, by layer.
+        found: number of outliers, by kind and layer.
+        tokens: number of quantized tokens, by layer.
     """
 
     def __init__(self, layers: int) -> None:
@@ -36,7 +36,7 @@ class OutlierCounts:
         self.tokens = [0] * layers
 
     def per_token(self) -> dict[Kind, list[float]]:
-        """Mean outliers of a token, per kind and layer."""
+        """Mean number of outliers of a token, per kind and layer."""
         return {
             kind: [
                 found / max(tokens, 1) for found, tokens in zip(self.found[kind], self.tokens, strict=True)
@@ -46,7 +46,7 @@ class OutlierCounts:
 
 
 def coded_after_rope(quantizer: Quantizer, kind: Kind) -> bool:
-    """Whether what is coded are keys as the model rotated them."""
+    """Whether the quantizer codes keys after RoPE."""
     return kind == "key" and not quantizer.spec.pre_rope
 
 
@@ -58,15 +58,15 @@ def coded_tensor(kv: LayerKV, kind: Kind, quantizer: Quantizer) -> Tensor:
 
 
 class PrefillQuantizer:
-    """What a reader of the packed cache sees of a layer's keys and values; a transform for ``intercept``.
+    """A transform for ``intercept``: replaces a layer's keys and values by what a packed cache would give back.
 
     Args:
-        quantizers: by layer and kind, on the model's device.
-        spec: of the whole cache.
-        only: keys and values to quantize, all by default. Others stay as the model computed them.
+        quantizers: quantizers by layer and kind, on the model's device.
+        spec: spec of the cache.
+        only: keys and values to quantize; all by default. The others stay as the model computed them.
 
     Attributes:
-        counts: outliers met so far.
+        counts: outliers found so far.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class PrefillQuantizer:
 
     @classmethod
     def of(cls, artifact: KVArtifact, model: Any) -> PrefillQuantizer:
-        """For everything of an artifact, where ``model`` takes its input."""
+        """A quantizer for the whole artifact, on the input device of ``model``."""
         return cls(artifact.quantizers(input_device(model)), artifact.spec)
 
     def __call__(self, kv: LayerKV) -> tuple[Tensor, Tensor] | None:
-        """Pre-RoPE keys and values as a reader sees them; ``None`` where the layer stays as it is."""
+        """Pre-RoPE keys and values after quantization; ``None`` if the layer is not quantized."""
         chosen = {kind: self.only is None or CachedTensor(kv.layer, kind) in self.only for kind in KINDS}
         if not any(chosen.values()):
             return None
@@ -109,7 +109,7 @@ class PrefillQuantizer:
 
 
 class PrefillHooks:
-    """One interception of a model for any number of quantizers; a pass goes through the one chosen, or none."""
+    """One interception of a model for many quantizers. A pass goes through the chosen one, or through none."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -117,7 +117,7 @@ class PrefillHooks:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Intercept the model's passes, which stay what they are until a quantizer is chosen."""
+        """Intercept the model's passes. They are unchanged until a quantizer is chosen."""
         with intercept(self._model, lambda kv: None if self._chosen is None else self._chosen(kv)):
             yield
 

@@ -1,4 +1,4 @@
-"""Shapes of published models by name, and how engines divide them over GPUs."""
+"""Shapes of published models, and how inference engines divide them over GPUs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["SHAPES", "ModelShape", "model_shape", "stages"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides the size of a cache, and of the model beside it.
+    """The shape of a model: what determines the size of its cache and its weights.
 
     Attributes:
-        name: as users write it.
+        name: name on the command line.
         layers: shapes of the attention layers.
         parameters: number of weights.
     """
@@ -41,7 +41,7 @@ def _shape(
     window: int | None = None,
     full_every: int = 0,
 ) -> ModelShape:
-    """A model of equal layers; with ``full_every`` only each such layer sees beyond ``window``."""
+    """A model of equal layers. With ``full_every``, only every such layer sees beyond ``window``."""
 
     def layer(index: int) -> LayerGeometry:
         full = window is None or (full_every > 0 and (index + 1) % full_every == 0)
@@ -77,10 +77,10 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """A shape by name.
+    """The shape of a model, by name.
 
     Raises:
-        ConfigError: no such shape; the message lists them.
+        ConfigError: there is no such shape; the message lists them.
     """
     shape = SHAPES.get(name.lower())
     if shape is None:
@@ -89,16 +89,16 @@ def model_shape(name: str) -> ModelShape:
 
 
 def stages(shape: ModelShape, gpus: int) -> tuple[int, list[ModelShape]]:
-    """How engines divide a model over GPUs: heads over as many as they can, layers over the rest.
+    """How inference engines divide a model over GPUs: heads over as many as possible, layers over the rest.
 
     Args:
-        shape: of the whole model.
-        gpus: to divide it over.
+        shape: shape of the model.
+        gpus: number of GPUs.
 
     Returns:
-        GPUs that share each layer (tensor parallel: the largest divisor of ``gpus`` that divides the query heads
-        and the key-value heads of every layer), and what one GPU holds in each stage of the pipeline: runs of
-        layers as even as possible, the longer ones first.
+        The number of GPUs that share each layer (tensor parallel), and the layers on one GPU in each stage of the
+        pipeline. The former is the largest divisor of ``gpus`` that divides the query heads and the key-value heads of
+        every layer. Stages are as even as possible, longer ones first.
 
     Raises:
         ConfigError: there are more stages than layers.

@@ -1,4 +1,4 @@
-"""Results as tables for people and as plain facts for JSON."""
+"""Results as tables for the terminal, and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def print_table(table: Table) -> None:
-    """Print on stdout; wide enough for every column where stdout is not a terminal."""
+    """Print a table on stdout. If stdout is not a terminal, it is wide enough for all columns."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -38,7 +38,7 @@ def print_table(table: Table) -> None:
 
 
 def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) -> Table:
-    """One row per artifact under the unquantized model; the modes where not all are as asked."""
+    """One row per artifact, below the unquantized model. Modes are shown if they differ from the requested one."""
     tokens = f"{results[0].tokens:,} tokens in windows of {config.seqlen}" if results else ""
     mixed = any(result.mode != config.mode for result in results)
     mode = "" if mixed else f"{config.mode} mode, "
@@ -65,7 +65,7 @@ def perplexity_table(results: Sequence[PerplexityResult], config: EvalConfig) ->
 
 
 def compare_table(comparison: Comparison, config: EvalConfig) -> Table:
-    """Artifacts and rivals by rising bits; a star marks the frontier."""
+    """Artifacts and rivals by rising bits. A star marks the frontier."""
     results = sorted((*comparison.artifacts, *comparison.rivals), key=lambda one: one.result.bits_per_element)
     first = results[0].result
     table = Table(
@@ -99,7 +99,7 @@ def memory_table(
     on_one: Mapping[str, Sequence[float]],
     gpus: int,
 ) -> Table:
-    """One row per artifact or recipe and context; ``on_one`` are bytes on the fullest of ``gpus``."""
+    """One row per artifact or recipe and context. ``on_one`` has the bytes on the fullest of ``gpus`` GPUs."""
     table = Table(title="key-value cache, everything counted (1 GB = 2^30 bytes, 1 MB = 2^20, 1 kB = 2^10)")
     table.add_column("cache")
     for heading in ("context", "batch", "bits/element", "size", "in float16", "smaller", "largest parts"):
@@ -135,7 +135,7 @@ def memory_table(
 
 
 def _size(size: float) -> str:
-    """Bytes in the largest unit of which there is at least one, or in kB."""
+    """A size in the largest unit in which it is at least 1, or in kB."""
     unit, name = next(
         ((2**power, name) for power, name in ((30, "GB"), (20, "MB")) if size >= 2**power), (2**10, "kB")
     )
@@ -171,7 +171,7 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def passkey_table(cells: Sequence[PasskeyCell]) -> Table:
-    """Passed trials by length and depth."""
+    """Passed trials, by length and depth."""
     table = Table(title="passkey: passed of those that the unquantized model passes")
     for heading in ("length", "depth", "unquantized", *(cells[0].passed if cells else ())):
         table.add_column(heading, justify="right")
@@ -182,7 +182,7 @@ def passkey_table(cells: Sequence[PasskeyCell]) -> Table:
 
 
 def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str]) -> dict[str, Any]:
-    """What is needed to repeat a measurement."""
+    """The facts needed to repeat a measurement."""
     return {
         "model": loaded.name,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -208,7 +208,7 @@ def _version(package: str) -> str:
 
 
 def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, Any]:
-    """Content of an artifact as plain data."""
+    """The content of an artifact, as plain data."""
     return {
         "spec": artifact.spec.model_dump(mode="json"),
         "model": dict(artifact.model),
@@ -230,7 +230,7 @@ def artifact_facts(artifact: KVArtifact, contexts: Sequence[int]) -> dict[str, A
 
 
 def _levels(quantizer: Quantizer) -> list[float] | list[list[float]]:
-    """Of all channels, or of each."""
+    """Number of levels, of all channels or of each channel."""
     shared = quantizer.shared_levels
     if shared is not None:
         return list(shared.tolist())
@@ -244,7 +244,7 @@ def _width_counts(quantizer: Quantizer) -> dict[str, int]:
 
 
 def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer: bool) -> list[Table]:
-    """Facts, storage at several context lengths, and on request the layers."""
+    """Tables of facts, of storage at several context lengths, and on request of the layers."""
     facts = Table(title="artifact", show_header=False)
     facts.add_column(style="bold")
     facts.add_column()
@@ -307,7 +307,7 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
 
 
 def describe(artifact: KVArtifact, kind: Any) -> str:
-    """How keys or values are quantized, in words; as in most layers where they differ."""
+    """How keys or values are quantized, in words. If layers differ, it describes the most common."""
     specs = Counter(layer.of(kind) for layer in artifact.spec.resolved(len(artifact.layers)))
     ((spec, count),) = specs.most_common(1)
     parts = [spec.width_words]

@@ -1,7 +1,7 @@
-"""One pass over a text: the unquantized model once per window, and beside it any number of quantized caches.
+"""One pass over a text: for each window, the unquantized model once, and then any number of quantized caches.
 
-Everything that compares predictions (perplexity, comparison with rivals, sensitivity of layers) goes through
-:func:`text_pass`, so negative log likelihood, KL divergence and agreement are computed in one place.
+All comparisons of predictions (perplexity, rivals, sensitivity of layers) use :func:`text_pass`, so negative log
+likelihood, KL divergence and agreement are computed in one place.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class NotFiniteError(KVQError):
-    """Predictions that are infinite or not numbers: nothing computed from them means anything."""
+    """Predictions contain infinity or NaN, so no result can be computed."""
 
 
 class Hooks(Protocol):
-    """What has to be on the model while a contender runs. It leaves all other passes of the model as they are."""
+    """Hooks on the model that a contender needs. They do not change other passes of the model."""
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Put it on the model, and take it off on leaving."""
+        """Put the hooks on the model, and remove them on leaving."""
 
 
 class Contender(Protocol):
@@ -42,29 +42,28 @@ class Contender(Protocol):
 
     @property
     def mode(self) -> Mode:
-        """How it is measured: inside one forward pass, or through a cache step by step."""
+        """How it is measured: ``prefill``, inside one forward pass, or ``decode``, through a cache step by step."""
 
     @property
     def hooks(self) -> Hooks | None:
-        """What must be on the model while :meth:`logits` runs; contenders with the same object share it."""
+        """The hooks for :meth:`logits`. Contenders with the same object share them."""
 
     @property
     def remedy(self) -> str:
-        """What helps where its predictions are not finite; the end of a message."""
+        """What to try if its predictions are not finite; the end of a message."""
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized. The model is left unchanged."""
 
     def bits_per_element(self, context: int) -> float:
-        """Everything stored at ``context`` tokens, in bits over the numbers it stands for; asked after some logits."""
+        """All bits stored at ``context`` tokens, per element. It is called after :meth:`logits`."""
 
 
 class Baseline:
     """The unquantized model's predictions of one window.
 
     Args:
-        logits: ``[T, V]``. Where they are float32 they are overwritten with log probabilities, which saves computing
-            those anew for every contender.
+        logits: ``[T, V]``. Float32 logits are overwritten with log probabilities, so that these are computed only once.
         ids: int64 ``[T]``; the last token predicts nothing.
 
     Attributes:
@@ -88,28 +87,28 @@ class Baseline:
             raise NotFiniteError("the unquantized model's predictions are not finite; try --dtype float32")
 
     def log_probabilities(self, part: slice) -> Tensor:
-        """Of the tokens that follow those at ``part``: float32 ``[n, V]``."""
+        """Log probabilities of the tokens after those at ``part``: float32 ``[n, V]``."""
         logits = self._logits[part]
         return logits if self._normalised else logits.float().log_softmax(-1)
 
     def targets(self, part: slice) -> Tensor:
-        """The tokens that follow those at ``part``: int64 ``[n, 1]``."""
+        """The tokens after those at ``part``: int64 ``[n, 1]``."""
         return self.ids[part.start + 1 : part.stop + 1, None]
 
 
 def negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
-    """Sum over tokens, in nats: of float32 ``[n, V]`` at int64 ``[n, 1]``, added in double precision."""
+    """Sum over tokens in nats, in float64, from log probabilities float32 ``[n, V]`` and ids int64 ``[n, 1]``."""
     return -float(log_probabilities.gather(1, targets).double().sum())
 
 
 class Score:
-    """A contender's predictions beside the baseline's, added up over windows.
+    """A contender's predictions compared with the baseline's, summed over windows.
 
     Attributes:
         nll, baseline_nll: negative log likelihoods, summed over tokens, in nats.
-        divergences: KL divergence from the baseline of each predicted token, float64, a tensor per window.
-        agreed: tokens where both predict the same most likely token.
-        tokens: predicted tokens.
+        divergences: KL divergence from the baseline for each predicted token, float64, one tensor per window.
+        agreed: number of tokens for which both predict the same most likely token.
+        tokens: number of predicted tokens.
         seconds: wall time of the contender's passes and of their comparison.
     """
 
@@ -122,10 +121,10 @@ class Score:
         self.seconds = 0.0
 
     def add(self, baseline: Baseline, logits: Tensor) -> None:
-        """Compare logits ``[T, V]`` of the baseline's window.
+        """Add a window: logits ``[T, V]`` of the contender.
 
         Raises:
-            NotFiniteError: they are not finite; the message is a part of a sentence.
+            NotFiniteError: the logits are not finite; the message is a part of a sentence.
         """
         nll, found = 0.0, []
         for part in chunks(baseline.tokens):
@@ -148,7 +147,7 @@ class Score:
 
 
 class _Switch:
-    """The hooks of the contender that ran last stay on the model until one with other hooks runs."""
+    """Keeps the last contender's hooks on the model until a contender with other hooks runs."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._current: Hooks | None = None
@@ -173,15 +172,15 @@ def text_pass(
     label: str = "forward passes",
     finished: Callable[[Mapping[Name, Score]], None] | None = None,
 ) -> dict[Name, Score]:
-    """Measure contenders on the same windows, against one pass of the unquantized model each.
+    """Measure contenders on the same windows, with one pass of the unquantized model per window.
 
     Args:
-        model: the unquantized causal language model; left as it was.
-        contenders: by name.
+        model: the unquantized causal language model; it is left unchanged.
+        contenders: contenders by name.
         windows: token ids int64 ``[N, T]``.
-        progress: told after every pass over a window.
-        label: what the progress is of.
-        finished: told after every window what the windows up to it gave.
+        progress: called after every pass over a window.
+        label: name of the phase in the progress.
+        finished: called after every window with the results of all windows so far.
 
     Raises:
         NotFiniteError: predictions of the model or of a contender are not finite.

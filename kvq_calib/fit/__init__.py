@@ -1,1 +1,1 @@
-"""From weighted statistics to codebooks."""
+"""Numerical fitting: from weighted statistics to levels and widths."""

@@ -1,9 +1,9 @@
-"""How many bits every channel gets: rate and distortion measured for each, and one budget for all.
+"""Allocation of bits to channels under one budget, from the measured error of every channel at every width.
 
-The weighted error of every channel is computed for every width (:func:`width_errors`), and bits go where one removes
-most of it (:func:`allocate`, reverse water-filling on measured curves), until the whole takes what it may
-(:func:`within_budget`). Channels of a group choose together (:mod:`kvq_calib.fit.width_groups`). Everything is computed
-from weighted distributions, so it needs no activations.
+:func:`width_errors` computes the weighted error of every channel at every width. :func:`allocate` gives bits to the
+channels where one bit removes most error (reverse water-filling on measured curves). :func:`within_budget` repeats this
+until the whole artifact fits the budget. Channels of a group get their widths together
+(:mod:`kvq_calib.fit.width_groups`). All of it uses weighted distributions, not activations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from kvq_calib.errors import ConfigError
 from kvq_calib.fit.density import weighted_error
 
 PlaceLevels = Callable[[Tensor, Tensor, int], Tensor]
-"""What places levels, called as :func:`kvq_calib.fit.density.lloyd` is."""
+"""A function that places levels, with the signature of :func:`kvq_calib.fit.density.lloyd`."""
 
-#: Halvings of the Lagrange multiplier's interval (in logarithms), after which nothing changes.
+#: Bisection steps for the logarithm of the Lagrange multiplier; more change nothing.
 _MULTIPLIER_STEPS = 100
-#: An allocation this far below the budget, in bits per element, is good enough.
+#: An allocation is accepted if it is at most this far below the budget, in bits per element.
 _CLOSE_ENOUGH = 1e-3
-#: Taken off the budget beside the excess, so that rounding cannot leave the same excess again.
+#: Subtracted from the budget together with the excess, so that rounding cannot leave the same excess again.
 _MARGIN = 1e-4
 
 
@@ -42,7 +42,8 @@ def width_errors(
         points, weights: float64 ``[C, n]``, the weighted distribution of each channel, ``points`` sorted.
         place: places the levels.
         level_counts: number of levels by width, from width 0 on.
-        coded_error: the error of what levels are used for over that of the nearest level, at every width but 0.
+        coded_error: error of the codec with these levels, divided by the error of the nearest level; for widths above
+            0.
 
     Returns:
         float64 ``[C, widths]``.
@@ -50,19 +51,19 @@ def width_errors(
     errors = [weighted_error(place(points, weights, count), points, weights) for count in level_counts]
     distortion = torch.stack(errors, dim=1)
     distortion[:, 1:] *= coded_error
-    # Levels are no global optimum: a wider code is never worse, since it could leave levels unused.
+    # The levels may be a local optimum. A wider code is never worse, since it can leave levels unused.
     return distortion.cummin(1).values
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the rows of a table (channels, or groups of them) may choose between.
+    """The possible widths of the rows of a table, which are channels or groups of channels.
 
     Attributes:
         cost: error of every choice, float64 ``[R, K]``.
-        bits: stored by each choice, of one row and token, ``[K]``.
-        channels: of all rows together.
-        tokens: that are held of them, in any unit.
+        bits: bits of each choice, for one row and token, ``[K]``.
+        channels: number of channels of all rows.
+        tokens: number of tokens in the cache, in any unit.
     """
 
     cost: Tensor
@@ -72,24 +73,24 @@ class Choices:
 
 
 def allocate(tables: Sequence[Choices], budget: float) -> list[Tensor]:
-    """Choices that minimise the summed error at a mean of at most ``budget`` bits.
+    """Find the choices with the least total error at a mean of at most ``budget`` bits.
 
-    Each row makes the choice of least ``cost + multiplier * bits``; the multiplier, found by bisection, is the same for
-    all, so that the last stored bit of every row is worth the same (reverse water-filling). A bit is stored for every
-    token that is held: where a sliding window leaves few, it costs little.
+    Each row takes the choice with the least ``cost + multiplier * bits``. The multiplier is the same for all rows and
+    is found by bisection, so the last bit of every row removes about the same error (reverse water-filling). A bit is
+    stored for every token in the cache, so it costs little in a layer with a short sliding window.
 
     Args:
-        tables: one for each layer and kind.
-        budget: bits per number held, on average over all.
+        tables: one table for each layer and kind.
+        budget: mean bits per number in the cache.
 
     Returns:
-        the choice of every row, int64 ``[R]``, for each table.
+        The choice of every row, int64 ``[R]``, for each table.
 
     Raises:
-        ConfigError: the budget is below what the least choices take.
+        ConfigError: the budget is below the bits of the smallest choices.
     """
     held = sum(table.channels * table.tokens for table in tables)
-    # In units of the mean, which is exact where all are equal.
+    # In units of the mean, which is exact if all are equal.
     channels = sum(table.channels for table in tables)
     price = [table.tokens * channels / held for table in tables]
 
@@ -114,7 +115,7 @@ def allocate(tables: Sequence[Choices], budget: float) -> list[Tensor]:
 
     high = (
         max(max(float(table.cost.max()) for table in tables), 1e-300) * 2 / min(price)
-    )  # more than a bit can save
+    )  # more than any bit can save
     low = high * 1e-30
     if mean(chosen(low)) <= budget:
         high = low
@@ -135,19 +136,18 @@ def within_budget(
     stored_bits: Callable[[list[Tensor]], float],
     rounds: int = 12,
 ) -> list[Tensor]:
-    """Widths whose artifact takes at most ``target`` bits per element, everything counted.
+    """Find widths with which the artifact takes at most ``target`` bits per element, everything counted.
 
-    What is stored beside the codes (coefficients, sinks) depends on the widths in turn, so the budget
-    for codes is corrected until the whole fits.
+    The size of coefficients and sinks depends on the widths, so the budget for codes is corrected until the whole fits.
 
     Args:
-        target: bits per element.
-        widths_at: widths for a budget of code bits, :func:`allocate`.
-        stored_bits: bits per element of an artifact with these widths.
-        rounds: corrections to try.
+        target: budget in bits per element.
+        widths_at: gives the widths for a budget of code bits; see :func:`allocate`.
+        stored_bits: gives the bits per element of an artifact with these widths.
+        rounds: largest number of corrections.
 
     Raises:
-        ConfigError: no budget for codes was found that fits.
+        ConfigError: no allocation fits the budget.
     """
     budget, best = target, None
     fits, exceeds, failures = -math.inf, math.inf, 0
@@ -160,7 +160,7 @@ def within_budget(
                 break
         else:
             exceeds = budget
-        # Few groups choose coarsely, so that a small step may change nothing: steps grow until something fits.
+        # With few groups a small step may change nothing, so steps grow until an allocation fits.
         budget -= excess if excess <= 0 else (excess + _MARGIN) * (2**failures if best is None else 1)
         failures += best is None
         if best is not None and not fits < budget < exceeds:

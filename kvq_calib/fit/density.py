@@ -1,7 +1,7 @@
-"""Levels of least squared error for weighted distributions, many of them at once.
+"""Levels with least squared error for weighted distributions, for many of them at once.
 
-A distribution is a row of sorted points with their weights. :func:`lloyd` places levels for the nearest-level rule,
-:func:`spread_levels` by the point density that is optimal for many levels.
+A distribution is a row of sorted points with weights. :func:`lloyd` places levels for nearest-level coding.
+:func:`spread_levels` follows the point density that is optimal for many levels.
 """
 
 from __future__ import annotations
@@ -9,37 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Lloyd iterations of one row's levels; the start is near the optimum.
+#: Lloyd iterations. Few suffice, because the start is near the optimum.
 _LLOYD_ROUNDS = 30
-#: Runs of points that a start is cut from, and the longest cell in mean ones.
+#: Number of runs of points that a start is made of, and the longest cell relative to the mean cell.
 _RUNS_PER_LEVEL = 4
 _FEWEST_RUNS = 32
 _LONGEST_CELL = 4
 
 
 def nearest(levels: Tensor, points: Tensor) -> Tensor:
-    """Index of the nearest level of each point: ``[C, L]``, ``[C, n]`` to int64 ``[C, n]``."""
+    """Index of the nearest level of each point, from ``[C, L]`` and ``[C, n]``: int64 ``[C, n]``."""
     return torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, points)
 
 
 def weighted_error(levels: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """Weighted squared error of the nearest level, ``[C]``."""
+    """Weighted squared error of nearest-level coding, ``[C]``."""
     return (weights * (points - levels.gather(1, nearest(levels, points))).square()).sum(1)
 
 
 def evenly_weighted(weights: Tensor) -> Tensor:
-    """The weights, with a row that has none evenly weighted."""
+    """The weights, with equal weights in rows that have none."""
     return torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
 
 
 def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Levels of every row by Lloyd's iteration from a cut of the row that is nearly optimal.
+    """Levels of every row by Lloyd's iteration, from a nearly optimal cut of the row.
 
-    Iterating from other starts ends in local optima that may be far off: for 32 levels of a channel's distribution
-    13% above the optimum on average from the point density that is optimal for many levels, 1% from here.
+    The start matters, because the iteration ends in a local optimum. For 32 levels of a channel's distribution, the
+    error is on average 1% above the optimum from this start, and 13% above it from the point density that is optimal
+    for many levels.
 
     Args:
-        points, weights: float64 ``[C, n]``, ``points`` sorted. A row without weight counts as evenly weighted.
+        points, weights: float64 ``[C, n]``, ``points`` sorted. A row without weight gets equal weights.
         k: number of levels.
 
     Returns:
@@ -64,11 +65,11 @@ def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Levels of every row that follow the optimal point density of many levels.
+    """Levels of every row that follow the point density that is optimal for many levels.
 
-    For a trellis, where not every level can be taken for every token: a level at an isolated value of much weight, as
-    those of least nearest-level error have, can often not be taken when that value comes. A single level is the mean.
-    Arguments and result as for :func:`lloyd`.
+    They suit a trellis, in which a token cannot use every level. Levels with the least nearest-level error include some
+    at isolated values of large weight, and the trellis often cannot use such a level when the value occurs. A single
+    level is the mean. Arguments and result are as for :func:`lloyd`.
     """
     if k == 1:
         return lloyd(points, weights, 1)
@@ -77,12 +78,12 @@ def spread_levels(points: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _index_at_share(points: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
-    """Indices of the points where the optimal density of many levels reaches these shares, int64 ``[C, shares]``.
+    """Indices of the points at which the cumulative optimal density reaches the given shares, int64 ``[C, shares]``.
 
-    The density is proportional to the cube root of the weighted density (Panter and Dite, 1951). Points and weights as
-    for :func:`lloyd`; every row has weight.
+    The density for many levels is proportional to the cube root of the weighted density (Panter and Dite, 1951). Points
+    and weights are as for :func:`lloyd`; every row has weight.
     """
-    # Cube root of density times width, with a bin's width from its neighbours.
+    # Cube root of density, times the width of a bin, which follows from its neighbours.
     width = torch.nn.functional.pad(points.diff(dim=1).clamp(min=0), (0, 1))
     reached = (weights * (width + width.roll(1, 1)).square()).pow(1 / 3).cumsum(1)
     reached = reached / reached[:, -1:].clamp(min=torch.finfo(points.dtype).tiny)
@@ -91,7 +92,7 @@ def _index_at_share(points: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def _run_ends(points: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Where ``count`` runs of equal shares of the density begin and end in every row: int64 ``[C, count + 1]``."""
+    """Ends of ``count`` runs with equal shares of the density in every row: int64 ``[C, count + 1]``."""
     rows, size = points.shape
     if count == size:  # each point is a run
         return torch.arange(size + 1, device=points.device).expand(rows, -1)
@@ -101,11 +102,11 @@ def _run_ends(points: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def _centres_of_best_cut(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Weighted means of the cells of the best cut of every row into ``k`` cells.
+    """Weighted means of the cells when every row is cut into ``k`` cells with least error.
 
-    A cell is a sequence of whole runs of points. Runs have equal shares of the density of :func:`_index_at_share`, so
-    a few for each level suffice, and a cell is never much longer than the mean. Dynamic programming over the runs,
-    all rows at once. Arguments and result as for :func:`lloyd`; every row has weight.
+    A cell is a sequence of whole runs of points. Runs have equal shares of the density of :func:`_index_at_share`, so a
+    few per level suffice, and no cell is much longer than the mean. It is dynamic programming over the runs, for all
+    rows at once. Arguments and result are as for :func:`lloyd`; every row has weight.
     """
     rows, size = points.shape
     tiny = torch.finfo(points.dtype).tiny
@@ -113,14 +114,14 @@ def _centres_of_best_cut(points: Tensor, weights: Tensor, k: int) -> Tensor:
     longest = min(_LONGEST_CELL * count // k + 1, count)
     ends = _run_ends(points, weights, count)
     mean = (weights * points).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    x = points - mean  # keeps the sums from cancelling
+    x = points - mean  # avoids cancellation in the sums
     sums = [
         torch.nn.functional.pad(part.cumsum(1), (1, 0)).gather(1, ends)
         for part in (weights, weights * x, weights * x * x)
     ]
 
     def before(of_ends: Tensor, value: float = 0.0) -> Tensor:
-        """Of what each end has, that of the cells' starts that it allows: ``[C, E, longest + 1]``."""
+        """For each end of a cell, the entries of its possible starts: ``[C, E, longest + 1]``."""
         padded: Tensor = torch.nn.functional.pad(of_ends, (longest, 0), value=value)
         return padded.unfold(1, longest + 1, 1)
 

@@ -1,4 +1,4 @@
-"""How far two predictions of the next token are apart; the same numbers for training and for evaluation."""
+"""KL divergence between predictions of the next token, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 __all__ = ["CHUNK_TOKENS", "chunks", "kl_divergence"]
 
-#: Tokens whose distributions over the vocabulary are compared at one time.
+#: Number of tokens to compare at a time; each has a distribution over the vocabulary.
 CHUNK_TOKENS = 256
 
 
 def chunks(tokens: int, size: int = CHUNK_TOKENS) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``range(tokens)`` in order."""
+    """Consecutive slices of at most ``size`` that cover ``range(tokens)``."""
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
@@ -25,6 +25,6 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         log_p, log_q: log probabilities, float32 ``[..., V]``.
 
     Returns:
-        float32 ``[...]``; rounding can leave it a little below 0.
+        float32 ``[...]``; slightly below 0 in rare cases, from rounding.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,10 +1,10 @@
-"""Weighted one-dimensional k-means: exact by dynamic programming, and Lloyd's iteration by scikit-learn.
+"""Weighted one-dimensional k-means: exact by dynamic programming, or scikit-learn's Lloyd iteration.
 
-In one dimension an optimal clustering of sorted points is a sequence of intervals, so the best ``k`` centres come
-from ``dp[c][i] = min over j of dp[c - 1][j] + cost(j, i)``, where ``cost(j, i)`` is the weighted squared error of
-points ``j .. i - 1`` about their mean, an O(1) expression in prefix sums. The minimising ``j`` does not decrease
-with ``i`` (the cost is concave Monge), so a row takes O(n log n) by divide and conquer; each of its log n levels is
-one vectorised step here. KVQuant section 3.3 poses the problem (Fisher-weighted levels per layer).
+In one dimension an optimal clustering of sorted points is a sequence of intervals. So the best ``k`` centres follow
+from ``dp[c][i] = min over j of dp[c - 1][j] + cost(j, i)``. Here ``cost(j, i)`` is the weighted squared error of points
+``j .. i - 1`` about their mean, an O(1) expression in prefix sums. The minimising ``j`` does not decrease with ``i``
+(the cost is concave Monge), so divide and conquer takes O(n log n) for a row. Each of its log n levels is one
+vectorised step. KVQuant section 3.3 states the problem (Fisher-weighted levels per layer).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 def _row(
     previous: Floats, sums: tuple[Floats, Floats, Floats], first: int
 ) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """One row of the dynamic programme: best cost and split for every number of points ``i`` from ``first`` on.
+    """One row of the dynamic program: best cost and split for every number of points ``i >= first``.
 
     Entries below ``first`` are infinite: fewer points than clusters.
     """
@@ -26,7 +26,7 @@ def _row(
     n = len(previous) - 1
     best = np.full(n + 1, np.inf)
     split = np.zeros(n + 1, dtype=np.int64)
-    # Bounds of the search for each i, tightened as neighbours are solved.
+    # Bounds of the search for each i, which solved neighbours tighten.
     low = np.full(n + 2, first - 1, dtype=np.int64)
     high = np.full(n + 2, n, dtype=np.int64)
     step = 1 << max(int(n).bit_length(), 1)
@@ -48,7 +48,7 @@ def _row(
                 cost = square[end] - square[begin] - np.where(mass > 0, shift * shift / mass, 0.0)
             total = previous[begin] + np.maximum(cost, 0.0)
             best[ends] = np.minimum.reduceat(total, offsets)
-            # The first minimum of each run: ties go to the lower split, so the result is deterministic.
+            # The first minimum of each run. Ties go to the lower split, so the result is deterministic.
             hit = np.flatnonzero(total == np.repeat(best[ends], lengths))
             run = np.searchsorted(offsets, hit, side="right") - 1
             _, where = np.unique(run, return_index=True)
@@ -60,7 +60,7 @@ def _row(
 
 
 def exact_kmeans(points: Floats, weights: Floats, k: int) -> Floats:
-    """Levels with the least weighted squared error.
+    """Levels with the least weighted squared error, exactly.
 
     Args:
         points: ``[n]``, sorted.
@@ -68,7 +68,7 @@ def exact_kmeans(points: Floats, weights: Floats, k: int) -> Floats:
         k: number of levels.
 
     Returns:
-        ``[k]``, sorted; the largest level is repeated where fewer than ``k`` points have weight.
+        ``[k]``, sorted. If fewer than ``k`` points have weight, the largest level is repeated.
     """
     _check(points, weights, k)
     used = weights > 0
@@ -76,7 +76,7 @@ def exact_kmeans(points: Floats, weights: Floats, k: int) -> Floats:
     if len(x) <= k:
         return np.concatenate([x, np.full(k - len(x), x[-1])])
     centre = float(np.average(x, weights=w))
-    x = x - centre  # keeps the prefix sums from cancelling
+    x = x - centre  # avoids cancellation in the prefix sums
     sums = tuple(np.concatenate(([0.0], np.cumsum(part))) for part in (w, w * x, w * x * x))
     weight, moment, square = sums
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -94,11 +94,11 @@ def exact_kmeans(points: Floats, weights: Floats, k: int) -> Floats:
 
 
 def lloyd_kmeans(points: Floats, weights: Floats, k: int, seed: int = 0) -> Floats:
-    """Levels by scikit-learn's ``KMeans`` with ``sample_weight``, as the original implementation fits them.
+    """Levels by scikit-learn's ``KMeans`` with ``sample_weight``, as in KVQuant's code.
 
-    Arguments and result as for :func:`exact_kmeans`; a local optimum that depends on ``seed``.
+    Arguments and result are as for :func:`exact_kmeans`, but the result is a local optimum that depends on ``seed``.
     """
-    from sklearn.cluster import KMeans  # a second of import time that the exact fit does not need
+    from sklearn.cluster import KMeans  # the import takes a second, and the exact fit does not need it
 
     _check(points, weights, k)
     used = weights > 0

@@ -1,7 +1,7 @@
-"""A table of levels from weighted statistics: one function for each way to choose them, and Q-Norm.
+"""Tables of levels from weighted statistics: one function for each kind, and Q-Norm.
 
-To add one: write a function here, name it in :data:`kvq_calib.schema.spec.Levels` and in :func:`fit_levels`,
-and in :data:`DATA_FREE` if its levels do not depend on the data.
+To add a kind: write a function here, and name it in :data:`kvq_calib.schema.spec.Levels` and in :func:`fit_levels`;
+also in :data:`DATA_FREE` if its levels do not depend on the data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvq_calib.schema.spec import Levels
 
 Solver = Literal["exact", "lloyd"]
 
-#: Levels that do not depend on the data.
+#: Kinds of levels that do not depend on the data.
 DATA_FREE: tuple[Levels, ...] = ("uniform", "normal_float")
 
 
@@ -28,12 +28,12 @@ def uniform_levels(bits: int) -> Floats:
 def normal_float_levels(bits: int) -> Floats:
     """NormalFloat (QLoRA, arXiv 2305.14314, section 3): quantiles of a normal distribution scaled to ``[-1, 1]``.
 
-    One half gets ``2 ** (bits - 1)`` quantiles and the other one fewer, with an exact 0 between them.
+    One half has ``2 ** (bits - 1)`` quantiles and the other one fewer, with an exact 0 in between.
     """
     if bits <= 1:
         return uniform_levels(bits)
     half = 1 << (bits - 1)
-    # The outermost quantile leaves half a level's probability beyond it, averaged over the two halves.
+    # Beyond the outermost quantile is half a level's probability, averaged over the two halves.
     tail = 1.0 - (1.0 / (2 * 2 * half) + 1.0 / (2 * (2 * half - 1))) / 2.0
     quantile = NormalDist().inv_cdf
     positive = [quantile(p) for p in np.linspace(tail, 0.5, half + 1)[:-1]]
@@ -43,16 +43,16 @@ def normal_float_levels(bits: int) -> Floats:
 
 
 def q_norm(levels: Floats, points: Floats, counts: Floats, rounds: int = 8) -> Floats:
-    """Shift and stretch levels so that quantized values keep their mean and standard deviation (section 3.5).
+    """Shift and scale levels so that quantized values keep their mean and standard deviation (section 3.5).
 
-    The original transforms levels after the codes are assigned. Here codes are always the nearest level's, so the
-    transform is repeated until assignment and moments agree.
+    KVQuant transforms the levels after codes are assigned. Here a code is always the nearest level, so the transform is
+    repeated until assignment and moments agree.
 
     Args:
         levels: ``[L]``, sorted.
         points: ``[n]``, sorted normalised values.
-        counts: ``[n]``, how often each occurs (not Fisher-weighted).
-        rounds: how often to repeat.
+        counts: ``[n]``, how often each value occurs (not Fisher-weighted).
+        rounds: number of repetitions.
     """
     if counts.sum() <= 0:
         return levels
@@ -81,11 +81,11 @@ def fit_levels(
 
     Args:
         kind: ``uniform`` and ``normal_float`` ignore the statistics; the others are fitted by k-means.
-        bits: width; ``2 ** bits`` levels.
-        points, weights: ``[n]``, the distribution of normalised values. Where nothing has weight (a layer that
-            does not influence the output) the levels are uniform.
+        bits: width; there are ``2 ** bits`` levels.
+        points, weights: ``[n]``, the distribution of normalised values. If nothing has weight (the layer does not
+            influence the output), the levels are uniform.
         solver: ``exact``, or ``lloyd`` for scikit-learn's local optimum.
-        seed: of ``lloyd``.
+        seed: seed of ``lloyd``.
 
     Returns:
         float64 ``[2 ** bits]``, sorted, representable in float16.
@@ -104,5 +104,5 @@ def fit_levels(
 
 
 def storable(levels: Floats) -> Floats:
-    """Round levels to float16, so that kernels that look them up in half precision lose nothing."""
+    """Round levels to float16, so that kernels with half-precision tables use the same values."""
     return np.sort(levels).astype(np.float16).astype(np.float64)

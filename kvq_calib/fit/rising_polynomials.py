@@ -1,7 +1,7 @@
-"""Rising polynomials through the levels of many channels: weighted least squares that keeps levels in order.
+"""Fits increasing polynomials to the levels of many channels, by weighted least squares that keeps levels in order.
 
-A *basis* is float64 ``[C, L, K]``: the powers of ``u`` at every level of a channel, all zero for coefficients that it
-does not have; the first power is 1 and the second ``u``. A row of fewer than ``L`` levels repeats its last one.
+A *basis* is float64 ``[C, L, K]``: the powers ``1, u, u ** 2, ...`` at every level of a channel, and zero for
+coefficients that the channel does not have. A channel with fewer than ``L`` levels repeats its last level.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from torch import Tensor
 
 __all__ = ["chord", "evaluate", "least_squares", "nearest_polynomial", "toward"]
 
-#: Least step between neighbouring levels, as a share of the mean one.
+#: Smallest step between neighbouring levels, relative to the mean step.
 _LEAST_STEP = 0.02
-#: Least rise of a chord: the smallest float16.
+#: Smallest slope of a chord: the smallest positive float16.
 _LEAST_RISE = 2.0**-24
 _RIDGE = 1e-9
 _TINY = torch.finfo(torch.float64).tiny
 
 
 def evaluate(basis: Tensor, coefficients: Tensor) -> Tensor:
-    """Levels ``[C, L]`` of coefficients ``[C, K]``."""
+    """Levels ``[C, L]`` from coefficients ``[C, K]``."""
     return (basis @ coefficients[..., None])[..., 0]
 
 
 def least_squares(basis: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Coefficients of least weighted squared error; 0 where a channel has none.
+    """Coefficients with the least weighted squared error; 0 for coefficients that a channel does not have.
 
     Args:
         basis: ``[C, L, K]``.
-        weight, target: ``[C, L]``; a level without weight is not looked at.
+        weight, target: ``[C, L]``; a level without weight is ignored.
 
     Returns:
         ``[C, K]``.
@@ -38,23 +38,23 @@ def least_squares(basis: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     normal, right = weighted.mT @ basis, weighted.mT @ target[..., None]
     diagonal = normal.diagonal(dim1=1, dim2=2)
     largest = diagonal.amax(-1, keepdim=True)
-    # A coefficient that nothing decides is 0 by a row of its own.
+    # An additional row makes undetermined coefficients 0.
     own = torch.where(diagonal > 0, _RIDGE * largest, torch.where(largest > 0, largest, 1.0))
     solution: Tensor = torch.linalg.solve(normal + torch.diag_embed(own), right)
     return solution[..., 0]
 
 
 def _steps(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring rows ``[C, L - 1, K]``, and whether both levels exist ``[C, L - 1]``."""
+    """Differences of neighbouring rows, ``[C, L - 1, K]``, and whether both levels exist, ``[C, L - 1]``."""
     steps = basis.diff(dim=1)
     return steps, steps[..., 1] > 0
 
 
 def toward(basis: Tensor, current: Tensor, wanted: Tensor) -> Tensor:
-    """From rising levels as far towards wanted coefficients as keeps every step at its least.
+    """Move from increasing levels towards wanted coefficients, as far as every step stays large enough.
 
-    Steps are linear in the way, so how far that is follows in closed form; a channel whose wanted levels rise gets
-    them.
+    Steps change linearly along the way, so the distance follows in closed form. A channel whose wanted levels increase
+    gets them.
 
     Args:
         basis: ``[C, L, K]``.
@@ -63,7 +63,7 @@ def toward(basis: Tensor, current: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         ``[C, K]``.
     """
-    if basis.shape[1] == 1:  # no two levels anywhere
+    if basis.shape[1] == 1:  # no channel has two levels
         return wanted
     steps, there = _steps(basis)
     old, new = evaluate(steps, current), evaluate(steps, wanted)
@@ -75,7 +75,7 @@ def toward(basis: Tensor, current: Tensor, wanted: Tensor) -> Tensor:
 
 
 def chord(basis: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Straight lines ``[C, K]`` through the outer levels ``low`` and ``high [C]``, rising whatever these are."""
+    """Straight lines ``[C, K]`` through the outer levels ``low`` and ``high``, ``[C]``. They always increase."""
     line = torch.zeros(basis.shape[0], basis.shape[-1], dtype=basis.dtype)
     line[:, 0] = (low + high) / 2
     if basis.shape[-1] > 1:
@@ -86,12 +86,12 @@ def chord(basis: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def nearest_polynomial(basis: Tensor, levels: Tensor, density: float) -> Tensor:
-    """Rising polynomials ``[C, K]`` near given levels, closer where these are dense.
+    """Increasing polynomials ``[C, K]`` near the given levels, closest where levels are dense.
 
     Args:
         basis: ``[C, L, K]``.
-        levels: float64 ``[C, L]``, sorted; a shorter row repeats its last one.
-        density: power of the levels' density that weighs them; with 0 all count alike.
+        levels: float64 ``[C, L]``, sorted; a channel with fewer levels repeats its last one.
+        density: the weight of a level is this power of the density of levels; with 0 all weights are equal.
     """
     _, there = _steps(basis)
     gap = torch.zeros_like(levels)

@@ -1,8 +1,9 @@
-"""Channels that share a width, so that kernels meet one width at a time.
+"""Groups of channels that share a width, so that a kernel reads one width at a time.
 
-A vector register or a warp reads several channels at once, and code for one width is shorter than code for any. So
-widths are chosen for groups of channels of one head: eight channels of values, or four RoPE pairs of keys, whose first
-channels have one width and whose second have the same or the next. Channels that want the same width go together.
+A vector register or a warp reads several channels at once, and code for one width is faster than code for any width. So
+widths are chosen for groups of channels of one head. A group of values has eight channels. A group of keys has four
+RoPE pairs, whose first channels have one width, and whose second channels have the same or the next. Channels with
+similar errors are grouped.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from kvq_calib.fit.allocation import Choices
 __all__ = ["WidthGroups", "channel_groups", "pair_groups"]
 
 _PAIRS, _CHANNELS = 4, 8
-#: Channels are put in order by their errors at this width.
+#: Channels are sorted by their error at this width.
 _COMPARED_AT = 2
 
 
 @dataclass(frozen=True)
 class WidthGroups:
-    """Groups of channels, and the widths that a group may have.
+    """Groups of channels, and the possible widths of a group.
 
     Attributes:
         members: channels, int64 ``[G, P, n]``: each group has ``P`` parts of ``n``.
@@ -36,18 +37,18 @@ class WidthGroups:
     choices: Tensor
 
     def options(self, errors: Tensor, tokens: int) -> Choices:
-        """What the groups choose between.
+        """The choices of the groups.
 
         Args:
-            errors: of every channel at every width, float64 ``[C, widths]``.
-            tokens: that are held.
+            errors: error of every channel at every width, float64 ``[C, widths]``.
+            tokens: number of tokens in the cache.
         """
         parts = errors[self.members].sum(2)
         cost = parts[:, torch.arange(parts.shape[1]), self.choices].sum(2)
         return Choices(cost, self.members.shape[2] * self.choices.sum(1), self.members.numel(), tokens)
 
     def widths(self, chosen: Tensor) -> Tensor:
-        """The widths of all channels, uint8 ``[C]``, from the choice of every group, int64 ``[G]``."""
+        """The widths of all channels, uint8 ``[C]``, from the choices of the groups, int64 ``[G]``."""
         found = torch.empty(self.members.numel(), dtype=torch.uint8)
         found[self.members] = self.choices[chosen][..., None].expand_as(self.members).to(torch.uint8)
         return found
@@ -57,9 +58,9 @@ def channel_groups(errors: Tensor, heads: int, floor: int) -> WidthGroups:
     """Groups of up to eight channels.
 
     Args:
-        errors: of every channel at every width, float64 ``[C, widths]``.
-        heads: that the channels are of.
-        floor: least width.
+        errors: error of every channel at every width, float64 ``[C, widths]``.
+        heads: number of heads.
+        floor: smallest width.
     """
     channels = torch.arange(len(errors)).view(heads, -1, 1)
     choices = torch.arange(floor, errors.shape[1])[:, None]
@@ -67,13 +68,13 @@ def channel_groups(errors: Tensor, heads: int, floor: int) -> WidthGroups:
 
 
 def pair_groups(errors: Tensor, heads: int, pairs: Sequence[tuple[int, int]], floor: int) -> WidthGroups:
-    """Groups of up to four RoPE pairs, the channel of each that needs less bits first.
+    """Groups of up to four RoPE pairs. Of each pair, the channel that needs fewer bits comes first.
 
     Args:
-        errors: of every channel at every width, float64 ``[C, widths]``.
-        heads: that the channels are of.
-        pairs: all channels of a head.
-        floor: least width.
+        errors: error of every channel at every width, float64 ``[C, widths]``.
+        heads: number of heads.
+        pairs: the channels of a head in pairs.
+        floor: smallest width.
     """
     size = len(errors) // heads
     both = torch.tensor(pairs) + size * torch.arange(heads)[:, None, None]
@@ -88,7 +89,7 @@ def _compared(errors: Tensor) -> Tensor:
 
 
 def _grouped(parts: Tensor, errors: Tensor, size: int, choices: Tensor) -> WidthGroups:
-    """Groups from channels ``[H, N, P]`` of like errors, ``size`` of a head if that divides their number."""
+    """Groups from channels ``[H, N, P]`` sorted by error, ``size`` of a head if that divides their number."""
     order = _compared(errors)[parts].sum(-1).argsort(dim=1, stable=True)
     ordered = parts.gather(1, order[..., None].expand_as(parts))
     groups = ordered.unflatten(1, (-1, math.gcd(parts.shape[1], size))).flatten(0, 1)

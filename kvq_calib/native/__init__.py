@@ -1,4 +1,4 @@
-"""Native kernels for the CPU: shared libraries with a C interface, one for each instruction set, and what calls them.
+"""Native kernels for the CPU: shared libraries with a C interface, one per instruction set, and the code to call them.
 
-They are optional. What they compute is defined by :mod:`kvq_calib.codec`; where there is none, torch computes the same.
+They are optional. :mod:`kvq_calib.codec` defines what they compute; without them, torch computes the same.
 """

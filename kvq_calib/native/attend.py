@@ -1,4 +1,4 @@
-"""Decode attention from packed pages, called: everything is checked before a pointer is passed."""
+"""Calls of decode attention over packed pages. Everything is checked before a pointer is passed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvq_calib.native.loader import KvqAttention, KvqCodes, KvqExact, Library
 
 __all__ = ["CodeTables", "DecodeStep", "LayerKernel", "PageRows", "Turns"]
 
-#: Fields of ``KvqPage``, eight bytes each.
+#: Number of fields of ``KvqPage``, of eight bytes each.
 PAGE_FIELDS = 8
 _PAGE_BLOCKS = 8
 _PAGE_TOKENS = 256
@@ -27,15 +27,15 @@ _COEFFICIENTS = 6
 
 @dataclass(frozen=True, eq=False)
 class CodeTables:
-    """What a reader of packed keys or values needs to know; tensors on the CPU, ``C = H D`` channels.
+    """What a reader of packed keys or values needs: tensors on the CPU, with ``C = H D`` channels.
 
     Attributes:
         heads, size: ``H`` and ``D``.
-        widths: of the codes of each channel.
-        trellis: the level of a code follows from the codes of its block, else from itself.
-        token_scales: tokens have scales and zero points.
-        storage: dtype of these, of residuals and of exact tokens, float16 or bfloat16.
-        levels: float32 ``[L]``, that all channels share; or ``None`` where they are computed.
+        widths: width of each channel in bits.
+        trellis: whether the level of a code depends on the codes before it in the block.
+        token_scales: whether tokens have scales and zero points.
+        storage: dtype of these, of residuals and of exact tokens: float16 or bfloat16.
+        levels: float32 ``[L]``, shared by all channels; or ``None`` if they are computed.
         coefficients: float32 ``[C, 6]`` of computed levels, see :mod:`kvq_calib.codec.computed_levels`; or ``None``.
         scale, zero_point: float32 ``[C]``, applied last; or ``None``.
     """
@@ -52,10 +52,10 @@ class CodeTables:
     zero_point: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no quantizer has.
+        """Check the fields.
 
         Raises:
-            ValueError: a tensor of another dtype, shape or place, or numbers that do not fit.
+            ValueError: a tensor has a wrong dtype, shape or device, or numbers do not fit.
         """
         channels = self.heads * self.size
         if len(self.widths) != channels or not all(0 <= width <= 8 - self.trellis for width in self.widths):
@@ -78,11 +78,11 @@ class CodeTables:
 
     @property
     def row_words(self) -> int:
-        """Words of a sequence in a page."""
+        """Number of 32-bit words of a sequence in a page."""
         return _PAGE_BLOCKS * sum(self.widths)
 
     def described(self) -> tuple[KvqCodes, list[Tensor]]:
-        """The same in C, and the tensors that it points to."""
+        """The C structure, and the tensors that it points to."""
         width = torch.tensor(self.widths, dtype=torch.uint8)
         total = torch.tensor(self.widths, dtype=torch.int64).cumsum(0).to(torch.int32)
         offset = (total - width.to(torch.int32)).contiguous()
@@ -96,13 +96,13 @@ class CodeTables:
 
 
 class Turns:
-    """RoPE as readers apply it.
+    """RoPE in the form that readers apply it.
 
     Args:
-        library: whose order of tokens :attr:`within` has.
+        library: the library, which defines the order of tokens in :attr:`within`.
         pairs: the coordinates of each pair.
-        frequency: radians per token of each.
-        scaling: factor on turned coordinates.
+        frequency: radians per token of each pair.
+        scaling: factor on rotated coordinates.
 
     Attributes:
         pair: int32 ``[P, 2]``.
@@ -110,7 +110,7 @@ class Turns:
         within: float32 ``[P, 64]``, see ``kvq_turns_within``.
 
     Raises:
-        ValueError: a coordinate stands twice, or not each pair has a frequency.
+        ValueError: a coordinate occurs twice, or a pair has no frequency.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Turns:
         are_numbers(make(self.frequency.data_ptr(), len(self.pair), self.within.data_ptr()))
 
     def of_blocks(self, positions: Tensor, out: Tensor) -> None:
-        """Fill the cosines and sines of blocks.
+        """Compute the cosines and sines of blocks.
 
         Args:
-            positions: int32 ``[8 * n]``, of the first token of each block.
-            out: float32 ``[n, P, 2, 8]``.
+            positions: int32 ``[8 * n]``, position of the first token of each block.
+            out: float32 ``[n, P, 2, 8]``, filled in place.
         """
         count = len(out)
         check("positions", positions, torch.int32, (count * _PAGE_BLOCKS,))
@@ -146,17 +146,17 @@ class Turns:
         )
 
     def of_tokens(self, positions: Tensor) -> Tensor:
-        """Cosines and sines of single tokens: int32 ``[B, S]`` to float32 ``[B, S, 2, P]``."""
+        """Cosines and sines of single tokens: positions int32 ``[B, S]`` to float32 ``[B, S, 2, P]``."""
         angle = positions[..., None].double() * self.frequency
         return torch.stack((angle.cos(), angle.sin()), dim=-2).float().contiguous()
 
 
 class PageRows:
-    """Addresses of a tensor's pages, a ``KvqPage`` each, every one checked when it is set.
+    """Addresses of a tensor's pages, one ``KvqPage`` per page, checked when they are set.
 
     Args:
         tables: how the pages are read.
-        batch: sequences ``B``.
+        batch: number of sequences ``B``.
     """
 
     def __init__(self, tables: CodeTables, batch: int) -> None:
@@ -165,7 +165,7 @@ class PageRows:
         self._held: list[tuple[Tensor | None, ...]] = []
 
     def truncate(self, count: int) -> None:
-        """Forget the pages from ``count`` on."""
+        """Drop all pages but the first ``count``."""
         del self._held[count:]
         self.count = len(self._held)
 
@@ -181,12 +181,12 @@ class PageRows:
 
         Args:
             codes: int32 ``[B, 8 W]``.
-            token: storage dtype ``[B, 256, 2]``, where tokens have scales.
-            index, residual: int16 and storage dtype ``[E]``, of outliers; or ``None``.
-            start: int16 or int32 ``[8 * B * H + 1]``, of their lists; or ``None``.
+            token: storage dtype ``[B, 256, 2]``, if tokens have scales.
+            index, residual: outliers, int16 and storage dtype ``[E]``; or ``None``.
+            start: starts of their lists, int16 or int32 ``[8 * B * H + 1]``; or ``None``.
 
         Raises:
-            ValueError: a tensor is not what it must be.
+            ValueError: a tensor has a wrong dtype, shape or device.
         """
         tables = self.tables
         check("codes", codes, torch.int32, (self.batch, tables.row_words))
@@ -212,25 +212,25 @@ class PageRows:
 
     @property
     def address(self) -> int:
-        """Of the first row."""
+        """Address of the first row."""
         return int(self._rows.ctypes.data)
 
     @property
     def tensor(self) -> Tensor:
-        """The addresses, for the accounting of memory."""
+        """The addresses as a tensor, to count its memory."""
         return torch.from_numpy(self._rows)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeStep:
-    """What is the same for all layers that see the same tokens; tables may have pages to spare.
+    """What is the same in a step for all layers that see the same tokens. Tables may have unused pages.
 
     Attributes:
-        seen: int32 ``[B, 8 * n]``, a bit for each token of ``n`` pages' blocks that is attended.
+        seen: int32 ``[B, 8 * n]``, one word per block of ``n`` pages, with a bit for each token that is attended.
         exact_seen: bool ``[B, S]``, which exact tokens are attended.
-        block_turns: float32 ``[B, n, P, 2, 8]``, and
-        exact_turns: float32 ``[B, S, 2, P]``, cosines and sines; or ``None`` where nothing turns.
-        first_token: tokens before it are hidden, blocks having 32 each from block 0 on.
+        block_turns: cosines and sines of blocks, float32 ``[B, n, P, 2, 8]``; or ``None`` without RoPE.
+        exact_turns: cosines and sines of exact tokens, float32 ``[B, S, 2, P]``; or ``None`` without RoPE.
+        first_token: tokens before it are hidden; tokens are counted from block 0, with 32 in each block.
     """
 
     seen: Tensor
@@ -240,10 +240,10 @@ class DecodeStep:
     first_token: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together.
+        """Check that the tensors fit together.
 
         Raises:
-            ValueError: a tensor is not what it must be.
+            ValueError: a tensor has a wrong dtype, shape or device.
         """
         check("seen", self.seen, torch.int32, (self.batch, self.pages * _PAGE_BLOCKS))
         check("exact_seen", self.exact_seen, torch.bool, (self.batch, self.exact))
@@ -256,43 +256,43 @@ class DecodeStep:
 
     @property
     def batch(self) -> int:
-        """Sequences ``B``."""
+        """Number of sequences ``B``."""
         return self.seen.shape[0]
 
     @property
     def pages(self) -> int:
-        """Pages ``n`` that the tables have."""
+        """Number of pages ``n`` in the tables."""
         return self.seen.shape[1] // _PAGE_BLOCKS
 
     @property
     def exact(self) -> int:
-        """Exact tokens ``S``."""
+        """Number of exact tokens ``S``."""
         return self.exact_seen.shape[1]
 
     @property
     def pairs(self) -> int:
-        """RoPE pairs that turn."""
+        """Number of RoPE pairs."""
         return 0 if self.block_turns is None else self.block_turns.shape[2]
 
     @cached_property
     def numbers(self) -> tuple[int, int, int, int]:
-        """Batch, pages, exact tokens, pairs."""
+        """Numbers of sequences, pages, exact tokens and pairs."""
         return self.batch, self.pages, self.exact, self.pairs
 
     @cached_property
     def pointers(self) -> tuple[int | None, ...]:
-        """Of the tensors, in order."""
+        """Pointers to the tensors, in order."""
         return tuple(map(pointer, (self.seen, self.exact_seen, self.block_turns, self.exact_turns)))
 
 
 class LayerKernel:
-    """Attention of one layer, its tables described once.
+    """Decode attention of one layer. Its tables are converted to C once.
 
     Args:
-        library: that computes.
-        key, value: how packed keys and values are read; as many heads, one storage dtype.
-        turns: RoPE, or ``None`` where keys are stored as attention uses them.
-        own_angle: float32 ``[H, P]``, by which each pair was turned before it was coded, or ``None``.
+        library: the library to call.
+        key, value: how packed keys and values are read. Both have the same number of heads and storage dtype.
+        turns: RoPE, or ``None`` if keys are stored as attention uses them.
+        own_angle: float32 ``[H, P]``, angle by which each pair was rotated before coding, or ``None``.
 
     Raises:
         ValueError: they do not fit together.
@@ -331,17 +331,17 @@ class LayerKernel:
         self._lock = threading.Lock()
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held."""
+        """All tensors."""
         return self._held
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Key, value and call as the functions take them."""
+        """Key, value and call as the C functions take them."""
         return self._arguments
 
     @property
     def template(self) -> KvqAttention:
-        """A call with what no step changes."""
+        """A call with the fields that no step changes."""
         return self._call
 
     def attend(
@@ -356,24 +356,24 @@ class LayerKernel:
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one new token of each sequence.
+        """Attention for one new token of each sequence.
 
         Args:
-            query: float32 ``[B, Hq, D]``, contiguous, turned by the model.
-            step: which tokens are attended, and what they are turned by.
-            pages: of keys and of values.
+            query: float32 ``[B, Hq, D]``, contiguous, rotated by the model.
+            step: which tokens are attended, and their cosines and sines.
+            pages: pages of keys and of values.
             exact: keys and values of sinks, then of the tail, storage dtype ``[B, H, t, D]``, contiguous within a head.
             scaling: factor on the scores.
             first_page: number in ``step`` of the first page.
             softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
-            sink_logits: ``[Hq]``, a logit of each head that takes part without a value; or ``None``.
+            sink_logits: ``[Hq]``, a logit per head that enters the softmax without a value; or ``None``.
 
         Returns:
             float32 ``[B, Hq, Dv]``.
 
         Raises:
-            ValueError: something does not fit.
-            MemoryError: there is none left.
+            ValueError: the arguments do not fit.
+            MemoryError: out of memory.
         """
         with self._lock:
             call, (keys, values) = self._call, pages
@@ -415,7 +415,7 @@ class LayerKernel:
             return out
 
     def _describe_exact(self, to: KvqExact, part: tuple[Tensor, Tensor], batch: int) -> int:
-        """Write where exact tokens stand; how many there are."""
+        """Write the addresses of exact tokens, and return their number."""
         keys, values = part
         tokens = keys.shape[2]
         for name, tensor, size in (("keys", keys, self.key.size), ("values", values, self.value.size)):

@@ -1,4 +1,4 @@
-"""Before a call of the native kernels: what every tensor must pass. After it: what its status means."""
+"""Checks around calls of the native kernels: of every tensor before, and of the status afterwards."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 __all__ = ["are_numbers", "check", "pointer"]
 
-#: ``KvqStatus`` of ``kernels/cpu/kvq_native.h``.
+#: Values of ``KvqStatus`` in ``kernels/cpu/kvq_native.h``.
 _OK, _NOT_A_NUMBER, _, _NO_MEMORY = range(4)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's memory begins, or ``None`` where there is none."""
+    """The address of a tensor's memory; ``None`` for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def check(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, contiguous: bool = True
 ) -> None:
-    """Refuse a tensor whose memory is not what a pointer would be taken for.
+    """Refuse a tensor that a kernel would misread: wrong shape, dtype or device, or not contiguous.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: the tensor is refused; the message says why.
     """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: is on {tensor.device}, layout {tensor.layout}, where the CPU reads")
@@ -35,13 +35,13 @@ def check(
 
 
 def are_numbers(status: int) -> bool:
-    """Whether a call that has ended met numbers alone; what it wrote is not to be used if not.
+    """Whether a finished call met only finite numbers. If not, its output must not be used.
 
     Raises:
-        MemoryError, ValueError: it did not end well.
+        MemoryError, ValueError: the call failed.
     """
     if status == _NO_MEMORY:
-        raise MemoryError("the native kernels found no memory")
+        raise MemoryError("the native kernels are out of memory")
     if status not in (_OK, _NOT_A_NUMBER):
         raise ValueError("the native kernels refused their arguments")
     return status == _OK

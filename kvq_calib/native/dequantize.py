@@ -1,4 +1,4 @@
-"""Packed blocks as ordinary tensors: everything is checked before a pointer is passed."""
+"""Calls that dequantize packed blocks to ordinary tensors. Everything is checked before a pointer is passed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PAGE_BLOCKS = 8
 
 
 class Dequantizer:
-    """Reads the packed keys or values of a layer.
+    """Dequantizes the packed keys or values of a layer.
 
     Args:
-        library: that computes.
+        library: the library to call.
         tables: how codes are read.
-        turns: RoPE, or ``None`` where nothing is turned.
-        own_angle: float32 ``[H, P]``, by which each pair was turned before it was coded, or ``None``.
+        turns: RoPE, or ``None`` if nothing is rotated.
+        own_angle: float32 ``[H, P]``, angle by which each pair was rotated before coding, or ``None``.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Dequantizer:
         own_angle: Tensor | None = None,
     ) -> None:
         self.library, self.tables, self.turns = library, tables, turns
-        #: What the description points to.
+        #: Keeps the tensors that the C structure points to.
         self._codes, self._held = tables.described()
         self._call = KvqDequantize(scaling=1.0)
         #: Copies of a cache share this object, and threads may have one each.
@@ -54,26 +54,26 @@ class Dequantizer:
                 self._held += [cosine, sine]
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """All tensors."""
         return self._held
 
     def read(
         self, pages: PageRows, first: int, blocks: int, angles: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Blocks as numbers.
+        """Dequantize blocks.
 
         Args:
-            pages: of the tensor.
-            first: block that is read first, counted from the first page.
-            blocks: how many are read.
-            angles: cosines and sines of the tokens' positions, float32 ``[B, 32 * blocks, P]`` each, contiguous;
-                with RoPE, and only then.
+            pages: the pages of keys or values.
+            first: first block to read, counted from the first page.
+            blocks: number of blocks to read.
+            angles: cosines and sines of the tokens' positions, float32 ``[B, 32 * blocks, P]`` each, contiguous; with
+                RoPE, and only then.
 
         Returns:
             float32 ``[B, H, 32 * blocks, D]``.
 
         Raises:
-            ValueError: something does not fit.
+            ValueError: the arguments do not fit.
         """
         with self._lock:
             tables, call, batch = self.tables, self._call, pages.batch

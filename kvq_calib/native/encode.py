@@ -1,4 +1,4 @@
-"""The trellis encoder, called: everything is checked before a pointer is passed."""
+"""Calls of the trellis encoder. Everything is checked before a pointer is passed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kvq_calib.native.loader import KvqTrellis, Library
 
 __all__ = ["Encoded", "TrellisTables", "encode_trellis"]
 
-#: Beyond this a squared error could overflow for some levels of a channel and not for others.
+#: Largest level. Beyond it, a squared error could overflow for only some levels of a channel.
 _LARGEST_LEVEL = 2.0**39
 _MOST_LEVELS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class TrellisTables:
-    """What the encoder reads of a quantizer; tensors on the CPU, ``C = H D`` channels.
+    """What the encoder needs of a quantizer: tensors on the CPU, with ``C = H D`` channels.
 
     Attributes:
         heads, size: ``H`` and ``D``.
-        states: of the trellis, 4 or 1.
-        level_count: int32 ``[C]``, levels of each channel, a power of two: 1 for width 0.
-        levels: float32 ``[C, L]``, of which the first ``level_count`` are used.
-        shares, refinement_shares: float32 ``[H, D, D]``, of error compensation.
-        refinement_passes: how often coordinates are coded again.
-        size_edges: float32 ``[H, K - 1]``, ascending: between the classes of tokens' sizes.
-        class_weight: float32 ``[H, K]``, the weight of a token by its class.
-        feedback: float32 ``[H]``, what of a token's rounding error the next one takes up.
-        pair: int32 ``[P, 2]``, the coordinates of each RoPE pair that is turned.
-        cosine, sine: float32 ``[H, P]``, of the angles.
+        states: number of states of the trellis, 4 or 1.
+        level_count: int32 ``[C]``, number of levels of each channel, a power of two; 1 for width 0.
+        levels: float32 ``[C, L]``; the first ``level_count`` are used.
+        shares, refinement_shares: matrices of error compensation, float32 ``[H, D, D]``.
+        refinement_passes: number of refinement passes.
+        size_edges: edges between size classes of tokens, float32 ``[H, K - 1]``, ascending.
+        class_weight: weight of a token by its size class, float32 ``[H, K]``.
+        feedback: share of a token's rounding error that the next one adds, float32 ``[H]``.
+        pair: int32 ``[P, 2]``, the coordinates of each rotated RoPE pair.
+        cosine, sine: cosines and sines of the pairs' angles, float32 ``[H, P]``.
     """
 
     heads: int
@@ -54,10 +54,10 @@ class TrellisTables:
     sine: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no quantizer has.
+        """Check the fields.
 
         Raises:
-            ValueError: a tensor of another dtype, shape or place, or counts that do not fit.
+            ValueError: a tensor has a wrong dtype, shape or device, or counts do not fit.
         """
         heads, size, channels = self.heads, self.size, self.heads * self.size
         check("level_count", self.level_count, torch.int32, (channels,))
@@ -98,8 +98,7 @@ class TrellisTables:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether the encoder's codes are torch's: levels sorted and of a size whose squares overflow together, weights
-        that are numbers."""
+        """Whether the encoder finds the same codes as torch: levels sorted and not too large, weights finite."""
         place = torch.arange(self.levels.shape[1])
         last = self.level_count[:, None].to(torch.int64) - 1
         levels = self.levels.gather(1, torch.minimum(place, last))
@@ -113,13 +112,12 @@ class TrellisTables:
         return sound
 
     def tensors(self) -> list[Tensor]:
-        """Everything held but the matrices of error compensation, which others hold too."""
+        """All tensors except the matrices of error compensation, which are shared."""
         some = (self.size_edges, self.class_weight, self.feedback, self.pair, self.cosine, self.sine)
         return [self.level_count, self.levels, *(tensor for tensor in some if tensor is not None)]
 
     def described(self, compensated: bool, by_size: bool, turns: bool) -> KvqTrellis:
-        """The same in C: with error compensation or without, with weights by the size of a token or without, and with
-        pairs that are still to be turned or without."""
+        """The C structure, each with or without: error compensation, token weighting, pairs yet to be rotated."""
         numbers = {
             "heads": self.heads,
             "head_dim": self.size,
@@ -145,11 +143,11 @@ class TrellisTables:
 
 
 class Encoded(NamedTuple):
-    """What the encoder found.
+    """Result of the encoder.
 
     Attributes:
         codes: uint8 ``[B, T, C]``.
-        coded: float32 ``[B, T, C]``, what was coded in the last pass; with error compensation.
+        coded: float32 ``[B, T, C]``, the numbers that the last pass coded; with error compensation.
     """
 
     codes: Tensor
@@ -165,23 +163,22 @@ def encode_trellis(
     compensated: bool = True,
     by_size: bool = False,
 ) -> Encoded | None:
-    """Codes of keys or values, those that torch finds; on as many threads as torch uses.
+    """Code keys or values, with the same result as torch, on as many threads as torch uses.
 
     Args:
-        library: that computes.
-        tables: of the quantizer.
-        x: float32 on the CPU, tokens in blocks of 32 from the first on: ``[B, H, T, D]`` as models have them, or
-            ``[B, T, C]`` with pairs turned already.
-        weight: of the tokens' errors, float32 ``[B, T, H]``, not negative; with ``None`` all count alike.
-        compensated: with error compensation, where the quantizer has it.
-        by_size: weights are those of the classes of the tokens' sizes, not ``weight``.
+        library: the library to call.
+        tables: tables of the quantizer.
+        x: float32 on the CPU, in blocks of 32 tokens starting with the first: ``[B, H, T, D]`` as models have them, or
+            ``[B, T, C]`` with pairs already rotated.
+        weight: weights of the tokens' errors, float32 ``[B, T, H]``, not negative; ``None`` for equal weights.
+        compensated: whether to use the quantizer's error compensation, if it has any.
+        by_size: whether to use the weights of the tokens' size classes, instead of ``weight``.
 
     Returns:
-        ``None`` where torch must compute: gradients are wanted, levels are beyond what the encoder knows, or something
-        met on the way is no number.
+        ``None`` if torch must compute: gradients are needed, levels are too large, or some number is not finite.
 
     Raises:
-        ValueError: tensors of the wrong dtype, shape or device.
+        ValueError: a tensor has a wrong dtype, shape or device.
     """
     if not tables.is_exact or _wants_gradient(x, weight):
         return None

@@ -1,4 +1,4 @@
-"""The scalar encoder, called: everything is checked before a pointer is passed."""
+"""Calls of the scalar encoder. Everything is checked before a pointer is passed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["EncodedTokens", "ScalarTables", "encode_scalar"]
 
 @dataclass(frozen=True, eq=False)
 class ScalarTables:
-    """What the encoder reads of a quantizer; tensors on the CPU, ``C = H D`` channels.
+    """What the encoder needs of a quantizer: tensors on the CPU, with ``C = H D`` channels.
 
     Attributes:
         heads, size: ``H`` and ``D``.
         storage: float16 or bfloat16.
         levels, boundaries: float32 ``[L]`` and ``[L - 1]``, sorted.
-        token_scales: thresholds are a token's, leaving out ``per_side`` elements at each end.
-        per_side: see there.
-        outlier_cap: most outliers of a token.
-        scale, zero_point, inverse: float32 ``[C]``, of channels; ``None`` where thresholds are a token's alone.
+        token_scales: whether thresholds are computed per token, leaving out ``per_side`` elements at each end.
+        per_side: number of elements to leave out at each end.
+        outlier_cap: largest number of outliers of a token.
+        scale, zero_point, inverse: float32 ``[C]``, per channel; ``None`` if thresholds are only per token.
     """
 
     heads: int
@@ -42,10 +42,10 @@ class ScalarTables:
     inverse: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no quantizer has.
+        """Check the fields.
 
         Raises:
-            ValueError: a tensor of another dtype, shape or place, or numbers that do not fit.
+            ValueError: a tensor has a wrong dtype, shape or device, or numbers do not fit.
         """
         channels = self.heads * self.size
         if self.storage not in (torch.float16, torch.bfloat16):
@@ -64,7 +64,7 @@ class ScalarTables:
             raise ValueError(f"per_side: {self.per_side} of {channels}, outlier_cap {self.outlier_cap}")
 
     def described(self) -> KvqScalar:
-        """The same in C."""
+        """The C structure."""
         return KvqScalar(
             *(self.heads, self.size, len(self.levels), self.storage == torch.bfloat16),
             *(self.token_scales, self.per_side, self.outlier_cap, 0),
@@ -73,13 +73,13 @@ class ScalarTables:
 
 
 class EncodedTokens(NamedTuple):
-    """What the encoder found.
+    """Result of the encoder.
 
     Attributes:
         codes: uint8 ``[B, T, C]``.
-        outliers: bool ``[B, T, C]``, and
-        residual: storage dtype ``[B, T, C]``, 0 elsewhere; ``None`` where there are no outliers.
-        token: scale and zero point, storage dtype ``[B, T]`` each; ``None`` where thresholds are those of channels.
+        outliers: bool ``[B, T, C]``; ``None`` without outliers.
+        residual: storage dtype ``[B, T, C]``, 0 where ``outliers`` is not set; ``None`` without outliers.
+        token: scale and zero point, storage dtype ``[B, T]`` each; ``None`` with thresholds per channel only.
     """
 
     codes: Tensor
@@ -89,18 +89,18 @@ class EncodedTokens(NamedTuple):
 
 
 def encode_scalar(library: Library, tables: ScalarTables, x: Tensor) -> EncodedTokens | None:
-    """Codes of keys or values, those that torch finds; on as many threads as torch uses.
+    """Code keys or values, with the same result as torch, on as many threads as torch uses.
 
     Args:
-        library: that computes.
-        tables: of the quantizer.
+        library: the library to call.
+        tables: tables of the quantizer.
         x: float32 ``[B, H, T, D]`` on the CPU.
 
     Returns:
-        ``None`` where torch must compute: gradients are wanted, or something met on the way is no number.
+        ``None`` if torch must compute: gradients are needed, or some number is not finite.
 
     Raises:
-        ValueError: a tensor of the wrong dtype, shape or device.
+        ValueError: a tensor has a wrong dtype, shape or device.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return None

@@ -1,4 +1,4 @@
-"""New tokens behind an exact tail, keys un-rotated: one call in place of a dozen."""
+"""Appends new tokens to an exact tail and un-rotates their keys, in one call instead of a dozen."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Joiner"]
 
 
 class Joiner:
-    """Puts new tokens behind the exact tail of a layer.
+    """Appends new tokens to the exact tail of a layer.
 
     Args:
-        library: that computes.
+        library: the library to call.
         storage: float16 or bfloat16.
-        pair: int32 ``[P, 2]``, coordinates that RoPE turns together; ``None`` where keys are stored as they come.
+        pair: int32 ``[P, 2]``, the coordinates of each RoPE pair; ``None`` if keys are stored as they come.
     """
 
     def __init__(self, library: Library, storage: torch.dtype, pair: Tensor | None) -> None:
@@ -35,19 +35,19 @@ class Joiner:
     def join(
         self, tail: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
-        """The tail with the new tokens behind it.
+        """The tail with the new tokens appended.
 
         Args:
             tail: keys and values, storage dtype ``[B, H, t, D]``, contiguous within a head.
             new: keys and values, float32 ``[B, H, T, D]``, contiguous in ``D``.
-            angles: what coordinates are multiplied with, and what is added of their partners: float32
-                ``[B or 1, T, W]``, contiguous, ``W`` at most ``D``; the first of a pair gets minus the second.
+            angles: factors of the coordinates, and of their partners, which are added: float32 ``[B or 1, T, W]`` each,
+                contiguous, ``W`` at most ``D``. For the first of a pair, the partner's share is subtracted.
 
         Returns:
-            Storage dtype ``[B, H, t + T, D]`` each; ``None`` where something is not finite in it.
+            Keys and values, storage dtype ``[B, H, t + T, D]`` each; ``None`` if a number is not finite in that dtype.
 
         Raises:
-            ValueError: a tensor is not what it must be.
+            ValueError: a tensor has a wrong dtype, shape or layout.
         """
         with self._lock:
             call = self._call

@@ -1,8 +1,7 @@
-"""Finding, choosing and checking the library for this processor.
+"""Finds, chooses and checks the library for this processor.
 
-``KVQ_CALIB_OPS`` says what computes: ``torch`` leaves the libraries alone, ``native`` makes it an error that there is
-none. With any other backend of the cache, and without it, they are used where they are there. ``KVQ_CALIB_ISA`` names
-the instruction set, for tests.
+``KVQ_CALIB_OPS`` chooses the backend. With ``torch`` the libraries are not used, and with ``native`` a missing library
+is an error. Otherwise a library is used if there is one. ``KVQ_CALIB_ISA`` chooses the instruction set, for tests.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ __all__ = [
     "usable_isas",
 ]
 
-#: ``KVQ_ABI`` of ``kernels/cpu/kvq_native.h``.
+#: Value of ``KVQ_ABI`` in ``kernels/cpu/kvq_native.h``.
 ABI = 5
-#: Where the package's build puts the libraries.
+#: Folder of the libraries, which the package's build fills.
 FOLDER = Path(__file__).parent.parent / "_native"
-#: Instruction sets by machine, the best first.
+#: Instruction sets by machine, best first.
 _BY_MACHINE = {
     "x86_64": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
     "amd64": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
     "aarch64": ("neon",),
     "arm64": ("neon",),
 }
-#: Those of this machine.
+#: Instruction sets of this machine.
 ISAS = _BY_MACHINE.get(platform.machine().lower(), ())
 
 #: Functions that return a ``KvqStatus``.
@@ -68,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 
 class KvqTrellis(ctypes.Structure):
-    """``KvqTrellis`` of ``kernels/cpu/kvq_native.h``, which says what the fields are."""
+    """``KvqTrellis`` of ``kernels/cpu/kvq_native.h``, which documents the fields."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("heads", "head_dim", "states", "refinement_passes")),
@@ -84,7 +83,7 @@ def _numbers(kind: Any, *names: str) -> list[tuple[str, Any]]:
 
 
 class KvqScalar(ctypes.Structure):
-    """``KvqScalar`` of ``kernels/cpu/kvq_native.h``, which says what the fields are."""
+    """``KvqScalar`` of ``kernels/cpu/kvq_native.h``, which documents the fields."""
 
     _fields_ = [
         *_numbers(ctypes.c_int32, "heads", "size", "level_count", "bfloat", "token_scales", "per_side"),
@@ -94,7 +93,7 @@ class KvqScalar(ctypes.Structure):
 
 
 class KvqCodes(ctypes.Structure):
-    """``KvqCodes`` of ``kernels/cpu/kvq_native.h``, which says what the fields are."""
+    """``KvqCodes`` of ``kernels/cpu/kvq_native.h``, which documents the fields."""
 
     _fields_ = [
         *_numbers(ctypes.c_int32, "heads", "size", "trellis", "token_scales", "bfloat", "row_words"),
@@ -105,7 +104,7 @@ class KvqCodes(ctypes.Structure):
 
 
 class KvqExact(ctypes.Structure):
-    """``KvqExact`` of the same."""
+    """``KvqExact`` of the same header."""
 
     _fields_ = [
         *_numbers(ctypes.c_void_p, "key", "value"),
@@ -115,7 +114,7 @@ class KvqExact(ctypes.Structure):
 
 
 class KvqTurns(ctypes.Structure):
-    """``KvqTurns`` of the same."""
+    """``KvqTurns`` of the same header."""
 
     _fields_ = [
         ("pairs", ctypes.c_int32),
@@ -125,7 +124,7 @@ class KvqTurns(ctypes.Structure):
 
 
 class KvqAttention(ctypes.Structure):
-    """``KvqAttention`` of the same."""
+    """``KvqAttention`` of the same header."""
 
     _fields_ = [
         *_numbers(ctypes.c_int32, "batch", "group", "pages", "first_page", "table_pages", "threads"),
@@ -139,7 +138,7 @@ class KvqAttention(ctypes.Structure):
 
 
 class KvqDequantize(ctypes.Structure):
-    """``KvqDequantize`` of the same."""
+    """``KvqDequantize`` of the same header."""
 
     _fields_ = [
         *_numbers(ctypes.c_int32, "batch", "pages", "first_block", "blocks", "threads", "pairs"),
@@ -150,7 +149,7 @@ class KvqDequantize(ctypes.Structure):
 
 
 class KvqJoin(ctypes.Structure):
-    """``KvqJoin`` of the same."""
+    """``KvqJoin`` of the same header."""
 
     _fields_ = [
         *_numbers(ctypes.c_int32, "batch", "heads"),
@@ -173,7 +172,7 @@ class Library:
 
     Attributes:
         isa: its instruction set.
-        functions: the library, with the types of its functions set.
+        functions: the loaded library, with the types of its functions.
     """
 
     isa: str
@@ -181,10 +180,10 @@ class Library:
 
 
 def library() -> Library | None:
-    """The library that is to be used, or ``None`` where torch is to compute.
+    """The library to use; ``None`` if torch computes.
 
     Raises:
-        ConfigError: ``KVQ_CALIB_OPS`` or ``KVQ_CALIB_ISA`` asks for what is not there.
+        ConfigError: the library that ``KVQ_CALIB_OPS`` or ``KVQ_CALIB_ISA`` asks for is missing.
     """
     ops = os.environ.get("KVQ_CALIB_OPS", "")
     if ops == "torch":
@@ -199,10 +198,10 @@ def library() -> Library | None:
 
 @lru_cache
 def _chosen(isa: str, folder: Path) -> Library | None:
-    """The library of this instruction set, or the best one that runs here.
+    """The library for the given instruction set, or the best one for this processor.
 
     Raises:
-        ConfigError: the set that was named cannot run here.
+        ConfigError: the given instruction set cannot run here.
     """
     if isa:
         try:
@@ -215,9 +214,9 @@ def _chosen(isa: str, folder: Path) -> Library | None:
 
 
 def usable_isas(folder: Path | None = None) -> Iterator[str]:
-    """Instruction sets whose library is there, in :data:`FOLDER` by default, and runs here, the best first.
+    """Instruction sets with a library that runs here, best first; in :data:`FOLDER` by default.
 
-    What is there and does not fit is logged.
+    Libraries that do not fit are logged.
     """
     folder = FOLDER if folder is None else folder
     for isa in ISAS:
@@ -234,7 +233,7 @@ def usable_isas(folder: Path | None = None) -> Iterator[str]:
 
 
 class _NotHere(OSError):
-    """The processor lacks the instruction set."""
+    """The processor does not have the instruction set."""
 
 
 def _file(isa: str, folder: Path) -> Path:
@@ -243,10 +242,10 @@ def _file(isa: str, folder: Path) -> Path:
 
 @lru_cache
 def library_of(isa: str, folder: Path) -> Library:
-    """The library of an instruction set in a folder.
+    """Load the library for an instruction set from a folder.
 
     Raises:
-        OSError: it is not there, of another version, or not for this processor; one line says which.
+        OSError: the library is missing, of another version, or not for this processor; the message says which.
     """
     if isa not in ISAS:
         raise _NotHere(f"this machine has {', '.join(ISAS) or 'no instruction set that is known'}")

@@ -1,4 +1,4 @@
-"""Packing of codes and lists of outliers, called: everything is checked before a pointer is passed."""
+"""Calls that pack codes and list outliers. Everything is checked before a pointer is passed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def pack_codes(library: Library, widths: Tensor, codes: Tensor, page: Tensor, fi
     """Pack whole blocks into a page, in place.
 
     Args:
-        library: that computes.
-        widths: uint8 ``[C]``, bits of each channel.
+        library: the library to call.
+        widths: uint8 ``[C]``, width of each channel in bits.
         codes: uint8 ``[B, 32 * n, C]``.
         page: int32 ``[B, 8 * W]``, ``W`` the sum of the widths.
-        first_block: block of the page that the first token goes to.
+        first_block: block of the page for the first token.
 
     Raises:
-        ValueError: a tensor is not what it must be, or the blocks do not fit the page.
+        ValueError: a tensor has a wrong dtype, shape or device, or the blocks do not fit the page.
     """
     batch, tokens, channels = codes.shape
     check("widths", widths, torch.uint8, (channels,))
@@ -44,19 +44,19 @@ def pack_codes(library: Library, widths: Tensor, codes: Tensor, page: Tensor, fi
 def list_outliers(
     library: Library, outliers: Tensor, residual: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outliers of whole blocks as lists, in order of block, sequence and head.
+    """List the outliers of whole blocks, in order of block, sequence and head.
 
     Args:
-        library: that computes.
+        library: the library to call.
         outliers: bool ``[B, 32 * n, C]``.
         residual: 16-bit ``[B, 32 * n, C]``.
-        heads: in ``C``.
+        heads: number of heads in ``C``.
 
     Returns:
         ``index`` int16 ``[E]``, ``residual`` ``[E]``, and ``counts`` int32 ``[n, B, heads]``.
 
     Raises:
-        ValueError: a tensor is not what it must be.
+        ValueError: a tensor has a wrong dtype, shape or device.
     """
     batch, tokens, channels = outliers.shape
     if tokens % _BLOCK_TOKENS or channels % heads or residual.element_size() != 2:

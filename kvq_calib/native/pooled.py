@@ -1,4 +1,4 @@
-"""Decode attention of many sequences whose pages stand in one pool: one call for all, block tables read as they are."""
+"""Decode attention for many sequences with pages in one pool: one call for all, which reads block tables directly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["PagePlaces", "PooledKernel", "PooledSequences", "PooledTurns"]
 _PAGE_BLOCKS = 8
 _BLOCK_TOKENS = 32
 _CALL = np.dtype(KvqAttention)
-#: Columns of a row of ``KvqPage`` that are not zero.
+#: Columns of ``KvqPage`` that are not zero.
 _CODES, _TOKEN, _BATCH = 0, 1, 7
 
 Numbers = npt.NDArray[np.int64]
@@ -30,13 +30,13 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PagePlaces:
-    """Where a page of a pool holds what, in bytes from its beginning; keys first, values second.
+    """The layout of a page in a pool, in bytes from its beginning; pairs are for keys and values.
 
     Attributes:
-        page_bytes: of a page.
-        codes, token, sinks, tail: of codes, of tokens' scales, of a sequence's first and of its newest tokens,
-            which stand in the page after that of the open block.
-        sink_tokens: first tokens that a first page has room for.
+        page_bytes: size of a page.
+        codes, token, sinks, tail: offsets of codes, of tokens' scales, of a sequence's first tokens, and of its newest
+            tokens, which are in the page after that of the open block.
+        sink_tokens: number of first tokens for which a first page has room.
     """
 
     page_bytes: int
@@ -48,7 +48,7 @@ class PagePlaces:
 
 
 class PooledTurns:
-    """Cosines and sines of the positions that sequences have in common, for they all begin at 0; grown as needed.
+    """Cosines and sines that all sequences share, because their positions begin at 0. Tables grow as needed.
 
     Args:
         turns: the rotary embedding.
@@ -56,13 +56,13 @@ class PooledTurns:
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        #: Float32 ``[n, P, 2, 8]``, see ``KvqTurns.block``.
+        #: Of blocks, float32 ``[n, P, 2, 8]``; see ``KvqTurns.block``.
         self.block = torch.empty(0, len(turns.pair), 2, _PAGE_BLOCKS)
-        #: Float32 ``[256 * n, 2, P]``, of single tokens.
+        #: Of single tokens, float32 ``[256 * n, 2, P]``.
         self.token = torch.empty(0, 2, len(turns.pair))
 
     def reach(self, pages: int) -> None:
-        """Have tables of at least ``pages`` pages."""
+        """Grow the tables to at least ``pages`` pages."""
         if pages <= len(self.block):
             return
         pages = max(2 * len(self.block), pages, 8)
@@ -75,13 +75,13 @@ class PooledTurns:
 
 @dataclass(eq=False)
 class PooledSequences:
-    """The sequences of a step, one new token each, which is stored already; the same for all layers.
+    """The sequences of a step, which are the same for all layers. Each has one new token, which is stored already.
 
     Args:
-        lengths: tokens of each.
-        tables: the pages of each, at least those that its tokens fill and those ahead.
-        sink_tokens: exact first tokens of a sequence.
-        pool_pages: pages that the pool has.
+        lengths: number of tokens of each sequence.
+        tables: pages of each sequence: at least those that its tokens fill, and the page after.
+        sink_tokens: number of exact first tokens of a sequence.
+        pool_pages: number of pages in the pool.
 
     Raises:
         ValueError: a page is not in the pool, or a table is too short.
@@ -91,11 +91,11 @@ class PooledSequences:
     tables: Sequence[Sequence[int]]
     sink_tokens: int
     pool_pages: int
-    #: Exact tokens' cosines and sines, by rotary embedding.
+    #: Cosines and sines of exact tokens, by rotary embedding.
     _exact_turns: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Look up once what all layers ask."""
+        """Compute once what all layers need."""
         length = np.asarray(self.lengths, dtype=np.int64)
         blocks = length // _BLOCK_TOKENS
         self.tail = length % _BLOCK_TOKENS
@@ -119,7 +119,7 @@ class PooledSequences:
         self.seen = self._seen(blocks)
 
     def _seen(self, blocks: Numbers) -> Tensor:
-        """Bits of the tokens that are attended, int32 ``[8 * n]``: those of blocks, but for exact first tokens."""
+        """A bit for each attended token of blocks, int32 ``[8 * n]``; exact first tokens are left out."""
         place = np.arange(8 * len(self.pages)) - np.repeat(
             _PAGE_BLOCKS * self.first[:-1], _PAGE_BLOCKS * self.count
         )
@@ -130,10 +130,10 @@ class PooledSequences:
 
     @cached_property
     def ahead(self) -> Numbers:
-        """The page after that of the open block, of each sequence; 0 where nothing is open.
+        """For each sequence, the page after that of the open block; 0 if no block is open.
 
         Raises:
-            ValueError: it is not in the pool.
+            ValueError: the page is not in the pool.
         """
         each = zip(self.tables, self._open.tolist(), self.tail.tolist(), strict=True)
         numbers: Numbers = np.asarray(
@@ -144,7 +144,7 @@ class PooledSequences:
         return numbers
 
     def exact_turns(self, turns: PooledTurns) -> Tensor:
-        """Cosines and sines of exact tokens, first ones before newest, float32 ``[sum S, 2, P]``."""
+        """Cosines and sines of exact tokens, float32 ``[sum S, 2, P]``, first tokens before newest ones."""
         found = self._exact_turns.get(id(turns))
         if found is None:
             turns.reach(int(self._open.max()) + 1)
@@ -157,12 +157,12 @@ class PooledSequences:
 
 
 class PooledKernel:
-    """Decode attention of one layer.
+    """Decode attention of one layer over a pool.
 
     Args:
-        kernel: of the layer.
-        turns: its rotary embedding, as the layers share it; ``None`` where keys are stored as attention uses them.
-        places: where a page holds what.
+        kernel: kernel of the layer.
+        turns: cosines and sines, which layers share; ``None`` if keys are stored as attention uses them.
+        places: layout of a page.
     """
 
     def __init__(self, kernel: LayerKernel, turns: PooledTurns | None, places: PagePlaces) -> None:
@@ -181,12 +181,12 @@ class PooledKernel:
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """Attention of one new token of each sequence.
+        """Attention for one new token of each sequence.
 
         Args:
-            sequences: of the step.
+            sequences: the sequences of the step.
             pool: uint8 ``[pages, page_bytes]``.
-            query: float32 ``[R, Hq, D]``, contiguous, turned by the model.
+            query: float32 ``[R, Hq, D]``, contiguous, rotated by the model.
             scaling: factor on the scores.
             softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
 
@@ -194,8 +194,8 @@ class PooledKernel:
             float32 ``[R, Hq, Dv]``.
 
         Raises:
-            ValueError: something does not fit.
-            MemoryError: there is none left.
+            ValueError: the arguments do not fit.
+            MemoryError: out of memory.
         """
         count, heads = len(sequences.begin), self.kernel.key.heads
         query_heads = query.shape[1]
@@ -221,7 +221,7 @@ class PooledKernel:
         return out
 
     def _prepared(self, count: int) -> npt.NDArray[np.void]:
-        """As many calls, with what never changes."""
+        """Prepared calls for so many sequences, with the fields that never change."""
         if len(self._calls) < count:
             template = np.frombuffer(bytes(self.kernel.template), dtype=_CALL)
             self._calls = np.repeat(template, max(count, 2 * len(self._calls)))
@@ -266,6 +266,6 @@ class PooledKernel:
 
 
 def _each(x: Tensor, count: int) -> Numbers:
-    """Addresses of the rows."""
+    """Addresses of the rows of a tensor."""
     step = x.stride(0) * x.element_size()
     return np.arange(x.data_ptr(), x.data_ptr() + max(count * step, 1), step or 1, dtype=np.int64)[:count]

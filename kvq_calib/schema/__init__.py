@@ -1,1 +1,1 @@
-"""What can be said of a quantized cache: specs, geometry, recipes."""
+"""Data types that describe a quantized cache: specs, geometry, recipes."""

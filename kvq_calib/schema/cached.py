@@ -1,4 +1,4 @@
-"""Names for what a cache holds: the keys or the values of one layer."""
+"""A name for one tensor of a cache: the keys or the values of one layer."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class CachedTensor(NamedTuple):
 
 
 def cached_tensors(layers: int) -> list[CachedTensor]:
-    """Keys and values of so many layers, in order."""
+    """The keys and values of the given number of layers, in order."""
     return [CachedTensor(layer, kind) for layer in range(layers) for kind in KINDS]

@@ -1,4 +1,4 @@
-"""The base of everything declared: immutable, and an unknown key is an error."""
+"""The base class of specs, geometry and recipes: immutable, and an unknown key is an error."""
 
 from pydantic import BaseModel, ConfigDict
 

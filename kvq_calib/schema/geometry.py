@@ -1,4 +1,4 @@
-"""Shapes of a model's attention layers, and its rotary embeddings in numbers."""
+"""Shapes of a model's attention layers, and its rotary embeddings as numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 2048
 
 
 class RopeSpec(Frozen):
-    """A rotary embedding in numbers that need no model code.
+    """A rotary embedding as plain numbers, so that no model code is needed.
 
     Pair ``p`` of a head, ``(x0, x1) = (x[pairs[p][0]], x[pairs[p][1]])``, at ``position`` becomes
     ``scaling * (cos a * x0 - sin a * x1, sin a * x0 + cos a * x1)`` with ``a = position * inv_freq[p]``.
@@ -27,8 +27,8 @@ class RopeSpec(Frozen):
         pairs: channel numbers within a head, ``[P][2]``.
         inv_freq: radians per token, ``[P]``.
         attention_scaling: the factor on cos and sin (YaRN, LongRoPE), usually 1.
-        length_dependent: the model changes ``inv_freq`` with the length of the text (dynamic NTK, LongRoPE); the
-            numbers here hold for the length at calibration.
+        length_dependent: whether the model changes ``inv_freq`` with the length of the text (dynamic NTK, LongRoPE).
+            The numbers here are those for the length at calibration.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -47,7 +47,7 @@ class RopeSpec(Frozen):
 
 
 def channel_pairs(rope: RopeSpec | None, head_dim: int) -> list[tuple[int, int]]:
-    """The channels of a head in pairs: those of RoPE, then the others in order; of an odd number one is left out."""
+    """The channels of a head in pairs: RoPE pairs first, then the others in order. An odd last channel is left out."""
     pairs = [] if rope is None else list(rope.pairs)
     rotated = {channel for pair in pairs for channel in pair}
     rest = [channel for channel in range(head_dim) if channel not in rotated]
@@ -75,12 +75,13 @@ class LayerGeometry(Frozen):
     """Shapes of one attention layer.
 
     Attributes:
-        num_query_heads, num_kv_heads, head_dim: as usual; query heads are a multiple of key-value heads.
-        value_head_dim: of values where it differs from that of keys, else ``None``.
+        num_query_heads, num_kv_heads, head_dim: as in transformers. The number of query heads is a multiple of the
+            number of key-value heads.
+        value_head_dim: head dimension of values where it differs from that of keys, else ``None``.
         sliding_window: tokens a query can see, or ``None`` for all.
         rope: index into :attr:`KVGeometry.ropes`, or ``None`` for a layer without rotary embedding.
-        swapped: what is called values here is the first of the two tensors that the model caches: with multi-head
-            latent attention that is the latent, and the second, rotated one is called keys.
+        swapped: whether the first of the two tensors that the model caches is called values here, and the second keys.
+            With multi-head latent attention the first is the latent and the second the rotated part.
     """
 
     num_query_heads: Annotated[int, Field(ge=1)]
@@ -93,7 +94,7 @@ class LayerGeometry(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_swapped(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What few models have is not written where they have it not."""
+        """Leave ``swapped`` out of the file where it is false, as for nearly all models."""
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name != "swapped" or value}
 
@@ -111,28 +112,28 @@ class LayerGeometry(Frozen):
         return HeadShape(self.num_kv_heads, own or self.head_dim)
 
     def held_tokens(self, context: int) -> int:
-        """Tokens of a text of ``context`` that an unquantized cache holds: those a query can see."""
+        """Tokens that an unquantized cache holds after ``context`` tokens: those a query can see."""
         return min(context, self.sliding_window or context)
 
 
 def cache_elements(layers: Iterable[LayerGeometry], context: int, batch: int = 1) -> int:
-    """Numbers in an unquantized cache of ``batch`` texts of ``context`` tokens: keys and values of all layers."""
+    """Numbers in an unquantized cache for ``batch`` texts of ``context`` tokens: keys and values of all layers."""
     return batch * sum(
         layer.shape(kind).channels * layer.held_tokens(context) for layer in layers for kind in KINDS
     )
 
 
 class KVGeometry(Frozen):
-    """Shapes of every layer that caches keys and values, and the rotary embeddings they use.
+    """Shapes of all layers that cache keys and values, and their rotary embeddings.
 
     Attributes:
         layers: in the order of the model.
-        ropes: what layers name by index.
-        attends_to: for each layer of the model, which of ``layers`` holds the keys and values it attends to; ``None``
-            for a layer that keeps something else or nothing (linear attention, convolution). The first that attends to
-            keys and values is the one that caches them. Empty where layer ``i`` of the model is ``layers[i]``.
-        state_bytes: what layers keep beside keys and values for a sequence, whatever its length, in the dtypes of the
-            model that was calibrated.
+        ropes: the rotary embeddings; :attr:`LayerGeometry.rope` is an index into them.
+        attends_to: for each layer of the model, the index in ``layers`` of the keys and values it attends to; ``None``
+            for a layer without any (linear attention, convolution). If several layers attend to the same keys and
+            values, the first of them caches them. Empty where layer ``i`` of the model is ``layers[i]``.
+        state_bytes: bytes that layers keep for a sequence beside keys and values, at any length of the sequence, in the
+            dtypes of the calibrated model.
     """
 
     layers: tuple[LayerGeometry, ...] = Field(min_length=1)
@@ -159,17 +160,17 @@ class KVGeometry(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What most models do not have is not written."""
+        """Leave fields with their default out of the file."""
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name in ("layers", "ropes") or value}
 
     @property
     def model_layers(self) -> int:
-        """Layers of the model, those that cache no keys and values included."""
+        """Number of layers of the model, including those that cache no keys and values."""
         return len(self.attends_to) or len(self.layers)
 
     def index_of(self, number: int) -> int | None:
-        """Which of ``layers`` layer ``number`` of the model attends to."""
+        """Index in ``layers`` of the keys and values that layer ``number`` of the model attends to."""
         return self.attends_to[number] if self.attends_to else number
 
     def is_shared(self, index: int) -> bool:
@@ -178,14 +179,14 @@ class KVGeometry(Frozen):
 
     @property
     def last_number(self) -> int:
-        """The last layer of the model that attends to any of ``layers``."""
+        """Number of the last layer of the model that attends to keys and values."""
         return max(
             (n for n, index in enumerate(self.attends_to) if index is not None), default=len(self.layers) - 1
         )
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The number that each of ``layers`` has in the model."""
+        """For each of ``layers``, its number in the model."""
         if not self.attends_to:
             return tuple(range(len(self.layers)))
         return tuple(self.attends_to.index(index) for index in range(len(self.layers)))

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 __all__ = ["first_problem"]
 
-#: Keys of recipes and artifacts made before the codecs had specs of their own, and what says it now.
+#: Keys of older recipes and artifacts, and what replaces each of them.
 _RENAMED = {
     "granularity": "thresholds: channel, token, token_normalized or channel_online",
     "dynamic": "thresholds: channel, token, token_normalized or channel_online",
@@ -26,7 +26,7 @@ _RENAMED = {
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line from a pydantic error: where, and what."""
+    """A pydantic error as one line: the first key that is wrong, and why."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")

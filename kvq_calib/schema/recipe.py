@@ -1,7 +1,7 @@
-"""Settings of a run: a recipe file, then the command line, validated once.
+"""Settings of a run: the recipe file and the command line, merged and validated once.
 
-Recipes are YAML files (``configs/`` of the repository, shipped in the package) and strict: an unknown key is an
-error. ``--set cache.key.bits=4`` changes one value by its path.
+Recipes are YAML files, in ``configs/`` of the repository and inside the package. An unknown key is an error. ``--set
+cache.key.bits=4`` changes one value by its path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvq_calib.schema.problem import first_problem
 from kvq_calib.schema.spec import KINDS, KVCacheSpec, TrellisSpec
 
 DEFAULT_RECIPE = "nuq3-1p"
-#: Bits per element that a recipe of any budget may have.
+#: Smallest and largest budget of a ``kvq-BITS`` recipe, in bits per element.
 BUDGETS = (1.5, 6.0)
 
 
@@ -36,9 +36,9 @@ class _TextSettings(_Settings):
     text_field: Annotated[str, Field(min_length=1)] = "text"
 
     def record(self) -> dict[str, Any]:
-        """The settings as artifacts (which have the spec of the cache elsewhere) and results keep them.
+        """The settings as they are written to artifacts and results; artifacts hold the spec of the cache elsewhere.
 
-        These are passed on, so of a path there is only the last part.
+        Files are passed on, so only the last part of a path is kept.
         """
         kept = self.model_dump(mode="json", exclude={"cache"})
         return {**kept, "dataset": Path(self.dataset).name or self.dataset}
@@ -49,7 +49,7 @@ class FitConfig(_Settings):
 
     Attributes:
         weights: ``fisher`` weights each value by the squared gradient of the loss, which needs a backward pass;
-            ``uniform`` weights all values alike.
+            ``uniform`` gives all values the same weight.
         solver: ``exact`` is k-means by dynamic programming; ``lloyd`` is scikit-learn's ``KMeans``, as in the paper's
             code.
     """
@@ -59,25 +59,27 @@ class FitConfig(_Settings):
 
 
 class AllocationConfig(_Settings):
-    """How many bits every channel of the trellis codec gets (``docs/explanation/widths.md``, ``budget.md``).
+    """How the trellis codec divides bits among channels (``docs/explanation/widths.md``, ``budget.md``).
 
     Attributes:
-        bits_per_element: the budget: bits per element of the artifact, everything counted, at ``context`` tokens.
+        bits_per_element: the budget in bits per element at ``context`` tokens. Everything that is stored counts.
         context: tokens of context at which the budget holds.
-        scope: ``model`` has one budget for the whole model, ``layer`` an equal one for the keys and the values of
-            each layer; with ``uniform`` every channel has the width ``max_bits`` of the cache section.
-        min_key_bits: least width of a channel of keys. With 0, channels that matter little get no bits.
-        min_value_bits: least width of a channel of values.
-        corrections: how often the budget is corrected: the cost of each layer's errors is measured on the model's
-            output, and the bits are allocated again. The estimate by gradients is too low for large errors.
-        shrinkage: how far the weight of an element moves towards the mean of its channel. Levels that follow the
-            squared gradients alone leave no room for what other texts hold.
-        vocabulary_samples: share of tokens drawn from the vocabulary in the part of a channel's distribution that has
-            no weights. In the first layer it is all of that part. 0 leaves out the forward pass that collects them.
-        first_layer_weight: factor on the errors of the first layer, where tokens that the calibration text does not
-            have fare worst. 4 gives the layer about a bit more.
-        self_generated: windows of text that the model generates itself, for each window of the calibration text. They
-            are used like it. 0 is none.
+        scope: ``model`` is one budget for the whole model. ``layer`` gives the keys and the values of each layer the
+            same budget. With ``uniform`` every channel has the width ``max_bits`` of the cache section.
+        min_key_bits: smallest width of a channel of keys. With 0, channels that matter little get no bits.
+        min_value_bits: smallest width of a channel of values.
+        corrections: how often the allocation is corrected. Each time, the cost of each layer's errors is measured on
+            the model's output and the bits are allocated again, because the estimate from gradients is too low for
+            large errors.
+        shrinkage: how far the weight of an element moves towards the mean of its channel, 0 to 1. Levels fitted to the
+            squared gradients alone suit other texts less well.
+        vocabulary_samples: share of vocabulary samples (tokens drawn at random from the vocabulary) in the unweighted
+            part of a channel's distribution. In the first layer they are all of that part. 0 skips the forward pass
+            that collects them.
+        first_layer_weight: factor on the errors of the first layer, where tokens missing from the calibration text lose
+            most. 4 gives the layer about one bit more.
+        self_generated: windows of text that the model generates, for each window of the calibration text. They are used
+            in the same way. 0 is none.
         repeats: whether every third generated document repeats pieces of the two before it.
     """
 
@@ -109,19 +111,19 @@ class LearnConfig(_Settings):
 
 
 class CalibrationConfig(_TextSettings):
-    """Everything that decides the content of an artifact, but for the model.
+    """Everything that decides the content of an artifact, except the model.
 
     Attributes:
-        description: one line for people.
+        description: one line for readers.
         cache: how keys and values are quantized.
         fit: how levels are fitted.
         allocation: the budget of bits, for the trellis codec.
         learn: training after the fit, for the trellis codec.
         dataset: name or path of the calibration text.
-        text_field: where records in a file of one's own have their text.
-        samples: windows of text.
-        seqlen: tokens of a window.
-        seed: of every random choice.
+        text_field: field of the records in a local file that holds their text.
+        samples: number of windows of text.
+        seqlen: tokens in a window.
+        seed: seed of all random choices.
         recompute: recompute layers in the backward pass instead of keeping their activations.
     """
 
@@ -137,7 +139,7 @@ class CalibrationConfig(_TextSettings):
 
     @property
     def codec(self) -> str:
-        """The codec of the keys and values of all layers."""
+        """Name of the codec, which is the same for the keys and values of all layers."""
         return self.cache.key.codec
 
     @model_validator(mode="after")
@@ -171,11 +173,11 @@ class EvalConfig(_TextSettings):
 
     Attributes:
         dataset: name or path of the evaluation text.
-        text_field: where records in a file of one's own have their text.
+        text_field: field of the records in a local file that holds their text.
         windows: at most this many windows; ``None`` for all.
-        seqlen: tokens of a window.
+        seqlen: tokens in a window.
         mode: ``prefill`` quantizes inside one forward pass; ``decode`` sends the text through the packed cache.
-        seed: of the data, where it is sampled.
+        seed: seed for drawing windows, where they are drawn.
         context: tokens of context at which bits per element are stated.
         chunk: tokens per step in ``decode`` mode.
     """
@@ -194,12 +196,12 @@ def recipe_names() -> list[str]:
 
 
 def budget_recipe(bits: float) -> str:
-    """The name of the recipe that takes at most so many bits per element, :data:`BUDGETS`: ``kvq-3.25``."""
+    """Name of the recipe with a budget of ``bits`` per element, such as ``kvq-3.25``; see :data:`BUDGETS`."""
     return f"kvq-{bits:g}"
 
 
 def _of_budget(bits: float) -> dict[str, Any]:
-    """The shipped recipe of the nearest budget, with this one."""
+    """The shipped recipe with the nearest budget, changed to this budget."""
     if not BUDGETS[0] <= bits <= BUDGETS[1]:
         raise ConfigError(
             f"{budget_recipe(bits)}: a budget is {BUDGETS[0]:g} to {BUDGETS[1]:g} bits per element"
@@ -216,7 +218,7 @@ def _of_budget(bits: float) -> dict[str, Any]:
 
 
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """The content of a shipped recipe, of one of any budget (``kvq-3.25``), or of a YAML file.
+    """The content of a shipped recipe, of a ``kvq-BITS`` recipe such as ``kvq-3.25``, or of a YAML file.
 
     Raises:
         ConfigError: no such recipe or file, or not a YAML mapping.
@@ -251,7 +253,7 @@ def calibration_config(
 
     Args:
         recipe: name or file.
-        command_line: options by name; ``None`` values were not given.
+        command_line: options by name; ``None`` for an option that was not given.
         assignments: ``path.to.key=value`` each, the value in YAML.
 
     Raises:
@@ -269,22 +271,22 @@ def calibration_config(
 
 
 def _inherit_layers(settings: dict[str, Any]) -> None:
-    """What an override of a layer does not mention is as in the cache section."""
+    """Complete the overrides of layers from the cache section, in place."""
     cache = settings.get("cache")
     layers = cache.get("layers") if isinstance(cache, dict) else None
     if not isinstance(cache, dict) or not isinstance(layers, dict):
-        return  # left to validation
+        return  # validation reports it
     whole = {kind: cache[kind] for kind in KINDS if kind in cache}
     merged: dict[Any, Any] = {}
     for name, own in layers.items():
-        # A number in the path of an assignment is a string: the same layer as the number in a file.
+        # A layer's number is a string in the path of an assignment, and a number in a file.
         number = int(name) if isinstance(name, str) and name.removeprefix("-").isdecimal() else name
         merged[number] = _merged(merged.get(number, whole), own)
     cache["layers"] = merged
 
 
 def _merged(base: Any, own: Any) -> Any:
-    """``own`` over ``base``, section by section."""
+    """The settings of ``own``, completed from ``base`` section by section."""
     if not isinstance(base, dict) or not isinstance(own, dict):
         return own
     return {**base, **{name: _merged(base.get(name), value) for name, value in own.items()}}

@@ -1,4 +1,4 @@
-"""Results that were measured before: the JSON files of ``kvq-eval perplexity`` and ``kvq-eval compare``."""
+"""Reading the JSON files that ``kvq-eval perplexity`` and ``kvq-eval compare`` write."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ReportError(KVQError):
 
 
 class Result(BaseModel):
-    """What one evaluation says of one artifact or rival.
+    """What one evaluation measured for one artifact or rival.
 
     Attributes:
-        name, bits_per_element, kl_mean: needed for a point of the frontier.
-        perplexity, baseline_perplexity, kl_p99, top1_agreement, tokens: shown where they are there.
+        name, bits_per_element, kl_mean: always there; a chart needs them.
+        perplexity, baseline_perplexity, kl_p99, top1_agreement, tokens: shown where they are given.
         origin, source, settings, mode: what a rival is, and how it was measured.
     """
 
@@ -48,9 +48,10 @@ class Results(BaseModel):
     """A JSON file of ``kvq-eval perplexity`` or ``kvq-eval compare``.
 
     Attributes:
-        file: where it was read.
-        artifacts: what was measured, side by side on one text.
-        rivals: other ways to quantize a cache, measured in the same run; ``None`` where the file has no such list.
+        file: path of the file.
+        artifacts: results of artifacts, measured side by side on one text.
+        rivals: results of other ways to quantize a cache, measured in the same run; ``None`` where the file has no such
+            list.
         config: settings, and what else is needed to repeat it.
     """
 
@@ -67,7 +68,7 @@ class Results(BaseModel):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What must be equal for two results to stand in one chart."""
+        """The conditions that must be equal for two results to be shown in one chart."""
         text = self.fact("data", "sha256") or [self.fact(n) for n in ("dataset", "seqlen", "windows", "seed")]
         facts = (self.fact("model"), text, self.fact("mode"), self.fact("context"))
         return tuple(json.dumps(fact, sort_keys=True) for fact in facts)
@@ -112,6 +113,6 @@ def fact_of(content: Any, *path: str) -> Any:
 
 
 def eval_command(name: str, model: str, files: Sequence[str], *options: str) -> list[str]:
-    """Words of the ``kvq-eval`` command ``name`` on artifacts' files."""
+    """The words of a ``kvq-eval`` command line for the given artifact files."""
     named = [part for file in files for part in ("--artifact", file)]
     return ["kvq-eval", name, model, *named, *options]

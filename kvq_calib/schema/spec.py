@@ -1,12 +1,12 @@
 """What is quantized, and how: the declarative half of every artifact.
 
-The types here are frozen and strict: an illegal combination cannot be constructed and an unknown key is an error. A
-:class:`QuantSpec` names a *codec*, the way numbers become bits; each codec has a class of its own with the settings
-that mean something to it. What a codec stores for a spec is the codec's affair (:mod:`kvq_calib.codec`).
+The types here are frozen and strict: an illegal combination cannot be constructed, and an unknown key is an error. A
+:class:`QuantSpec` names a *codec*, the way numbers become bits. Each codec has a subclass with its settings. The codec
+decides which tensors it stores for a spec (:mod:`kvq_calib.codec`).
 
-Vocabulary (KVQuant, arXiv 2401.18079): *channel* is one coordinate of one key-value head, numbered
-``head * head_dim + coordinate`` over the channels of a layer; *thresholds* are the ends of what is coded, as a
-scale and a zero point; *levels* are the values that codes stand for, in the normalised range ``[-1, 1]``.
+Vocabulary (KVQuant, arXiv 2401.18079): a *channel* is one coordinate of one key-value head, numbered
+``head * head_dim + coordinate`` within a layer. *Thresholds* are the ends of the quantized range, stored as a scale
+and a zero point. *Levels* are the values that codes stand for, in the normalised range ``[-1, 1]``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = [
     "register_spec",
 ]
 
-#: Where scale and zero point come from. ``channel``: of each channel, from calibration. ``token``: of each token, over
-#: all channels of the layer. ``token_normalized``: of each token, after a normalisation of each channel from
-#: calibration. ``channel_online``: of each channel, from the text itself; for evaluation only, since a stream has no
-#: such statistics.
+#: Where scale and zero point come from. ``channel``: per channel, from calibration. ``token``: per token, over all
+#: channels of the layer. ``token_normalized``: per token, after each channel is normalised by its thresholds from
+#: calibration. ``channel_online``: per channel, from the text itself; for evaluation only, since a stream has no such
+#: statistics.
 Thresholds = Literal["channel", "token", "token_normalized", "channel_online"]
 #: How a table of levels is chosen.
 Levels = Literal["uniform", "normal_float", "kmeans"]
@@ -51,35 +51,35 @@ MAX_BITS = 8
 class OutlierSpec(Frozen):
     """Which elements keep an exact residual: dense-and-sparse storage (KVQuant section 3.4).
 
-    An element is an outlier when ``|x - zero_point| > scale``; of one token's outliers at most the
-    ``max_per_token`` largest in ``|x - zero_point| / scale`` are kept (ties: the lower channel), the others are
-    clamped.
+    An element is an outlier when ``|x - zero_point| > scale``. At most ``max_per_token`` outliers of a token are kept,
+    those with the largest ``|x - zero_point| / scale`` (ties: the lower channel). The others are clamped.
 
     Attributes:
         fraction: share of elements meant to be outliers. Thresholds are the ``fraction / 2`` and ``1 - fraction / 2``
             quantiles of a channel, or of a token.
-        max_per_token: most outliers of a token in a layer; ``None`` derives it from the geometry (:meth:`cap`).
+        max_per_token: largest number of outliers kept for a token in a layer; ``None`` derives it from the geometry
+            (:meth:`cap`).
     """
 
     fraction: Annotated[float, Field(ge=0.0, le=0.05)] = 0.0
     max_per_token: Annotated[int, Field(ge=1)] | None = None
 
     def per_side(self, channels: int) -> int:
-        """Elements trimmed from each end of a token of ``channels`` elements (thresholds per token)."""
+        """Elements trimmed at each end of a token of ``channels`` elements, for thresholds per token."""
         if self.fraction == 0.0:
             return 0
         return max(1, round(self.fraction * channels / 2))
 
     def cap(self, per_token: bool, channels: int) -> int:
-        """Most outliers one token may keep.
+        """Largest number of outliers that are kept for one token.
 
-        Thresholds per token trim exactly ``2 * per_side`` elements. Thresholds per channel select a number that varies
-        from token to token, so the derived cap leaves room: a quarter of the channels. (Tokens with many outliers
-        are few, and matter: a cap of four times the mean costs an eighth of the KL divergence at 4 bits.)
+        Thresholds per token trim exactly ``2 * per_side`` elements. With thresholds per channel the number varies from
+        token to token, so the derived cap leaves room: a quarter of the channels. Tokens with many outliers are rare
+        but matter: with a cap of four times the mean, the KL divergence at 4 bits is an eighth higher.
 
         Args:
-            per_token: whether thresholds are a token's own.
-            channels: of the layer.
+            per_token: whether the thresholds are per token.
+            channels: number of channels of the layer.
         """
         if self.fraction == 0.0:
             return 0
@@ -88,11 +88,11 @@ class OutlierSpec(Frozen):
 
 
 class QuantSpec(Frozen):
-    """How the keys or the values of one layer are quantized: what all codecs have in common.
+    """How the keys or the values of one layer are quantized: the settings that all codecs have.
 
     Attributes:
         codec: name of the codec.
-        pre_rope: keys only: whether they are quantized before the rotary embedding.
+        pre_rope: whether keys are quantized before the rotary embedding; for keys only.
     """
 
     codec: str
@@ -100,7 +100,7 @@ class QuantSpec(Frozen):
 
     @property
     def max_width(self) -> int:
-        """Bits of the widest code."""
+        """Width of the widest code, in bits."""
         raise NotImplementedError
 
     @property
@@ -117,11 +117,9 @@ class ScalarSpec(QuantSpec):
     """One table of levels for the keys or the values of a layer: KVQuant and its baselines.
 
     Attributes:
-        bits: bits of every code.
+        bits: width of every code, in bits.
         levels: how the table of levels is chosen.
-        thresholds: where scale and zero point come from: each ``channel`` at calibration; each ``token``, over all
-            channels of the layer; ``token_normalized`` is the second after the first; ``channel_online`` takes each
-            channel from the text itself, for evaluation only.
+        thresholds: where scale and zero point come from; see :data:`Thresholds`.
         outliers: which elements stay exact.
         q_norm: whether levels are corrected for the shift of mean and standard deviation (KVQuant section 3.5).
     """
@@ -135,17 +133,17 @@ class ScalarSpec(QuantSpec):
 
     @property
     def max_width(self) -> int:
-        """Bits of every code."""
+        """Width of every code, in bits."""
         return self.bits
 
     @property
     def per_token(self) -> bool:
-        """Whether a scale and a zero point of each token are stored."""
+        """Whether a scale and a zero point are stored for each token."""
         return self.thresholds in ("token", "token_normalized")
 
     @property
     def calibrated_thresholds(self) -> bool:
-        """Whether a scale and a zero point of each channel are stored."""
+        """Whether the artifact has a scale and a zero point for each channel."""
         return self.thresholds in ("channel", "token_normalized")
 
     @property
@@ -174,15 +172,17 @@ class ErrorCompensationSpec(Frozen):
     """How later coordinates of a head make up for the rounding errors of earlier ones.
 
     Attributes:
-        rank: what is stored of the matrix: 0 is every entry, another number a factor of so many columns.
-        refinement_passes: how often all coordinates of a head are coded again, each given the errors of the others.
+        rank: how the compensation matrix is stored: 0 stores every entry, another number a factor with this many
+            columns.
+        refinement_passes: how often all coordinates of a head are coded again, each with the errors of the others
+            known.
     """
 
     rank: Annotated[int, Field(ge=0, le=MAX_HEAD_DIM)] = 0
     refinement_passes: Annotated[int, Field(ge=0, le=8)] = 0
 
     def entries(self, head_dim: int) -> int:
-        """Numbers that are stored for a head, but for its scale and weights."""
+        """Numbers stored for a head, without its scale and weights."""
         return head_dim * self.rank if self.rank else head_dim * (head_dim - 1) // 2
 
     @property
@@ -195,12 +195,12 @@ class TrellisSpec(QuantSpec):
     """A width for each channel, computed levels, and the path of least error through a block of tokens.
 
     Attributes:
-        max_bits: bits of the widest channel. The widths themselves are found by calibration.
-        states: states of the trellis. 1 is no trellis: a code means the nearest level.
-        pair_rotation: keys only: whether each RoPE pair is turned by an angle of its own before quantization.
-        error_compensation: how errors of a head's coordinates are compensated; ``None`` is not at all.
-        token_weighting: whether a path weighs the error of each token by what tokens of its size cost.
-        noise_shaping: whether a token takes up a share of the error of the token before it.
+        max_bits: width of the widest channel, in bits. Calibration finds the width of each channel.
+        states: number of states of the trellis. With 1 there is no trellis: a code is the nearest level.
+        pair_rotation: whether each RoPE pair is rotated by a calibrated angle before quantization; for keys only.
+        error_compensation: error compensation between the coordinates of a head; ``None`` for none.
+        token_weighting: whether the error of each token is weighted by what errors of tokens of its size cost.
+        noise_shaping: whether each token adds a share of the rounding error of the token before it.
     """
 
     codec: Literal["trellis"] = "trellis"
@@ -233,11 +233,11 @@ class TrellisSpec(QuantSpec):
 
     @property
     def max_width(self) -> int:
-        """Bits of the widest channel."""
+        """Width of the widest channel, in bits."""
         return self.max_bits
 
     def level_count(self, bits: int) -> int:
-        """Levels of a channel of width ``bits``: with more than one state two for each code."""
+        """Number of levels of a channel of width ``bits``. With more than one state there are two for each code."""
         return 1 << (bits + (self.states > 1) if bits else 0)
 
     @property
@@ -261,18 +261,18 @@ class TrellisSpec(QuantSpec):
         return words
 
 
-#: Spec classes by the name of their codec.
+#: Spec classes by the name of the codec.
 _SPECS: dict[str, type[QuantSpec]] = {"scalar": ScalarSpec, "trellis": TrellisSpec}
 
 
 def register_spec(spec: type[QuantSpec]) -> type[QuantSpec]:
-    """Make the spec of a further codec known; a decorator. Its ``codec`` must have a default, the codec's name."""
+    """Register the spec class of a codec; a decorator. The default of its field ``codec`` must be the codec's name."""
     _SPECS[spec.model_fields["codec"].default] = spec
     return spec
 
 
 def _of_codec(value: Any) -> Any:
-    """The spec that ``value`` describes, of the class of its codec; of ``scalar`` where it names none."""
+    """Build the spec that ``value`` describes, of its codec's class. Without a codec's name it is ``scalar``."""
     if not isinstance(value, dict):
         return value
     name = value.get("codec", "scalar")
@@ -298,7 +298,7 @@ class LayerSpec(Frozen):
         return self
 
     def of(self, kind: Kind) -> QuantSpec:
-        """The spec of ``kind``."""
+        """The spec of the keys or of the values."""
         return self.key if kind == "key" else self.value
 
 
@@ -308,9 +308,9 @@ class KVCacheSpec(Frozen):
     Attributes:
         key: how keys are quantized.
         value: how values are quantized.
-        layers: layers that differ, by number; negative numbers count from the end, as in Python.
-        sink_tokens: how many first tokens of a sequence stay exact (KVQuant section 3.6, attention sink).
-        recent_tokens: how many newest tokens stay exact.
+        layers: overrides for single layers, by number. Negative numbers count from the end, as in Python.
+        sink_tokens: number of first tokens of a sequence that stay exact (attention sinks, KVQuant section 3.6).
+        recent_tokens: number of newest tokens that stay exact.
         storage_dtype: dtype of exact tokens, outlier residuals and scales of tokens.
     """
 
@@ -346,6 +346,6 @@ class KVCacheSpec(Frozen):
         return tuple(layers)
 
     def specs(self) -> list[QuantSpec]:
-        """All that layers may have: of keys and of values, overrides included."""
+        """All specs in use, of keys and of values, including the overrides of layers."""
         layers = [LayerSpec(key=self.key, value=self.value), *self.layers.values()]
         return [layer.of(kind) for layer in layers for kind in KINDS]

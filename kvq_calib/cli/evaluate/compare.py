@@ -1,4 +1,4 @@
-"""``kvq-eval compare``: artifacts beside other ways to quantize a cache."""
+"""``kvq-eval compare``: artifacts against other ways to quantize a cache."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["compare_command"]
 
 @dataclass(frozen=True)
 class RivalOptions:
-    """Which rivals run, and the text of those that are calibrated.
+    """Which rivals run, and the text to calibrate them on.
 
     Attributes:
-        rivals: names, all where there are none.
-        calibration: name or path of that text.
-        calibration_samples: windows of it.
+        rivals: names; empty for all.
+        calibration: name or path of the calibration text.
+        calibration_samples: number of windows of it.
     """
 
     rivals: tuple[str, ...]
@@ -72,16 +72,16 @@ _rival_options = collected(
 
 @dataclass(frozen=True)
 class CompareFiles:
-    """Where a comparison goes beside the screen."""
+    """Files that a comparison writes."""
 
     json_file: str | None
     chart_file: str | None
 
     def check(self) -> None:
-        """Refuse before measuring what could not be written after it.
+        """Check before measuring that the files can be written.
 
         Raises:
-            ConfigError: a chart of another kind than .svg and .png, or no matplotlib.
+            ConfigError: the chart is neither .svg nor .png, or matplotlib is missing.
             WriteError: a folder cannot be written to.
         """
         check_output(self.json_file)
@@ -144,7 +144,7 @@ def compare_command(
     context: int | None,
     files: CompareFiles,
 ) -> None:
-    """Artifacts beside other ways to quantize a cache: same model, text and windows, every bit counted."""
+    """Compare artifacts with other ways to quantize a cache: same model, text and windows, all bits counted."""
     from kvq_calib.evaluate.rivals import make_rivals
     from kvq_calib.schema.recipe import EvalConfig
 

@@ -24,13 +24,13 @@ __all__ = ["memory_command"]
 
 @dataclass(frozen=True)
 class ShapeOptions:
-    """Sizes that need no artifact.
+    """Options for sizes without an artifact.
 
     Attributes:
         shape: name of a published model.
-        recipes: for it.
-        gpus: of 80 GB that share heads and layers.
-        paper: whether LLaMA-7B stands beside the paper's figures.
+        recipes: recipes to size for it.
+        gpus: number of 80 GB GPUs that share heads and layers.
+        paper: whether to show LLaMA-7B beside the paper's figures.
     """
 
     shape: str | None
@@ -108,7 +108,7 @@ def memory_command(
     batch: int,
     json_file: str | None,
 ) -> None:
-    """Bytes of the packed cache by kind, at any context, for artifacts or for a model's shape alone."""
+    """Show the bytes of the packed cache at any context, for artifacts or for a published model's shape."""
     if not (artifacts or alone.shape or alone.paper):
         raise click.UsageError("name an --artifact, a --shape, or --paper")
     from kvq_calib.evaluate import memory

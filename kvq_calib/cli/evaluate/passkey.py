@@ -1,4 +1,4 @@
-"""``kvq-eval passkey``: retrieval of a hidden number."""
+"""``kvq-eval passkey``: retrieval of a number that is hidden in a text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["passkey_command"]
 
 @dataclass(frozen=True)
 class PasskeyOptions:
-    """Texts with a hidden number: the fields of :class:`kvq_calib.evaluate.passkey.PasskeyConfig`."""
+    """The fields of :class:`kvq_calib.evaluate.passkey.PasskeyConfig`."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -72,7 +72,7 @@ _passkey_options = collected(
             default=0,
             show_default=True,
             metavar="N",
-            help="Of the texts and numbers.",
+            help="Seed of the texts and numbers.",
         ),
         click.option(
             "--chunk",
@@ -99,7 +99,7 @@ _passkey_options = collected(
 def passkey_command(
     model: ModelOptions, artifacts: tuple[str, ...], texts: PasskeyOptions, json_file: str | None
 ) -> None:
-    """Retrieval of a hidden number through the packed cache, where the unquantized model can do it."""
+    """Retrieve a hidden number through the packed cache, in texts where the unquantized model finds it."""
 
     loaded_artifacts = load_artifacts(artifacts)
     check_output(json_file)

@@ -65,7 +65,7 @@ def perplexity_command(
     context: int,
     json_file: str | None,
 ) -> None:
-    """Perplexity, KL divergence and bits of artifacts on MODEL, beside the unquantized model."""
+    """Measure perplexity, KL divergence and bits of artifacts on MODEL, against the unquantized model."""
     from kvq_calib.schema.recipe import EvalConfig
 
     config = EvalConfig(**asdict(text), mode=mode, context=context, chunk=chunk)

@@ -70,7 +70,7 @@ def report_command(
     calibration_dataset: str | None,
     context: int,
 ) -> None:
-    """One HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
+    """Write an HTML page about artifacts of MODEL: accuracy against size, layer by layer, and how to repeat it."""
     from kvq_calib.files import write_atomically
 
     require_extra("a report", "report", "jinja2", "matplotlib")

@@ -1,4 +1,4 @@
-"""Axes: round ticks, room for their labels, and what is written beside them."""
+"""Axes: round ticks, margins for labels, and axis titles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvq_calib.evaluate.charts.chart import FONT, Chart
 
 __all__ = ["WIDTH", "Labels", "from_zero", "label_axes", "log_ticks", "plain", "room_for", "span", "width_of"]
 
-#: Of a chart that is as wide as the page.
+#: Width of a chart that fills the page.
 WIDTH = 860.0
-#: A character's mean width in parts of its height.
+#: Mean width of a character, relative to its height.
 _CHARACTER = 0.56
 
 
@@ -23,7 +23,7 @@ class Labels:
     """The texts of a chart.
 
     Attributes:
-        title: read to people who cannot see the chart.
+        title: description for screen readers.
         x, y: what the axes show, with units.
     """
 
@@ -33,12 +33,12 @@ class Labels:
 
 
 def plain(value: float, _: object = None) -> str:
-    """A number as people write it, not in powers of ten."""
+    """A number in plain notation, without a power of ten."""
     return f"{value:.9f}".rstrip("0").rstrip(".") or "0"
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Ticks at 1, 2 and 5 times powers of ten between two numbers, or at the powers alone where those are many."""
+    """Ticks between two numbers at 1, 2 and 5 times powers of ten, or only at the powers if those are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps in ((1, 2, 5), (1,)):
         found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
@@ -49,7 +49,7 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 
 def span(values: Sequence[float], *, log: bool, pad: float) -> tuple[float, float]:
-    """Ends of an axis with some air around all values; a single value stands in the middle."""
+    """Ends of an axis, with a margin around all values. A single value is in the middle."""
     points = [math.log(value) for value in values] if log else list(values)
     low, high = min(points), max(points)
     air = pad * (high - low) or (0.7 if log else 0.5)
@@ -58,7 +58,7 @@ def span(values: Sequence[float], *, log: bool, pad: float) -> tuple[float, floa
 
 
 def label_axes(chart: Chart, labels: Labels) -> None:
-    """Name the axes, the vertical one at the left edge."""
+    """Write the titles of the axes. That of the vertical axis is at the left edge."""
     left, right, _, _ = chart.margins
     chart.axes.set_xlabel(labels.x)
     chart.axes.set_ylabel(labels.y)
@@ -66,7 +66,7 @@ def label_axes(chart: Chart, labels: Labels) -> None:
 
 
 def width_of(text: str, size: float = FONT) -> float:
-    """About how wide a text is."""
+    """Approximate width of a text."""
     return _CHARACTER * size * len(text)
 
 
@@ -76,7 +76,7 @@ def room_for(ticks: Iterable[str]) -> float:
 
 
 def from_zero(chart: Chart, values: Iterable[float]) -> None:
-    """A vertical axis from 0, for bars."""
+    """Set up a vertical axis that begins at 0, for bars."""
     high = max(values, default=0.0)
     chart.axes.set_ylim(0.0, 1.08 * high if high > 0 else 1.0)
     chart.axes.yaxis.set_major_locator(

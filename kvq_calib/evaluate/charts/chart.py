@@ -1,7 +1,7 @@
-"""Charts: matplotlib figures that become files, or inline SVG that takes its colours from a page's style sheet.
+"""Charts: matplotlib figures, saved as files or turned into inline SVG for a page.
 
-For a page a figure is drawn in colours that stand for names; :meth:`Chart.inline` puts ``var(--name)`` in their place,
-so one drawing serves a light and a dark page. Text stays text, set in the page's font. Needs matplotlib (the extra
+For a page, a figure is drawn in placeholder colours. :meth:`Chart.inline` replaces them by ``var(--name)``, so that the
+page's style sheet sets the colours, light or dark. Text stays text, in the page's font. Needs matplotlib (the extra
 ``report``).
 """
 
@@ -23,21 +23,21 @@ from kvq_calib.files import write_atomically
 
 __all__ = ["DARK", "FONT", "PAGE", "PRINT", "Chart", "Palette"]
 
-#: Size of text, in units of the chart.
+#: Font size, in units of the chart.
 FONT = 12.0
 _SVG = "{http://www.w3.org/2000/svg}"
-#: Numbers with more digits than a screen can show.
+#: Numbers with more digits than a screen shows.
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by meaning.
+    """Colours by purpose.
 
     Attributes:
-        ink, soft, line, panel: colours of main text, of axes and notes, of the grid, and of the background.
-        key, value, other: colours of keys, of values, and of what is measured beside artifacts.
-        s0, s1, s2, s3, s4, s5, s6, s7: colours of artifacts, in turn.
+        ink, soft, line, panel: colours of the main text, of axes and notes, of the grid, and of the background.
+        key, value, other: colours of keys, of values, and of rivals.
+        s0, s1, s2, s3, s4, s5, s6, s7: colours of artifacts, in their order.
     """
 
     ink: str
@@ -62,18 +62,18 @@ class Palette:
         return colour
 
 
-#: On white paper: the light colours of the report's style sheet.
+#: For a light background: the light colours of the report's style sheet.
 PRINT = Palette(
     "#1a1f24", "#56616c", "#dde2e6", "#ffffff", "#0f6ab4", "#c2570c", "#8a949e",
     "#0b7f77", "#8a3fb0", "#c02450", "#66780a", "#2f55d0", "#a06200", "#37803a", "#7a5648",
 )  # fmt: skip
-#: On a dark ground: the dark colours of the same style sheet.
+#: For a dark background: the dark colours of the same style sheet.
 DARK = Palette(
     "#e6eaee", "#9eabb7", "#2c353e", "#171c22", "#5cb3f5", "#f2a154", "#7d8994",
     "#4bd0c3", "#cb9df2", "#ff8aa6", "#c3d566", "#93b0ff", "#efbf62", "#8fcf80", "#d3ab97",
 )  # fmt: skip
 _NAMES = [each.name for each in fields(Palette)]
-#: Stand-ins that no chart would choose, for the style sheet to replace.
+#: Placeholder colours that no chart uses otherwise; :meth:`Chart.inline` replaces them.
 PAGE = Palette(*(f"#0a0b{number:02x}" for number in range(len(_NAMES))))
 _VARIABLES = {PAGE.of(name): f"var(--{name})" for name in _NAMES}
 
@@ -109,14 +109,14 @@ def _settings(palette: Palette) -> dict[str, Any]:
 
 @dataclass
 class Chart:
-    """A figure of one plot, measured in units: 72 to an inch, and those of the inline SVG's view box.
+    """A figure with one plot. Its unit is 1/72 inch, and the unit of the inline SVG's view box.
 
     Attributes:
-        title: read to people who cannot see the chart.
+        title: description for screen readers.
         palette: ``PAGE`` for inline SVG, ``PRINT`` or ``DARK`` for files.
-        width, height: of the whole.
-        margins: around the plot: left, right, top, bottom.
-        axes: to draw on, within :meth:`style`.
+        width, height: size of the figure.
+        margins: left, right, top and bottom margin of the plot.
+        axes: matplotlib axes to draw on, within :meth:`style`.
     """
 
     title: str
@@ -139,12 +139,12 @@ class Chart:
             self.axes.margins(0)
 
     def style(self) -> Any:
-        """A context in which to draw."""
+        """A context manager that sets the style for drawing."""
         return matplotlib.rc_context(_settings(self.palette))
 
     @property
     def renderer(self) -> Any:
-        """What measures text."""
+        """The matplotlib renderer, which measures text."""
         return self._canvas.get_renderer()
 
     def colour(self, name: str) -> str:
@@ -152,7 +152,7 @@ class Chart:
         return self.palette.of(name)
 
     def mark(self, artist: Any, name: str, tip: str | None = None) -> None:
-        """Name a mark: the class of its element on a page, with a text that is shown when it is pointed at."""
+        """Give a mark a class for its element on a page, and a text that is shown on hovering."""
         gid = f"{name}.{len(self._tips)}"
         artist.set_gid(gid)
         self._tips[gid] = tip or ""
@@ -176,7 +176,7 @@ class Chart:
         return text.replace("kvq-id-", f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-")
 
     def save(self, file: str) -> None:
-        """Write an ``.svg`` or ``.png`` file, whole or not at all."""
+        """Write an ``.svg`` or ``.png`` file atomically."""
         target = io.BytesIO()
         suffix = Path(file).suffix.lower().removeprefix(".")
         metadata: dict[str, Any] = {"Date": None} if suffix == "svg" else {"Software": None}
@@ -188,14 +188,14 @@ class Chart:
 
 
 def _tidy(element: ElementTree.Element, tips: dict[str, str]) -> None:
-    """Make of matplotlib's SVG what a page needs: named marks, colours by variable, nothing else."""
+    """Reduce matplotlib's SVG to what a page needs: named marks, and colours as variables."""
     element.tag = element.tag.removeprefix(_SVG)
     for name in list(element.attrib):
         if name.startswith("{"):  # xlink:href
             element.set("href", element.attrib.pop(name))
     for declaration in element.attrib.pop("style", "").split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
-        if name == "font":  # the page has its own family
+        if name == "font":  # the page sets the font family
             element.set("font-size", re.findall(r"[\d.]+px", value)[0])
             if re.match(r"bold|[67]00", value):
                 element.set("font-weight", "650")
@@ -214,7 +214,7 @@ def _tidy(element: ElementTree.Element, tips: dict[str, str]) -> None:
 
 
 def _identify(element: ElementTree.Element, tips: dict[str, str]) -> None:
-    """Turn identifiers of named marks into classes and titles; keep those that are referred to."""
+    """Turn identifiers of named marks into classes and titles. Keep identifiers that are referred to."""
     identifier = element.attrib.pop("id", None)
     for name in ("href", "clip-path"):
         if name in element.attrib:
@@ -230,7 +230,7 @@ def _identify(element: ElementTree.Element, tips: dict[str, str]) -> None:
 
 
 def _shows(element: ElementTree.Element) -> bool:
-    """Whether an element draws something, or defines or says what does."""
+    """Whether an element draws something, or defines or describes something that does."""
     if element.tag == "metadata":
         return False
     if element.tag in ("g", "defs"):

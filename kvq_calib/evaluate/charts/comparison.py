@@ -23,7 +23,7 @@ def write_chart(file: str, comparison: Comparison, title: str) -> None:
         title: one line.
     """
     everything = [*comparison.artifacts, *comparison.rivals]
-    # A logarithm has no zero; what does not diverge at all stands at the lower edge.
+    # A logarithmic axis has no zero. A result with no divergence is put at the lower edge.
     floor = min((one.result.kl_mean for one in everything if one.result.kl_mean > 0), default=1e-6) / 2
     points = [
         Point(

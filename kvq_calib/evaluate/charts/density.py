@@ -1,4 +1,4 @@
-"""Levels over the distribution that they serve."""
+"""A chart of levels over the distribution of the values they code."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def density(
     *,
     large: bool,
 ) -> Chart:
-    """Levels over the distribution that they serve, on the normalised range.
+    """Draw levels over the distribution of the values they code, on the normalised range.
 
-    The area is the weighted distribution, the thin line the unweighted one, both scaled to one height; peaks at the
+    The area is the weighted distribution and the thin line the unweighted one, scaled to the same height. Peaks at the
     ends of the range are cut off.
 
     Args:
-        title: for those who cannot see it.
-        levels: in ``[-1, 1]``.
-        weights, counts: of equal bins over ``[-1, 1]``.
-        colour: of the area.
-        large: with an axis.
+        title: description for screen readers.
+        levels: levels in ``[-1, 1]``.
+        weights, counts: sum of weights and number of values in equal bins over ``[-1, 1]``.
+        colour: colour of the area.
+        large: whether to draw an axis.
     """
     chart = Chart(title, PAGE, 280.0, 150.0 if large else 90.0, (4.0, 4.0, 4.0, 22.0 if large else 6.0))
     axes, bins = chart.axes, len(weights)
@@ -45,7 +45,7 @@ def density(
             ("level", 1.0, 0.8 if many else 1.2, 0.3 if many else 0.65),
             ("foot", 0.12, 1.8, 1.0),
         ):
-            # One path for all: the gaps are what is no number.
+            # One path for all levels, with NaN for the gaps.
             x = [at for level in levels for at in (level, level, math.nan)]
             y = [at for _ in levels for at in (0.0, tall, math.nan)]
             (drawn,) = axes.plot(
@@ -61,7 +61,7 @@ def density(
 
 
 def _outline(values: Sequence[float]) -> list[float]:
-    """Heights, at most a little above 1."""
-    # Thresholds that follow a token put some number at an end each time: those peaks would flatten the rest.
+    """The outline of a histogram, cut off a little above 1."""
+    # With thresholds per token, every token has a number at one end. Those peaks would flatten the rest.
     tallest = max(values[2:-2]) or 1.0
     return [min(value / tallest, 1.06) for value in values]

@@ -1,4 +1,4 @@
-"""KL divergence against bits, with the frontier: the results that no other beats in both."""
+"""A chart of KL divergence against bits, with the frontier: the results that no other beats in both."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Point:
         name: name of what was measured.
         bits: bits per element.
         kl: KL divergence, nats per token, positive.
-        tip: text shown when the point is pointed at.
+        tip: text shown on hovering.
         colour: colour of the point, a name of the palette.
-        own: whether it is an artifact; others are measured beside them.
+        own: whether it is an artifact, not a rival.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Point:
 
 
 def on_frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in bits and divergence, by rising bits."""
+    """The points that no other beats in bits and KL divergence, by rising bits."""
     return pareto.frontier(points, lambda point: (point.bits, point.kl))
 
 
@@ -51,14 +51,14 @@ def frontier(
     height: float = 440.0,
     top: float = 14.0,
 ) -> Chart:
-    """KL divergence (logarithmic) against bits, with the frontier drawn: down and left is better.
+    """Draw KL divergence (logarithmic) against bits, with the frontier. Down and left is better.
 
     Args:
-        points: artifacts are dots, others rings.
-        labels: of the axes.
+        points: artifacts are drawn as dots, others as rings.
+        labels: titles of the axes.
         palette: see :class:`~kvq_calib.evaluate.charts.chart.Chart`.
-        width, height: of the chart.
-        top: height of the room above the plot.
+        width, height: size of the chart.
+        top: margin above the plot.
     """
     low, high = span([point.kl for point in points], log=True, pad=0.14)
     ticks = log_ticks(low, high)
@@ -73,14 +73,14 @@ def frontier(
         axes.grid(True, axis="y")
         label_axes(chart, labels)
         best = on_frontier(points)
-        # Steps: between two points nothing was measured, so the better of both is not promised.
+        # Steps, because nothing was measured between two points.
         edge = [(best[0].bits, best[0].kl)]
         for point in best[1:]:
             edge += [(point.bits, edge[-1][1]), (point.bits, point.kl)]
         axes.plot(
             *zip(*edge, strict=True), color=chart.colour("soft"), linewidth=1.6, dashes=(3, 3), zorder=2
         )
-        for point in sorted(points, key=lambda each: each.own):  # ours are drawn over the others
+        for point in sorted(points, key=lambda each: each.own):  # artifacts are drawn on top
             colour, ground = chart.colour(point.colour), chart.colour("panel")
             (mark,) = axes.plot(
                 point.bits,
@@ -99,7 +99,7 @@ def frontier(
 
 
 def _name_points(chart: Chart, points: Sequence[Point], edge: Sequence[tuple[float, float]]) -> None:
-    """Write names beside points, where they cover nothing if there is such a place; what is far gets a line."""
+    """Write names beside points, where they cover nothing if possible. A distant name gets a line to its point."""
     axes = chart.axes
     renderer = chart.renderer
     hint = axes.annotate(
@@ -142,7 +142,7 @@ def _name_points(chart: Chart, points: Sequence[Point], edge: Sequence[tuple[flo
 
 @dataclass(frozen=True)
 class _Spot:
-    """Where a name may stand, from its point: the side of the text that the offset is of, and whether it is far off."""
+    """A place for a name relative to its point: offset, the side of the text it refers to, and whether it is far."""
 
     x: float
     y: float
@@ -169,7 +169,7 @@ def _move(text: Any, spot: _Spot) -> None:
 
 
 def _fits(text: Any, spot: _Spot, taken: Sequence[Bbox], axes: Any, renderer: Any) -> bool:
-    """Whether a name stands inside the plot there and covers nothing."""
+    """Whether a name at that place is inside the plot and covers nothing."""
     _move(text, spot)
     box, plot = text.get_window_extent(renderer), axes.bbox
     inside = plot.x0 < box.x0 and box.x1 < plot.x1 + 16 and plot.y0 < box.y0 and box.y1 < plot.y1 + 12

@@ -1,4 +1,4 @@
-"""Values side by side: grouped bars, named lines, and one line along a text."""
+"""Charts of series: grouped bars, named lines, and one line along a text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Scale", "Series", "grouped_bars", "lines", "trace"]
 
 @dataclass(frozen=True)
 class Series:
-    """Values that belong together.
+    """Values of one name and colour.
 
     Attributes:
-        name: of the whole.
+        name: name of the series.
         colour: a name of the palette.
         values: a number per group, or points (x, y).
     """
@@ -38,16 +38,16 @@ def grouped_bars(
     tip: Callable[[str, str, float], str],
     height: float = 240.0,
 ) -> Chart:
-    """A bar per group and series, from 0.
+    """Draw one bar per group and series, from 0.
 
     Args:
-        groups: names under the groups; some are left out where there is no room.
-        series: one value per group each.
-        labels: of the axes.
-        tip: text shown for (group, series, value).
-        height: of the chart.
+        groups: names under the groups; some are left out if there is no room.
+        series: each with one value per group.
+        labels: titles of the axes.
+        tip: text shown on hovering, from (group, series, value).
+        height: height of the chart.
     """
-    # One left margin, so that the groups of charts under each other stand under each other.
+    # All charts have the same left margin, so that their groups are aligned.
     chart = Chart(labels.title, PAGE, WIDTH, height, (80.0, 18.0, 14.0, 46.0))
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(groups) / step <= 24)
     thick = 0.8 / len(series)
@@ -70,9 +70,9 @@ class Scale:
     """A logarithmic axis.
 
     Attributes:
-        ticks: where, in order; the axis ends at the first and the last unless ``ends`` says more.
-        format: of their labels.
-        ends: of the axis.
+        ticks: positions in order; the axis ends at the first and the last, unless ``ends`` is given.
+        format: formats the labels of the ticks.
+        ends: ends of the axis.
     """
 
     ticks: Sequence[float]
@@ -89,14 +89,15 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     height: float = 360.0,
 ) -> Chart:
-    """Named lines on two logarithmic axes; each name stands at the end of its line, pushed apart where they would meet.
+    """Draw named lines on two logarithmic axes. Names are at the ends of the lines, moved apart where they would
+    overlap.
 
     Args:
-        series: points (x, y) each; what is called ``other`` is dashed.
-        labels: of the axes.
+        series: points (x, y) of each line; lines of colour ``other`` are dashed.
+        labels: titles of the axes.
         x, y: the axes.
         marks: vertical lines: value of ``x`` and name.
-        height: of the chart.
+        height: height of the chart.
     """
     y_ticks = [tick for tick in y.ticks if y.ends[0] <= tick <= y.ends[1]]
     right = 20 + max(width_of(one.name, FONT + 2) for one in series)
@@ -133,7 +134,7 @@ def lines(
 
 
 def _name_ends(chart: Chart, series: Sequence[Series]) -> None:
-    """Write each line's name after its last point, from the top down."""
+    """Write the name of each line after its last point, from top to bottom."""
     axes = chart.axes
     chart.figure.draw_without_rendering()
     lowest = math.inf
@@ -149,7 +150,7 @@ def _name_ends(chart: Chart, series: Sequence[Series]) -> None:
 
 
 def trace(values: Sequence[float], colour: str, labels: Labels, *, height: float = 200.0) -> Chart:
-    """One line over positions 0, 1, 2, ..., from 0."""
+    """Draw one line over positions 0, 1, 2, ..., from 0."""
     chart = Chart(labels.title, PAGE, WIDTH, height, (80.0, 18.0, 14.0, 46.0))
     with chart.style():
         chart.axes.plot(range(len(values)), values, color=chart.colour(colour), linewidth=2, clip_on=False)

@@ -1,1 +1,1 @@
-"""The report of ``kvq-eval report``: what was measured before, what is measured for it, and the page."""
+"""The HTML page of ``kvq-eval report``: earlier results, measurements per layer, and how to repeat them."""

@@ -1,4 +1,4 @@
-"""The commands that measured what a report shows."""
+"""The commands that made the results in a report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["evaluation_command"]
 
 
 def evaluation_command(model: str, chosen: Sequence[Subject], results: Results) -> str:
-    """The command behind a file of results, from the settings that the file records."""
+    """The command that made a file of results, from the settings in the file."""
     files = {id(result): subject.file for subject in chosen for _, result in subject.results}
     named = [files.get(id(result), f"{result.name}.kvq.safetensors") for result in results.artifacts]
     options: list[str] = []
     for name in ("dataset", "text_field", "seqlen", "windows", "seed", "mode", "context"):
         value = results.fact(name)
-        if name == "windows":  # of a run that was stopped, those that it measured
+        if name == "windows":  # a stopped run records those it measured
             value = results.fact("windows_measured") or value
         if value is not None and (name, value) != NO_FIELD:
             options += [f"--{name.replace('_', '-')}", str(value)]

@@ -1,4 +1,4 @@
-"""The charts and tables of a report, from what was measured."""
+"""The charts and tables of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 #: Contexts of the memory chart, in tokens.
 CONTEXTS = tuple(1 << power for power in range(10, 21))
-#: Numbers of outliers that have a bar of their own.
+#: Largest number of outliers that has a separate bar.
 _MOST_BARS = 32
 
 
@@ -44,7 +44,7 @@ def plural(kind: Kind) -> str:
 
 
 def frontier_figures(chosen: Sequence[Subject], results: Sequence[Results]) -> list[dict[str, Any]]:
-    """One chart for each set of results that may be compared."""
+    """One chart for each set of comparable results."""
     own = {id(result): subject for subject in chosen for _, result in subject.results}
     groups: dict[tuple[str, ...], list[Results]] = {}
     for each in results:
@@ -53,7 +53,7 @@ def frontier_figures(chosen: Sequence[Subject], results: Sequence[Results]) -> l
 
 
 def _frontier(group: Sequence[Results], own: dict[int, Subject]) -> dict[str, Any]:
-    """Results of one text and setting; ``own`` are the report's artifacts by the identity of a result."""
+    """The chart of results with one text and setting. ``own`` has the report's artifacts by ``id`` of a result."""
     unique = {
         (result.name, result.bits_per_element, result.kl_mean): result
         for each in group
@@ -64,7 +64,7 @@ def _frontier(group: Sequence[Results], own: dict[int, Subject]) -> dict[str, An
     best = {id(point) for point in on_frontier(points)}
     labels = Labels(
         "KL divergence against bits per element",
-        "bits per element, everything stored counted",
+        "bits per element, all stored bits counted",
         "KL divergence, nats per token (logarithmic)",
     )
     asked = group[0].fact("mode")
@@ -109,7 +109,7 @@ def _conditions(results: Results) -> str:
     windows, seqlen = results.fact("data", "windows"), results.fact("data", "seqlen")
     context = results.fact("context")
     parts = [
-        results.fact("data", "dataset") or results.fact("dataset") or "a text that is not recorded",
+        results.fact("data", "dataset") or results.fact("dataset") or "an unrecorded text",
         f"{windows} window{'' if windows == 1 else 's'} of {seqlen} tokens" if windows and seqlen else "",
         f"{tokens:,} predicted tokens" if tokens else "",
         f"{results.fact('mode')} mode" if results.fact("mode") else "",
@@ -122,7 +122,7 @@ def _conditions(results: Results) -> str:
 
 
 def sensitivity_figures(subject: Subject, measured: Measured, context: int) -> dict[str, Any]:
-    """KL divergence with one layer's keys or values quantized, and the bits of each layer."""
+    """Charts of the KL divergence with one layer's keys or values quantized, and of the bits of each layer."""
     found = measured.sensitivity[subject.name]
     bits = layer_bits(subject.artifact, context)
     layers = range(len(subject.artifact.layers))
@@ -170,7 +170,7 @@ def sensitivity_figures(subject: Subject, measured: Measured, context: int) -> d
 
 
 def level_figures(subject: Subject, measured: Measured) -> dict[str, Any]:
-    """Levels over the distributions that they code: some layers large, all of them small."""
+    """Charts of levels over the distributions they code: some layers large, all layers small."""
     uses = measured.levels[subject.name]
     count = len(subject.artifact.layers)
 
@@ -203,7 +203,7 @@ def level_figures(subject: Subject, measured: Measured) -> dict[str, Any]:
 
 
 def same_outliers(chosen: Sequence[Subject], measured: Measured) -> list[list[Subject]]:
-    """Artifacts that mark the same outliers, together: recipes that differ in their bits alone share thresholds."""
+    """Groups of artifacts with the same outliers. Recipes that differ only in bits have the same thresholds."""
     groups: list[list[Subject]] = []
     for subject in chosen:
         for group in groups:
@@ -217,7 +217,7 @@ def same_outliers(chosen: Sequence[Subject], measured: Measured) -> list[list[Su
 
 
 def outlier_figures(subject: Subject, measured: Measured, tokenizer: Any) -> dict[str, Any] | None:
-    """Outliers per layer and per token; ``None`` for an artifact that keeps none."""
+    """Charts of outliers per layer and per token; ``None`` for an artifact without outliers."""
     counts = measured.outliers[subject.name]
     quantizers = subject.artifact.quantizers()
     caps: dict[Kind, int] = {kind: max(layer[kind].outlier_cap for layer in quantizers) for kind in KINDS}
@@ -247,7 +247,7 @@ def outlier_figures(subject: Subject, measured: Measured, tokenizer: Any) -> dic
 
 
 def _spread(subject: Subject, measured: Measured, kinds: Sequence[Kind]) -> str:
-    """The chart of how many tokens have how many outliers."""
+    """A histogram of tokens by their number of outliers."""
     packed = {kind: measured.outliers[subject.name].packed(kind) for kind in kinds}
     largest = max(int(found.max()) for found in packed.values())
     most = min(largest, _MOST_BARS)
@@ -264,7 +264,7 @@ def _spread(subject: Subject, measured: Measured, kinds: Sequence[Kind]) -> str:
         names,
         [Series(plural(kind), kind, shares(kind)) for kind in kinds],
         Labels(
-            f"How many outliers tokens have, {subject.name}",
+            f"Number of outliers per token, {subject.name}",
             "outliers of one token in one layer",
             "% of tokens",
         ),
@@ -276,7 +276,7 @@ def _spread(subject: Subject, measured: Measured, kinds: Sequence[Kind]) -> str:
 def _along_the_text(
     subject: Subject, measured: Measured, kinds: Sequence[Kind], tokenizer: Any
 ) -> dict[str, Any]:
-    """Outliers of the tokens of the first window, all layers together, and the tokens that have most."""
+    """A chart of the outliers of each token of the first window, summed over layers, and the tokens with most."""
     found, ids = measured.outliers[subject.name].found, measured.text.ids[0]
     totals = torch.stack([found[kind][:, : len(ids)].sum(0) for kind in kinds]).sum(0).tolist()
     ranked = sorted(range(len(ids)), key=lambda at: (-totals[at], at))[:8]
@@ -295,7 +295,7 @@ def _along_the_text(
 
 
 def _tokens(value: float) -> str:
-    """128K for 131,072 tokens."""
+    """A number of tokens in short form: 128K for 131,072."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if value >= size:
             return f"{value / size:g}{unit}"
@@ -303,7 +303,7 @@ def _tokens(value: float) -> str:
 
 
 def file_size(value: float) -> str:
-    """Bytes in the unit that suits them, powers of 1024."""
+    """A size in a suitable unit, by powers of 1024."""
     for unit, size in (("TB", 2**40), ("GB", 2**30), ("MB", 2**20), ("KB", 2**10)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -311,12 +311,12 @@ def file_size(value: float) -> str:
 
 
 def memory_figures(chosen: Sequence[Subject], limit: int | None, context: int) -> dict[str, Any]:
-    """Bytes of the cache against context, and its parts at one.
+    """Charts of the cache's bytes against context, and of its parts at one context.
 
     Args:
         chosen: the artifacts.
-        limit: positions that the model was trained for, if it says so.
-        context: tokens at which parts are stated.
+        limit: longest context of the model, if known.
+        context: tokens of context for the parts.
     """
     reports = {
         subject.name: [artifact_report(subject.artifact, tokens) for tokens in CONTEXTS] for subject in chosen
@@ -360,7 +360,7 @@ def memory_figures(chosen: Sequence[Subject], limit: int | None, context: int) -
 
 
 def _memory_parts(chosen: Sequence[Subject], context: int) -> list[dict[str, Any]]:
-    """What takes the memory at ``context`` tokens, the largest first."""
+    """The parts of the memory at ``context`` tokens, largest first."""
     reports = [artifact_report(subject.artifact, context) for subject in chosen]
     names = sorted(
         {name for report in reports for name in report.by_kind},

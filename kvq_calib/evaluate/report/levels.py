@@ -1,4 +1,4 @@
-"""The levels of an artifact over the distributions that they code, weighted as calibration weighs them."""
+"""The levels of an artifact, and the distributions they code, weighted as in calibration."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = ["SHOWN_BINS", "LevelUse", "fit_weights", "level_uses"]
 
-#: Bins that a chart shows of the ``LEVEL_BINS`` that are counted.
+#: Number of bins in a chart; ``LEVEL_BINS`` bins are counted.
 SHOWN_BINS = 64
 
 
 @dataclass
 class LevelUse:
-    """Levels and the distribution of what they code.
+    """Levels and the distribution of the values they code.
 
     Attributes:
         levels: sorted, in the normalised range ``[-1, 1]``.
-        bits: width of their codes.
-        channels, of: channels that have them, of all channels of the layer.
+        bits: width of the codes.
+        channels, of: number of channels with these levels, and number of channels of the layer.
         counts: normalised values in each of ``SHOWN_BINS`` equal bins over ``[-1, 1]``.
-        weights: the same, each value weighted; equal to ``counts`` where the fit has no weights.
-        weighted: whether it has.
-        compensated: whether what is coded carries errors of other numbers (error compensation).
+        weights: the same with each value weighted; equal to ``counts`` if the fit has no weights.
+        weighted: whether the fit has weights.
+        compensated: whether the coded values include errors of other coordinates (error compensation).
     """
 
     levels: list[float]
@@ -50,7 +50,7 @@ class LevelUse:
 
 
 class _Collector:
-    """Collects the distribution over the levels that all channels share, or over those of a typical channel."""
+    """Collects the distribution of all channels if they share levels, or else of a typical channel."""
 
     def __init__(self, quantizer: Quantizer, weighted: bool) -> None:
         self.quantizer = quantizer
@@ -58,7 +58,7 @@ class _Collector:
         self.channels = torch.arange(len(widths)) if shared is not None else _typical_channel(quantizer)
         first = int(self.channels[0])
         levels = quantizer.levels[first, : quantizer.level_count(widths[first])]
-        #: What brings these channels' numbers into [-1, 1]: their thresholds do, where there are such.
+        #: Normalises the channels to [-1, 1]; by their thresholds if they have any.
         self.centre, self.half = 0.0, 1.0
         held = quantizer.channel_range()
         if held is not None and not quantizer.has_channel_thresholds:
@@ -74,11 +74,11 @@ class _Collector:
         self.histogram = LevelHistogram(weighted)
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Add keys or values ``[B, H, T, D]`` and the gradients of the loss with respect to them."""
+        """Add keys or values ``[B, H, T, D]``, and the gradients of the loss with respect to them."""
         values = self.quantizer.normalise(x)
         weights = None
         if self.use.weighted:
-            # As calibration weighs: the gradient on the scale of the levels, squared.
+            # Weighted as in calibration: by the squared gradient with respect to the normalised value.
             weights = (self.quantizer.transform(gradient) * values.scale * self.half).square()
             if self.quantizer.channel_normalised:
                 weights = weights * self.quantizer.scale.square()
@@ -88,7 +88,7 @@ class _Collector:
         self.histogram.update(seen.flatten(0, 1), outliers, weights)
 
     def finish(self) -> LevelUse:
-        """With the bins that a chart shows."""
+        """The result, with the bins of a chart."""
         for name in ("counts", "weights"):
             bins: Tensor = getattr(self.histogram, name)
             setattr(self.use, name, bins.view(SHOWN_BINS, LEVEL_BINS // SHOWN_BINS).sum(1).tolist())
@@ -96,7 +96,7 @@ class _Collector:
 
 
 def _typical_channel(quantizer: Quantizer) -> Tensor:
-    """Of the channels of the most frequent width, the one whose levels reach in the middle of all: int64 ``[1]``."""
+    """The channel with the median range of levels, among those of the most frequent width: int64 ``[1]``."""
     widths = torch.tensor(quantizer.layout.widths)
     coded = widths[widths > 0] if bool((widths > 0).any()) else widths
     members = (widths == int(torch.bincount(coded).argmax())).nonzero()[:, 0]
@@ -108,13 +108,13 @@ def _typical_channel(quantizer: Quantizer) -> Tensor:
 def level_uses(
     model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
 ) -> dict[str, dict[Kind, list[LevelUse]]]:
-    """Collect the distribution under the levels of each layer and kind, as calibration weighs it.
+    """Collect the distribution that the levels of each layer and kind code, weighted as in calibration.
 
     Args:
         model: a causal language model in eval mode.
-        artifacts: by name; they must fit the model.
+        artifacts: artifacts by name; they must fit the model.
         ids: int64 ``[N, T]``.
-        progress: told after every window.
+        progress: called after every window.
     """
     collectors = {
         name: [
@@ -152,7 +152,7 @@ def level_uses(
 
 
 def fit_weights(artifact: KVArtifact) -> str:
-    """How numbers were weighted in the fit: ``fisher``, ``uniform``, or ``unknown`` where the artifact does not say."""
+    """The weights of the fit: ``fisher``, ``uniform``, or ``unknown`` if the artifact does not record them."""
     settings = artifact.calibration.get("settings")
     fit = settings.get("fit") if isinstance(settings, Mapping) else None
     weights = fit.get("weights") if isinstance(fit, Mapping) else None

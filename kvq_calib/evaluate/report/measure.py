@@ -1,4 +1,4 @@
-"""Everything that a report measures itself: per layer, on a little text."""
+"""The measurements of a report: per layer, on a little text."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "measure"]
 
-#: Tokens of the calibration text that distributions are collected on, in whole windows.
+#: Tokens of calibration text for the distributions, in whole windows.
 FIT_TOKENS = 8192
-#: Most calibration tokens that are cut again to compare hashes: what an artifact says of itself may be anything.
+#: Largest number of calibration tokens to cut again for comparing hashes, because an artifact may claim any number.
 _MOST_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured for the report, by the artifacts' names.
+    """Measurements for the report, by the artifacts' names.
 
     Attributes:
-        text: the windows of the sensitivity and of the outliers.
-        fit_text: those of the distributions.
-        calibrated_on: artifacts whose own calibration windows ``fit_text`` begins with.
+        text: windows for sensitivity and outliers.
+        fit_text: windows for the distributions.
+        calibrated_on: artifacts that were calibrated on the first windows of ``fit_text``.
         sensitivity, outliers, levels: see the modules of these names.
     """
 
@@ -54,15 +54,15 @@ def measure(
     calibration_dataset: str,
     progress: Progress | None = None,
 ) -> Measured:
-    """Run the model for everything that the report shows per layer.
+    """Run the model for all per-layer results of the report.
 
     Args:
         loaded: the model that the artifacts are for.
-        artifacts: by name.
-        windows: of the sensitivity and of the outliers.
-        calibration_dataset: text of the distributions. Where it yields the windows that an artifact was calibrated on,
+        artifacts: artifacts by name.
+        windows: windows for sensitivity and outliers.
+        calibration_dataset: text for the distributions. If it yields the windows that an artifact was calibrated on,
             the first of those are used, else ``windows``.
-        progress: told after every step.
+        progress: called after every step.
 
     Raises:
         NotFiniteError: predictions are not finite.

@@ -1,4 +1,4 @@
-"""How many outliers each token of a text has, in each layer."""
+"""Numbers of outliers of the tokens of a text, by layer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["TokenOutliers", "count_outliers"]
 
 @dataclass(frozen=True)
 class TokenOutliers:
-    """How many outliers the tokens of a text have.
+    """Numbers of outliers of the tokens of a text.
 
     Attributes:
-        found: by kind, int64 ``[layers, N * T]``; 0 where a token is kept exact as a sink.
-        sink_tokens: tokens at the start of each window that are kept exact.
+        found: number of outliers by kind, int64 ``[layers, N * T]``; 0 for sink tokens, which are exact.
+        sink_tokens: number of exact tokens at the start of each window.
         windows: ``N``.
     """
 
@@ -34,18 +34,18 @@ class TokenOutliers:
     windows: int
 
     def packed(self, kind: Kind) -> Tensor:
-        """Without the sinks, int64 ``[layers, N * (T - sinks)]``."""
+        """The numbers without sink tokens, int64 ``[layers, N * (T - sinks)]``."""
         by_window: Tensor = self.found[kind].unflatten(1, (self.windows, -1))
         return by_window[:, :, self.sink_tokens :].flatten(1)
 
 
 @torch.no_grad()
 def count_outliers(model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor) -> dict[str, TokenOutliers]:
-    """Count the outliers of every token in every layer, as the unquantized model computes it.
+    """Count the outliers of every token in every layer, in the keys and values of the unquantized model.
 
     Args:
         model: a causal language model.
-        artifacts: by name; they must fit the model.
+        artifacts: artifacts by name; they must fit the model.
         ids: int64 ``[N, T]``.
     """
     quantizers = {name: artifact.quantizers(input_device(model)) for name, artifact in artifacts.items()}

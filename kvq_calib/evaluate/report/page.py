@@ -1,9 +1,8 @@
-"""One self-contained HTML page about some artifacts of one model: what they cost, where, why, and how to repeat it.
+"""One self-contained HTML page about artifacts of a model: their cost, layer by layer, and how to repeat it.
 
-What is measured for it is measured per layer, on a little text (:mod:`kvq_calib.evaluate.report.measure`); divergence
-and bits of whole artifacts come from the JSON files of ``kvq-eval perplexity`` and ``kvq-eval compare``. The page loads
-nothing: style and charts stand in it. Everything that comes from outside is escaped, by Jinja or where charts become
-SVG.
+Results per layer are measured for the page, on a little text (:mod:`kvq_calib.evaluate.report.measure`). KL divergence
+and bits of whole artifacts come from the JSON files of ``kvq-eval perplexity`` and ``kvq-eval compare``. The page
+contains its style and charts, and loads nothing. All text from outside is escaped, by Jinja or when charts become SVG.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ def render(
     context: int,
     command: Sequence[str],
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         loaded: the model.
         model: as the user named it.
         chosen: the artifacts.
-        results: all results, rivals' among them.
+        results: all results, including those of rivals.
         measured: see :func:`~kvq_calib.evaluate.report.measure.measure`.
-        context: tokens at which bits and parts of the memory are stated.
+        context: tokens of context at which bits and parts of the memory are stated.
         command: words of the command that makes this report.
     """
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -118,7 +117,7 @@ def _provenance(subject: Subject) -> list[tuple[str, str]]:
         ("model", artifact.model.get("id")),
         ("sha256 of the model's configuration", fact_of(artifact.model, "config", "sha256")),
         ("recipe", record.get("recipe")),
-        ("what the recipe is", fact_of(settings, "description")),
+        ("description of the recipe", fact_of(settings, "description")),
         *((plural(kind), describe(artifact, kind)) for kind in KINDS),
         (
             "tokens kept exact",

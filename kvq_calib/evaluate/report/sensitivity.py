@@ -1,4 +1,4 @@
-"""What each layer's keys or values cost when they alone are quantized."""
+"""Sensitivity of layers: the KL divergence when only one layer's keys or values are quantized."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Sensitivity:
     """KL divergence from the unquantized model, nats per predicted token.
 
     Attributes:
-        layers: by kind, when only this layer's keys or values are quantized.
-        whole: when everything is.
-        tokens: predicted tokens it was measured on.
+        layers: by kind, one number per layer: when only this layer's keys or values are quantized.
+        whole: when everything is quantized.
+        tokens: number of predicted tokens.
     """
 
     layers: Mapping[Kind, Sequence[float]]
@@ -37,7 +37,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Part:
-    """What of an artifact is quantized: the keys or values of one layer, or everything."""
+    """An artifact of which only the keys or values of one layer are quantized, or everything."""
 
     artifact: str
     part: CachedTensor | None
@@ -51,16 +51,16 @@ class _Part:
 def measure_sensitivity(
     model: Any, artifacts: Mapping[str, KVArtifact], ids: Tensor, progress: Progress | None = None
 ) -> dict[str, Sensitivity]:
-    """Quantize one layer's keys or values at a time and compare the model's predictions.
+    """Quantize one layer's keys or values at a time, and compare the model's predictions.
 
-    Takes two forward passes per layer, artifact and window, and a few more. All are in prefill mode, so a window of
-    recent exact tokens is quantized too.
+    This takes two forward passes per layer, artifact and window, and a few more. All are in prefill mode, so a window
+    of recent exact tokens is quantized too.
 
     Args:
         model: the unquantized causal language model.
-        artifacts: by name; they must fit the model.
+        artifacts: artifacts by name; they must fit the model.
         ids: int64 ``[N, T]``.
-        progress: told after every forward pass.
+        progress: called after every forward pass.
 
     Raises:
         NotFiniteError: predictions are not finite.

@@ -1,4 +1,4 @@
-"""The artifacts of a report, each with what was measured of it."""
+"""The artifacts of a report, with their results."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kvq_calib.schema.results import ReportError, Result, Results, eval_command
 
 __all__ = ["Subject", "subjects"]
 
-#: Classes of colours for artifacts.
+#: CSS classes of the artifacts' colours.
 _COLOURS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An artifact of the report.
+    """An artifact in the report.
 
     Attributes:
-        name: short.
-        file: as the user named it.
+        name: short name.
+        file: path as the user named it.
         artifact: its content.
-        sha256, size: of the file.
+        sha256, size: hash, and size in bytes, of the file.
         colour: class of its marks.
-        results: what was measured, and the file that says so.
+        results: its results, each with the file that contains it.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Subject:
 def subjects(
     model: str, artifacts: Mapping[str, KVArtifact], files: Mapping[str, str], results: Sequence[Results]
 ) -> list[Subject]:
-    """Find the results of each artifact: by the file's hash, or by name where results have no hash.
+    """Find the results of each artifact: by the file's hash, or by name if results have no hash.
 
     Args:
-        model: as the user named it; for the message.
-        artifacts, files: by the artifacts' short names.
-        results: what :func:`~kvq_calib.schema.results.read_results` gave.
+        model: model as the user named it, for the message.
+        artifacts, files: artifacts and paths, by the artifacts' short names.
+        results: results from :func:`~kvq_calib.schema.results.read_results`.
 
     Raises:
-        ReportError: an artifact has none; says what to run.
+        ReportError: an artifact has no results; the message says what to run.
     """
     found = []
     for number, (name, artifact) in enumerate(artifacts.items()):

@@ -1,6 +1,6 @@
-"""Other ways to quantize a cache, measured beside artifacts by ``kvq-eval compare``.
+"""Rivals: other ways to quantize a cache, which ``kvq-eval compare`` measures beside artifacts.
 
-Each rival is one short class; :mod:`~kvq_calib.evaluate.rivals.base` owns hooks, shapes and the count of bits.
+Each rival is one short class. :mod:`~kvq_calib.evaluate.rivals.base` has the hooks, the shapes and the count of bits.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def rival_names() -> list[str]:
 
 
 def make_rivals(names: Iterable[str] = ()) -> list[Rival]:
-    """Rivals by name, without repetition; all of them where none is named.
+    """Rivals by name, without repetition; all of them if none is named.
 
     Raises:
-        ConfigError: no such rival; the message lists them.
+        ConfigError: there is no such rival; the message lists them.
     """
     known = {rival.name: rival for rival in _all()}
     chosen = list(dict.fromkeys(names)) or list(known)

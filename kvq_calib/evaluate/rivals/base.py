@@ -1,8 +1,8 @@
-"""What all rivals share: hooks into the model, exact tokens, and the count of bits.
+"""The base of all rivals: hooks into the model, exact tokens, and the count of bits.
 
-A rival without a window of recent exact tokens is measured in one forward pass ("prefill"), like artifacts: every
-query reads quantized keys and values, its own among them. One with a window is fed the text in short chunks
-("decode"): a query reads what is quantized by then, the exact rest, and its own chunk exactly, as it would in use.
+A rival without a window of recent exact tokens is measured in one forward pass ("prefill"), like artifacts: every query
+reads quantized keys and values, including those of its token. A rival with a window gets the text in short chunks
+("decode"): a query reads the tokens quantized so far, and the other tokens and its chunk exactly, as in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvq_calib.schema.spec import KINDS, Kind
 
 __all__ = ["QuantizerRival", "Rival", "hadamard", "uniform_roundtrip"]
 
-#: Bits of an exact number, of a scale and of a zero point, as in a half-precision model.
+#: Bits of an exact number, a scale or a zero point, as in a half-precision model.
 HALF = 16
 
 
@@ -33,12 +33,12 @@ class Rival(ABC):
     """One method with one setting.
 
     Attributes:
-        name: on the command line and in tables.
-        origin: ``library`` (the real one runs), ``reference`` (written here from the paper) or ``in the style of``
-            (a part of the method; ``settings`` says what is left out).
+        name: name on the command line and in tables.
+        origin: ``library`` (the original library runs), ``reference`` (written here from the paper), or
+            ``in the style of`` (a part of the method; ``settings`` says what is left out).
         source: paper or library.
-        settings: one line: what is stored how.
-        package: what ``pip install`` needs, with its module; ``None`` where nothing is needed.
+        settings: how numbers are stored, in one line.
+        package: argument of ``pip install``, and the name of its module; ``None`` if nothing is needed.
         calibrated: whether :meth:`prepare` needs text.
     """
 
@@ -53,14 +53,14 @@ class Rival(ABC):
 
     @property
     def mode(self) -> Mode:
-        """How it is measured; see the module's text."""
+        """How it is measured; see the description of the module."""
         return "decode" if self.recent else "prefill"
 
     def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
-        """Why it cannot run here and what to do, in a few words; ``None`` where it can.
+        """Why it cannot run here and what to do, in a few words; ``None`` if it can.
 
         Args:
-            geometry: of the model.
+            geometry: geometry of the model.
             has_text: whether there is calibration text.
         """
         if self.package is not None and not _installed(self.package[1]):
@@ -72,30 +72,30 @@ class Rival(ABC):
         return None
 
     def prepare(self, model: Any, text: TokenWindows | None) -> None:  # noqa: B027 (most need nothing)
-        """Calibrate on windows ``[N, T]``."""
+        """Calibrate on windows of token ids, int64 ``[N, T]``."""
 
     @abstractmethod
     def logits(self, model: Any, ids: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized; the model is left as it was."""
+        """Logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) with the cache quantized. The model is left unchanged."""
 
     @abstractmethod
     def token_bits(self, layer: LayerGeometry, kind: Kind) -> float:
-        """Bits of the keys or values of one quantized token of one layer: codes, scales, zero points, norms."""
+        """Bits of the keys or values of one quantized token in one layer: codes, scales, zero points, norms."""
 
     def exact_tokens(self, kind: Kind, context: int) -> float:
-        """How many of ``context`` tokens are exact, on average over the phase of a window that is emptied in steps."""
+        """Exact tokens among ``context``; the mean, where a window of exact tokens fills and is emptied at once."""
         return float(min(self.sinks + self.recent, context))
 
     def keeps(self, index: int, layers: int) -> bool:
-        """Whether the layer ``index`` of ``layers`` is not quantized at all."""
+        """Whether layer ``index`` of ``layers`` layers is left unquantized."""
         return False
 
     def constant_bits(self, layer: LayerGeometry, kind: Kind) -> float:
-        """Bits that do not grow with the text: one scale per tensor, a rotation."""
+        """Bits that do not depend on the length: a scale per tensor, a rotation."""
         return 0.0
 
     def bits_per_element(self, geometry: KVGeometry, context: int) -> float:
-        """Everything stored at ``context`` tokens, in bits over the numbers that an unquantized cache holds.
+        """All bits stored at ``context`` tokens, divided by the numbers in an unquantized cache.
 
         Exact numbers, scales and zero points take 16 bits. A layer with a sliding window stores that window.
         """
@@ -116,21 +116,21 @@ class Rival(ABC):
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is missing
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 class QuantizerRival(Rival):
-    """A rival that is a function on keys (after RoPE, as caches hold them) and one on values."""
+    """A rival that is a function on keys (after RoPE, as in caches) and a function on values."""
 
     _layers = 0
 
     @abstractmethod
     def roundtrip(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
-        """Quantize and dequantize float32 ``[B, H, T, D]``; heads are those of keys and values."""
+        """Quantize and dequantize float32 ``[B, H, T, D]``, with ``H`` key-value heads."""
 
     def history(self, kind: Kind, stored: int) -> int:
-        """How many of the oldest ``stored`` tokens are quantized (or sinks) when the next ones arrive."""
+        """How many of the oldest of ``stored`` tokens are quantized (or sinks) when the next tokens arrive."""
         return max(0, stored - self.recent)
 
     def logits(self, model: Any, ids: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ class QuantizerRival(Rival):
         return torch.cat([x[:, :, : self.sinks], self.read(x[:, :, self.sinks :], kind, layer)], dim=2)
 
     def read(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
-        """The round trip in the model's dtype; a layer that is kept stays as it is."""
+        """The round trip in the model's dtype. A layer that :meth:`keeps` names is unchanged."""
         if self.keeps(layer, self._layers):
             return x
         return self.roundtrip(x.float(), kind, layer).to(x.dtype)
 
 
 class _WindowLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that hands quantized history to attention; each token is quantized once."""
+    """A cache layer that gives attention a quantized history. Each token is quantized once."""
 
     def __init__(self, rival: QuantizerRival, index: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _WindowLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store; return keys and values of all tokens as they are read."""
+        """Store keys and values. Return those of all tokens as attention reads them."""
         stored = int(self.get_seq_length())
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return self._read("key", keys, stored), self._read("value", values, stored)
@@ -183,12 +183,12 @@ class _WindowLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def uniform_roundtrip(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
-    """Quantize to ``2 ** bits`` levels from ``low`` to ``high``, whose step and offset are kept in float16.
+    """Quantize to ``2 ** bits`` levels from ``low`` to ``high``. Step and offset are rounded to float16.
 
     Args:
         x: float32, any shape.
-        bits: of a code.
-        low, high: broadcast to ``x``; what lies outside is clipped.
+        bits: bits of a code.
+        low, high: ends of the range, broadcast to ``x``; values outside are clipped.
     """
     top = (1 << bits) - 1
     scale = ((high - low) / top).half().float().clamp(min=2.0**-24)

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) with one scale, as inference engines offer it."""
+"""FP8 (e4m3) with one scale, as in inference engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 class FP8(QuantizerRival):
     """e4m3 with a scale from the largest magnitude, per layer (``tensor``) or per key-value head (``head``).
 
-    No calibration: the scale is that of the very text that is measured, which is the best it can be.
+    It needs no calibration: the scale is taken from the measured text itself, which is the best case.
     """
 
     origin = "reference"

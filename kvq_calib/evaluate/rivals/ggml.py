@@ -10,11 +10,11 @@ from kvq_calib.schema.spec import Kind
 
 
 class GGML(QuantizerRival):
-    """``q8_0``, ``q5_0`` and ``q4_0``, as ``--cache-type-k`` and ``--cache-type-v`` choose them; keys after RoPE.
+    """The types ``q8_0``, ``q5_0`` and ``q4_0`` of ``--cache-type-k`` and ``--cache-type-v``. Keys are after RoPE.
 
-    Codes of 8 bits are ``round(x / d)`` with ``d`` the largest magnitude of the block over 127. Those of 4 and 5 bits
-    have ``d`` such that the number of the largest magnitude is the lowest code, and are rounded half up. Left out: the
-    rotation of keys and values that later versions can put before it.
+    Codes of 8 bits are ``round(x / d)``, where ``d`` is the largest magnitude of the block divided by 127. With 4 and 5
+    bits, ``d`` is chosen so that the number with the largest magnitude gets the lowest code, and codes are rounded half
+    up. The optional rotation of keys and values in later versions is left out.
     """
 
     origin = "reference"
@@ -27,7 +27,7 @@ class GGML(QuantizerRival):
         self.settings = f"{bits} bits, blocks of {self.block} channels of a token, a float16 scale per block"
 
     def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
-        """A token's keys or values of a layer are whole blocks."""
+        """The keys or values of a token must fill whole blocks."""
         for layer in geometry.layers:
             for heads in (layer.shape("key"), layer.shape("value")):
                 if heads.channels % self.block:
@@ -41,7 +41,7 @@ class GGML(QuantizerRival):
         top = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
         half = 2 ** (self.bits - 1)
         step = top.abs() / (half - 1) if self.bits == 8 else top / -half
-        inverse = (1 / step).nan_to_num(posinf=0.0, neginf=0.0)  # in float32; what is stored is rounded
+        inverse = (1 / step).nan_to_num(posinf=0.0, neginf=0.0)  # in float32; the stored scale is rounded
         scaled = blocks * inverse
         codes = (
             scaled.round() if self.bits == 8 else (scaled + half + 0.5).floor().clamp(max=2 * half - 1) - half

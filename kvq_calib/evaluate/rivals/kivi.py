@@ -1,4 +1,4 @@
-"""KIVI (arXiv 2402.02750): keys per channel, values per token, in small groups, with a recent exact window."""
+"""KIVI (arXiv 2402.02750): keys per channel and values per token, in small groups, with recent exact tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kvq_calib.schema.spec import Kind
 
 
 class KIVI(QuantizerRival):
-    """Groups of 32 and a window of 128, the paper's setting.
+    """KIVI with the paper's settings: groups of 32 and a window of 128.
 
-    Keys (after RoPE) fill an exact residual that is quantized whole when it holds 128 tokens; the newest 128 values are
-    exact always.
+    Keys (after RoPE) fill an exact residual, which is quantized as a whole when it holds 128 tokens. The newest 128
+    values are always exact.
     """
 
     origin = "reference"
@@ -30,7 +30,7 @@ class KIVI(QuantizerRival):
         )
 
     def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
-        """Values need whole groups."""
+        """Values must fill whole groups."""
         odd = {
             layer.head_dim for layer in geometry.layers if layer.head_dim % min(self.group, layer.head_dim)
         }
@@ -39,15 +39,15 @@ class KIVI(QuantizerRival):
         return super().obstacle(geometry, has_text)
 
     def history(self, kind: Kind, stored: int) -> int:
-        """Keys are quantized 128 at a time, values one by one."""
+        """Keys are quantized 128 tokens at a time, values one token at a time."""
         return stored - stored % self.recent if kind == "key" else max(0, stored - self.recent)
 
     def exact_tokens(self, kind: Kind, context: int) -> float:
-        """Keys: the mean of 0 to 127 tokens in the residual."""
+        """For keys, the mean of 0 to 127 tokens in the residual."""
         return min((self.recent - 1) / 2 if kind == "key" else self.recent, float(context))
 
     def roundtrip(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
-        """As :class:`QuantizerRival` says; keys come in whole groups of tokens."""
+        """As :class:`QuantizerRival` says. Keys come in whole groups of tokens."""
         batch, heads, tokens, width = x.shape
         if kind == "key":
             groups = x.view(batch, heads, tokens // self.group, self.group, width)

@@ -15,22 +15,22 @@ from kvq_calib.model.intercept import AttentionCall, intercept_calls
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import KINDS, Kind
 
-#: Share of a token's range that is kept, as published.
+#: Quantiles to which a token is clipped, as published.
 _CLIP: dict[Kind, float] = {"key": 0.96, "value": 0.92}
 
 
-#: Rotations of the last text, by model: rivals that differ in their exact tokens share them.
+#: Rotations from the last text, by model. Rivals that differ only in exact tokens share them.
 _FITTED: weakref.WeakKeyDictionary[nn.Module, tuple[TokenWindows, list[dict[Kind, Tensor]]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 class OscarStyle(QuantizerRival):
-    """One rotation per layer for keys, from the second moment of queries, and one for values, weighted by scores.
+    """One rotation per layer for keys, from the second moment of queries, and one for values, weighted by attention.
 
-    Eigenvectors of the moment, then a Hadamard matrix, then a permutation by bit-reversed rank. A rotated token is
-    clipped to quantiles of its own and rounded to 4 levels. Not reproduced: rotations per head, the Lloyd-Max variant,
-    group sizes other than the head, and the serving code with its own schedule of the window.
+    A rotation consists of the moment's eigenvectors, a Hadamard matrix, and a permutation by bit-reversed rank. A
+    rotated token is clipped to quantiles of its coordinates and rounded to 4 levels. Not reproduced: rotations per
+    head, the Lloyd-Max variant, group sizes other than the head, and the schedule of the window in the serving code.
     """
 
     origin = "in the style of"
@@ -54,7 +54,7 @@ class OscarStyle(QuantizerRival):
         return needs_power_of_two(geometry) or super().obstacle(geometry, has_text)
 
     def prepare(self, model: Any, text: TokenWindows | None) -> None:
-        """Fit the rotations on windows int64 ``[N, T]``, one pass of the model each."""
+        """Fit the rotations on windows int64 ``[N, T]``, with one pass of the model per window."""
         assert text is not None
         self._rotations = _fit(model, text)
 
@@ -73,12 +73,12 @@ class OscarStyle(QuantizerRival):
         return layer.num_kv_heads * (layer.head_dim * self.bits + 2 * HALF)
 
     def constant_bits(self, layer: LayerGeometry, kind: Kind) -> float:
-        """The rotation of keys; that of values goes into the weights."""
+        """The rotation of keys. That of values can be merged into the weights."""
         return HALF * layer.head_dim**2 if kind == "key" else 0.0
 
 
 def _fit(model: Any, text: TokenWindows) -> list[dict[Kind, Tensor]]:
-    """Rotations of every layer from the windows of ``text``."""
+    """Fit the rotations of every layer on the windows of ``text``."""
     known = _FITTED.get(model)
     if known is not None and known[0] is text:
         return known[1]
@@ -102,14 +102,14 @@ def _fit(model: Any, text: TokenWindows) -> list[dict[Kind, Tensor]]:
 
 
 def attention_moments(query: Tensor, key: Tensor, value: Tensor) -> dict[Kind, Tensor]:
-    """What attention does with errors of keys and of values: two matrices ``[D, D]`` in float64.
+    """Second moments that weight errors of keys and of values in attention: two float64 matrices ``[D, D]``.
 
     Args:
-        query: rotated, ``[B, Hq, T, D]``.
-        key, value: ``[B, H, T, D]``.
+        query: rotated queries, ``[B, Hq, T, D]``.
+        key, value: rotated keys, and values, ``[B, H, T, D]``.
 
     Returns:
-        For keys the mean of ``q qᵀ``; for values the mean of ``w v vᵀ`` with ``w = kᵀ E[q qᵀ] k`` of the head, scaled
+        For keys the mean of ``q qᵀ``. For values the mean of ``w v vᵀ``, where ``w = kᵀ E[q qᵀ] k`` of the head, scaled
         to a mean of 1. Both are averaged over key-value heads.
     """
     heads, width = key.shape[1], key.shape[-1]
@@ -124,8 +124,8 @@ def attention_moments(query: Tensor, key: Tensor, value: Tensor) -> dict[Kind, T
 def calibrated_rotation(moment: Tensor) -> Tensor:
     """Orthogonal float32 ``[D, D]``: eigenvectors of ``moment``, a Hadamard matrix, bit-reversed order of eigenvalues.
 
-    The Hadamard matrix spreads every eigenvector over all coordinates; the order matters only to groups smaller than
-    the head and is kept for likeness.
+    The Hadamard matrix spreads every eigenvector over all coordinates. The order only matters for groups smaller than
+    the head; it is kept to follow the paper.
     """
     size = len(moment)
     values, vectors = torch.linalg.eigh(moment.cpu())

@@ -1,4 +1,4 @@
-"""transformers' own ``QuantizedCache``, with the libraries that it calls: hqq and optimum-quanto."""
+"""The ``QuantizedCache`` of transformers, with its two libraries: hqq and optimum-quanto."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kvq_calib.schema.geometry import KVGeometry, LayerGeometry
 from kvq_calib.schema.spec import Kind
 
 _PACKAGES = {"hqq": ("hqq", "hqq"), "quanto": ("optimum-quanto", "optimum.quanto")}
-#: The axis that transformers' documentation recommends; either makes groups along the channels of a token.
+#: The axis that transformers' documentation recommends. Both make groups along the channels of a token.
 _AXES = {"hqq": 1, "quanto": 0}
 
 
 class TransformersCache(Rival):
-    """Groups of 64 channels and a residual of 128 exact tokens, the defaults.
+    """``QuantizedCache`` with its defaults: groups of 64 channels, and a residual of 128 exact tokens.
 
-    The first call of a ``QuantizedCache`` returns exact keys and values, and every emptying of the residual quantizes
-    the whole history once more; both happen here as in use, since the text comes in chunks.
+    The first call of a ``QuantizedCache`` returns exact keys and values, and each time the residual is emptied, the
+    whole history is quantized again. Both happen here as in use, because the text comes in chunks.
     """
 
     origin = "library"
@@ -39,7 +39,7 @@ class TransformersCache(Rival):
         )
 
     def obstacle(self, geometry: KVGeometry, has_text: bool) -> str | None:
-        """``QuantizedCache`` refuses sliding windows."""
+        """``QuantizedCache`` does not support sliding windows."""
         if any(layer.sliding_window for layer in geometry.layers):
             return "QuantizedCache supports no sliding windows"
         return super().obstacle(geometry, has_text)

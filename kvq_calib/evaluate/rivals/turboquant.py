@@ -1,4 +1,4 @@
-"""TurboQuant (arXiv 2504.19874) in the form that vLLM ships: rotated keys on a fixed codebook, uniform values."""
+"""TurboQuant (arXiv 2504.19874) as in vLLM: rotated keys with a fixed codebook, and uniform values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kvq_calib.schema.spec import Kind
 def lloyd_max(bits: int) -> Tensor:
     """Levels of the scalar quantizer with the least squared error for a unit Gaussian, sorted, float32 ``[2 ** bits]``.
 
-    Lloyd's iteration on the exact density: a level is the mean of its cell, a boundary the middle of two levels.
+    Lloyd's iteration on the exact density: a level is the mean of its cell, and a boundary is midway between two
+    levels.
     """
     levels = torch.linspace(-2.0, 2.0, 1 << bits, dtype=torch.float64)
     for _ in range(2000):
@@ -36,8 +37,8 @@ def lloyd_max(bits: int) -> Tensor:
 class TurboQuant(QuantizerRival):
     """vLLM's presets ``turboquant_4bit_nc`` and ``turboquant_3bit_nc``.
 
-    A key is divided by its norm, rotated by a Hadamard matrix and rounded to a codebook for coordinates of
-    variance ``1 / D``; the rounded vector gets unit norm again (norm correction), is rotated back and scaled. Values
+    A key is divided by its norm, rotated by a Hadamard matrix and rounded to a codebook for coordinates of variance ``1
+    / D``. The rounded vector is scaled to unit norm (norm correction), rotated back, and multiplied by the norm. Values
     are uniform per token and head. The first and last two layers stay exact; ``kept_layers=0`` quantizes them too.
     """
 
@@ -58,7 +59,7 @@ class TurboQuant(QuantizerRival):
         return needs_power_of_two(geometry) or super().obstacle(geometry, has_text)
 
     def keeps(self, index: int, layers: int) -> bool:
-        """The boundary layers, at most half of all."""
+        """The first and last layers stay exact, but at most half of all layers."""
         kept = min(self.kept_layers, layers // 2)
         return index < kept or index >= layers - kept
 
@@ -81,6 +82,6 @@ class TurboQuant(QuantizerRival):
 
 
 def needs_power_of_two(geometry: KVGeometry) -> str | None:
-    """The obstacle of a Hadamard rotation, where there is one."""
+    """Why a Hadamard rotation cannot be used; ``None`` if it can."""
     odd = {layer.head_dim for layer in geometry.layers if layer.head_dim & (layer.head_dim - 1)}
     return f"a head of {odd.pop()} channels has no Hadamard matrix of its size" if odd else None
