@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of
+from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of, check_attention, check_layer
 from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
 from kvq_calib.integrations.vllm.spec import PackedSpec
@@ -180,15 +180,12 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         sinks: Tensor | None = None,
         **extra: Any,
     ) -> None:
-        unserved = {
-            "alibi slopes": alibi_slopes,
-            "sliding windows": sliding_window,
-            "sink logits": sinks,
-            "layers that share their cache": kv_sharing_target_layer_name,
-        }
-        for what, given in unserved.items():
-            if given is not None:
-                raise RuntimeMismatchError(f"the packed cache does not serve {what}")
+        check_attention(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            sinks=sinks,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+        )
         self.num_heads, self.head_size = num_heads, head_size
         self.num_kv_heads = num_kv_heads or num_heads
         self.scale, self.softcap = float(scale), logits_soft_cap or None
@@ -211,19 +208,10 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
 
     def _make_layer(self, index: int, module: Any) -> None:
         shared = _of_this_rank(self._config)
-        geometry = shared.artifact.geometry.layers
-        if index >= len(geometry):
-            raise RuntimeMismatchError(
-                f"the artifact has {len(geometry)} layers, and the model a layer {index}"
-            )
-        found = geometry[index].num_query_heads, geometry[index].num_kv_heads, geometry[index].head_dim
-        wanted = self.num_heads, self.num_kv_heads, self.head_size
-        if found != wanted:
-            raise RuntimeMismatchError(
-                f"layer {index} of the artifact has {found} query heads, heads and channels, that of the model {wanted}"
-            )
+        check_layer(shared.artifact.geometry, index, self.num_heads, self.num_kv_heads, self.head_size)
         sinks = shared.artifact.spec.sink_tokens
-        self._layer = PagedLayer(shared.quantizers[index], shared.ops[index], sinks, self.scale, self.softcap)
+        quantizers, ops = shared.quantizers[index], shared.ops[index]
+        self._layer = PagedLayer(quantizers, ops, sinks, self.scale, self.softcap, shared.decoding)
         known = {"page_bytes": self._layer.pages.page_bytes}
         module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), known)
 
