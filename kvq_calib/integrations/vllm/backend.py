@@ -30,6 +30,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of, check_attention, check_layer
 from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
+from kvq_calib.integrations.vllm.pages import page_bytes_of_ranks
 from kvq_calib.integrations.vllm.spec import PackedSpec
 from kvq_calib.integrations.vllm.step import Step
 from kvq_calib.runtime.ops import LayerQuantizers, Ops, choose_ops
@@ -42,10 +43,11 @@ class _Shared:
 
     Args:
         artifact: of this rank.
+        page_bytes: of a page of each layer, on every rank.
     """
 
-    def __init__(self, artifact: KVArtifact) -> None:
-        self.artifact = artifact
+    def __init__(self, artifact: KVArtifact, page_bytes: list[int]) -> None:
+        self.artifact, self.page_bytes = artifact, page_bytes
         self.quantizers: list[LayerQuantizers] = list(artifact.quantizers())
         found, _ = choose_ops(self.quantizers, torch.device("cpu"))
         self.ops: list[Ops] = list(found)
@@ -54,7 +56,7 @@ class _Shared:
 
 @lru_cache(maxsize=1)
 def _shared(name: str, rank: int, ranks: int) -> _Shared:
-    return _Shared(artifact_of(name, rank, ranks))
+    return _Shared(artifact_of(name, rank, ranks), page_bytes_of_ranks(artifact_of(name), ranks))
 
 
 def _of_this_rank(config: Any) -> _Shared:
@@ -210,8 +212,15 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         shared = _of_this_rank(self._config)
         check_layer(shared.artifact.geometry, index, self.num_heads, self.num_kv_heads, self.head_size)
         sinks = shared.artifact.spec.sink_tokens
-        quantizers, ops = shared.quantizers[index], shared.ops[index]
-        self._layer = PagedLayer(quantizers, ops, sinks, self.scale, self.softcap, shared.decoding)
+        self._layer = PagedLayer(
+            shared.quantizers[index],
+            shared.ops[index],
+            sinks,
+            self.scale,
+            self.softcap,
+            shared.decoding,
+            shared.page_bytes[index],
+        )
         known = {"page_bytes": self._layer.pages.page_bytes}
         module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), known)
 

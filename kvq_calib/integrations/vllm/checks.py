@@ -12,7 +12,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.shard import shard
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import ConfigError, RuntimeMismatchError
-from kvq_calib.integrations.vllm.pages import LayerPages
+from kvq_calib.integrations.vllm.pages import LayerPages, page_bytes_of_ranks
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.schema.geometry import KVGeometry
 
@@ -84,9 +84,7 @@ def check_configuration(config: Any, version: str, platform: str) -> None:
     artifact = artifact_of(artifact_name(config))
     artifact.check_model(model_fingerprint(SimpleNamespace(config=config.model_config.hf_config)))  # type: ignore[arg-type]
     check_artifact(artifact)
-    ranks = config.parallel_config.tensor_parallel_size
-    for rank in range(ranks if ranks > 1 else 0):
-        shard(artifact, rank, ranks)
+    page_bytes_of_ranks(artifact, config.parallel_config.tensor_parallel_size)
 
 
 def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
