@@ -49,7 +49,7 @@ def configuration(hf_config: Any, file: str | None, **changes: dict[str, Any]) -
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
         },
-        "model_config": {"hf_config": hf_config},
+        "model_config": {"hf_config": hf_config, "dtype": torch.float16},
     }
     made = {name: SimpleNamespace(**{**known, **changes.get(name, {})}) for name, known in sections.items()}
     whole = {
@@ -88,11 +88,19 @@ def test_a_configuration_that_cannot_be_served_is_refused_in_one_line(served, ch
 
 @pytest.mark.parametrize(
     ("version", "platform", "words"),
-    [("0.31.2", "cpu", "tested with vLLM 0.32"), ("0.3", "cpu", "this is 0.3"), (VERSION, "cuda", "'cuda'")],
+    [("0.31.2", "cpu", "tested with vLLM 0.32"), ("0.3", "cpu", "this is 0.3"), (VERSION, "tpu", "'tpu'")],
 )
 def test_other_versions_and_platforms_are_refused(served, version, platform, words):
     with pytest.raises(KVQError, match=re.escape(words)):
         check_configuration(configuration(*served), version, platform)
+
+
+def test_a_gpu_takes_half_precision(served):
+    check_configuration(configuration(*served), VERSION, "cuda")
+    single = {"hf_config": served[0], "dtype": torch.float32}
+    check_configuration(configuration(*served, model_config=single), VERSION, "cpu")
+    with pytest.raises(KVQError, match="use float16 or bfloat16"):
+        check_configuration(configuration(*served, model_config=single), VERSION, "cuda")
 
 
 def test_another_model_is_refused(served):

