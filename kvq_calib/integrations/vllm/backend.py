@@ -108,8 +108,8 @@ class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[misc]
     """Makes the metadata of a step.
 
-    It supports no graphs, which for vLLM means: graphs of what stands between attention layers. Attention itself depends
-    on lengths, which the host knows.
+    It supports no graphs, which for vLLM means: graphs of what stands between attention layers. Attention itself
+    depends on lengths, which the host knows.
     """
 
     def __init__(
