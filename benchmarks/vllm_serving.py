@@ -1,11 +1,12 @@
 """vLLM with the packed cache and with its default cache: tokens that fit, and tokens per second at equal memory.
 
     python benchmarks/vllm_serving.py MODEL --artifact FILE [--artifact ...] [--dtype bfloat16 --dtype float32]
-        [--memory 0.75] [--requests 8] [--tokens 4096] [--new 64] [--json FILE]
+        [--memory 2] [--requests 8] [--tokens 4096] [--new 64] [--json FILE] [--rows 1]
 
-Every row is an engine in a separate process. ``one`` and ``many`` time only decode steps, because the prompts are in
-the prefix cache. ``pressed`` times whole requests in ``--pressed-memory``, where vLLM's default cache holds only a few
-at a time. Processor seconds are reported beside wall time, because other load on the machine hardly changes them.
+Every row is an engine in a separate process. ``decode`` times only decode steps, of one request and of all, because the
+prompts are in the prefix cache. ``pressed`` times whole requests with long answers in so little memory that vLLM's
+default cache holds only a few at a time. Processor seconds are reported beside wall time, because other load on the
+machine hardly changes them. Rows that FILE already has are not measured again, so that it can be filled in pieces.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def make_engine(row: dict[str, Any], memory: float) -> tuple[Any, str]:
         row["model"],
         dtype=row["dtype"],
         enforce_eager=True,
-        max_model_len=row["longest"],
+        max_model_len=row["tokens"] + row["new"] + 64,
         max_num_seqs=row["requests"],
         max_num_batched_tokens=2048,
         kv_cache_memory_bytes=int(memory * 2**30),
@@ -111,8 +113,9 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     if row["scenario"] == "pressed":
-        llm, line = make_engine(row, row["pressed_memory"])
+        llm, line = make_engine(row, row["memory"])
         prompts = prompts_of(row["requests"], row["tokens"])
+        seconds_of(llm, prompts_of(1, 33), 2)
         wall, cpu = seconds_of(llm, prompts, row["new"])
         made = row["requests"] * row["new"]
         found = {"s": round(wall, 1), "cpu_s": round(cpu, 1), "tokens_per_s": round(made / wall, 2)}
@@ -135,7 +138,12 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         print(done.stderr[-3000:], file=sys.stderr)
         raise SystemExit(f"{row['name']} in {row['dtype']} failed")
     found = json.loads(results[-1])
-    return {"name": row["name"], "dtype": row["dtype"], "fit": fit_of(found["line"]), **found}
+    return {**known(row), "fit": fit_of(found.pop("line")), **found}
+
+
+def known(row: dict[str, Any]) -> dict[str, Any]:
+    """What tells rows apart in a record."""
+    return {name: value for name, value in row.items() if name not in ("model", "artifact")}
 
 
 def main() -> None:
@@ -146,36 +154,57 @@ def main() -> None:
     parser.add_argument("--artifact", action="append", default=[])
     parser.add_argument("--dtype", action="append")
     parser.add_argument("--memory", type=float, default=2.0, help="GiB")
-    parser.add_argument("--pressed-memory", type=float, default=0.25, help="GiB")
     parser.add_argument("--scenario", action="append", choices=["decode", "pressed"])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument(
+        "--pressed",
+        type=float,
+        nargs=4,
+        default=[0.1, 16, 256, 512],
+        metavar="N",
+        help="GiB, requests, tokens of each and of its answer",
+    )
+    parser.add_argument("--rows", type=int, help="to measure now; all by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(json.loads(options.one))))
         return
-    shared = {
-        name: getattr(options, name)
-        for name in ("model", "memory", "pressed_memory", "requests", "tokens", "new")
+    done = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    rows = [row for row in rows_of(options) if not any(known(row).items() <= found.items() for found in done)]
+    for row in rows[: options.rows]:
+        done.append(run(row))
+        print(json.dumps(done[-1]), flush=True)
+        if options.json is not None:
+            facts = environment(f"vLLM {_version()}")
+            options.json.write_text(json.dumps({"config": facts, "rows": done}, indent=2) + "\n")
+
+
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    memory, requests, tokens, new = options.pressed
+    shapes = {
+        "decode": (options.memory, options.requests, options.tokens, options.new),
+        "pressed": (memory, int(requests), int(tokens), int(new)),
     }
-    shared["longest"] = options.tokens + options.new + 64
-    results = []
-    for dtype in options.dtype or ["bfloat16"]:
-        for artifact in [None, *options.artifact]:
-            name = "auto" if artifact is None else Path(artifact).name.removesuffix(".kvq.safetensors")
-            row = {**shared, "dtype": dtype, "artifact": artifact, "name": name}
-            for scenario in options.scenario or ["decode", "pressed"]:
-                found = run({**row, "scenario": scenario})
-                results.append(found)
-                print(json.dumps({key: value for key, value in found.items() if key != "line"}), flush=True)
-                if options.json is not None:
-                    facts = environment(
-                        f"vLLM {_version()}, {options.requests} requests of {options.tokens} tokens"
-                    )
-                    options.json.write_text(json.dumps({"config": facts, "rows": results}, indent=2) + "\n")
+    for scenario in options.scenario or shapes:
+        memory, requests, tokens, new = shapes[scenario]
+        for dtype in options.dtype or ["bfloat16"]:
+            for artifact in [None, *options.artifact]:
+                name = "auto" if artifact is None else Path(artifact).name.removesuffix(".kvq.safetensors")
+                yield {
+                    "name": name,
+                    "dtype": dtype,
+                    "scenario": scenario,
+                    "memory": memory,
+                    "requests": requests,
+                    "tokens": tokens,
+                    "new": new,
+                    "model": options.model,
+                    "artifact": artifact,
+                }
 
 
 def _version() -> str:

@@ -156,3 +156,11 @@ def test_command_needs_a_place_for_the_rank(tmp_path):
     assert result.exit_code == 2
     assert "{rank}" in result.output
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_part_knows_which_layers_share_and_what_is_kept_beside():
+    layers = (LAYER, LAYER)
+    shared = KVGeometry(layers=layers, ropes=(ROPE,), attends_to=(0, None, 1, 0), state_bytes=96)
+    part = shard(random_artifact(shared, BY_CHANNEL["scalar"]), 1, 2).geometry
+    assert (part.attends_to, part.state_bytes) == (shared.attends_to, 96)
+    assert [layer.num_kv_heads for layer in part.layers] == [2, 2]

@@ -17,10 +17,11 @@ from test_native_attend import turned, turned_back
 from torch import Tensor
 
 from kvq_calib import KVArtifact
+from kvq_calib.artifact.shard import shard
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.integrations.vllm.decode import NativeDecoding
 from kvq_calib.integrations.vllm.layer import PagedLayer
-from kvq_calib.integrations.vllm.pages import AHEAD, LayerPages, pages_of
+from kvq_calib.integrations.vllm.pages import AHEAD, LayerPages, page_bytes_of_ranks, pages_of
 from kvq_calib.integrations.vllm.step import Step
 from kvq_calib.native.loader import library
 from kvq_calib.runtime.ops import choose_ops
@@ -112,13 +113,15 @@ class Own:
 class Pool:
     """Sequences of one layer in pages that are handed out in no order."""
 
-    def __init__(self, artifact: KVArtifact, index: int, pages: int, backend: str, seed: int = 0) -> None:
+    def __init__(
+        self, artifact: KVArtifact, index: int, pages: int, backend: str, seed: int = 0, least: int = 0
+    ) -> None:
         quantizers = artifact.quantizers()
         ops, _ = choose_ops(quantizers, CPU, backend)
         self.geometry = artifact.geometry.layers[index]
         scaling = self.geometry.head_dim**-0.5
         sinks, decoding = artifact.spec.sink_tokens, NativeDecoding()
-        self.layer = PagedLayer(quantizers[index], ops[index], sinks, scaling, None, decoding)
+        self.layer = PagedLayer(quantizers[index], ops[index], sinks, scaling, None, decoding, least)
         self.generator = torch.Generator().manual_seed(seed)
         shape = pages, self.layer.pages.page_bytes
         self.pool = torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
@@ -164,9 +167,11 @@ def own_codes(own: Own, side: int) -> Tensor:
     return torch.cat(found, dim=1)[:, : 32 * packed.blocks]
 
 
-def in_chunks(artifact: KVArtifact, index: int, backend: str, lengths: list[int], seed: int) -> float:
+def in_chunks(
+    artifact: KVArtifact, index: int, backend: str, lengths: list[int], seed: int, least: int = 0
+) -> float:
     """Feed sequences in random chunks to both; the largest difference of outputs. Codes must be equal."""
-    pool, choose = Pool(artifact, index, 24, backend, seed), random.Random(seed)
+    pool, choose = Pool(artifact, index, 24, backend, seed, least), random.Random(seed)
     own = [Own(artifact, index, backend) for _ in lengths]
     tables, done, worst = [pool.table(length) for length in lengths], [0] * len(lengths), 0.0
     while done != lengths:
@@ -237,6 +242,18 @@ def test_thin_pages_have_room_for_the_newest_tokens():
     pair = artifact.quantizers()[0]
     assert LayerPages(pair["key"], pair["value"], 0).page_bytes == 2 * 2 * 32 * 32 + 4 * 256
     assert in_chunks(artifact, 0, "torch", [290, 96], seed=2) < 1e-5
+
+
+def test_ranks_have_pages_of_one_size(backend):
+    artifact = random_artifact(GEOMETRY, RECIPES["trellis"])
+    parts = [shard(artifact, rank, 2) for rank in range(2)]
+    pairs = [part.quantizers()[0] for part in parts]
+    own = [LayerPages(pair["key"], pair["value"], 40).page_bytes for pair in pairs]
+    assert own[0] != own[1]
+    (size,) = page_bytes_of_ranks(artifact, 2)
+    assert size == max(own)
+    for part in parts:
+        assert in_chunks(part, 0, backend, [290, 96], seed=4, least=size + 64) < 1e-5
 
 
 def test_outliers_are_refused():

@@ -21,7 +21,9 @@ from kvq_calib.integrations.vllm.checks import (
     TESTED,
     artifact_of,
     check_artifact,
+    check_attention,
     check_configuration,
+    check_layer,
 )
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
@@ -47,7 +49,7 @@ def configuration(hf_config: Any, file: str | None, **changes: dict[str, Any]) -
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
         },
-        "model_config": {"hf_config": hf_config},
+        "model_config": {"hf_config": hf_config, "dtype": torch.float16},
     }
     made = {name: SimpleNamespace(**{**known, **changes.get(name, {})}) for name, known in sections.items()}
     whole = {
@@ -86,11 +88,19 @@ def test_a_configuration_that_cannot_be_served_is_refused_in_one_line(served, ch
 
 @pytest.mark.parametrize(
     ("version", "platform", "words"),
-    [("0.31.2", "cpu", "tested with vLLM 0.32"), ("0.3", "cpu", "this is 0.3"), (VERSION, "cuda", "'cuda'")],
+    [("0.31.2", "cpu", "tested with vLLM 0.32"), ("0.3", "cpu", "this is 0.3"), (VERSION, "tpu", "'tpu'")],
 )
 def test_other_versions_and_platforms_are_refused(served, version, platform, words):
     with pytest.raises(KVQError, match=re.escape(words)):
         check_configuration(configuration(*served), version, platform)
+
+
+def test_a_gpu_takes_half_precision(served):
+    check_configuration(configuration(*served), VERSION, "cuda")
+    single = {"hf_config": served[0], "dtype": torch.float32}
+    check_configuration(configuration(*served, model_config=single), VERSION, "cpu")
+    with pytest.raises(KVQError, match="use float16 or bfloat16"):
+        check_configuration(configuration(*served, model_config=single), VERSION, "cuda")
 
 
 def test_another_model_is_refused(served):
@@ -104,11 +114,17 @@ def test_a_file_that_is_not_there_is_refused(served, tmp_path):
         check_configuration(configuration(served[0], str(tmp_path / "gone.kvq.safetensors")), VERSION, "cpu")
 
 
-def artifact(spec: Any, rope: dict[str, Any] | None = None, **layer: Any) -> KVArtifact:
+def artifact(
+    spec: Any, rope: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **layer: Any
+) -> KVArtifact:
     known = {"pairs": ((0, 4), (1, 5)), "inv_freq": (1.0, 0.5), **(rope or {})}
     shape = {"num_query_heads": 2, "num_kv_heads": 2, "head_dim": 8, "rope": 0, **layer}
-    geometry = KVGeometry(layers=(LayerGeometry(**shape),), ropes=(RopeSpec(**known),))
+    geometry = KVGeometry(layers=(LayerGeometry(**shape),), ropes=(RopeSpec(**known),), **(model or {}))
     return replace(random_artifact(geometry, spec), calibration={"recipe": "nuq4-1p"})
+
+
+def dense(**options: Any) -> KVArtifact:
+    return artifact(recipe(key=DENSE, value=DENSE), **options)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +133,13 @@ def artifact(spec: Any, rope: dict[str, Any] | None = None, **layer: Any) -> KVA
         (lambda: artifact(recipe()), "the recipe nuq4-1p keeps outliers"),
         (lambda: artifact(recipe()), "calibrate with --config nuq4, or kvq3"),
         (lambda: artifact(recipe(key=DENSE, value=DENSE, recent_tokens=64)), "--set cache.recent_tokens=0"),
-        (lambda: artifact(recipe(key=DENSE, value=DENSE), sliding_window=64), "sliding windows"),
-        (lambda: artifact(recipe(key=DENSE, value=DENSE), {"length_dependent": True}), "length of the text"),
+        (lambda: dense(sliding_window=64), "sliding windows"),
+        (lambda: dense(rope={"length_dependent": True}), "length of the text"),
+        (lambda: dense(model={"attends_to": (0, 0)}), "layers share their keys and values"),
+        (lambda: dense(model={"attends_to": (None, 0)}), "a state beside keys and values"),
+        (lambda: dense(model={"state_bytes": 64}), "a state beside keys and values"),
+        (lambda: dense(swapped=True), "layer 0 caches a latent"),
+        (lambda: dense(value_head_dim=16), "8 channels in keys and 16 in values"),
         (lambda: artifact(recipe(key={**DENSE, "pre_rope": False}, value=DENSE)), "cache.key.pre_rope=true"),
         (lambda: artifact(recipe(key=DENSE, value=DENSE, sink_tokens=300)), "300 first tokens"),
     ],
@@ -127,6 +148,34 @@ def test_an_artifact_that_pages_cannot_hold_is_refused(made, words):
     with pytest.raises(KVQError, match=re.escape(words)) as caught:
         check_artifact(made())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"alibi_slopes": [0.5]}, "alibi slopes"),
+        ({"sliding_window": 64}, "sliding windows"),
+        ({"sinks": torch.zeros(2)}, "attention sinks in the softmax"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "layers that share their cache"),
+    ],
+)
+def test_attention_that_is_not_served_is_refused(asked, words):
+    none = dict.fromkeys(("alibi_slopes", "sliding_window", "sinks", "kv_sharing_target_layer_name"))
+    check_attention(**none)
+    with pytest.raises(KVQError, match=words) as caught:
+        check_attention(**{**none, **asked})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [((1, 2, 2, 8), "1 layers, and the model a layer 1"), ((0, 4, 2, 8), "(2, 2, 8)"), ((0, 2, 2, 16), "16")],
+)
+def test_layers_that_differ_from_the_artifact_are_refused(layer, words):
+    geometry = dense().geometry
+    check_layer(geometry, 0, 2, 2, 8)
+    with pytest.raises(KVQError, match=re.escape(words)):
+        check_layer(geometry, *layer)
 
 
 def test_ranks_have_parts_of_their_own(served):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.errors import ConfigError
-from kvq_calib.schema.geometry import KINDS, KVGeometry, LayerGeometry
+from kvq_calib.schema.geometry import KINDS, LayerGeometry
 
 __all__ = ["shard"]
 
@@ -49,7 +49,7 @@ def shard(artifact: KVArtifact, rank: int, ranks: int) -> KVArtifact:
         layers.append(LayerParams(own["key"], own["value"]))
     return replace(
         artifact,
-        geometry=KVGeometry(layers=tuple(shapes), ropes=artifact.geometry.ropes),
+        geometry=artifact.geometry.model_copy(update={"layers": tuple(shapes)}),
         layers=tuple(layers),
         calibration={**artifact.calibration, "shard": {"rank": rank, "ranks": ranks}},
         # Outliers are counted per layer at calibration, so every head is assumed to have the same number.

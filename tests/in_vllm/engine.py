@@ -25,15 +25,20 @@ TOKENS = 600
 def folder_of(model: str, folder: Path) -> None:
     """Write a model that transformers reads, a ``.gguf`` file for instance, as vLLM reads it."""
     loaded = load_model(model, device="cpu", dtype="float32")
-    state = {name: tensor.contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
-    if loaded.model.config.tie_word_embeddings:
+    save(loaded.model, folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write weights and configuration; transformers refuses to for what it read from a ``.gguf`` file."""
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = loaded.model.config.to_dict()
+    config = model.config.to_dict()
     config.pop("quantization_config", None)
-    config |= {"architectures": [type(loaded.model).__name__], "dtype": "float32"}
+    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, default=str))
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def texts(tokenizer: Any, count: int = 5) -> list[list[int]]:

@@ -6,7 +6,6 @@ the likelihood of single tokens by a tenth. Means over a text hardly move.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,30 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import Own, engine, folder_of, generated, prompt_nll, texts
+from engine import Own, engine, generated, prompt_nll, texts
 
 from kvq_calib.errors import KVQError
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
-ROOT = Path(__file__).parent.parent.parent
-COMMITTED = ROOT / "benchmarks" / "artifacts" / "smollm2-135m-wikitext2"
-MODEL = os.environ.get("KVQ_TEST_MODEL", "")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not MODEL, reason="KVQ_TEST_MODEL names no model; make test-vllm does"),
     pytest.mark.filterwarnings("default"),  # of vLLM and what it imports
 ]
 #: By which means may differ.
 SLACK = 0.01
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("model")
-    folder_of(MODEL, made)
-    return made
 
 
 @pytest.fixture(scope="session")
@@ -46,21 +34,21 @@ def own(folder: Path) -> Own:
 
 
 @pytest.fixture(scope="session")
-def nuq4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nuq4(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with scales of tokens and without outliers."""
     file = tmp_path_factory.mktemp("nuq4") / "nuq4.kvq.safetensors"
     run = "from kvq_calib.cli.main import calibrate; calibrate()"
     options = ["--config", "nuq4", "--dataset", "python-docs", "--samples", "4", "--seqlen", "512"]
-    subprocess.run([sys.executable, "-c", run, MODEL, "-o", str(file), *options], check=True)
+    subprocess.run([sys.executable, "-c", run, real_model, "-o", str(file), *options], check=True)
     return file
 
 
 @pytest.fixture(params=["kvq3", "nuq4"])
-def artifact(request: pytest.FixtureRequest) -> Path:
+def artifact(committed: Path, request: pytest.FixtureRequest) -> Path:
     if request.param == "nuq4":
         made: Path = request.getfixturevalue("nuq4")
         return made
-    return COMMITTED / f"{request.param}.kvq.safetensors"
+    return committed / f"{request.param}.kvq.safetensors"
 
 
 def mean(numbers: list[float]) -> float:
@@ -108,9 +96,9 @@ def test_preempted_sequences_go_on(folder, own, artifact):
     assert differences(own, artifact, prompts, found) < SLACK
 
 
-def test_more_tokens_fit(folder):
+def test_more_tokens_fit(folder, committed):
     def tokens(name: str | None) -> int:
-        file = None if name is None else COMMITTED / f"{name}.kvq.safetensors"
+        file = None if name is None else committed / f"{name}.kvq.safetensors"
         with engine(folder, file, dtype="bfloat16") as llm:
             return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
 
@@ -130,10 +118,10 @@ def test_more_tokens_fit(folder):
         ("kvq3", {"additional_config": {}}, "needs an artifact"),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_start(folder, name, options, words):
+def test_what_cannot_be_served_is_refused_at_start(folder, committed, name, options, words):
     known: dict[str, Any] = {
         "attention_backend": "CUSTOM",
-        "additional_config": {"kvq_artifact": str(COMMITTED / f"{name}.kvq.safetensors")},
+        "additional_config": {"kvq_artifact": str(committed / f"{name}.kvq.safetensors")},
     }
     with pytest.raises(KVQError, match=re.escape(words)), engine(folder, None, **{**known, **options}):
         pass

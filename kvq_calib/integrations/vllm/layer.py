@@ -28,6 +28,7 @@ class PagedLayer:
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
         decoding: the same for all layers; makes native kernels serve sequences with one new token.
+        least_bytes: of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class PagedLayer:
         scaling: float,
         softcap: float | None = None,
         decoding: NativeDecoding | None = None,
+        least_bytes: int = 0,
     ) -> None:
-        self.pages = LayerPages(quantizers["key"], quantizers["value"], sink_tokens)
+        self.pages = LayerPages(quantizers["key"], quantizers["value"], sink_tokens, least_bytes)
         self.ops = ops
         self.scaling, self.softcap = scaling, softcap
         self._native = None if decoding is None else decoding.of(ops, self.pages)

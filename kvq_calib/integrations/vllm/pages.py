@@ -16,16 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.artifact.shard import shard
 from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, STORAGE_BYTES
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
-__all__ = ["AHEAD", "LayerPages", "SequenceStorage", "pages_of"]
+__all__ = ["AHEAD", "LayerPages", "SequenceStorage", "page_bytes_of_ranks", "pages_of"]
 
 #: Pages that a sequence needs beyond those that its tokens fill.
 AHEAD = 1
@@ -70,6 +73,8 @@ class LayerPages:
     Args:
         key, value: quantizers of the layer.
         sink_tokens: exact first tokens of a sequence.
+        least_bytes: of a page, which has nothing at its end where it needs fewer: vLLM wants pages of one size on all
+            ranks, and widths of channels give their heads different ones (:func:`page_bytes_of_ranks`).
 
     Attributes:
         page_bytes: of a page.
@@ -78,7 +83,7 @@ class LayerPages:
         RuntimeMismatchError: pages cannot hold what this recipe stores.
     """
 
-    def __init__(self, key: Quantizer, value: Quantizer, sink_tokens: int) -> None:
+    def __init__(self, key: Quantizer, value: Quantizer, sink_tokens: int, least_bytes: int = 0) -> None:
         self.quantizers = key, value
         self.sink_tokens = sink_tokens
         if key.layout.outlier_cap or value.layout.outlier_cap:
@@ -96,13 +101,28 @@ class LayerPages:
         self._end = max(self._end, least)  # scales of tokens are never overwritten, for they must be numbers
         token = [self._area(2 * STORAGE_BYTES * PAGE_TOKENS * q.layout.token_params) for q in self.quantizers]
         sinks = [self._area(STORAGE_BYTES * sink_tokens * q.layout.channels) for q in self.quantizers]
-        self.page_bytes = self._end
+        self.page_bytes = max(self._end, least_bytes)
         self.areas = tuple(_TensorAreas(*areas) for areas in zip(codes, token, sinks, tails, strict=True))
 
     def _area(self, size: int) -> _Area:
         area = _Area(self._end, size)
         self._end += _whole(size)
         return area
+
+    def of_all(self, pool: Tensor, side: int, name: Literal["token", "sinks", "tail"]) -> Tensor:
+        """An area of every page, in the storage dtype: scales ``[pages, 256, 2]``, tokens ``[pages, H, n, D]``.
+
+        Args:
+            pool: uint8 ``[pages, page_bytes]`` of the layer.
+            side: 0 for keys, 1 for values.
+            name: of the area, which is not empty.
+        """
+        area: _Area = getattr(self.areas[side], name)
+        layout = self.quantizers[side].layout
+        numbers: Tensor = pool[:, area.start : area.start + area.size].view(self.quantizers[side].storage)
+        shape = (PAGE_TOKENS, 2) if name == "token" else (layout.heads, -1, layout.head_dim)
+        found: Tensor = numbers.unflatten(1, shape)
+        return found
 
     def packed_page(self, pool: Tensor, page: int, side: int) -> Page:
         """A page's codes and scales.
@@ -130,6 +150,28 @@ class LayerPages:
         page = table[tokens // PAGE_TOKENS + AHEAD]
         layout, numbers = quantizer.layout, areas.tail.of(pool[page], quantizer.storage)
         return numbers.view(1, layout.heads, BLOCK_TOKENS, layout.head_dim)
+
+
+def page_bytes_of_ranks(artifact: KVArtifact, ranks: int) -> list[int]:
+    """Bytes of a page of each layer that suffice on every rank.
+
+    Args:
+        artifact: of the whole model.
+        ranks: that divide its key-value heads.
+
+    Raises:
+        ConfigError: they cannot be divided so.
+        RuntimeMismatchError: pages cannot hold what the recipe stores.
+    """
+    parts = [artifact if ranks == 1 else shard(artifact, rank, ranks) for rank in range(ranks)]
+    each = (
+        [
+            LayerPages(pair["key"], pair["value"], part.spec.sink_tokens).page_bytes
+            for pair in part.quantizers()
+        ]
+        for part in parts
+    )
+    return [max(sizes) for sizes in zip(*each, strict=True)]
 
 
 def pages_of(tokens: int) -> int:

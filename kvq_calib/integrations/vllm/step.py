@@ -17,24 +17,22 @@ from kvq_calib.native.pooled import PooledSequences
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.schema.geometry import RopeSpec
 
-__all__ = ["Row", "Step"]
+__all__ = ["NewTokens", "Row", "Step"]
 
 
 @dataclass(frozen=True)
-class Row:
+class NewTokens:
     """The new tokens of one sequence.
 
     Attributes:
         start, stop: they are tokens ``start`` to ``stop - 1`` of the step.
         length: tokens of the sequence, these included.
-        table: its pages, in order.
         sink_tokens: exact first tokens of a sequence.
     """
 
     start: int
     stop: int
     length: int
-    table: Sequence[int]
     sink_tokens: int
 
     @property
@@ -51,6 +49,17 @@ class Row:
     def only_kept(self) -> bool:
         """Whether one new token ends no block and is none of the first."""
         return self.count == 1 and self.length % BLOCK_TOKENS != 0 and self.held >= self.sink_tokens
+
+
+@dataclass(frozen=True)
+class Row(NewTokens):
+    """The new tokens of one sequence, and its pages.
+
+    Attributes:
+        table: the pages, in order.
+    """
+
+    table: Sequence[int]
 
     @cached_property
     def slots(self) -> SlotTable:
@@ -127,7 +136,7 @@ class Step:
                 table = self.tables[number].tolist()
                 if not 0 < stop - start <= length or pages_of(length) + AHEAD > len(table):
                     raise RuntimeMismatchError(f"{length} tokens do not fit {len(table)} pages")
-                yield Row(start, stop, length, table, self.sink_tokens)
+                yield Row(start, stop, length, self.sink_tokens, table)
 
     @cached_property
     def single(self) -> Tensor:

@@ -15,7 +15,7 @@ from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, AppendParams, Append
 from kvq_calib.runtime.cuda.tables import QuantizerTables
 from kvq_calib.runtime.storage import LayerStorage, PackedTensor
 
-__all__ = ["append_blocks"]
+__all__ = ["append_blocks", "launch_append", "side_params"]
 
 #: Pages that one launch of the append kernel fills: bounds its work space.
 APPEND_PAGES = 64
@@ -72,7 +72,7 @@ class _Side:
         self.place = packed.blocks % PAGE_BLOCKS
         self.pages = -(-(self.place + self.blocks) // PAGE_BLOCKS)
         self.outliers: _Outliers | None = None
-        self._rows = torch.empty(0)
+        self.rows = torch.empty(0)
 
     def _check(self) -> None:
         table, x = self.table, self.x
@@ -95,7 +95,7 @@ class _Side:
         packed, table = self.packed, self.table
         new = self.pages if self.place == 0 else self.pages - 1
         packed.pages.extend(packed.new_page() for _ in range(new))
-        self._rows = page_rows(packed.pages[len(packed.pages) - self.pages :]).to(table.device)
+        self.rows = page_rows(packed.pages[len(packed.pages) - self.pages :]).to(table.device)
         if table.cap:
             shape = (self.blocks, self.batch, BLOCK_TOKENS * table.cap)
             self.outliers = _Outliers(
@@ -103,45 +103,6 @@ class _Side:
                 torch.empty(shape, dtype=table.storage, device=table.device),
                 torch.empty(*shape[:2], table.heads, dtype=torch.int32, device=table.device),
             )
-
-    def params(self) -> AppendSide:
-        """As the kernel takes them."""
-        table, x = self.table, self.x
-        side = AppendSide(
-            x=x.data_ptr(),
-            pages=self._rows.data_ptr(),
-            scale=pointer(table.scale),
-            reciprocal=pointer(table.reciprocal),
-            zero_point=pointer(table.zero_point),
-            levels=pointer(table.levels),
-            boundaries=pointer(table.boundaries),
-            coefficients=pointer(table.coefficients),
-            bits=table.bits.data_ptr(),
-            word_offset=table.word_offset.data_ptr(),
-            compensation=pointer(table.compensation),
-            refinement=pointer(table.refinement),
-            token_weight=pointer(table.token_weight),
-            weight_edge=pointer(table.weight_edges),
-            feedback=pointer(table.feedback),
-            refinements=table.refinements,
-            type=TYPES[x.dtype],
-            words=table.words,
-            token=int(table.token),
-            channel_normalized=int(table.channel_normalized),
-            per_side=table.per_side,
-            cap=table.cap,
-            capacity=BLOCK_TOKENS * table.cap,
-            storage_bfloat=int(table.storage_bfloat),
-            paths=int(table.paths),
-        )
-        side.stride[:] = x.stride()[:3]
-        if table.pair_rotation is not None:
-            side.cosine, side.sine, side.partner = (part.data_ptr() for part in table.pair_rotation)
-        if self.outliers is not None:
-            side.outlier_index = self.outliers.index.data_ptr()
-            side.outlier_residual = self.outliers.residual.data_ptr()
-            side.outlier_count = self.outliers.count.data_ptr()
-        return side
 
 
 @dataclass(frozen=True)
@@ -153,22 +114,54 @@ class _Outliers:
     count: Tensor
 
 
+def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: _Outliers | None) -> AppendSide:
+    """Keys or values ``[B, H, T, D]`` on their way into the pages whose addresses are ``rows``, for the kernel."""
+    side = AppendSide(
+        x=x.data_ptr(),
+        pages=rows.data_ptr(),
+        scale=pointer(table.scale),
+        reciprocal=pointer(table.reciprocal),
+        zero_point=pointer(table.zero_point),
+        levels=pointer(table.levels),
+        boundaries=pointer(table.boundaries),
+        coefficients=pointer(table.coefficients),
+        bits=table.bits.data_ptr(),
+        word_offset=table.word_offset.data_ptr(),
+        compensation=pointer(table.compensation),
+        refinement=pointer(table.refinement),
+        token_weight=pointer(table.token_weight),
+        weight_edge=pointer(table.weight_edges),
+        feedback=pointer(table.feedback),
+        refinements=table.refinements,
+        type=TYPES[x.dtype],
+        words=table.words,
+        token=int(table.token),
+        channel_normalized=int(table.channel_normalized),
+        per_side=table.per_side,
+        cap=table.cap,
+        capacity=BLOCK_TOKENS * table.cap,
+        storage_bfloat=int(table.storage_bfloat),
+        paths=int(table.paths),
+    )
+    side.stride[:] = x.stride()[:3]
+    if table.pair_rotation is not None:
+        side.cosine, side.sine, side.partner = (part.data_ptr() for part in table.pair_rotation)
+    if outliers is not None:
+        side.outlier_index = outliers.index.data_ptr()
+        side.outlier_residual = outliers.residual.data_ptr()
+        side.outlier_count = outliers.count.data_ptr()
+    return side
+
+
 def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
     """One launch, and one for the outliers of each side."""
     key = sides[0]
     for side in sides:
         side.open_pages()
-    head_warps, shared = _shared_memory(launcher, sides)
-    params = AppendParams(
-        batch=key.batch,
-        heads=key.table.heads,
-        head_dim=key.table.head_dim,
-        first_block=key.place,
-        head_warps=head_warps,
-    )
-    params.side[:] = [side.params() for side in sides]
-    grid = (key.blocks, key.batch, 2)
-    launcher.kernel(_SOURCE, (), "append_blocks", AppendParams)(grid, _THREADS, shared, params)
+    table = key.table
+    params = AppendParams(batch=key.batch, heads=table.heads, head_dim=table.head_dim, first_block=key.place)
+    params.side[:] = [side_params(side.table, side.x, side.rows, side.outliers) for side in sides]
+    launch_append(launcher, (table, sides[1].table), params, key.blocks)
     counts = [(side, side.outliers) for side in sides if side.outliers is not None]
     if counts:
         totals = torch.stack([outliers.count.flatten(1).sum(1) for _, outliers in counts])
@@ -178,13 +171,21 @@ def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
         side.packed.blocks += side.blocks
 
 
-def _shared_memory(launcher: Launcher, sides: tuple[_Side, _Side]) -> tuple[int, int]:
+def launch_append(
+    launcher: Launcher, tables: tuple[QuantizerTables, QuantizerTables], params: AppendParams, blocks: int
+) -> None:
+    """Code blocks of keys and values."""
+    params.head_warps, shared = _shared_memory(launcher, tables)
+    kernel = launcher.kernel(_SOURCE, (), "append_blocks", AppendParams)
+    kernel((blocks, params.batch, 2), _THREADS, shared, params)
+
+
+def _shared_memory(launcher: Launcher, tables: tuple[QuantizerTables, QuantizerTables]) -> tuple[int, int]:
     """Heads whose errors are compensated side by side, and bytes of a thread block: ``Work`` and ``HeadWork`` there."""
-    table = sides[0].table
-    heads, size = table.heads, table.head_dim
+    heads, size = tables[0].heads, tables[0].head_dim
     chunks = -(-size // 32)
     shared = 4 * 5 * BLOCK_TOKENS + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks
-    if all(side.table.compensation is None for side in sides):
+    if all(table.compensation is None for table in tables):
         return 0, shared
     of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
     head_warps = min(heads, _WARPS, max(launcher.shared_limit // of_head, 1))

@@ -1,0 +1,50 @@
+"""Packing into pages of which the device alone knows where they stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
+from kvq_calib.errors import RuntimeMismatchError
+from kvq_calib.runtime.cuda.append import launch_append, side_params
+from kvq_calib.runtime.cuda.launcher import Launcher
+from kvq_calib.runtime.cuda.structs import AppendParams, check
+from kvq_calib.runtime.cuda.tables import QuantizerTables
+
+__all__ = ["append_to_rows"]
+
+
+def append_to_rows(
+    launcher: Launcher,
+    tables: tuple[QuantizerTables, QuantizerTables],
+    rows: tuple[Tensor, Tensor],
+    place: int,
+    tokens: tuple[Tensor, Tensor],
+) -> None:
+    """Quantize and pack whole blocks of one sequence into pages that are there already; the host reads nothing.
+
+    Args:
+        launcher: runs the kernel.
+        tables: of the layer's keys and values, which have no outliers; heads are of one size.
+        rows: where the pages of the blocks stand, of keys and of values: int64 ``[n, 6]`` on the device, as
+            :func:`~kvq_calib.runtime.cuda.pages.page_rows` makes them.
+        place: of the first block in the first of the pages.
+        tokens: storage dtype ``[1, H, 32 * m, D]`` each, contiguous.
+
+    Raises:
+        RuntimeMismatchError: a shape, dtype, stride or device is not as promised, or there are outliers.
+    """
+    blocks = tokens[0].shape[2] // BLOCK_TOKENS
+    pages = -(-(place + blocks) // PAGE_BLOCKS)
+    for table, own, x in zip(tables, rows, tokens, strict=True):
+        if table.cap:
+            raise RuntimeMismatchError("pages that are there already have no room for outliers")
+        shape = 1, table.heads, BLOCK_TOKENS * blocks, table.head_dim
+        check(f"new {table.kind}s", x, shape, table.storage, table.device)
+        check("rows of pages", own, (pages, 6), torch.int64, table.device)
+    params = AppendParams(batch=1, heads=tables[0].heads, head_dim=tables[0].head_dim, first_block=place)
+    params.side[:] = [
+        side_params(table, x, own, None) for table, x, own in zip(tables, tokens, rows, strict=True)
+    ]
+    launch_append(launcher, tables, params, blocks)
