@@ -124,6 +124,40 @@ def test_every_width_in_vectors_of_every_length(
         check_equal(quantizer, tokens_of(quantizer, 1, 32 * blocks - 3, blocks), libraries)
 
 
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1, 3, 4, 18, 32]),
+    max_bits=st.integers(1, 7),
+    codec=st.sampled_from(["nearest", "plain", "shaped", "matrix", "factor"]),
+    weighting=st.booleans(),
+    tokens=st.integers(1, 32),
+    steps=st.sampled_from([0.0, 0.5]),
+)
+def test_a_block_alone(
+    libraries: list[Library],
+    seed: int,
+    size: int,
+    max_bits: int,
+    codec: str,
+    weighting: bool,
+    tokens: int,
+    steps: float,
+) -> None:
+    """As decoding closes one: its tokens, or the states of the trellis, stand in the lanes."""
+    quantizer = trellis_quantizer(
+        seed,
+        size=size,
+        max_bits=max_bits,
+        states=1 if codec == "nearest" else 4,
+        compensation={"matrix": (0, 2), "factor": (1, 1)}.get(codec),
+        weighting=weighting and codec != "nearest",
+        shaping=codec == "shaped",
+        steps=steps,
+    )
+    check_equal(quantizer, tokens_of(quantizer, 1, tokens, seed, steps), libraries)
+
+
 @pytest.mark.parametrize("size", [16, 64, 80, 96, 128, 256])
 def test_heads_of_every_size(libraries: list[Library], size: int) -> None:
     quantizer = trellis_quantizer(size, heads=1, size=size, compensation=(4, 1), weighting=True)

@@ -9,33 +9,36 @@
 namespace kvq {
 
 constexpr int kTile = 4;
-// Tokens whose sums for a tile stand in registers.
-constexpr int kSpan = kWidest == 16 ? 4 : 2;
 
-// A head's coordinates in a group of blocks: [D][kPlane] vectors each.
-template <int L>
+// A head's coordinates, V vectors of L lanes each: a block a lane and a token a vector, or one block's tokens in all
+// lanes. The distance from one coordinate to the next is `kStride`.
+template <int L, int V>
 struct Group {
+    static constexpr int kStride = V == kBlock ? kPlane : V;
+    // Vectors whose sums for a tile stand in registers.
+    static constexpr int kSpan = V < 4 || kWidest < 16 ? 2 : 4;
     const Floats<L>* exact;
     Floats<L>* error;
 };
 
 // Add shares[row, j] * error[j] for j from `first` to `stop` - 1 to the sums of `rows` coordinates.
-template <int L>
-void take_up(Floats<L>* sum, const Group<L>& group, const float* shares, int size, int rows, int first, int stop) {
+template <int L, int V>
+void take_up(Floats<L>* sum, const Group<L, V>& group, const float* shares, int size, int rows, int first, int stop) {
+    constexpr int kStride = Group<L, V>::kStride, kSpan = Group<L, V>::kSpan;
     if (rows < kTile) {
         for (int row = 0; row < rows; row++)
             for (int j = first; j < stop; j++) {
                 const Floats<L> share = splat<L>(shares[row * size + j]);
-                for (int t = 0; t < kBlock; t++) sum[row * kBlock + t] += share * group.error[j * kPlane + t];
+                for (int t = 0; t < V; t++) sum[row * V + t] += share * group.error[j * kStride + t];
             }
         return;
     }
-    for (int begin = 0; begin < kBlock; begin += kSpan) {
+    for (int begin = 0; begin < V; begin += kSpan) {
         Floats<L> total[kTile][kSpan];
         for (int row = 0; row < kTile; row++)
-            for (int t = 0; t < kSpan; t++) total[row][t] = sum[row * kBlock + begin + t];
+            for (int t = 0; t < kSpan; t++) total[row][t] = sum[row * V + begin + t];
         for (int j = first; j < stop; j++) {
-            const Floats<L>* error = group.error + j * kPlane + begin;
+            const Floats<L>* error = group.error + j * kStride + begin;
 #pragma GCC unroll 4
             for (int row = 0; row < kTile; row++) {
                 const Floats<L> share = splat<L>(shares[row * size + j]);
@@ -44,27 +47,28 @@ void take_up(Floats<L>* sum, const Group<L>& group, const float* shares, int siz
             }
         }
         for (int row = 0; row < kTile; row++)
-            for (int t = 0; t < kSpan; t++) sum[row * kBlock + begin + t] = total[row][t];
+            for (int t = 0; t < kSpan; t++) sum[row * V + begin + t] = total[row][t];
     }
 }
 
 // What is to be coded of the coordinates `first` to `first + rows - 1`, but for what they take up of each other's
-// errors in this pass: into fed[rows][32]. `shares` is the head's matrix; `again` where this is a refinement pass.
-template <int L>
-void feed_tile(Floats<L>* fed, const Group<L>& group, const float* shares, int size, int first, int rows, bool again) {
+// errors in this pass: into fed[rows][V]. `shares` is the head's matrix; `again` where this is a refinement pass.
+template <int L, int V>
+void feed_tile(Floats<L>* fed, const Group<L, V>& group, const float* shares, int size, int first, int rows,
+               bool again) {
     const float* own = shares + first * size;
     if (again) {  // the errors of later coordinates first, as the pass before left them
-        for (int n = 0; n < rows * kBlock; n++) fed[n] = Floats<L>{};
+        for (int n = 0; n < rows * V; n++) fed[n] = Floats<L>{};
         for (int row = 0; row < rows; row++)
-            take_up<L>(fed + row * kBlock, group, own + row * size, size, 1, first + row + 1, first + rows);
-        take_up<L>(fed, group, own, size, rows, first + rows, size);
+            take_up<L, V>(fed + row * V, group, own + row * size, size, 1, first + row + 1, first + rows);
+        take_up<L, V>(fed, group, own, size, rows, first + rows, size);
     }
     for (int row = 0; row < rows; row++) {
-        const Floats<L>* exact = group.exact + (first + row) * kPlane;
-        Floats<L>* of = fed + row * kBlock;
-        for (int t = 0; t < kBlock; t++) of[t] = again ? exact[t] + of[t] : exact[t];
+        const Floats<L>* exact = group.exact + (first + row) * Group<L, V>::kStride;
+        Floats<L>* of = fed + row * V;
+        for (int t = 0; t < V; t++) of[t] = again ? exact[t] + of[t] : exact[t];
     }
-    take_up<L>(fed, group, own, size, rows, 0, first);
+    take_up<L, V>(fed, group, own, size, rows, 0, first);
 }
 
 }  // namespace kvq

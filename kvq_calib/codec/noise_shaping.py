@@ -37,8 +37,10 @@ def feedback_gains(feedback: Tensor, weight: Tensor | None, batch: int, tokens: 
     gain = feedback.expand(batch, tokens, -1).clone()
     if weight is not None:
         ratio = weight[:, :-1] / weight[:, 1:]
+        # Through float64: torch's own square root of float32 is not the nearest number on every processor.
+        root = ratio.double().sqrt().float()
         # Not "greater": no weight on both sides is a ratio that is no number.
-        root = torch.where(ratio <= _MOST * _MOST, ratio.sqrt(), _MOST)
+        root = torch.where(ratio <= _MOST * _MOST, root, _MOST)
         gain[:, 1:] *= root
     gain[:, ::BLOCK_TOKENS] = 0
     return gain
