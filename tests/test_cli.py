@@ -656,16 +656,21 @@ def test_memory_of_artifacts_shapes_and_the_paper(place, tmp_path):
     assert_one_line(err, "gpt-9", "llama-7b")
 
 
-def test_passkey_reports_only_what_the_model_can_do(place, tmp_path):
-    report = tmp_path / "passkey.json"
+@pytest.mark.parametrize("name", ["recall", "passkey"])
+def test_recall_from_the_command_line(place, tmp_path, name):
+    report = tmp_path / "recall.json"
+    chosen = ["--task", "key-value", "--needles", "2"] if name == "recall" else []
     status, out, err = call(
-        "evaluate", "passkey", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--length", "400",
-        "--depth", "0.5", "--trials", "1", "--json", str(report),
+        "evaluate", name, str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--length", "400",
+        "--texts", "2", *chosen, "--json", str(report),
     )  # fmt: skip
     assert status == 0, err
-    (cell,) = json.loads(report.read_text())["cells"]
-    assert cell["length"] == 400
-    assert cell["passed"]["a"] <= cell["baseline"] <= 1
+    content = json.loads(report.read_text())
+    (cell,) = content["cells"]
+    assert (cell["length"], cell["questions"]) == (400, 4 if chosen else 2)
+    assert cell["artifacts"]["a"]["share"] * cell["questions"] == sum(cell["artifacts"]["a"]["answered"])
+    assert content["config"]["tasks"] == ["key-value" if chosen else "passkey"]
+    assert content["bits_per_element"]["a"].keys() == {"400"}
     assert "unquantized" in out
 
 

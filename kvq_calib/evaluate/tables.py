@@ -24,8 +24,9 @@ from kvq_calib.schema.spec import KINDS
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
     from kvq_calib.evaluate.compare import Comparison
+    from kvq_calib.evaluate.intervals import Interval
     from kvq_calib.evaluate.memory import MemoryReport
-    from kvq_calib.evaluate.passkey import PasskeyCell
+    from kvq_calib.evaluate.recall import RecallCell
     from kvq_calib.model.load import LoadedModel
 
 
@@ -170,24 +171,45 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def passkey_table(cells: Sequence[PasskeyCell]) -> Table:
-    """Passed trials, by length and depth."""
-    table = Table(title="passkey: passed of those that the unquantized model passes")
-    for heading in ("length", "depth", "unquantized", *(cells[0].passed if cells else ())):
+def recall_table(cells: Sequence[RecallCell]) -> Table:
+    """A row per length, kind of question and cache."""
+    table = Table(
+        title="recall: questions answered, with 95% intervals; lost and gained beside the unquantized cache, and the "
+        "difference on the same questions"
+    )
+    for heading in ("length", "task", "cache"):
+        table.add_column(heading, justify="right" if heading == "length" else "left")
+    for heading in ("answered", "share", "lost", "gained", "difference"):
         table.add_column(heading, justify="right")
+
+    def answers(found: Sequence[bool]) -> str:
+        return f"{sum(found)} of {len(found)}"
+
+    def share(value: float, ends: Interval) -> str:
+        return f"{value:.0%} [{ends[0]:.0%}, {ends[1]:.0%}]"
+
     for cell in cells:
-        passed = (f"{n} of {cell.baseline}" if cell.baseline else "-" for n in cell.passed.values())
-        table.add_row(f"{cell.length:,}", f"{cell.depth:.2f}", f"{cell.baseline} of {cell.trials}", *passed)
+        first = (f"{cell.length:,}", cell.kind, "unquantized", answers(cell.baseline), share(*cell.share()))
+        table.add_row(*first, "", "", "")
+        for name, found in cell.found.items():
+            lost, gained = cell.changes(name)
+            value, (low, high) = cell.difference(name)
+            difference = f"{value:+.0%} [{low:+.0%}, {high:+.0%}]"
+            table.add_row(
+                "", "", name, answers(found), share(*cell.share(name)), str(lost), str(gained), difference
+            )
     return table
 
 
-def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str]) -> dict[str, Any]:
-    """The facts needed to repeat a measurement."""
+def run_facts(
+    loaded: LoadedModel, files: Mapping[str, str], text: TokenWindows | None = None
+) -> dict[str, Any]:
+    """What is needed to repeat a measurement; ``text`` where it was on windows of a text."""
     return {
         "model": loaded.name,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(input_device(loaded.model)),
-        "data": dict(text.source),
+        **({} if text is None else {"data": dict(text.source)}),
         "artifact_sha256": {
             name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()
         },
