@@ -674,6 +674,23 @@ def test_recall_from_the_command_line(place, tmp_path, name):
     assert "unquantized" in out
 
 
+def test_generate_from_the_command_line(place, tmp_path):
+    report = tmp_path / "generate.json"
+    status, out, err = call(
+        "evaluate", "generate", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--texts", "2",
+        "--length", "100", "--tokens", "5", "--task", "code", "--task", "copying", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, err
+    content = json.loads(report.read_text())
+    assert [(cell["task"], cell["texts"]) for cell in content["cells"]] == [
+        ("code", 2),
+        ("copying", 2),
+        ("all", 4),
+    ]
+    assert content["config"]["tokens"] == 5
+    assert "edit distance" in out
+
+
 def test_decode_mode_from_the_command_line(place, tmp_path):
     report = tmp_path / "decode.json"
     status, _, err = call(

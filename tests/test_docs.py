@@ -122,6 +122,8 @@ def small(words):
         return [*words, *text, "--samples", "2", "--seqlen", "32", "--device", "cpu"]
     if words[:2] == ["kvq-eval", "recall"]:  # a token is a character here
         return ["1500" if word == "2048" else word for word in words]
+    if words[:2] == ["kvq-eval", "generate"]:
+        return [*words, "--texts", "1", "--length", "64", "--tokens", "4"]
     if words[0] == "kvq-eval" and words[1] != "memory":
         return [*words, *text, "--seqlen", "32", "--windows", "1"]
     return words

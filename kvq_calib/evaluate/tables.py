@@ -24,6 +24,7 @@ from kvq_calib.schema.spec import KINDS
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
     from kvq_calib.evaluate.compare import Comparison
+    from kvq_calib.evaluate.generate import GenerateCell
     from kvq_calib.evaluate.intervals import Interval
     from kvq_calib.evaluate.memory import MemoryReport
     from kvq_calib.evaluate.recall import RecallCell
@@ -198,6 +199,37 @@ def recall_table(cells: Sequence[RecallCell]) -> Table:
             table.add_row(
                 "", "", name, answers(found), share(*cell.share(name)), str(lost), str(gained), difference
             )
+    return table
+
+
+def generate_table(cells: Sequence[GenerateCell], bits: Mapping[str, float]) -> Table:
+    """A row per task and artifact; ``bits`` per element of each artifact."""
+    table = Table(
+        title="greedy continuations beside the unquantized model's: means over texts and their standard errors"
+    )
+    for heading in ("task", "artifact"):
+        table.add_column(heading)
+    for heading in ("bits/element", "texts", "same tokens", "same until", "edit distance", "all the same"):
+        table.add_column(heading, justify="right")
+
+    def mean(cell: GenerateCell, figure: str, form: str) -> str:
+        value, error = cell.mean(figure)
+        return form.format(value) + ("" if error is None else " ± " + form.format(error))
+
+    before = ""
+    for cell in cells:
+        same = sum(one.same for one in cell.deviations)
+        table.add_row(
+            "" if cell.task == before else cell.task,
+            cell.name,
+            f"{bits[cell.name]:.3f}",
+            str(len(cell.deviations)),
+            mean(cell, "agreement", "{:.1%}"),
+            mean(cell, "first_difference", "{:.0f}"),
+            mean(cell, "edit_distance", "{:.3f}"),
+            f"{same} of {len(cell.deviations)}",
+        )
+        before = cell.task
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from kvq_calib.cli.evaluate.compare import compare_command
+from kvq_calib.cli.evaluate.generate import generate_command
 from kvq_calib.cli.evaluate.memory import memory_command
 from kvq_calib.cli.evaluate.perplexity import perplexity_command
 from kvq_calib.cli.evaluate.recall import passkey_command, recall_command
@@ -25,6 +26,7 @@ for command in (
     compare_command,
     recall_command,
     passkey_command,
+    generate_command,
     memory_command,
     report_command,
 ):
