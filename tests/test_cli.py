@@ -117,7 +117,8 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     first, second = content["artifacts"]
     assert [first["name"], second["name"]] == ["a", "b"]
     assert set(first) == {
-        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_windows",
+        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_positions",
+        "kl_windows",
         "top1_agreement", "tokens", "seconds", "mode",
     }  # fmt: skip
     assert len(first["kl_windows"]) == content["config"]["windows_measured"] == 2
