@@ -124,16 +124,16 @@ def find_budget(target: float, measured: Callable[[float], float]) -> tuple[floa
 
 def _next(target: float, tried: Mapping[int, float], below: int, above: int) -> int:
     """Where to measure next, between two places."""
+    distance = {place: math.log(max(kl, 1e-12) / target) for place, kl in tried.items()}
     if below in tried and above in tried:
-        low, high = (math.log(max(tried[at], 1e-12) / target) for at in (below, above))
-        guess = (
-            (below + above) / 2
-            if len(tried) > _INTERPOLATIONS
-            else below + (above - below) * low / (low - high)
-        )
-    else:
-        (known,) = (at for at in (below, above) if at in tried)
-        guess = known - math.log(max(tried[known], 1e-12) / target) / (_SLOPE * STEP)
+        if len(tried) > _INTERPOLATIONS:
+            guess = (below + above) / 2
+        else:
+            low, high = distance[below], distance[above]
+            guess = below + (above - below) * low / (low - high)
+    else:  # all are on one side of the target: from the nearest on, ever further
+        nearest = below if below in tried else above
+        guess = nearest - len(tried) * distance[nearest] / (_SLOPE * STEP)
     return min(max(math.ceil(guess), below + 1), above - 1)
 
 
