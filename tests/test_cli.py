@@ -117,7 +117,8 @@ def test_calibrate_then_evaluate_then_inspect(place, tmp_path):
     first, second = content["artifacts"]
     assert [first["name"], second["name"]] == ["a", "b"]
     assert set(first) == {
-        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_windows",
+        "name", "bits_per_element", "perplexity", "baseline_perplexity", "kl_mean", "kl_p99", "kl_positions",
+        "kl_windows",
         "top1_agreement", "tokens", "seconds", "mode",
     }  # fmt: skip
     assert len(first["kl_windows"]) == content["config"]["windows_measured"] == 2
@@ -656,17 +657,39 @@ def test_memory_of_artifacts_shapes_and_the_paper(place, tmp_path):
     assert_one_line(err, "gpt-9", "llama-7b")
 
 
-def test_passkey_reports_only_what_the_model_can_do(place, tmp_path):
-    report = tmp_path / "passkey.json"
+@pytest.mark.parametrize("name", ["recall", "passkey"])
+def test_recall_from_the_command_line(place, tmp_path, name):
+    report = tmp_path / "recall.json"
+    chosen = ["--task", "key-value", "--needles", "2"] if name == "recall" else []
     status, out, err = call(
-        "evaluate", "passkey", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--length", "400",
-        "--depth", "0.5", "--trials", "1", "--json", str(report),
+        "evaluate", name, str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--length", "400",
+        "--texts", "2", *chosen, "--json", str(report),
     )  # fmt: skip
     assert status == 0, err
-    (cell,) = json.loads(report.read_text())["cells"]
-    assert cell["length"] == 400
-    assert cell["passed"]["a"] <= cell["baseline"] <= 1
+    content = json.loads(report.read_text())
+    (cell,) = content["cells"]
+    assert (cell["length"], cell["questions"]) == (400, 4 if chosen else 2)
+    assert cell["artifacts"]["a"]["share"] * cell["questions"] == sum(cell["artifacts"]["a"]["answered"])
+    assert content["config"]["tasks"] == ["key-value" if chosen else "passkey"]
+    assert content["bits_per_element"]["a"].keys() == {"400"}
     assert "unquantized" in out
+
+
+def test_generate_from_the_command_line(place, tmp_path):
+    report = tmp_path / "generate.json"
+    status, out, err = call(
+        "evaluate", "generate", str(place / "model"), "--artifact", str(place / "a.kvq.safetensors"), "--texts", "2",
+        "--length", "100", "--tokens", "5", "--task", "code", "--task", "copying", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, err
+    content = json.loads(report.read_text())
+    assert [(cell["task"], cell["texts"]) for cell in content["cells"]] == [
+        ("code", 2),
+        ("copying", 2),
+        ("all", 4),
+    ]
+    assert content["config"]["tokens"] == 5
+    assert "edit distance" in out
 
 
 def test_decode_mode_from_the_command_line(place, tmp_path):

@@ -115,13 +115,21 @@ def small(words):
     text = [] if "--dataset" in words else ["--dataset", "wikitext2.txt"]
     if "--check" in words:
         return words
+    if "--target-kl" in words:  # of a model that knows nothing, and would learn at few bits
+        words[words.index("--target-kl") + 1] = "0.1"
+        text += ["--set", "learn=null"]
     if words[0] == "kvq-calibrate":
         recipes = [name for option, name in itertools.pairwise(words) if option == "--config"]
-        if recipes and all(name.startswith("kvq") for name in recipes):
+        of_kvq = {"--bits", "--target-kl"} & set(words) or (
+            recipes and all(name.startswith("kvq") for name in recipes)
+        )
+        if of_kvq:
             text += ["--set", "allocation.self_generated=0"]  # which takes most of the time here
         return [*words, *text, "--samples", "2", "--seqlen", "32", "--device", "cpu"]
-    if words[:2] == ["kvq-eval", "passkey"]:
-        return ["256" if word == "1024" else word for word in words]
+    if words[:2] == ["kvq-eval", "recall"]:  # a token is a character here
+        return ["1500" if word == "2048" else word for word in words]
+    if words[:2] == ["kvq-eval", "generate"]:
+        return [*words, "--texts", "1", "--length", "64", "--tokens", "4"]
     if words[0] == "kvq-eval" and words[1] != "memory":
         return [*words, *text, "--seqlen", "32", "--windows", "1"]
     return words

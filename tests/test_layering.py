@@ -139,7 +139,7 @@ def test_nothing_unpickles():
 
 
 #: Outside model/: caches, which transformers only takes where they are classes of its own.
-CACHES = ("runtime.cache", "evaluate.passkey", "evaluate.rivals.")
+CACHES = ("runtime.cache", "evaluate.recall", "evaluate.generate", "evaluate.rivals.")
 
 
 def test_transformers_is_known_to_one_folder():

@@ -79,6 +79,10 @@ def test_figures_are_those_of_the_logits(dtype):
     assert result.kl_mean == pytest.approx(float(divergence.mean()), rel=1e-4)
     assert result.kl_p99 == pytest.approx(float(divergence.quantile(0.99)), rel=1e-4)
     assert result.kl_windows == pytest.approx([result.kl_mean])
+    parts = [(n * 299 // 16, (n + 1) * 299 // 16) for n in range(16)]
+    for (first, last, kl), (start, end) in zip(result.kl_positions, parts, strict=True):
+        assert (first, last + 1) == (start, end)
+        assert kl == pytest.approx(float(divergence[start:end].mean()), rel=1e-4)
     assert result.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert (same.kl_mean, same.top1_agreement, same.perplexity) == (0.0, 1.0, result.baseline_perplexity)
 

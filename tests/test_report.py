@@ -338,7 +338,7 @@ def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     )
     assert status == 0, err
     text = section(output.read_text(), "frontier")
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 4
     assert "Measured on another text" in text
     assert "a rival" in text
     first = text.split("<svg")[1]
@@ -350,6 +350,21 @@ def test_results_on_other_texts_have_charts_of_their_own(place, tmp_path):
     commands = html.unescape(section(output.read_text(), "commands"))
     assert "kvq-eval compare" in commands
     assert "--rival 'a rival'" in commands
+
+
+def test_divergence_along_the_text_has_a_line_for_each_artifact(place, page, tmp_path):
+    text = section(page.read_text(), "frontier")
+    along = text.split("<svg")[2]
+    for result in json.loads((place / "results.json").read_text())["artifacts"]:
+        assert along.count(f">{result['name']}<") == 1
+        assert len(result["kl_positions"]) == 16
+    old = json.loads((place / "results.json").read_text())
+    for result in old["artifacts"]:
+        del result["kl_positions"]
+    (place / "old.json").write_text(json.dumps(old))
+    status, _, err = make(place, tmp_path / "old.html", results=["old.json"])
+    assert status == 0, err
+    assert section((tmp_path / "old.html").read_text(), "frontier").count("<svg") == 1
 
 
 def test_outliers_of_tokens_are_those_the_quantizer_marks():

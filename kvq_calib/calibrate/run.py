@@ -11,13 +11,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate import fit_scalar, fit_trellis
 from kvq_calib.calibrate.assemble import assemble, largest_magnitudes
+from kvq_calib.calibrate.budget_search import BudgetSearch
 from kvq_calib.calibrate.checkpoint import VERSION, Checkpoint, RunState, file_of_rank
 from kvq_calib.calibrate.clock import Clock, Progress
 from kvq_calib.calibrate.distributed import check_agreement, world
@@ -55,7 +56,7 @@ class Calibrated:
     """Result of a run.
 
     Attributes:
-        artifacts: artifacts by the name of their recipe.
+        artifacts: artifacts by the name of their recipe; with a search, the one that it found.
         seconds: wall time of each part of the run.
         statistics_seconds: the share of that for statistics, without the model's passes.
         statistics_bytes: size of the statistics of this rank; it does not depend on the amount of text.
@@ -80,6 +81,7 @@ def calibrate(
     resume: bool = False,
     progress: Progress | None = None,
     deliver: Callable[[Mapping[str, KVArtifact]], None] | None = None,
+    search: BudgetSearch | None = None,
 ) -> Calibrated:
     """Calibrate one model for one or several recipes.
 
@@ -93,6 +95,7 @@ def calibrate(
         progress: called after every window.
         deliver: called with the artifacts on rank 0, before the checkpoint is removed. So no work is lost if the disk
             is full.
+        search: finds the budget of the only artifact by measurement; ``configs`` are its :func:`planned_recipes`.
 
     Raises:
         CalibrationError: activations that are not finite, or a checkpoint of another run.
@@ -110,7 +113,7 @@ def calibrate(
     for stage, keys in job.plan.stages.items():
         text = united(key.view.text for key in keys)
         passes.observe(stage.value, keys, job.library.windows(text))
-    artifacts = _artifacts(job, passes, {"id": model_id, "config": dict(model_config)})
+    artifacts = _artifacts(job, passes, {"id": model_id, "config": dict(model_config)}, search)
     if deliver is not None and world()[0] == 0:
         deliver(artifacts)
     keeper.remove()
@@ -243,17 +246,31 @@ def _generate(key: SelfGeneratedKey, job: _Job, passes: Passes) -> SelfGenerated
     return passes.totals.get(key)
 
 
-def _artifacts(job: _Job, passes: Passes, model: Mapping[str, Any]) -> dict[str, KVArtifact]:
-    """Fit every recipe and assemble its artifact."""
+def _artifacts(
+    job: _Job, passes: Passes, model: Mapping[str, Any], search: BudgetSearch | None
+) -> dict[str, KVArtifact]:
+    """Fit every recipe, or the one of the budget that is found, and assemble the artifacts."""
     started, clock = time.monotonic(), passes.clock
     materials = Materials(passes.model, job.library, passes.totals, passes.progress, clock)
     keys = magnitude_keys(len(job.geometry.layers), len(job.library.calibration))
     amax = largest_magnitudes(keys, passes.totals)
     warn_of_range([recipe for recipe, _ in job.fitters], amax)
-    artifacts = {
-        recipe.name: assemble(recipe, fitter.fit(materials), model=model, data=job.library.source, amax=amax)
-        for recipe, fitter in job.fitters
-    }
+
+    def fit(recipe: Recipe, fitter: Fitter) -> KVArtifact:
+        fitted = fitter.fit(materials)
+        return assemble(recipe, fitted, model=model, data=job.library.source, amax=amax)
+
+    def fit_budget(name: str, config: CalibrationConfig) -> KVArtifact:
+        windows = job.library.calibration
+        (recipe,) = suited(passes.model, [Recipe(name, config, job.geometry, len(windows))], windows)
+        return fit(recipe, make_fitter(recipe))
+
+    if search is None:
+        artifacts = {recipe.name: fit(recipe, fitter) for recipe, fitter in job.fitters}
+    else:
+        found, facts = search.run(fit_budget)
+        found = replace(found, calibration={**found.calibration, "budget_search": facts})
+        artifacts = {str(found.calibration["recipe"]): found}
     # Training is a separate part.
     clock.finished("fit", started + clock.seconds.get("learning", 0.0))
     return artifacts

@@ -24,6 +24,7 @@ from kvq_calib.cli.options import (
     model_options,
 )
 from kvq_calib.cli.outputs import announce, check_fields
+from kvq_calib.cli.target import TargetOptions, target_options
 
 if TYPE_CHECKING:
     from kvq_calib.artifact.artifact import KVArtifact
@@ -66,6 +67,12 @@ class RecipeChanges:
         from kvq_calib.schema.recipe import DEFAULT_RECIPE, budget_recipe
 
         return (*self.recipes, *map(budget_recipe, self.budgets)) or (DEFAULT_RECIPE,)
+
+    def of_budget(self, bits: float) -> CalibrationConfig:
+        """The kvq recipe of a budget with these changes."""
+        from kvq_calib.schema.recipe import budget_recipe
+
+        return self.config(budget_recipe(bits))
 
     def config(self, recipe: str) -> CalibrationConfig:
         """The settings of a recipe, with these changes.
@@ -156,16 +163,19 @@ class _Job:
     """A calibration that is about to start.
 
     Attributes:
-        outputs: output file of each recipe, by its short name.
-        configs: settings of each recipe.
+        outputs: output file of each recipe, by its short name; a search has one.
+        configs: settings of each recipe, or of those that a search plans with.
         run: the settings that all recipes share.
         resume: whether to continue from a checkpoint.
+        changes, target: options of the command line.
     """
 
     outputs: Mapping[str, Path]
     configs: Mapping[str, CalibrationConfig]
     run: Mapping[str, Any]
     resume: bool
+    changes: RecipeChanges
+    target: TargetOptions
 
     @property
     def first(self) -> Path:
@@ -185,6 +195,7 @@ class _Job:
     examples=(
         "kvq-calibrate MODEL -o model.kvq.safetensors --config kvq3 --dataset wikitext2",
         "kvq-calibrate MODEL -o '{recipe}.kvq.safetensors' --config kvq4 --config kvq3 --dataset my-text/",
+        "kvq-calibrate MODEL -o model.kvq.safetensors --target-kl 0.01 --dataset wikitext2",
         "kvq-calibrate MODEL --check",
     ),
 )
@@ -201,6 +212,7 @@ class _Job:
     click.option("--profile", is_flag=True, help="Show where time and memory went."),
 )
 @_changes
+@target_options
 @section(
     "Model",
     click.option(
@@ -221,6 +233,7 @@ def calibrate_command(
     model: ModelOptions,
     output: str | None,
     changes: RecipeChanges,
+    target: TargetOptions,
     check: bool,
     resume: bool,
     profile: bool,
@@ -237,9 +250,12 @@ def calibrate_command(
         raise click.UsageError("Missing option '-o' / '--output'.")
     from kvq_calib.files import check_writable
 
-    outputs = _outputs(output, changes.names)
     limits = _max_memory(max_memory)
-    configs = {name: changes.config(recipe) for name, recipe in zip(outputs, changes.names, strict=True)}
+    if target.target_kl is None:
+        outputs = _outputs(output, changes.names)
+        configs = {name: changes.config(recipe) for name, recipe in zip(outputs, changes.names, strict=True)}
+    else:
+        outputs, configs = _outputs(output, (target.name,)), _planned(changes)
     for file in outputs.values():
         check_writable(file)
 
@@ -252,7 +268,9 @@ def calibrate_command(
         name: shared_setting(configs, name) for name in ("dataset", "text_field", "samples", "seqlen", "seed")
     }
     check_dataset(run["dataset"], run["text_field"], run["seqlen"])
-    job = _Job(outputs, configs, run, resume)
+    if target.target_kl is not None:
+        check_dataset(**target.dataset(run), seqlen=run["seqlen"])
+    job = _Job(outputs, configs, run, resume, changes, target)
     with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
         if ranks > 1:
             progress.say(f"{ranks} ranks; progress and --profile are those of rank 0")
@@ -263,13 +281,26 @@ def calibrate_command(
             result = _calibrate(job, loaded, progress, before)
     if rank > 0:  # one rank writes and speaks
         return
-    for name, file in outputs.items():
-        bits = result.artifacts[name].bits_per_element(4096)
+    for file, artifact in zip(outputs.values(), result.artifacts.values(), strict=True):
+        bits = artifact.bits_per_element(4096)
         click.echo(f"{file}: {bits:.3f} bits per element at 4096 tokens of context")
     if profile:
         from kvq_calib.calibrate.profiling import profile_lines
 
         click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
+
+
+def _planned(changes: RecipeChanges) -> dict[str, CalibrationConfig]:
+    """What a search for a budget plans with.
+
+    Raises:
+        UsageError: the command line names recipes too.
+    """
+    from kvq_calib.calibrate.budget_search import planned_recipes
+
+    if changes.recipes or changes.budgets:
+        raise click.UsageError("--target-kl finds the recipe's budget itself: leave out --config and --bits")
+    return planned_recipes(changes.of_budget)
 
 
 def _check(model: ModelOptions) -> None:
@@ -299,8 +330,13 @@ def _calibrate(
     before["reading the text"] = time.monotonic() - started
 
     def save(artifacts: Mapping[str, KVArtifact]) -> None:
-        for name, file in job.outputs.items():
-            artifacts[name].save(file)
+        for file, artifact in zip(job.outputs.values(), artifacts.values(), strict=True):
+            artifact.save(file)
+
+    search = None
+    if job.target.target_kl is not None:
+        held_out = job.target.windows(loaded, job.run, windows)
+        search = job.target.search(job.changes.of_budget, loaded, held_out, progress.say)
 
     return calibrate(
         loaded.model,
@@ -312,6 +348,7 @@ def _calibrate(
         resume=job.resume,
         progress=progress,
         deliver=save,
+        search=search,
     )
 
 

@@ -2,7 +2,14 @@
 
 from kvq_calib.data.files import DATA_SETS
 from kvq_calib.data.records import DEFAULT_FIELD
-from kvq_calib.data.windows import Convention, Split, TokenWindows, check_dataset, load_windows
+from kvq_calib.data.windows import (
+    Convention,
+    Split,
+    TokenWindows,
+    check_dataset,
+    load_windows,
+    windows_beside,
+)
 
 __all__ = [
     "DATA_SETS",
@@ -12,4 +19,5 @@ __all__ = [
     "TokenWindows",
     "check_dataset",
     "load_windows",
+    "windows_beside",
 ]

@@ -37,7 +37,7 @@ from kvq_calib.data.records import DEFAULT_FIELD
 from kvq_calib.data.tokens import Ids, bos_token_id, encode
 from kvq_calib.errors import DataError
 
-__all__ = ["Convention", "Split", "TokenWindows", "check_dataset", "load_windows"]
+__all__ = ["Convention", "Split", "TokenWindows", "check_dataset", "load_windows", "windows_beside"]
 
 Split = Literal["calibration", "evaluation"]
 Convention = Literal["auto", "consecutive", "random", "spread"]
@@ -121,11 +121,36 @@ def load_windows(
         "requested": samples,
         "bos": bos,
         "tokens": total,
-        "sha256": hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest(),
+        "sha256": _digest(rows),
     }
     if text_field != DEFAULT_FIELD:
         source["text_field"] = text_field
     return TokenWindows(torch.from_numpy(rows), source)
+
+
+def windows_beside(found: TokenWindows, known: TokenWindows, most: int, none: str) -> TokenWindows:
+    """The first windows that are not among others.
+
+    Args:
+        found: to choose from.
+        known: the others, of the same length.
+        most: how many are wanted at most.
+        none: the error where all are among the others.
+
+    Raises:
+        DataError: there are none.
+    """
+    seen = {tuple(row) for row in known.ids.tolist()}
+    rows = [row for row in found.ids.tolist() if tuple(row) not in seen][:most]
+    if not rows:
+        raise DataError(none)
+    ids = np.asarray(rows, dtype=np.int64)
+    source = {**found.source, "windows": len(rows), "requested": most, "sha256": _digest(ids)}
+    return TokenWindows(torch.from_numpy(ids), source)
+
+
+def _digest(rows: Ids) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
 
 
 def check_dataset(dataset: str, text_field: str = DEFAULT_FIELD, seqlen: int = 2) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import attached
 
-__all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through"]
+__all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through", "read_into"]
 
 #: Tokens per pass for an artifact with a window of recent exact tokens. It is short, so that mostly the window and not
 #: the chunk is exact. It equals a block of the packed cache.
@@ -21,7 +21,7 @@ SHORT_CHUNK = 32
 
 @torch.no_grad()
 def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK) -> Tensor:
-    """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``) through an empty cache.
+    """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``), which go on from what ``cache`` holds.
 
     The packed cache packs a block of 32 tokens as soon as its last token is stored, before attention of the same pass
     reads it. The newest tokens are exact until their block is full. So a smaller ``chunk`` leaves slightly more tokens
@@ -33,10 +33,24 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
         ids: the text.
         chunk: tokens per pass; 1 if ``cache`` is packed and the model takes only single tokens.
     """
-    if getattr(cache, "single_tokens", False):
-        chunk = 1
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
+    parts = [model(input_ids=part, **with_cache(cache)).logits for part in _parts(cache, ids, chunk)]
     return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def read_into(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
+    """Let ``cache`` hold ``ids`` (int64 ``[B, T]``) too; arguments as for :func:`logits_through`.
+
+    Returns:
+        Logits ``[B, V]`` of the token after them; those of all others are never made.
+    """
+    for part in _parts(cache, ids, chunk):
+        logits: Tensor = model(input_ids=part, **with_cache(cache), logits_to_keep=1).logits[:, -1]
+    return logits
+
+
+def _parts(cache: Any, ids: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    return torch.split(ids, 1 if getattr(cache, "single_tokens", False) else chunk, dim=1)
 
 
 class AttachedHooks:

@@ -18,6 +18,9 @@ from kvq_calib.schema.recipe import EvalConfig
 
 __all__ = ["Finished", "PerplexityResult", "measure", "measure_perplexity", "result_of"]
 
+#: Number of parts of a window in :attr:`PerplexityResult.kl_positions`.
+POSITIONS = 16
+
 Finished = Callable[[Sequence["PerplexityResult"]], None]
 """Called after every window with the results of all windows so far."""
 
@@ -33,6 +36,8 @@ class PerplexityResult:
         perplexity, baseline_perplexity: ``exp`` of the mean negative log likelihood of the same tokens.
         kl_mean: mean KL divergence from the unquantized to the quantized prediction, in nats per predicted token.
         kl_p99: 99th percentile of the KL divergence over tokens.
+        kl_positions: mean KL divergence of 16 parts of a window over all windows: first and last predicting token of a
+            part, counted from 0, and the mean. Shows an error that grows with the length of the text.
         kl_windows: mean KL divergence of each window, in the order of the text. Compare results on the same windows
             in pairs: windows differ more than caches do.
         top1_agreement: share of tokens for which both predict the same most likely token.
@@ -47,6 +52,7 @@ class PerplexityResult:
     baseline_perplexity: float
     kl_mean: float
     kl_p99: float
+    kl_positions: tuple[tuple[int, int, float], ...]
     kl_windows: tuple[float, ...]
     top1_agreement: float
     tokens: int
@@ -68,6 +74,7 @@ def result_of(name: str, contender: Contender, score: Score, context: int) -> Pe
         baseline_perplexity=_perplexity(score.baseline_nll, score.tokens),
         kl_mean=score.kl_mean,
         kl_p99=float(divergence.quantile(0.99)),
+        kl_positions=score.kl_positions(POSITIONS),
         kl_windows=tuple(float(window.mean()) for window in score.divergences),
         top1_agreement=score.agreed / score.tokens,
         tokens=score.tokens,

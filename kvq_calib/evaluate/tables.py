@@ -24,8 +24,10 @@ from kvq_calib.schema.spec import KINDS
 if TYPE_CHECKING:
     from kvq_calib.data import TokenWindows
     from kvq_calib.evaluate.compare import Comparison
+    from kvq_calib.evaluate.generate import GenerateCell
+    from kvq_calib.evaluate.intervals import Interval
     from kvq_calib.evaluate.memory import MemoryReport
-    from kvq_calib.evaluate.passkey import PasskeyCell
+    from kvq_calib.evaluate.recall import RecallCell
     from kvq_calib.model.load import LoadedModel
 
 
@@ -170,24 +172,76 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def passkey_table(cells: Sequence[PasskeyCell]) -> Table:
-    """Passed trials, by length and depth."""
-    table = Table(title="passkey: passed of those that the unquantized model passes")
-    for heading in ("length", "depth", "unquantized", *(cells[0].passed if cells else ())):
+def recall_table(cells: Sequence[RecallCell]) -> Table:
+    """A row per length, kind of question and cache."""
+    table = Table(
+        title="recall: questions answered, with 95% intervals; lost and gained beside the unquantized cache, and the "
+        "difference on the same questions"
+    )
+    for heading in ("length", "task", "cache"):
+        table.add_column(heading, justify="right" if heading == "length" else "left")
+    for heading in ("answered", "share", "lost", "gained", "difference"):
         table.add_column(heading, justify="right")
+
+    def answers(found: Sequence[bool]) -> str:
+        return f"{sum(found)} of {len(found)}"
+
+    def share(value: float, ends: Interval) -> str:
+        return f"{value:.0%} [{ends[0]:.0%}, {ends[1]:.0%}]"
+
     for cell in cells:
-        passed = (f"{n} of {cell.baseline}" if cell.baseline else "-" for n in cell.passed.values())
-        table.add_row(f"{cell.length:,}", f"{cell.depth:.2f}", f"{cell.baseline} of {cell.trials}", *passed)
+        first = (f"{cell.length:,}", cell.kind, "unquantized", answers(cell.baseline), share(*cell.share()))
+        table.add_row(*first, "", "", "")
+        for name, found in cell.found.items():
+            lost, gained = cell.changes(name)
+            value, (low, high) = cell.difference(name)
+            difference = f"{value:+.0%} [{low:+.0%}, {high:+.0%}]"
+            table.add_row(
+                "", "", name, answers(found), share(*cell.share(name)), str(lost), str(gained), difference
+            )
     return table
 
 
-def run_facts(loaded: LoadedModel, text: TokenWindows, files: Mapping[str, str]) -> dict[str, Any]:
-    """The facts needed to repeat a measurement."""
+def generate_table(cells: Sequence[GenerateCell], bits: Mapping[str, float]) -> Table:
+    """A row per task and artifact; ``bits`` per element of each artifact."""
+    table = Table(
+        title="greedy continuations beside the unquantized model's: means over texts and their standard errors"
+    )
+    for heading in ("task", "artifact"):
+        table.add_column(heading)
+    for heading in ("bits/element", "texts", "same tokens", "same until", "edit distance", "all the same"):
+        table.add_column(heading, justify="right")
+
+    def mean(cell: GenerateCell, figure: str, form: str) -> str:
+        value, error = cell.mean(figure)
+        return form.format(value) + ("" if error is None else " ± " + form.format(error))
+
+    before = ""
+    for cell in cells:
+        same = sum(one.same for one in cell.deviations)
+        table.add_row(
+            "" if cell.task == before else cell.task,
+            cell.name,
+            f"{bits[cell.name]:.3f}",
+            str(len(cell.deviations)),
+            mean(cell, "agreement", "{:.1%}"),
+            mean(cell, "first_difference", "{:.0f}"),
+            mean(cell, "edit_distance", "{:.3f}"),
+            f"{same} of {len(cell.deviations)}",
+        )
+        before = cell.task
+    return table
+
+
+def run_facts(
+    loaded: LoadedModel, files: Mapping[str, str], text: TokenWindows | None = None
+) -> dict[str, Any]:
+    """What is needed to repeat a measurement; ``text`` where it was on windows of a text."""
     return {
         "model": loaded.name,
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(input_device(loaded.model)),
-        "data": dict(text.source),
+        **({} if text is None else {"data": dict(text.source)}),
         "artifact_sha256": {
             name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()
         },

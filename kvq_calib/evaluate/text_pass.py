@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -144,6 +145,16 @@ class Score:
     def kl_mean(self) -> float:
         """Mean KL divergence, nats per predicted token."""
         return float(torch.cat(self.divergences).mean())
+
+    def kl_positions(self, parts: int) -> tuple[tuple[int, int, float], ...]:
+        """Mean KL divergence along the windows, which are equally long, in so many parts or as many as tokens.
+
+        Returns:
+            First and last predicting token of each part, counted from 0, and the mean.
+        """
+        along = torch.stack(self.divergences).mean(0)
+        ends = [len(along) * number // parts for number in range(parts + 1)]
+        return tuple((a, b - 1, float(along[a:b].mean())) for a, b in pairwise(ends) if a < b)
 
 
 class _Switch:

@@ -24,6 +24,7 @@ class Result(BaseModel):
 
     Attributes:
         name, bits_per_element, kl_mean: always there; a chart needs them.
+        kl_positions: first and last token of each part of a window, and the mean KL divergence there.
         perplexity, baseline_perplexity, kl_p99, top1_agreement, tokens: shown where they are given.
         origin, source, settings, mode: what a rival is, and how it was measured.
     """
@@ -33,6 +34,7 @@ class Result(BaseModel):
     name: str
     bits_per_element: float = Field(gt=0)
     kl_mean: float = Field(ge=0)
+    kl_positions: list[list[float]] | None = None
     perplexity: float | None = None
     baseline_perplexity: float | None = None
     kl_p99: float | None = None

@@ -182,7 +182,7 @@ def compare_command(
             "skipped": dict(skipped),
             "config": {
                 **config.record(),
-                **run_facts(loaded, windows, dict(zip(loaded_artifacts, artifacts, strict=True))),
+                **run_facts(loaded, dict(zip(loaded_artifacts, artifacts, strict=True)), windows),
                 "calibration_data": None if calibration is None else dict(calibration.source),
             },
         },

@@ -81,7 +81,7 @@ def perplexity_command(
     loaded = model.load_for(loaded_artifacts)
     windows = text.load(loaded)
     files = dict(zip(loaded_artifacts, artifacts, strict=True))
-    facts = {**config.record(), **run_facts(loaded, windows, files)}
+    facts = {**config.record(), **run_facts(loaded, files, windows)}
     measured = 0
 
     def keep(results: Sequence[PerplexityResult]) -> None:

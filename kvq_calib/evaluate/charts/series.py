@@ -67,17 +67,19 @@ def grouped_bars(
 
 @dataclass(frozen=True)
 class Scale:
-    """A logarithmic axis.
+    """An axis.
 
     Attributes:
-        ticks: positions in order; the axis ends at the first and the last, unless ``ends`` is given.
+        ticks: positions in order.
         format: formats the labels of the ticks.
         ends: ends of the axis.
+        log: whether the axis is logarithmic.
     """
 
     ticks: Sequence[float]
     format: Callable[[float], str]
     ends: tuple[float, float]
+    log: bool = True
 
 
 def lines(
@@ -89,7 +91,7 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     height: float = 360.0,
 ) -> Chart:
-    """Draw named lines on two logarithmic axes. Names are at the ends of the lines, moved apart where they would
+    """Draw named lines on two axes. Names are at the ends of the lines, moved apart where they would
     overlap.
 
     Args:
@@ -105,8 +107,8 @@ def lines(
     chart = Chart(labels.title, PAGE, WIDTH, height, margins)
     axes = chart.axes
     with chart.style():
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xscale("log" if x.log else "linear")
+        axes.set_yscale("log" if y.log else "linear")
         axes.set_xlim(*x.ends)
         axes.set_ylim(*y.ends)
         for axis, scale, ticks in ((axes.xaxis, x, x.ticks), (axes.yaxis, y, y_ticks)):
@@ -117,7 +119,7 @@ def lines(
         for at, name in marks:
             if x.ends[0] <= at <= x.ends[1]:
                 axes.axvline(at, color=chart.colour("soft"), linewidth=1, dashes=(4, 4))
-                first_half = at < math.sqrt(x.ends[0] * x.ends[1])
+                first_half = at < (math.sqrt(x.ends[0] * x.ends[1]) if x.log else sum(x.ends) / 2)
                 axes.annotate(
                     name, (at, 1), (6 if first_half else -6, -10), axes.get_xaxis_transform(), "offset points",
                     ha="left" if first_half else "right",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvq_calib.evaluate.charts.axes import Labels
+from kvq_calib.evaluate.charts.axes import Labels, log_ticks, plain, span
 from kvq_calib.evaluate.charts.density import density
 from kvq_calib.evaluate.charts.frontier import Point, frontier, on_frontier
 from kvq_calib.evaluate.charts.series import Scale, Series, grouped_bars, lines, trace
@@ -71,6 +71,7 @@ def _frontier(group: Sequence[Results], own: dict[int, Subject]) -> dict[str, An
     return {
         "caption": _conditions(group[0]),
         "chart": frontier(points, labels).inline(),
+        "along": _along_windows(rows, points),
         "rows": [
             {
                 "result": result,
@@ -102,6 +103,32 @@ def _point(result: Result, subject: Subject | None) -> Point:
         subject.colour if subject else "other",
         subject is not None,
     )
+
+
+def _along_windows(rows: Sequence[Result], points: Sequence[Point]) -> str | None:
+    """The chart of divergence by position in a window, of results that have it; ``None`` where none has."""
+    series = [
+        Series(
+            result.name,
+            point.colour,
+            [((first + last) / 2, max(kl, 1e-9)) for first, last, kl in result.kl_positions],
+        )
+        for result, point in zip(rows, points, strict=True)
+        if result.kl_positions and len(result.kl_positions) > 1
+    ]
+    if not series:
+        return None
+    found = [kl for one in series for _, kl in one.values]
+    end = max(at for one in series for at, _ in one.values)
+    low, high = span(found, log=True, pad=0.05)
+    step = next(power for power in (1 << n for n in range(40)) if end / power <= 8)
+    labels = Labels(
+        "KL divergence by position in the text",
+        "tokens before the predicted one",
+        "KL divergence, nats per token (logarithmic)",
+    )
+    x = Scale([float(at) for at in range(0, int(end) + 1, step)], _tokens, (0.0, end), log=False)
+    return lines(series, labels, x, Scale(log_ticks(low, high), plain, (low, high)), height=260.0).inline()
 
 
 def _conditions(results: Results) -> str:

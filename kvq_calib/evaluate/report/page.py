@@ -68,7 +68,7 @@ def render(
     )
     return environment.get_template("report.html.jinja").render(
         model=loaded.name,
-        facts=run_facts(loaded, measured.text, {subject.name: subject.file for subject in chosen}),
+        facts=run_facts(loaded, {subject.name: subject.file for subject in chosen}, measured.text),
         layers=len(geometry.layers),
         heads=geometry.layers[0].num_kv_heads,
         head_dim=geometry.layers[0].head_dim,

@@ -1,0 +1,143 @@
+"""The smallest budget of bits whose KL divergence on held-out text is at most a target, found by measurement.
+
+Divergence falls with bits about as fast as the squared error does, by a factor of four for each bit. So the logarithm
+of what was measured is interpolated between the budgets on both sides of the target, and a few fits are enough. All of
+them are of one set of statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvq_calib.artifact.artifact import KVArtifact
+from kvq_calib.errors import CalibrationError
+from kvq_calib.schema.recipe import BUDGETS, CalibrationConfig, budget_recipe
+
+__all__ = ["BudgetSearch", "find_budget", "planned_recipes"]
+
+#: Budgets are multiples of this, in bits per element.
+STEP = 0.05
+_LOWEST, _HIGHEST = (round(bits / STEP) for bits in BUDGETS)
+#: Where the search begins, and what a bit does to the logarithm of the divergence until two budgets are measured.
+_FIRST = round(3.4 / STEP)
+_SLOPE = -math.log(4)
+#: A divergence between this share of the target and the target ends the search.
+_CLOSE = 0.95
+#: After so many measurements the middle is tried: interpolation can come near from one side only.
+_INTERPOLATIONS = 4
+
+
+@dataclass(frozen=True)
+class BudgetSearch:
+    """What a budget is searched for, and with what.
+
+    Attributes:
+        target: KL divergence in nats per predicted token.
+        config: settings of the recipe of a budget in bits per element.
+        measure: KL divergence of an artifact on held-out text.
+        held_out: where that text comes from, for the artifact's record.
+        say: told in a line what was measured.
+    """
+
+    target: float
+    config: Callable[[float], CalibrationConfig]
+    measure: Callable[[KVArtifact], float]
+    held_out: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda line: None
+
+    def run(self, fit: Callable[[str, CalibrationConfig], KVArtifact]) -> tuple[KVArtifact, dict[str, Any]]:
+        """Find the budget.
+
+        Args:
+            fit: makes the artifact of a recipe, given its name and settings.
+
+        Returns:
+            The artifact of the budget, and what was measured, for its record.
+
+        Raises:
+            CalibrationError: no budget reaches the target; names one that does.
+        """
+        made: dict[float, KVArtifact] = {}
+
+        def measured(bits: float) -> float:
+            made[bits] = fit(budget_recipe(bits), self.config(bits))
+            divergence = self.measure(made[bits])
+            self.say(
+                f"{bits:g} bits: KL divergence {divergence:.5f} on held-out text, target {self.target:g}"
+            )
+            return divergence
+
+        found, tried = find_budget(self.target, measured)
+        self.say(f"the budget is {found:g} bits: the same as --bits {found:g}")
+        facts = {
+            "target_kl": self.target,
+            "kl": tried[found],
+            "measured": [[bits, kl] for bits, kl in sorted(tried.items())],
+            "held_out": dict(self.held_out),
+        }
+        return made[found], facts
+
+
+def planned_recipes(config: Callable[[float], CalibrationConfig]) -> dict[str, CalibrationConfig]:
+    """Recipes that together ask for all statistics that any budget needs; ``config`` as for :class:`BudgetSearch`."""
+    return {budget_recipe(bits): config(bits) for bits in (BUDGETS[0], round(_FIRST * STEP, 2), BUDGETS[1])}
+
+
+def find_budget(target: float, measured: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The smallest budget whose divergence is at most ``target``, as far as divergence falls with bits.
+
+    Args:
+        target: in nats.
+        measured: the divergence of a budget in bits per element, asked for once each.
+
+    Returns:
+        A budget that meets the target. The next smaller one does not, or its own divergence is close to the target.
+        Then all that was measured, by budget.
+
+    Raises:
+        CalibrationError: the largest budget does not meet the target.
+    """
+    tried: dict[int, float] = {}
+    below, above = _LOWEST - 1, _HIGHEST + 1  # the largest that fails and the smallest that meets the target
+    place = _FIRST
+    while True:
+        tried[place] = measured(round(place * STEP, 2))
+        if tried[place] <= target:
+            above = place
+            if tried[place] >= _CLOSE * target:
+                break
+        else:
+            below = place
+        if below == _HIGHEST:
+            raise CalibrationError(
+                f"no budget up to {BUDGETS[1]:g} bits reaches a KL divergence of {target:g}: {BUDGETS[1]:g} bits have "
+                f"{tried[_HIGHEST]:.3g}; use --target-kl {_rounded_up(tried[_HIGHEST])} or more"
+            )
+        if above - below == 1:
+            break
+        place = _next(target, tried, below, above)
+    return round(above * STEP, 2), {round(at * STEP, 2): kl for at, kl in tried.items()}
+
+
+def _next(target: float, tried: Mapping[int, float], below: int, above: int) -> int:
+    """Where to measure next, between two places."""
+    distance = {place: math.log(max(kl, 1e-12) / target) for place, kl in tried.items()}
+    if below in tried and above in tried:
+        if len(tried) > _INTERPOLATIONS:
+            guess = (below + above) / 2
+        else:
+            low, high = distance[below], distance[above]
+            guess = below + (above - below) * low / (low - high)
+    else:  # all are on one side of the target: from the nearest on, ever further
+        nearest = below if below in tried else above
+        guess = nearest - len(tried) * distance[nearest] / (_SLOPE * STEP)
+    return min(max(math.ceil(guess), below + 1), above - 1)
+
+
+def _rounded_up(value: float) -> str:
+    """Two digits, not below the value."""
+    power = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / power) * power:.2g}"

@@ -1,0 +1,114 @@
+"""``kvq-eval generate``: greedy continuations beside those of the unquantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq_calib.cli.help import Command, section
+from kvq_calib.cli.options import (
+    ModelOptions,
+    artifact_options,
+    collected,
+    debug_option,
+    json_option,
+    load_artifacts,
+    model_options,
+    write_json,
+)
+from kvq_calib.cli.outputs import check_output
+
+if TYPE_CHECKING:
+    from kvq_calib.evaluate.generate import GenerateCell
+
+__all__ = ["generate_command"]
+
+#: Names of :data:`kvq_calib.evaluate.generate_prompts.TASKS`, whose module takes seconds to import.
+TASKS = ("arithmetic", "copying", "patterns", "code")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Fields of :class:`kvq_calib.evaluate.generate_prompts.GenerateConfig`."""
+
+    tasks: tuple[str, ...]
+    texts: int
+    length: int
+    tokens: int
+    batch: int
+    seed: int
+    chunk: int
+
+
+def _number(name: str, default: int, metavar: str, help: str, least: int = 1) -> Callable[[Any], Any]:
+    return click.option(
+        name, type=click.IntRange(least), default=default, show_default=True, metavar=metavar, help=help
+    )
+
+
+_generate_options = collected(
+    GenerateOptions,
+    "config",
+    section(
+        "Texts",
+        click.option(
+            "--task",
+            "tasks",
+            type=click.Choice(TASKS),
+            multiple=True,
+            help="What is continued; may be given several times.  [default: all]",
+        ),
+        _number("--texts", 4, "N", "Texts of each task."),
+        _number("--length", 512, "TOKENS", "Tokens of a text before its continuation.", 64),
+        _number("--tokens", 256, "TOKENS", "Tokens of a continuation, at most."),
+        _number("--batch", 4, "N", "Texts continued side by side."),
+        _number("--seed", 0, "N", "Of the texts.", 0),
+        _number("--chunk", 256, "TOKENS", "Tokens per call while a text is read."),
+    ),
+)
+
+
+@click.command(
+    "generate",
+    cls=Command,
+    examples=(
+        "kvq-eval generate MODEL --artifact model.kvq.safetensors --json generate.json",
+        "kvq-eval generate MODEL --artifact a.kvq.safetensors --task code --length 2048 --tokens 512 --batch 1",
+    ),
+)
+@artifact_options()
+@_generate_options
+@json_option
+@model_options
+@debug_option
+def generate_command(
+    model: ModelOptions, artifacts: tuple[str, ...], config: GenerateOptions, json_file: str | None
+) -> None:
+    """How far greedy continuations through the packed cache follow those of the unquantized model.
+
+    Texts are generated: sums, a list to copy, patterns, and code of Python's standard library.
+    """
+    loaded_artifacts = load_artifacts(artifacts)
+    check_output(json_file)
+
+    from kvq_calib.evaluate.generate import measure_generate
+    from kvq_calib.evaluate.generate_prompts import GenerateConfig
+    from kvq_calib.evaluate.tables import generate_table, print_table, run_facts
+    from kvq_calib.progress import ProgressReporter
+
+    settings = GenerateConfig(**{**asdict(config), "tasks": tuple(dict.fromkeys(config.tasks)) or TASKS})
+    loaded = model.load_for(loaded_artifacts)
+    context = settings.length + settings.tokens
+    bits = {name: artifact.bits_per_element(context) for name, artifact in loaded_artifacts.items()}
+    facts = {**asdict(settings), **run_facts(loaded, dict(zip(loaded_artifacts, artifacts, strict=True)))}
+
+    def keep(cells: Sequence[GenerateCell]) -> None:
+        content = {"cells": [cell.to_json() for cell in cells], "bits_per_element": bits, "config": facts}
+        write_json(json_file, content)
+
+    with ProgressReporter() as progress:
+        cells = measure_generate(loaded.model, loaded.tokenizer, loaded_artifacts, settings, progress, keep)
+    print_table(generate_table(cells, bits))

@@ -1,0 +1,121 @@
+"""``--target-kl`` of ``kvq-calibrate``: a budget found by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq_calib.cli.help import section
+from kvq_calib.cli.options import FilePath, collected
+
+if TYPE_CHECKING:
+    from kvq_calib.artifact.artifact import KVArtifact
+    from kvq_calib.calibrate.budget_search import BudgetSearch
+    from kvq_calib.data import TokenWindows
+    from kvq_calib.model.load import LoadedModel
+    from kvq_calib.schema.recipe import CalibrationConfig
+
+__all__ = ["TargetOptions", "target_options"]
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What divergence a budget is searched for, and the text that it is measured on.
+
+    Attributes:
+        target_kl: in nats per predicted token; ``None`` where no budget is searched for.
+        held_out: name or path, ``None`` for the calibration's own.
+        held_out_windows: most windows of that text.
+    """
+
+    target_kl: float | None
+    held_out: str | None
+    held_out_windows: int
+
+    @property
+    def name(self) -> str:
+        """What ``{recipe}`` in the output stands for."""
+        return f"kvq-kl-{self.target_kl:g}"
+
+    def dataset(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Name and text field of the held-out text, where ``run`` has the settings of the calibration."""
+        from kvq_calib.data import DATA_SETS, DEFAULT_FIELD
+
+        dataset = self.held_out or run["dataset"]
+        return {
+            "dataset": dataset,
+            "text_field": DEFAULT_FIELD if dataset in DATA_SETS else run["text_field"],
+        }
+
+    def windows(self, loaded: LoadedModel, run: Mapping[str, Any], calibrated: TokenWindows) -> TokenWindows:
+        """Windows of the held-out text that are not calibrated on.
+
+        Raises:
+            DataError: there are none, or the text cannot be read.
+        """
+        from kvq_calib.data import load_windows, windows_beside
+
+        text = self.dataset(run)
+        found = load_windows(
+            **text, tokenizer=loaded.tokenizer, samples=None, seqlen=run["seqlen"], split="evaluation"
+        )
+        return windows_beside(
+            found,
+            calibrated,
+            self.held_out_windows,
+            f"{text['dataset']} has no window that is not calibrated on: name another text with --held-out, or use "
+            "fewer --samples",
+        )
+
+    def search(
+        self,
+        config: Callable[[float], CalibrationConfig],
+        loaded: LoadedModel,
+        windows: TokenWindows,
+        say: Callable[[str], None],
+    ) -> BudgetSearch:
+        """The search, on held-out windows of a loaded model; ``config`` has the settings of a budget."""
+        from kvq_calib.calibrate.budget_search import BudgetSearch
+        from kvq_calib.evaluate.perplexity import measure_perplexity
+        from kvq_calib.schema.recipe import EvalConfig
+
+        assert self.target_kl is not None
+
+        def measure(artifact: KVArtifact) -> float:
+            (result,) = measure_perplexity(loaded.model, {"": artifact}, windows, EvalConfig())
+            return result.kl_mean
+
+        return BudgetSearch(self.target_kl, config, measure, windows.source, say)
+
+
+target_options = collected(
+    TargetOptions,
+    "target",
+    section(
+        "Budget by measurement",
+        click.option(
+            "--target-kl",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="NATS",
+            help="Find the smallest budget of a kvq recipe whose KL divergence on held-out text is at most this, in "
+            "nats per token, and calibrate that; in place of --config and --bits.",
+        ),
+        click.option(
+            "--held-out",
+            type=FilePath(),
+            metavar="NAME|PATH",
+            help="Text to measure on.  [default: windows of --dataset that are not calibrated on]",
+        ),
+        click.option(
+            "--held-out-windows",
+            type=click.IntRange(1),
+            default=4,
+            show_default=True,
+            metavar="N",
+            help="At most this many windows of it.",
+        ),
+    ),
+)
