@@ -1,4 +1,4 @@
-"""The attention backend that vLLM is given.
+"""The attention backend for vLLM.
 
 Importing this module needs vLLM; :func:`kvq_calib.integrations.vllm.plugin.register` names it to vLLM.
 """
@@ -43,10 +43,10 @@ __all__ = ["PackedAttention", "PackedBackend", "PackedMetadata"]
 
 
 class _Shared:
-    """What the layers of a model share in one process.
+    """State that the layers of a model share in one process.
 
     Args:
-        artifact: of this rank.
+        artifact: artifact of this rank.
         page_bytes: of a page of each layer, on every rank.
     """
 
@@ -85,7 +85,7 @@ def _of_this_rank(config: Any) -> _Shared:
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """While vLLM loads a model, torch makes tensors of the model's dtype where none is named."""
+    """Set torch's default dtype to float32. While vLLM loads a model, it is the model's dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -95,10 +95,10 @@ def _float32_by_default() -> Iterator[None]:
 
 
 class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
-    """What a layer is given of a step.
+    """What a layer gets in a step.
 
     Args:
-        step: the same for all layers.
+        step: the step, the same for all layers.
     """
 
     def __init__(self, step: Step | GpuStep) -> None:
@@ -121,7 +121,7 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> PackedMetadata:
-        """The metadata; layers with pages of their own size have builders of their own, and all get one object."""
+        """The metadata. Layers with different page sizes have separate builders, but all get the same object."""
         common = common_attn_metadata
         made: PackedMetadata | None = getattr(common, "_kvq_calib", None)
         if made is None:
@@ -136,59 +136,59 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
 
 
 class PackedBackend(AttentionBackend):  # type: ignore[misc]
-    """What vLLM asks of a backend. Each layer gets a subclass that knows its number (:meth:`PackedAttention`)."""
+    """The interface of a backend. Each layer gets a subclass with its number (:meth:`PackedAttention`)."""
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
-    #: Bytes of a page of the layer; ``None`` before the layer is known.
+    #: Bytes of a page of the layer; ``None`` until the layer is known.
     page_bytes: ClassVar[int | None] = None
 
     @staticmethod
     def get_name() -> str:
-        """The name under which vLLM keeps backends from elsewhere."""
+        """The name that vLLM uses for external backends."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """What attends."""
+        """The class that computes attention."""
         return PackedAttention
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """What makes metadata."""
+        """The class that makes metadata."""
         return PackedBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
-        """One page size."""
+        """The only page size."""
         return [PAGE_TOKENS]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """A layer's pages stand together."""
+        """The pages of a layer are contiguous."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders alone."""
+        """Only decoders are supported."""
         return bool(attn_type == AttentionType.DECODER)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """No."""
+        """KV connectors are not supported."""
         return False
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """A page size of the layer's own."""
+        """Set the page size of the layer."""
         if cls.page_bytes is None or isinstance(spec, PackedSpec):
             return spec
         return PackedSpec.of(spec, cls.page_bytes)
 
 
 class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
-    """Attention of one layer; arguments are those that vLLM gives every implementation."""
+    """Attention of one layer, with the arguments that vLLM gives every implementation."""
 
     def __init__(
         self,
@@ -219,8 +219,10 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         self._layer: PagedLayer | GpuLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Find out which layer this is, and give it a backend that knows: vLLM asks a backend for the page size, and
-        does not say for which layer."""
+        """Find the layer's number, and give the layer a backend with that number.
+
+        This is needed because vLLM asks a backend for the page size without naming the layer.
+        """
         for name, module in self._config.compilation_config.static_forward_context.items():
             if getattr(module, "impl", None) is self:
                 self._be_layer(extract_layer_index(name), module)
@@ -250,7 +252,7 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Store and attend; zeros where vLLM only measures memory."""
+        """Store and attend. The result is zero while vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
         step: Any = attn_metadata.step  # of the kind that the layer takes: both follow the device
