@@ -98,7 +98,7 @@ class LayerPages:
         tails = [self._area(STORAGE_BYTES * BLOCK_TOKENS * q.layout.channels) for q in self.quantizers]
         least, self._end = self._end, 0
         codes = [self._area(4 * PAGE_BLOCKS * q.layout.words_per_block) for q in self.quantizers]
-        self._end = max(self._end, least)  # scales of tokens are not overwritten, because they must stay finite
+        self._end = max(self._end, least)  # tails must not overwrite scales, which must stay finite
         token = [self._area(2 * STORAGE_BYTES * PAGE_TOKENS * q.layout.token_params) for q in self.quantizers]
         sinks = [self._area(STORAGE_BYTES * sink_tokens * q.layout.channels) for q in self.quantizers]
         self.page_bytes = max(self._end, least_bytes)
