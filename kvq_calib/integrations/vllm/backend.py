@@ -47,7 +47,7 @@ class _Shared:
 
     Args:
         artifact: artifact of this rank.
-        page_bytes: of a page of each layer, on every rank.
+        page_bytes: bytes of a page of each layer, on every rank.
     """
 
     def __init__(self, artifact: KVArtifact, page_bytes: list[int], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class _Shared:
         self.decoding = NativeDecoding()
 
     def layer(self, index: int, scaling: float, softcap: float | None) -> PagedLayer | GpuLayer:
-        """What stores and attends in a layer."""
+        """The object that stores and attends in a layer."""
         quantizers, ops, sinks = self.quantizers[index], self.ops[index], self.artifact.spec.sink_tokens
         if isinstance(ops, CudaOps):
             return GpuLayer(quantizers, ops, sinks, scaling, softcap, self.page_bytes[index])
@@ -72,7 +72,7 @@ def _shared(name: str, rank: int, ranks: int) -> _Shared:
 
 
 def _device() -> torch.device:
-    """Of this process, where vLLM runs the model."""
+    """The device on which vLLM runs the model in this process."""
     if current_platform.is_cpu():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -108,8 +108,8 @@ class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[misc]
     """Makes the metadata of a step.
 
-    It supports no graphs, which for vLLM means: graphs of what stands between attention layers. Attention itself
-    depends on lengths, which the host knows.
+    It supports no CUDA graphs of attention, which depends on lengths that the host knows. Then vLLM captures only the
+    parts between attention layers.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
             starts, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
             if tables.device.type == "cpu":
                 step: Step | GpuStep = Step(starts, common.seq_lens.tolist(), tables, self._sink_tokens)
-            else:  # "upper bound" is exact but for speculative decoding, which is refused
+            else:  # the "upper bound" is exact except with speculative decoding, which is refused
                 lengths = common.seq_lens_cpu_upper_bound.tolist()
                 step = GpuStep(starts, lengths, tables, self._sink_tokens)
             made = common._kvq_calib = PackedMetadata(step)
@@ -255,7 +255,9 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         """Store and attend. The result is zero while vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
-        step: Any = attn_metadata.step  # of the kind that the layer takes: both follow the device
+        step: Any = (
+            attn_metadata.step
+        )  # step and layer are of the same kind, because both depend on the device
         assert self._layer is not None
         out = output[: step.tokens].view(step.tokens, self.num_heads, -1)
         pool = kv_cache.view(len(kv_cache), -1)

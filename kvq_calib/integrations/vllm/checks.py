@@ -133,13 +133,13 @@ def check_artifact(artifact: KVArtifact) -> None:
 
 
 def check_attention(**options: Any) -> None:
-    """Refuse what a layer of the model asks of attention and the packed cache does not give.
+    """Refuse options of attention that the packed cache does not support.
 
     Args:
-        options: of those that vLLM gives every implementation, the ones in ``_UNSERVED``.
+        options: vLLM's arguments for every implementation that are in ``_UNSERVED``.
 
     Raises:
-        RuntimeMismatchError: one is asked for.
+        RuntimeMismatchError: an option is used.
     """
     for name, what in _UNSERVED.items():
         if options[name] is not None:
@@ -158,12 +158,12 @@ _UNSERVED = {
 
 
 def check_layer(geometry: KVGeometry, index: int, query_heads: int, heads: int, size: int) -> None:
-    """Refuse a layer of the model that is not what the artifact says.
+    """Refuse a layer of the model that does not match the artifact.
 
     Args:
-        geometry: of this rank.
-        index: of the layer.
-        query_heads, heads, size: of the model's layer: query heads, key-value heads, channels of a head.
+        geometry: geometry of this rank.
+        index: number of the layer.
+        query_heads, heads, size: numbers of query heads, key-value heads, and channels of a head in the model's layer.
 
     Raises:
         RuntimeMismatchError: there is no such layer, or it has other heads.

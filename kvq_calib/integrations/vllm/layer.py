@@ -28,7 +28,7 @@ class PagedLayer:
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
         decoding: the native part for sequences with one new token; shared by all layers.
-        least_bytes: of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
+        least_bytes: smallest size of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
     """
 
     def __init__(

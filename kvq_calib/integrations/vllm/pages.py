@@ -72,12 +72,12 @@ class LayerPages:
 
     Args:
         key, value: quantizers of the layer.
-        sink_tokens: exact first tokens of a sequence.
-        least_bytes: of a page, which has nothing at its end where it needs fewer: vLLM wants pages of one size on all
-            ranks, and widths of channels give their heads different ones (:func:`page_bytes_of_ranks`).
+        sink_tokens: number of exact first tokens of a sequence.
+        least_bytes: smallest size of a page; smaller ones are padded. vLLM requires pages of one size on all ranks, but
+            the widths of their channels differ (:func:`page_bytes_of_ranks`).
 
     Attributes:
-        page_bytes: of a page.
+        page_bytes: bytes of a page.
 
     Raises:
         RuntimeMismatchError: the recipe does not fit the pages.
@@ -115,7 +115,7 @@ class LayerPages:
         Args:
             pool: uint8 ``[pages, page_bytes]`` of the layer.
             side: 0 for keys, 1 for values.
-            name: of the area, which is not empty.
+            name: name of the area, which must not be empty.
         """
         area: _Area = getattr(self.areas[side], name)
         layout = self.quantizers[side].layout
@@ -153,15 +153,15 @@ class LayerPages:
 
 
 def page_bytes_of_ranks(artifact: KVArtifact, ranks: int) -> list[int]:
-    """Bytes of a page of each layer that suffice on every rank.
+    """Bytes of a page of each layer, large enough for every rank.
 
     Args:
-        artifact: of the whole model.
-        ranks: that divide its key-value heads.
+        artifact: artifact of the whole model.
+        ranks: number of ranks that divide its key-value heads.
 
     Raises:
-        ConfigError: they cannot be divided so.
-        RuntimeMismatchError: pages cannot hold what the recipe stores.
+        ConfigError: the heads cannot be divided evenly.
+        RuntimeMismatchError: the recipe does not fit the pages.
     """
     parts = [artifact if ranks == 1 else shard(artifact, rank, ranks) for rank in range(ranks)]
     each = (
