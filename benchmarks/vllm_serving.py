@@ -142,7 +142,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def known(row: dict[str, Any]) -> dict[str, Any]:
-    """What tells rows apart in a record."""
+    """The fields that identify a row in a record."""
     return {name: value for name, value in row.items() if name not in ("model", "artifact")}
 
 

@@ -427,10 +427,10 @@ def test_every_kind_of_artifact_has_a_report(recipe, place, tmp_path):
     text = render(loaded, "tiny", chosen, results, measured, context=4096, command=["kvq-eval", "report"])
     assert_loads_nothing(text)
     assert "The artifact does not record how it was made." in text
-    assert "another text than the artifact was calibrated on" in text
-    assert ("Here the newest 20 tokens are quantized too" in text) == (recipe == "nuq3-exact")
+    assert "a text on which the artifact was not calibrated" in text
+    assert ("Here the newest 20 tokens are also quantized" in text) == (recipe == "nuq3-exact")
     assert ("With error compensation" in text) == (recipe == "compensation")
-    assert ("levels of its own" in text) == (recipe in ("trellis-one-state", "compensation"))
+    assert ("Every channel has different levels" in text) == (recipe in ("trellis-one-state", "compensation"))
 
 
 def test_no_point_of_the_frontier_is_beaten():

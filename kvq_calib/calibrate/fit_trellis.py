@@ -179,7 +179,7 @@ class TokenCostsKey(ObservedKey[TokenCosts, PrincipalValues]):
 
 @dataclass(frozen=True)
 class NeighbourGradientsKey(ObservedKey[NeighbourGradients, PrincipalValues]):
-    """How much alike gradients of neighbouring tokens are; the view has gradients."""
+    """Key of the correlation of gradients of neighbouring tokens. The view has gradients."""
 
     def empty(self, geometry: KVGeometry) -> NeighbourGradients:
         """See :class:`kvq_calib.calibrate.plan.Key`."""

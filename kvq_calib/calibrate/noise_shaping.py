@@ -1,4 +1,4 @@
-"""Noise shaping: how much alike the gradients of neighbouring tokens are."""
+"""Fits noise shaping: the correlation of the gradients of neighbouring tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvq_calib.calibrate.statistics import Reduction, Statistics
 
 __all__ = ["NeighbourGradients"]
 
-#: Largest feedback, in magnitude: beyond it errors would die down too slowly.
+#: Largest magnitude of the feedback. Above it, errors would decay too slowly.
 _MOST = 0.9
 
 
@@ -38,10 +38,11 @@ class NeighbourGradients(Statistics):
         self.squares += (before.square() + after.square()).sum((0, 2)) / 2
 
     def feedback(self) -> Tensor:
-        """What of a token's rounding error the next one takes up: the correlation of neighbours, float16 ``[H]``.
+        """The share of a token's rounding error that is added to the next: the correlation of neighbours, float16
+        ``[H]``.
 
-        For gradients whose correlation falls by this factor from token to token, it leaves ``1 - feedback ** 2`` of
-        what errors cost, which is least.
+        If the correlation of gradients falls by this factor from token to token, ``1 - feedback ** 2`` of the errors'
+        cost remains, which is the minimum.
         """
         tiny = torch.finfo(torch.float64).tiny
         return (self.products / self.squares.clamp(min=tiny)).clamp(-_MOST, _MOST).half()

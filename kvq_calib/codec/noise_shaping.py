@@ -1,9 +1,9 @@
-"""Noise shaping: a token takes up a share of the error that the token before it made.
+"""Noise shaping: a share of a token's rounding error is added to the next token before it is coded.
 
-What the loss sees of an error is its product with the gradient, and gradients of values are alike from one token to the
-next. So errors of neighbours should cancel: what is coded at token ``t`` is the value plus ``gain[t]`` times the
-rounding error at ``t - 1``. The rounding errors are as large as without; their sum over a few tokens is smaller. A
-reader of the codes has nothing to do. (``docs/explanation/noise-shaping.md``)
+An error changes the loss by its product with the gradient, and gradients of values are correlated between neighbouring
+tokens. So errors of neighbours should cancel: the number coded at token ``t`` is the value plus ``gain[t]`` times the
+rounding error at ``t - 1``. The rounding errors do not become smaller, but their sum over a few tokens does. Readers
+are not affected. See ``docs/explanation/noise-shaping.md``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from kvq_calib.codec.paths import Subsets
 
 __all__ = ["feedback_gains", "shaped_path"]
 
-#: A gain is at most this many times the head's feedback, however much more the token before counts.
+#: Largest gain relative to the head's feedback, for any ratio of token weights.
 _MOST = 4.0
 
 
 def feedback_gains(feedback: Tensor, weight: Tensor | None, batch: int, tokens: int) -> Tensor:
-    """What of the rounding error of the token before is added, in each head.
+    """The share of the rounding error of the previous token that is added, in each head.
 
-    Errors count by the square roots of the tokens' weights, so the feedback is taken times the root of their ratio.
-    The first token of a block takes up nothing.
+    The feedback is multiplied by the square root of the ratio of the tokens' weights. It is 0 for the first token of a
+    block.
 
     Args:
         feedback: float32 ``[H]``, correlation of the gradients of neighbours.
-        weight: of the tokens, float32 ``[B, T, H]``, or ``None`` where all count alike.
+        weight: weights of the tokens, float32 ``[B, T, H]``, or ``None`` for equal weights.
         batch, tokens: ``B`` and ``T``.
 
     Returns:
@@ -37,9 +37,9 @@ def feedback_gains(feedback: Tensor, weight: Tensor | None, batch: int, tokens: 
     gain = feedback.expand(batch, tokens, -1).clone()
     if weight is not None:
         ratio = weight[:, :-1] / weight[:, 1:]
-        # Through float64: torch's own square root of float32 is not the nearest number on every processor.
+        # In float64, because torch's square root in float32 is not correctly rounded on every processor.
         root = ratio.double().sqrt().float()
-        # Not "greater": no weight on both sides is a ratio that is no number.
+        # Not "greater": if both weights are 0, the ratio is NaN.
         root = torch.where(ratio <= _MOST * _MOST, root, _MOST)
         gain[:, 1:] *= root
     gain[:, ::BLOCK_TOKENS] = 0
@@ -49,29 +49,29 @@ def feedback_gains(feedback: Tensor, weight: Tensor | None, batch: int, tokens: 
 def shaped_path(
     subsets: Subsets, u: Tensor, gain: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes as :func:`kvq_calib.codec.paths.best_path` finds them, with the errors of neighbours shaped.
+    """Codes of the best path, as from :func:`kvq_calib.codec.paths.best_path`, with noise shaping.
 
-    What is coded at a token depends on the error before it, so each of the four survivors of Viterbi's algorithm has
-    its own. Tokens are taken one at a time, in float32, every operation rounded; ties go to the predecessor, and in the
-    end to the state, of the lower number.
+    The number coded at a token depends on the error before it, so it differs between the four survivors of Viterbi's
+    algorithm. Tokens are processed one at a time, in float32 with every operation rounded. Ties go to the predecessor,
+    and at the end to the state, with the lower number.
 
     Args:
-        subsets: of the levels of ``C`` channels.
-        u: float32 ``[C, B, T]``, tokens in order from the first of a block on.
+        subsets: subsets of the levels of ``C`` channels.
+        u: float32 ``[C, B, T]``, tokens in order, starting with the first of a block.
         gain: float32 ``[C, B, T]``, from :func:`feedback_gains`.
-        weight: float32 ``[C, B, T]``, not negative, of the squares.
+        weight: float32 ``[C, B, T]``, not negative, weights of the squares.
 
     Returns:
-        Codes, uint8 ``[C, B, T]``, and the indices of the levels they stand for, int64.
+        Codes, uint8 ``[C, B, T]``, and the indices of their levels, int64.
     """
     channels, batch, tokens = u.shape
     weight = torch.ones_like(u) if weight is None else weight
 
-    def by_token(x: Tensor) -> Tensor:  # [32, C, B * blocks]; tokens that are not there count nothing
+    def by_token(x: Tensor) -> Tensor:  # [32, C, B * blocks]; missing tokens have weight 0
         padded = torch.nn.functional.pad(x, (0, -tokens % BLOCK_TOKENS))
         return padded.reshape(channels, -1, BLOCK_TOKENS).permute(2, 0, 1).contiguous()
 
-    # States are [u[t - 1], u[t]] before a step and [u[t], u[t + 1]] after it: the number is the place.
+    # States are [u[t - 1], u[t]] before a step and [u[t], u[t + 1]] after it; their number is the index.
     n = batch * -(-tokens // BLOCK_TOKENS)
     ranks, width = subsets.boundaries.shape[1], n
     state = torch.arange(4, device=u.device)
@@ -89,23 +89,21 @@ def shaped_path(
         place = start + rank[:, :, None]  # [C, 4, 2, n]
         made = target[:, :, None] - nearest.gather(1, place.flatten(1)).view(place.shape)
         total = cost[:, :, None] + made * made * counts[:, None, None]
-        low, high = total.unflatten(1, (2, 2)).unbind(
-            1
-        )  # [C, u[t - 1], u[t], n]: by u[t - 2], which is forgotten
+        low, high = total.unflatten(1, (2, 2)).unbind(1)  # [C, u[t - 1], u[t], n]: u[t - 2] is dropped
         is_high = high < low
         cost = torch.where(is_high, high, low).flatten(1, 2)
         made_low, made_high = made.unflatten(1, (2, 2)).unbind(1)
         error = torch.where(is_high, made_high, made_low).flatten(1, 2)
         place_low, place_high = place.unflatten(1, (2, 2)).unbind(1)
         steps.append((is_high.flatten(1, 2), torch.where(is_high, place_high, place_low).flatten(1, 2)))
-        # [u[t - 1], u[t]] to the number u[t] + 2 u[t - 1]: the place as it stands.
+        # [u[t - 1], u[t]] to the number u[t] + 2 u[t - 1], which is the index.
     return _traced(subsets, steps, cost.min(1, keepdim=True).indices, (batch, tokens))
 
 
 def _traced(
     subsets: Subsets, steps: list[tuple[Tensor, Tensor]], last: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Codes and indices on the ways that lead to the states ``last``, int64 ``[C, 1, n]``."""
+    """Codes and indices on the paths to the states ``last``, int64 ``[C, 1, n]``."""
     codes, indices = [], []
     entries = subsets.nearest.shape[-1]
     for is_high, place in reversed(steps):

@@ -264,7 +264,7 @@ class TrellisQuantizer(Quantizer):
         return encode_trellis(native, self.native_tables, x, weight, compensated=compensated, by_size=by_size)
 
     def encode(self, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Code without error compensation, with noise shaping where the quantizer has it.
+        """Code without error compensation, with noise shaping if the quantizer has it.
 
         Args:
             y: float32 ``[B, T, C]``; blocks have 32 tokens, starting with the first.

@@ -1,1 +1,1 @@
-"""Where artifacts and packed caches plug into other projects; ``docs/guides/integrations.md`` describes each."""
+"""Use of artifacts and packed caches in other projects; ``docs/guides/integrations.md`` describes them."""

@@ -1,13 +1,13 @@
-"""A model of lm-evaluation-harness whose keys and values are quantized by an artifact.
+"""A model for lm-evaluation-harness whose keys and values are quantized by an artifact.
 
-Log likelihoods come from one forward pass with every key and value through the artifact's quantizers
-(:mod:`kvq_calib.evaluate.prefill`), generated text from the packed cache (:class:`kvq_calib.KVQCache`). An artifact
-with a window of recent exact tokens is scored through the packed cache too, a few tokens per step, since one pass would
-quantize what the window keeps exact. The harness pads a batch on the right where it scores and on the left where it
-generates. Neither changes the codes of a real token, but blocks of 32 count padding, so in the packed cache a batch
-decides which of the newest tokens are still exact.
+Log likelihoods come from one forward pass in which every key and value is quantized
+(:mod:`kvq_calib.evaluate.prefill`), and generated text from the packed cache (:class:`kvq_calib.KVQCache`). An artifact
+with a window of recent exact tokens is also scored through the packed cache, a few tokens per step, because one pass
+would quantize tokens that are exact. The harness pads batches on the right for scoring, and on the left for generation.
+Padding does not change the codes of real tokens. But it counts towards blocks of 32, so in the packed cache the batch
+influences which of the newest tokens are exact.
 
-Importing this module needs lm_eval, and registers the model under the name ``kvq``; ``kvq-lm-eval`` does it.
+Importing this module needs lm_eval, and registers the model under the name ``kvq``. ``kvq-lm-eval`` imports it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["KVQuantLM"]
 
 _log = logging.getLogger("kvq_calib.integrations")
 
-#: Arguments of HFLM that mean something with a model that is loaded already; the others say how to load one.
+#: Arguments of HFLM that apply to a loaded model. The others concern loading.
 _PASSED_ON = frozenset(
     {
         "add_bos_token",
@@ -61,14 +61,14 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: hub id, local folder or ``.gguf`` file, as for the other commands.
         artifact: the artifact's file.
-        device: "auto" or a torch device; what ``--device`` gives. The harness hands on ``cuda:0`` where nobody names
-            one, so without a GPU that means the CPU, as it does for ``--model hf``.
+        device: "auto" or a torch device, from ``--device``. The harness's default is ``cuda:0``, which means the CPU if
+            there is no GPU, as for ``--model hf``.
         dtype, device_map, trust_remote_code: as in :func:`kvq_calib.model.load.load_model`.
         options: arguments of ``HFLM`` that do not concern loading, such as ``batch_size`` and ``max_length``.
 
     Raises:
         ConfigError: an argument is missing or unknown.
-        ArtifactError, ModelError, RuntimeMismatchError: the artifact or the model cannot be used, or not together.
+        ArtifactError, ModelError, RuntimeMismatchError: the artifact or the model cannot be used, or they do not fit.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
             trust_remote_code=trust_remote_code,
         )
         self.artifact.check_model(model_fingerprint(loaded.model))
-        with attached(loaded.model):  # what cannot be streamed is refused before hours of work
+        with attached(loaded.model):  # refuses an artifact that cannot be streamed, before hours of work
             self._packed = KVQCache(self.artifact, loaded.model)
         self._quantizer = PrefillQuantizer.of(self.artifact, loaded.model)
         self._names = {"kvq_model": loaded.name, "kvq_artifact": str(artifact)}
@@ -107,14 +107,14 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """What must be on the model while it scores; put there once for all requests of a task."""
+        """The hooks on the model while it scores; set once for all requests of a task."""
         scoring = attached(self.model) if self._streams else intercept(self.model, self._quantizer)
         with scoring:
             yield
 
     @property
     def _streams(self) -> bool:
-        """Whether log likelihoods come through the packed cache."""
+        """Whether log likelihoods are computed through the packed cache."""
         return self.artifact.spec.recent_tokens > 0
 
     def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,13 +149,13 @@ class KVQuantLM(HFLM):  # type: ignore[misc]
         return tokens
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: also the artifact, and its bits at 4,096 tokens."""
+        """Information that the harness writes with its results, including the artifact and its bits at 4,096 tokens."""
         bits = self.artifact.bits_per_element(4096)
         return {**super().get_model_info(), **self._names, "kvq_bits_per_element_4096": bits}
 
 
 def _available(device: str | None) -> str:
-    """The device to load on: the harness's default where there is one, else what there is."""
+    """The device to load on: the requested one, or the CPU if the default ``cuda:0`` does not exist."""
     if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
         _log.warning("there is no GPU here: the model runs on the CPU")
         return "auto"

@@ -1,1 +1,1 @@
-"""The only folder that knows transformers: loading, interception, geometry, rotary embeddings."""
+"""Everything that depends on transformers: loading, interception, geometry, rotary embeddings."""

@@ -1,4 +1,4 @@
-"""What a backward pass needs of a model: its body and its head apart, frozen parameters, layers computed again."""
+"""Helpers for backward passes: body and head of a model separately, frozen parameters, recomputed layers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SPLITTABLE: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDiction
 def head_logits(model: nn.Module, output: Callable[..., Any], hidden: Tensor, ids: Tensor) -> Tensor:
     """Return the model's logits for final hidden states.
 
-    The model's own forward computes them, with its body replaced by one that returns `hidden`: so whatever a
-    family does to its logits (softcap, scale, bias) is done.
+    The model's forward computes them, with its body replaced by a function that returns `hidden`. So everything that a
+    family does to its logits is included (softcap, scale, bias).
     """
     body: Any = model.base_model
     with _instance_forward(body, lambda *args, **kwargs: output(last_hidden_state=hidden)):
@@ -35,8 +35,8 @@ def head_logits(model: nn.Module, output: Callable[..., Any], hidden: Tensor, id
 
 @contextmanager
 def _instance_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one module object another `forward`."""
-    previous = module.__dict__.get("forward")  # accelerate's hooks keep theirs here
+    """Replace `forward` of one module object."""
+    previous = module.__dict__.get("forward")  # accelerate's hooks store theirs here
     module.forward = forward
     try:
         yield
@@ -48,7 +48,7 @@ def _instance_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None
 
 
 def is_splittable(model: nn.Module) -> bool:
-    """Whether body and head called apart give the model's logits; tried once per model on a few tokens."""
+    """Whether body and head, called separately, give the model's logits; tested once per model on a few tokens."""
     known = _SPLITTABLE.get(model)
     if known is None:
         known = _SPLITTABLE[model] = _try_split(model)
@@ -68,7 +68,7 @@ def _try_split(model: nn.Module) -> bool:
             pieces = [
                 head_logits(model, type(output), hidden[:, s], ids[:, s]) for s in (slice(0, 3), slice(3, 7))
             ]
-        except Exception:  # whatever a family's forward makes of it, the plain loss is right
+        except Exception:  # if anything fails, the plain loss is used
             return False
     got = torch.cat(pieces, dim=1)
     tolerance = max(1e-4, 8 * float(torch.finfo(want.dtype).eps)) * float(want.abs().max())
@@ -77,10 +77,10 @@ def _try_split(model: nn.Module) -> bool:
 
 @contextmanager
 def activations_only(model: nn.Module) -> Iterator[None]:
-    """Freeze the parameters and let gradients start at the embedded tokens."""
+    """Freeze the parameters, and let gradients start at the embedded tokens."""
 
     def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        # A copy: some families scale what they get in place, which a leaf does not allow.
+        # A copy, because some families scale their input in place, which a leaf does not allow.
         return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else output
 
     unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,8 +100,8 @@ def activations_only(model: nn.Module) -> Iterator[None]:
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Checkpoint every decoder layer.
 
-    transformers' own switch works in training mode only, which would turn dropout on. A layer is computed again to its
-    end, though its last product is not needed: only then do accelerate's hooks let offloaded weights go.
+    transformers' switch for this works only in training mode, which would enable dropout. A layer is recomputed to its
+    end, although its last product is not needed, because only then accelerate's hooks free offloaded weights.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -109,7 +109,7 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
 
     def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            again = carried(forward)  # by autograd, in a thread of its own where the model is on a GPU
+            again = carried(forward)  # called by autograd, in another thread if the model is on a GPU
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run

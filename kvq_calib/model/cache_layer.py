@@ -1,4 +1,4 @@
-"""The cache layer that attends itself, as far as transformers sees it."""
+"""The base of cache layers that compute attention, with the interface that transformers expects."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvq_calib.model.intercept import AttentionCall, mark
 
 __all__ = ["AttendingLayer", "unknown_options"]
 
-#: Tensors among the options of attention that say nothing beside the mask, or that packed attention knows.
+#: Tensor options of attention that packed attention supports, or that the mask makes redundant.
 _KNOWN_TENSORS = {"attention_mask", "position_ids", "cache_position", "s_aux"}
 
 
 def unknown_options(call: AttentionCall) -> set[str]:
-    """Names of tensors that change attention in a way that packed attention does not know."""
+    """Names of tensor options that packed attention does not support."""
     return {
         name
         for name, value in call.kwargs.items()
@@ -27,10 +27,10 @@ def unknown_options(call: AttentionCall) -> set[str]:
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
-    """A layer whose ``update`` hands the new keys and values on, marked, to attention, which comes back to ``attend``.
+    """A layer whose ``update`` marks the new keys and passes them on to attention, which then calls ``attend``.
 
     Args:
-        sliding_window: tokens a query sees, or ``None`` for all.
+        sliding_window: number of tokens that a query sees, or ``None`` for all.
     """
 
     is_compileable = False
@@ -44,14 +44,14 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     @abstractmethod
     def length(self) -> int:
-        """Slots held, those a sliding window has passed included."""
+        """Number of slots, including those that a sliding window has passed."""
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
-        """Store the new keys and values and attend to all.
+        """Store the new keys and values, and attend to all tokens.
 
         Args:
-            call: with the keys and values that :meth:`update` returned.
+            call: the call, with the keys and values that :meth:`update` returned.
 
         Returns:
             ``[B, T, Hq, Dv]``.
@@ -59,28 +59,28 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_sliding(self) -> bool:
-        """Whether the layer sees a window only."""
+        """Whether the layer has a sliding window."""
         return self.sliding_window is not None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: storage is made when the first tokens arrive."""
+        """Do nothing: storage is allocated when the first tokens arrive."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to attention, which will store them.
+        """Pass the new keys and values on to attention, which will store them.
 
         Args:
-            key_states, value_states: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, keys as the model rotated them.
+            key_states, value_states: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, with keys rotated by the model.
             args, kwargs: not used.
 
         Returns:
-            The same two tensors, the keys marked with this layer.
+            The same two tensors, with the keys marked with this layer.
         """
         return mark(key_states, self), value_states
 
     def get_mask_sizes(self, query: int | Tensor, *args: Any) -> tuple[int, int]:
-        """Slots the mask should cover, and the first of them.
+        """The number of slots that the mask must cover, and the first of them.
 
         Args:
             query: see :func:`kvq_calib.model.compat.new_tokens`.
@@ -90,13 +90,13 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length + new_tokens(query) - first, first
 
     def get_seq_length(self, *args: Any) -> int:
-        """Slots held, those a sliding window has passed included."""
+        """Number of slots, including those that a sliding window has passed."""
         return self.length
 
     def get_max_length(self) -> int:
-        """The window, or -1 for no limit; asked for from transformers 5.13 on."""
+        """The window, or -1 for no limit; called by transformers 5.13 and newer."""
         return -1 if self.sliding_window is None else self.sliding_window
 
     def get_max_cache_shape(self) -> int:
-        """The same, asked for to transformers 5.17."""
+        """The same; called by transformers up to 5.17."""
         return self.get_max_length()

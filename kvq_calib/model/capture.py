@@ -1,4 +1,4 @@
-"""Capture of pre-RoPE keys, values and their gradients while a model runs; nothing is kept."""
+"""Captures pre-RoPE keys, values and their gradients while a model runs, without storing them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class LayerKV:
     """Keys and values of one layer in one forward pass.
 
     Attributes:
-        layer: which of the geometry's layers.
-        rotated_keys: keys as the model handed them to attention [B, Hkv, T, D], in the model's dtype.
+        layer: number of the layer in the geometry.
+        rotated_keys: keys that the model passed to attention, [B, Hkv, T, D], in the model's dtype.
         values: [B, Hkv, T, Dv].
-        rotation: this layer's RoPE at these tokens' positions.
+        rotation: the layer's RoPE at the positions of these tokens.
         module: the attention module.
-        scaling: factor of the attention scores, where the model hands it over.
-        sliding_window: width in tokens, None where the layer sees all.
+        scaling: factor on the attention scores, if the model passes it.
+        sliding_window: width in tokens, None if the layer sees all tokens.
     """
 
     layer: int
@@ -43,11 +43,11 @@ class LayerKV:
 
     @cached_property
     def keys(self) -> Tensor:
-        """Pre-RoPE keys [B, Hkv, T, D], at least float32 where un-rotated; computed on first use."""
+        """Pre-RoPE keys [B, Hkv, T, D], at least float32 if un-rotated; computed on first use."""
         return self.rotation.unrotate(self.rotated_keys)
 
     def detach(self) -> LayerKV:
-        """Return the same without its part in the autograd graph."""
+        """Return a copy that is detached from the autograd graph."""
         return replace(
             self,
             rotated_keys=self.rotated_keys.detach(),
@@ -68,15 +68,15 @@ def _layer_kv(call: AttentionCall, layer: int, has_rope: bool) -> LayerKV:
 
 
 Transform = Callable[[LayerKV], "tuple[Tensor, Tensor] | None"]
-"""Returns new (pre-RoPE keys, values) for a layer, or None to leave it as it is."""
+"""Returns new (pre-RoPE keys, values) for a layer, or None to leave it unchanged."""
 
 
 @contextmanager
 def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
-    """Show the pre-RoPE keys and values of every layer to `transform`, which may replace them.
+    """Pass the pre-RoPE keys and values of every layer to `transform`, which may replace them.
 
-    Replaced keys are rotated by the model's own function before attention sees them; gradients pass. Call the
-    model with `use_cache=False`: keys of earlier calls cannot be un-rotated with this call's angles.
+    Replaced keys are rotated by the model's function before attention gets them. Gradients pass through. Call the model
+    with `use_cache=False`, because keys of earlier calls cannot be un-rotated with the angles of this call.
 
     Yields:
         The model's geometry, from `inspect_model`.
@@ -85,7 +85,7 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
         ModelError: the model cannot be captured (see `inspect_model`), or was called with a filled cache.
     """
     geometry = inspect_model(model)
-    #: What layers that attend to another's keys and values must see.
+    #: Replaced keys and values, for layers that attend to those of another layer.
     replaced: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def handler(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
@@ -113,10 +113,10 @@ def intercept(model: nn.Module, transform: Transform) -> Iterator[KVGeometry]:
 
 
 OnForward = Callable[[LayerKV], None]
-"""Sees one layer, detached, during the forward pass."""
+"""Gets one layer, detached, during the forward pass."""
 
 OnBackward = Callable[[LayerKV, Tensor, Tensor], None]
-"""Sees one layer, detached, with the gradients of its pre-RoPE keys [B, Hkv, T, D] and its values [B, Hkv, T, Dv]."""
+"""Gets one layer, detached, with gradients of its pre-RoPE keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]."""
 
 
 @contextmanager
@@ -127,20 +127,19 @@ def capture(
     *,
     recompute: bool = False,
 ) -> Iterator[KVGeometry]:
-    """Report every layer's keys and values, and their gradients, to callbacks; change nothing.
+    """Pass every layer's keys and values, and their gradients, to callbacks, without changing them.
 
     Inside the context, call the model with `use_cache=False`. `on_forward` is called once per layer and
-    forward pass. `on_backward` is called during `loss.backward()`, in the order of the backward pass, once
-    per layer, as soon as both gradients of the layer exist; they are then let go. Both hold where layers are
-    recomputed (activation checkpointing) too. Callbacks run without autograd and must not change the tensors
-    they see.
+    forward pass. `on_backward` is called once per layer during `loss.backward()`, in the order of the backward pass, as
+    soon as both gradients of the layer exist. The gradients are then freed. Both also work with recomputed layers
+    (activation checkpointing). Callbacks run without autograd and must not change the tensors.
 
     Args:
         model: the model to watch.
-        on_forward: sees each layer in the forward pass.
-        on_backward: sees each layer in the backward pass.
-        recompute: all layers are checkpointed, and one forward pass is followed by its backward pass: take
-            the tensors for `on_backward` from the recomputation, so that none is held in between.
+        on_forward: gets each layer in the forward pass.
+        on_backward: gets each layer in the backward pass.
+        recompute: take the tensors for `on_backward` from the recomputation, so that none is held in between. All
+            layers must be checkpointed, and every forward pass followed by its backward pass.
 
     Yields:
         The model's geometry.
@@ -151,7 +150,7 @@ def capture(
     awaiting: dict[int, list[LayerKV]] = {}
 
     def observe(kv: LayerKV) -> None:
-        # While a layer is recomputed the backward pass is running; the layer was reported before that.
+        # A layer is recomputed during the backward pass; it was reported before.
         recomputed = in_backward()
         if on_forward is not None and not recomputed:
             with torch.no_grad():
@@ -171,7 +170,7 @@ def capture(
 
 
 def _report_gradients(kv: LayerKV, held: list[LayerKV], on_backward: OnBackward) -> None:
-    """Call `on_backward` with the layer in `held` once both gradients of `kv` have been computed."""
+    """Call `on_backward` with the layer in `held` when both gradients of `kv` have been computed."""
     gradients: dict[str, Tensor] = {}
 
     def arrive(name: str, grad: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The geometry of a model whose weights are not at hand, from its configuration."""
+"""The geometry of a model from its configuration, without weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["geometry_of_configuration"]
 
 
 def geometry_of_configuration(model: str) -> tuple[KVGeometry, dict[str, Any]]:
-    """Geometry and fingerprint from a model's configuration alone; no weights are read.
+    """Geometry and fingerprint from a model's configuration, without reading weights.
 
-    One layer is built with random weights to see what the attention interface sees, which tells about all of them
-    where all are alike, as in the families of KVQuant's own code.
+    One layer is built with random weights and observed at the attention interface. This describes all layers if they
+    are equal, as in the families that KVQuant's code supports.
 
     Args:
         model: hub id or folder.
 
     Raises:
-        ModelError: no such configuration, or layers that differ.
+        ModelError: there is no such configuration, or layers differ.
     """
     try:
         config: Any = AutoConfig.from_pretrained(model)
@@ -47,7 +47,7 @@ def geometry_of_configuration(model: str) -> tuple[KVGeometry, dict[str, Any]]:
 
 
 class _Configured(torch.nn.Module):
-    """A configuration where a model is expected."""
+    """A stand-in for a model that only has a configuration."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

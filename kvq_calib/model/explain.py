@@ -1,4 +1,4 @@
-"""What is wrong with a model that cannot be loaded, in one line that says what to do."""
+"""Explains in one line why a model cannot be loaded, and what to do."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from kvq_calib.errors import ModelError, one_line
 __all__ = ["check_files", "check_shapes", "explain", "listed"]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-#: A pointer has three short lines.
+#: Largest size of a Git LFS pointer, which has three short lines.
 _LFS_BYTES = 1024
-#: Some file of every tokenizer has such a name.
+#: Every tokenizer has a file with one of these names.
 _TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.spm", "*bpe*", "merges*")
 
 
 def check_files(name: str, location: str, gguf_file: str | None) -> None:
-    """Refuse a model on disk that lacks files, as far as their names and beginnings tell.
+    """Refuse a model on disk with missing files, judging by names and beginnings of files.
 
-    These are a tokenizer, without which some releases of transformers make up an empty one, and what is behind Git LFS
-    pointers, which a clone without ``git lfs`` leaves.
+    Missing files may be the tokenizer, which some releases of transformers silently replace by an empty one, or files
+    behind Git LFS pointers, which a clone without ``git lfs`` leaves.
 
     Args:
-        name: of the model, as the user gave it.
-        location: folder, or the id of a model on the hub, which is left alone.
+        name: name of the model, as the user gave it.
+        location: folder, or the id of a model on the hub, which is not checked.
         gguf_file: the one file of the folder that will be read, ``None`` for all.
 
     Raises:
-        ModelError: says which.
+        ModelError: files are missing; the message names them.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -52,14 +52,14 @@ def check_files(name: str, location: str, gguf_file: str | None) -> None:
 
 
 def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
-    """Refuse weights of other shapes than the configuration says.
+    """Refuse weights whose shapes differ from the configuration.
 
     Args:
-        name: of the model, as the user gave it.
+        name: name of the model, as the user gave it.
         mismatched: name, shape in the checkpoint and shape in the model of each such weight.
 
     Raises:
-        ModelError: names the first one and both shapes.
+        ModelError: there are such weights; the message names the first one and both shapes.
     """
     found = sorted((str(weight), list(held), list(wanted)) for weight, held, wanted in mismatched)
     if found:
@@ -75,10 +75,10 @@ def explain(name: str, source: Mapping[str, Any], error: Exception, part: str = 
     """Why a configuration, tokenizer or weights cannot be loaded.
 
     Args:
-        name: of the model, as the user gave it.
-        source: arguments of ``from_pretrained`` that say where it comes from.
-        error: what transformers raised.
-        part: of the model, as in "the tokenizer of ".
+        name: name of the model, as the user gave it.
+        source: arguments of ``from_pretrained`` that locate the model.
+        error: the exception from transformers.
+        part: part of the model, such as "the tokenizer of ".
     """
     reason = one_line(error, 300)
     if "Unrecognized configuration class" in reason:
@@ -96,6 +96,6 @@ def explain(name: str, source: Mapping[str, Any], error: Exception, part: str = 
 
 
 def listed(names: Iterable[str], most: int = 2) -> str:
-    """The first of some names, and that there are others."""
+    """The first names of a list, and a note if there are more."""
     every = sorted(names)
     return ", ".join([*every[:most], *(["..."] if len(every) > most else [])])

@@ -1,5 +1,4 @@
-"""Manners towards the Hugging Face libraries: their noise off while loading, and no waiting for a missing
-network."""
+"""Helpers for the Hugging Face libraries: quiet loading, and no waiting for a missing network."""
 
 from __future__ import annotations
 
@@ -23,10 +22,10 @@ __all__ = ["hub_reachable", "quiet"]
 
 
 def hub_reachable() -> bool:
-    """Return whether it is worth asking the hub; without network its client retries for half a minute."""
+    """Return whether the hub can probably be reached. Without network, its client retries for half a minute."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
-    if urllib.request.getproxies():  # names may resolve only behind the proxy
+    if urllib.request.getproxies():  # perhaps only the proxy resolves names
         return True
     host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
     try:
@@ -38,9 +37,9 @@ def hub_reachable() -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and bars of the libraries; keep standard output clean.
+    """Silence warnings and progress bars of the libraries, and keep standard output clean.
 
-    Bars of downloads stay where somebody can see them: in a log, a bar is one line of carriage returns.
+    Progress bars of downloads are shown on a terminal, but not in a log.
     """
     verbosity = _transformers.get_verbosity()
     bars = _transformers.is_progress_bar_enabled()

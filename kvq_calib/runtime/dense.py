@@ -1,4 +1,4 @@
-"""Attention of many queries at once: packed blocks become ordinary tensors for torch's own attention."""
+"""Attention for many queries at once: packed blocks are dequantized to ordinary tensors for torch's attention."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kvq_calib.runtime.visibility import AttentionRequest
 
 __all__ = ["Decode", "attend_dense"]
 
-#: Queries one call of torch's attention takes beside a packed cache: bounds the mask.
+#: Largest number of queries in one call of torch's attention, which bounds the mask.
 _QUERY_ROWS = 256
 
-#: Keys and values of ``count`` blocks from ``first`` on, counted from the first page held: ``[B, H, 32 * count, D]``
-#: each in the dtype of the query, keys turned to the positions, int32 ``[B, 32 * count]``, where they are given.
+#: Dequantizes ``count`` blocks from ``first`` on, counted from the first page in memory: ``[B, H, 32 * count, D]`` each
+#: in the dtype of the query. Keys are rotated to the positions, int32 ``[B, 32 * count]``, if these are given.
 Decode = Callable[[int, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -31,13 +31,13 @@ def attend_dense(
     rope: RopeTable | None,
     decode: Decode,
 ) -> Tensor:
-    """Attend to everything stored, one layer at a time.
+    """Attend to all tokens of a layer.
 
     Args:
-        request: without softcap and sink logits, which torch's attention does not know.
-        storage, table: what is stored.
-        rope: what turns keys on every read, if anything does.
-        decode: reads packed blocks.
+        request: the call, without softcap and sink logits, which torch's attention does not support.
+        storage, table: storage of the layer, and slot table.
+        rope: rotary embedding to apply on every read, or ``None``.
+        decode: dequantizes packed blocks.
 
     Returns:
         ``[B, T, Hq, D]``, ``D`` of the values, contiguous, in the dtype of the query.
@@ -64,7 +64,7 @@ def attend_dense(
 
 
 def _exact(exact: ExactTokens, storage: LayerStorage, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
-    """Keys as attention uses them, and values, of sinks and tail: ``[B, H, S, D]`` each."""
+    """Keys and values of sinks and tail as attention uses them: ``[B, H, S, D]`` each."""
     sinks, tail = exact.parts(storage)
     keys, values = (torch.cat(sides, dim=2) for sides in zip(sinks, tail, strict=True))
     if rope is not None:
@@ -75,11 +75,11 @@ def _exact(exact: ExactTokens, storage: LayerStorage, rope: RopeTable | None) ->
 def _attend_masked(
     request: AttentionRequest, sides: tuple[Tensor, Tensor], packed: Tensor, exact: ExactTokens
 ) -> Tensor:
-    """Packed places, then exact columns, with a mask for some queries at a time."""
+    """Attend to packed places, then exact columns, with masks for some queries at a time."""
     query = request.query
     packed, columns = (slots.expand(query.shape[0], -1) for slots in (packed[None], exact.slots))
     sinks = columns[:, : exact.sinks]
-    if exact.sinks and packed.shape[1]:  # attended exactly, not as packed
+    if exact.sinks and packed.shape[1]:  # the exact copies are attended instead
         packed = packed.masked_fill((packed[..., None] == sinks[:, None]).any(-1), -1)
     slots = torch.cat((packed, columns), dim=1)
     out = []
@@ -95,7 +95,7 @@ def _attend_masked(
 
 
 def _attend_prompt(request: AttentionRequest, sides: tuple[Tensor, Tensor], exact: ExactTokens) -> Tensor:
-    """A whole prompt without padding: sinks take their packed places, so that columns are slots."""
+    """Attend to a whole prompt without padding. Sinks take their packed places, so that columns equal slots."""
     packed = sides[0].shape[2] - exact.slots.shape[1]
     row, number = (exact.slots[:, : exact.sinks] >= 0).nonzero(as_tuple=True)
     place = exact.slots[row, number]

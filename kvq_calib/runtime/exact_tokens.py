@@ -1,4 +1,4 @@
-"""Sinks and tail: the tokens that attention reads as they were stored."""
+"""Sinks and tail: the exact tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["ExactTokens"]
 
 
 class ExactTokens:
-    """Sinks whose slots are packed, then the tail: ``S`` columns, the same for all layers of a cache.
+    """Sinks whose slots are packed, then the tail: ``S`` columns, which are the same for all layers.
 
     Args:
-        table: of the cache, as it is now.
+        table: current slot table of the cache.
 
     Attributes:
-        sinks: columns of sinks, which stand first; 0 where no sink is packed.
+        sinks: number of columns of sinks, which come first; 0 if no sink is packed.
     """
 
     def __init__(self, table: SlotTable) -> None:
@@ -31,23 +31,23 @@ class ExactTokens:
         self.sinks = table.sink_slots.shape[1] if first < min(stop, self._start) else 0
 
     def parts(self, storage: LayerStorage) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Keys and values of sinks, then those of the tail, in the storage dtype: ``[B, H, t, D]`` each."""
+        """Keys and values of sinks, then of the tail, in the storage dtype: ``[B, H, t, D]`` each."""
         sinks = storage.sink_key[:, :, : self.sinks], storage.sink_value[:, :, : self.sinks]
         return sinks, (storage.tail_key, storage.tail_value)
 
     @cached_property
     def slots(self) -> Tensor:
-        """The slot of every column: int64 ``[B, S]``, -1 for none; ``[1, S]`` where all sequences have the same."""
+        """The slot of every column: int64 ``[B, S]``, -1 for none; ``[1, S]`` if all sequences have the same."""
         tail = torch.arange(self._start, self._table.length, device=self._table.device)[None]
         if not self.sinks:
             return tail
         sinks = self._table.sink_slots.to(torch.int64)
-        sinks = sinks.masked_fill(sinks >= self._start, -1)  # those are in the tail
+        sinks = sinks.masked_fill(sinks >= self._start, -1)  # these are in the tail
         return torch.cat((sinks, tail.expand(len(sinks), -1)), dim=1)
 
     @cached_property
     def positions(self) -> Tensor:
-        """RoPE positions, int32 ``[B, S]``; anything where there is no such token."""
+        """RoPE positions, int32 ``[B, S]``; arbitrary for columns without a token."""
         table = self._table
         tail = table.positions(self._start, table.length)
         if not self.sinks:
@@ -58,7 +58,7 @@ class ExactTokens:
         return torch.cat((of_sinks, tail), dim=1)
 
     def mask(self, visibility: Visibility) -> Tensor | None:
-        """What hides columns: additive, broadcastable to ``[B, Hq, T, S]``; ``None`` where every query sees all."""
+        """The mask of the columns: additive, broadcastable to ``[B, Hq, T, S]``; ``None`` if every query sees all."""
         table = self._table
         first, stop = table.sink_range
         if self.sinks:

@@ -1,4 +1,4 @@
-"""The operations of a cache on a CPU: native kernels where they serve, torch where not."""
+"""The operations of a cache on a CPU: native kernels where they apply, else torch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["NativeOps", "can_run", "make_native_ops"]
 
 
 class NativeOps:
-    """Packing and attention of one layer; see :class:`kvq_calib.runtime.ops.Ops`. What is stored is as with torch.
+    """Packing and attention of one layer; see :class:`kvq_calib.runtime.ops.Ops`. It stores the same bits as torch.
 
     Args:
         key, value: quantizers of the layer, on the CPU.
-        view: shared by the layers of a cache.
+        view: step view, which the layers of a cache share.
     """
 
-    #: Of the backend.
+    #: Name of the backend.
     name = "native"
 
     def __init__(self, key: Quantizer, value: Quantizer, view: StepView) -> None:
@@ -57,18 +57,18 @@ class NativeOps:
             Dequantizer(library, tables[1]),
         )
         self._joiner = Joiner(view.library, key.storage, None if turns is None else turns.pair)
-        #: The latest rotation, and whether it can be undone here.
+        #: The last rotation, and whether the kernel can undo it.
         self._rotation: weakref.ref[Rotation] | None = None
         self._undoes = False
         self._pages: tuple[PageAddresses, PageAddresses] | None = None
 
     def forget(self) -> None:
-        """Drop the addresses of pages, and what all layers have made of positions."""
+        """Drop the addresses of pages, and shared tables of positions."""
         self._pages = None
         self.view.forget()
 
     def tables(self) -> list[Tensor]:
-        """Tensors held besides the artifact's parameters, for the accounting of memory."""
+        """Tensors beside the artifact's parameters, to count their memory."""
         rope = [] if self.rope is None else self.rope.tensors()
         pages = [addresses.rows.tensor for addresses in self._pages or ()]
         derived = [tensor for quantizer in self._quantizers for tensor in quantizer.derived()]
@@ -79,7 +79,7 @@ class NativeOps:
     def join(
         self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor] | None:
-        """The tail with new tokens behind it; see :meth:`kvq_calib.runtime.ops.Ops.join`."""
+        """The tail with new tokens appended; see :meth:`kvq_calib.runtime.ops.Ops.join`."""
         angles = None
         if rotation is not None:
             if (
@@ -101,7 +101,7 @@ class NativeOps:
         self._torch.pack(storage, keys, values)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attend to everything stored: ``[B, T, Hq, D]``, contiguous, in the dtype of the query."""
+        """Attend to all tokens: ``[B, T, Hq, D]``, contiguous, in the dtype of the query."""
         if request.query.shape[2] == 1:
             step = self.view.step(request.visibility, table, self._turns)
             if step is not None:
@@ -151,22 +151,21 @@ class NativeOps:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """Float32, coordinates in a row."""
+    """Convert to float32 with contiguous coordinates."""
     x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether a cache on this device is to be tried: on the CPU, where a library is there. Without a compiler the
-    package's build says that there is none."""
+    """Whether to try this backend for a cache on a device: on the CPU, if there is a library."""
     return device.type == "cpu" and library() is not None
 
 
 def make_native_ops(quantizers: Sequence[Mapping[Kind, Quantizer]], device: torch.device) -> list[NativeOps]:
-    """The operations of every layer of a cache on the CPU.
+    """Make the operations of every layer of a cache on the CPU.
 
     Raises:
-        RuntimeMismatchError: the cache is not on the CPU, no library runs here, or a layer has no kernels.
+        RuntimeMismatchError: the cache is not on the CPU, no library runs here, or a layer is not supported.
     """
     if device.type != "cpu":
         raise RuntimeMismatchError(f"the cache is on {device}")

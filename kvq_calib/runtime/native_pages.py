@@ -1,4 +1,4 @@
-"""A tensor's pages as native readers take them, kept up to date page by page."""
+"""Addresses of a tensor's pages for native readers, updated page by page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["PageAddresses"]
 
 
 class PageAddresses:
-    """Where the pages of a packed tensor stand.
+    """The addresses of the pages of a packed tensor.
 
     Args:
         packed: the tensor.
-        tables: how it is read.
+        tables: how its pages are read.
     """
 
     def __init__(self, packed: PackedTensor, tables: CodeTables) -> None:
         self.packed = packed
         self.rows = PageRows(tables, packed.batch)
-        #: Pages, and the outliers that their addresses are of.
+        #: Pages, and the outlier buffers for which the addresses are valid.
         self._known: list[tuple[Page, Tensor | None]] = []
         self._state: tuple[Any, ...] = ()
 
     def refresh(self) -> PageRows:
-        """The pages as they are now. Buffers of a page change only with its outliers."""
+        """Update the addresses. The buffers of a page change only with its outliers."""
         packed = self.packed
         pages = packed.pages
         last = pages[-1] if pages else None

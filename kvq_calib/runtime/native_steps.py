@@ -1,4 +1,4 @@
-"""Slots and masks as native attention reads them: what layers that see the same tokens share in a step."""
+"""Slots and masks in the form for native attention, shared by layers that see the same tokens in a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BlockTurns", "StepView"]
 
 
 class BlockTurns:
-    """Cosines and sines of blocks' first positions, computed once for each page and rotary embedding.
+    """Cosines and sines of the first positions of blocks, computed once for each page and rotary embedding.
 
     Args:
         turns: the rotary embedding.
@@ -25,7 +25,7 @@ class BlockTurns:
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        #: Of the latest tokens: positions, cosines and sines. Dropped by the next decode step.
+        #: Positions, cosines and sines of the newest tokens. The next decode step drops them.
         self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self.forget()
 
@@ -33,11 +33,11 @@ class BlockTurns:
         """Drop all positions."""
         self._angles = None
         self._positions = torch.empty(0, 0, dtype=torch.int32)
-        #: Float32 ``[B, n, P, 2, 8]``, with pages to spare.
+        #: Float32 ``[B, n, P, 2, 8]``, with unused pages.
         self.table = torch.empty(0, 0, len(self.turns.pair), 2, PAGE_BLOCKS)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """All tensors."""
         latest = [] if self._angles is None else [self._angles[0], *self._angles[1]]
         return [
             self.table,
@@ -49,7 +49,7 @@ class BlockTurns:
         ]
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of tokens, float32 ``[B, S, P]`` each; layers that ask for the same share them.
+        """Cosines and sines of tokens, float32 ``[B, S, P]`` each. Layers share them.
 
         Args:
             positions: int32 ``[B, S]``.
@@ -63,8 +63,8 @@ class BlockTurns:
         """The table of at least ``pages`` pages.
 
         Args:
-            positions: int32 ``[B, 8 * n]``, of the first token of each block.
-            pages: that the table is to have.
+            positions: int32 ``[B, 8 * n]``, position of the first token of each block.
+            pages: smallest number of pages in the table.
         """
         self._angles = None
         batch, blocks = positions.shape
@@ -73,7 +73,7 @@ class BlockTurns:
             self._positions = torch.empty(batch, 0, dtype=torch.int32)
         known = min(self._positions.shape[1], blocks)
         if known and not torch.equal(self._positions[:, :known], positions[:, :known]):
-            known = 0  # others may still read the table that is there
+            known = 0  # other layers may still read the old table
             self.table = torch.empty_like(self.table)
         first = known // PAGE_BLOCKS
         if known < blocks:
@@ -85,10 +85,10 @@ class BlockTurns:
 
 
 class StepView:
-    """Turns a cache's slots and a step's mask into what native attention reads; one for all layers of a cache.
+    """Converts a cache's slots and a step's mask to the form for native attention; one for all layers of a cache.
 
     Args:
-        library: that computes.
+        library: the library to call.
     """
 
     def __init__(self, library: Library) -> None:
@@ -98,14 +98,14 @@ class StepView:
         self._steps: dict[tuple[int, int], tuple[DecodeContext, DecodeStep]] = {}
 
     def turns(self, rope: RopeSpec) -> BlockTurns:
-        """The tables of a rotary embedding."""
+        """The tables for a rotary embedding."""
         if rope not in self._turns:
             made = Turns(self.library, rope.pairs, rope.inv_freq, rope.attention_scaling)
             self._turns[rope] = BlockTurns(made)
         return self._turns[rope]
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held from step to step."""
+        """All tensors that are kept between steps."""
         found = self._slots.tensors()
         for turns in self._turns.values():
             found += turns.tensors()
@@ -115,15 +115,17 @@ class StepView:
         return found
 
     def forget(self) -> None:
-        """Drop what was made of a text."""
+        """Drop everything that depends on a text."""
         self._slots = SlotView()
         self._steps.clear()
         for turns in self._turns.values():
             turns.forget()
 
     def step(self, visibility: Visibility, table: SlotTable, turns: BlockTurns | None) -> DecodeStep | None:
-        """What to read for one new token of each sequence; ``None`` where a kernel cannot express it, see
-        :meth:`~kvq_calib.runtime.slot_view.SlotView.context`."""
+        """The step for one new token of each sequence; ``None`` if a kernel does not support it.
+
+        See :meth:`~kvq_calib.runtime.slot_view.SlotView.context`.
+        """
         context = self._slots.context(visibility, table)
         if context is None:
             return None
@@ -152,6 +154,6 @@ class StepView:
 
 
 def _with_room(pages: int) -> int:
-    """As many and up to a quarter more, so that tables seldom grow."""
+    """The number plus up to a quarter, so that tables rarely grow."""
     step = max(1 << max(pages.bit_length() - 3, 0), 4)
     return -(-max(pages, 1) // step) * step

@@ -1,4 +1,4 @@
-"""Softmax over segments of slots that are seen one after the other."""
+"""Softmax over segments of slots that are processed one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvq_calib.runtime.visibility import AttentionRequest
 
 __all__ = ["OnlineSoftmax"]
 
-#: Below every real score, and finite, so that differences of running maxima are never NaN.
+#: Below every score, and finite, so that differences of running maxima are never NaN.
 _FLOOR = -1e30
 
 
@@ -20,8 +20,8 @@ class OnlineSoftmax:
 
     Args:
         request: the queries.
-        heads: key-value heads ``H``; ``Hq / H`` queries share one.
-        size: channels of a value, ``D``.
+        heads: number of key-value heads ``H``; ``Hq / H`` query heads share one.
+        size: number of channels of a value, ``D``.
     """
 
     def __init__(self, request: AttentionRequest, heads: int, size: int) -> None:
@@ -38,13 +38,13 @@ class OnlineSoftmax:
             self.highest = sinks.reshape(rows).clamp(min=_FLOOR)
             self.total = torch.ones(rows, device=query.device)
         self.mixed = torch.zeros(*rows[:3], size, device=query.device)
-        #: The sum over packed values; apart from the other where they come without their scales.
+        #: The sum over packed values; separate if they come without their scales.
         self.mixed_packed = self.mixed
         #: The weights of that sum.
         self.total_packed = self.total
 
     def split_packed(self) -> None:
-        """Keep packed values apart from exact ones from now on."""
+        """From now on, sum packed values separately from exact ones."""
         self.mixed_packed = self.mixed.clone()
         self.total_packed = torch.zeros_like(self.total)
 
@@ -55,7 +55,7 @@ class OnlineSoftmax:
             query: float32 ``[B, H, G * T, Dk]``.
             keys, values: float32 ``[B, H, Dk, S]`` and ``[B, H, D, S]``.
             mask: additive, broadcastable to ``[B, Hq, T, S]``; or ``None``.
-            packed: which sum the values belong to.
+            packed: whether the values belong to the packed sum.
         """
         scores = query @ keys
         if self.request.softcap is not None:
@@ -81,10 +81,10 @@ class OnlineSoftmax:
         (self.mixed_packed if packed else self.mixed).add_(weights @ values.mT)
 
     def result(self, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The mixed values, ``[B, T, Hq, D]``, contiguous, in the dtype of the query; zero where nothing was visible.
+        """The attention output, ``[B, T, Hq, D]``, contiguous, in the dtype of the query; zero if nothing was visible.
 
         Args:
-            finish: what makes values of the packed sum and its weights, where it was kept apart.
+            finish: converts the packed sum and its weights to values, if it was separate.
         """
         mixed = self.mixed
         if self.mixed_packed is not mixed:

@@ -1,4 +1,4 @@
-"""What packs and attends: the protocol of the operations of a layer, the backends there are, and the choice of one."""
+"""The protocol of a layer's operations (packing and attention), the backends, and the choice of one."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from kvq_calib.schema.spec import Kind
 
 __all__ = ["Backend", "LayerQuantizers", "Ops", "backends", "choose_ops", "register"]
 
-#: Names a backend where no argument does.
+#: Environment variable that names a backend, if no argument does.
 VARIABLE = "KVQ_CALIB_OPS"
 AUTO = "auto"
 
-#: Of one layer, on the device of the model.
+#: Quantizers of one layer, on the device of the model.
 LayerQuantizers = Mapping[Kind, Quantizer]
 
 
 class Ops(Protocol):
-    """Packing and attention of one layer. Whatever the backend, what is stored is the same bit for bit."""
+    """Packing and attention of one layer. All backends store the same bits."""
 
     @property
     def name(self) -> str:
-        """Of the backend."""
+        """Name of the backend."""
 
     @property
     def rope(self) -> RopeTable | None:
-        """What turns keys on every read; ``None`` where they are stored as attention uses them."""
+        """The rotary embedding to apply to keys on every read; ``None`` if they are stored as attention uses them."""
 
     def join(
         self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor] | None:
-        """The tail of a storage with new tokens behind it, as :meth:`LayerStorage.hold` takes them.
+        """The tail of a storage with new tokens appended, for :meth:`LayerStorage.hold`.
 
         Args:
             storage: of this layer.
             keys, values: the new tokens, ``[B, H, T, D]``, any float dtype.
-            rotation: what is undone in the keys, or ``None``.
+            rotation: rotation to undo in the keys, or ``None``.
 
         Returns:
-            ``None`` where torch is to do it.
+            ``None`` if torch should do it.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype.
@@ -65,29 +65,29 @@ class Ops(Protocol):
         """Code whole blocks and store them.
 
         Args:
-            storage: of this layer; its ``key`` and ``value`` get the blocks.
-            keys, values: ``[B, H, 32 * n, D]`` in the storage dtype, keys un-rotated where there is a :attr:`rope`.
+            storage: storage of this layer; its ``key`` and ``value`` get the blocks.
+            keys, values: ``[B, H, 32 * n, D]`` in the storage dtype, with keys un-rotated if there is a :attr:`rope`.
         """
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attend to everything stored: ``[B, T, Hq, D]``, ``D`` of the values, contiguous, the query's dtype."""
+        """Attend to all tokens: ``[B, T, Hq, D]``, with ``D`` of the values, contiguous, in the query's dtype."""
 
     def forget(self) -> None:
-        """Drop what was made of the tokens of a text; the cache was reset."""
+        """Drop everything derived from tokens, because the cache was reset."""
 
     def tables(self) -> list[Tensor]:
-        """Tensors held besides the artifact's parameters, for the accounting of memory."""
+        """Tensors beside the artifact's parameters, to count their memory."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run a cache.
+    """A way to run a cache's operations.
 
     Attributes:
-        name: as ``KVQCache(..., backend=name)`` and ``KVQ_CALIB_OPS`` give it.
-        make: the operations of every layer of a cache, from their quantizers; raises
-            :class:`~kvq_calib.errors.RuntimeMismatchError` with the reason, in one line, where it cannot run.
-        serves: whether ``"auto"`` tries it for a cache on this device.
+        name: name for ``KVQCache(..., backend=name)`` and ``KVQ_CALIB_OPS``.
+        make: makes the operations of every layer of a cache, from their quantizers. Raises
+            :class:`~kvq_calib.errors.RuntimeMismatchError`, with the reason in one line, if it cannot run.
+        serves: whether ``"auto"`` tries it for a cache on a device.
     """
 
     name: str
@@ -108,12 +108,12 @@ _backends: dict[str, Backend] = {
 
 
 def backends() -> tuple[str, ...]:
-    """Names of the backends in the order in which ``"auto"`` tries them; ``"torch"``, which always runs, is last."""
+    """Names of the backends, in the order in which ``"auto"`` tries them; ``"torch"``, which always runs, is last."""
     return tuple(_backends)
 
 
 def register(backend: Backend) -> None:
-    """Add a backend, tried before torch and after those that are there; one of the same name is replaced."""
+    """Add a backend. It is tried before torch and after the others. A backend of the same name is replaced."""
     _backends.pop(_TORCH.name)
     _backends[backend.name] = backend
     _backends[_TORCH.name] = _TORCH
@@ -122,16 +122,16 @@ def register(backend: Backend) -> None:
 def choose_ops(
     quantizers: Sequence[LayerQuantizers], device: torch.device, backend: str | None = None
 ) -> tuple[Sequence[Ops], str]:
-    """The operations of every layer, and a remark for the log on why they were chosen.
+    """Choose the operations of every layer. Also returns a remark for the log on the reason.
 
     Args:
-        quantizers: of the layers in order.
-        device: of the model.
-        backend: a name, or ``"auto"``: the first that serves the device and can run. By default what the environment
-            variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
+        quantizers: quantizers of the layers, in order.
+        device: device of the model.
+        backend: a name, or ``"auto"`` for the first one that serves the device and can run. The default is the
+            environment variable ``KVQ_CALIB_OPS``, or ``"auto"``.
 
     Raises:
-        RuntimeMismatchError: there is no such backend, or the one that is named cannot run.
+        RuntimeMismatchError: there is no such backend, or the named one cannot run.
     """
     named = (os.environ.get(VARIABLE) or AUTO) if backend is None else backend
     if named != AUTO:
@@ -150,7 +150,7 @@ def choose_ops(
 
 @lru_cache(maxsize=64)
 def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)  # whoever makes the cache
+    warnings.warn(text, RuntimeWarning, stacklevel=4)  # points to the caller that makes the cache
 
 
 def _named(

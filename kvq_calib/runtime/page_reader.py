@@ -1,6 +1,6 @@
-"""Packed pages back to numbers, in torch on any device.
+"""Dequantizes packed pages in torch, on any device.
 
-Within a work space a tensor is ``[B, H, D, S]``: tokens stand last, as in the pages, so nothing is transposed.
+In the workspace a tensor is ``[B, H, D, S]``. Tokens are the last dimension, as in the pages, so nothing is transposed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvq_calib.runtime.storage import Page
 
 __all__ = ["PageReader"]
 
-#: Work spaces for which outliers and scales of tokens are made ready at once.
+#: Number of spans for which outliers and scales of tokens are prepared at once.
 SPANS_READY = 8
 
 
@@ -33,11 +33,11 @@ class _Group:
     """Channels of one width.
 
     Attributes:
-        width: bits.
+        width: width in bits.
         channels: int64 ``[n]``, or ``None`` for all channels in order.
-        rows: int64 ``[n * width]`` of the page seen as ``[W, 8]`` words, or ``None`` for all in order.
+        rows: int64 ``[n * width]``, rows of the page as ``[W, 8]`` words, or ``None`` for all in order.
         levels: float32 ``[n * L]``, channel after channel; or ``[L]``, the same for all.
-        start: int32 ``[n, 1]``, where the levels of each channel begin, or ``None`` where all have the same.
+        start: int32 ``[n, 1]``, start of each channel's levels, or ``None`` if all channels share them.
     """
 
     width: int
@@ -50,24 +50,24 @@ class _Group:
 class PageReader:
     """Decodes pages of one layer's keys or values.
 
-    Levels that all channels share, up to 4 bits, are looked up two at a time: a byte of a nibble slice selects a pair
-    of float32, moved as one float64.
+    Shared levels of up to 4 bits are looked up two at a time: a byte of a nibble slice selects a pair of float32, which
+    is moved as one float64.
 
     Args:
-        quantizer: of the tensor.
+        quantizer: quantizer of the tensor.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self.layout = quantizer.layout
         self.device = quantizer.device
-        #: Whether scale and zero point are numbers of a channel and act last, so that a weighted sum of
-        #: normalized values can take them instead of every value.
+        #: Whether scale and zero point are per channel and are applied last. Then they can be applied to a weighted sum
+        #: of normalized values instead of every value.
         self.separable = quantizer.has_channel_thresholds and not (
             self.layout.token_params or self.layout.outlier_cap
         )
         self._groups = list(self._by_width())
-        #: Float64 ``[256]``, the pair of levels that a byte selects; or ``None``.
+        #: Float64 ``[256]``, the pair of levels for each byte; or ``None``.
         self._pairs = self._pair_table()
 
     def _by_width(self) -> Iterator[_Group]:
@@ -94,27 +94,27 @@ class PageReader:
         return first.levels[selected].view(torch.float64).flatten()
 
     def tensors(self) -> list[Tensor]:
-        """Everything held beside the quantizer's parameters."""
+        """All tensors beside the quantizer's parameters."""
         found = [self._pairs]
         for group in self._groups:
             found += [group.channels, group.rows, group.levels, group.start]
         return [tensor for tensor in found if tensor is not None]
 
     def read(self, pages: Sequence[Page], normalized: bool = False) -> Tensor:
-        """Decode whole pages: float32 ``[B, H, D, 256 * n]``, as :meth:`Quantizer.transform` left them.
+        """Decode whole pages: float32 ``[B, H, D, 256 * n]``, in the basis of :meth:`Quantizer.transform`.
 
-        Places that hold no token yet come out finite but meaningless.
+        Places without a token give finite but meaningless numbers.
 
         Args:
             pages: one or more.
-            normalized: leave scale and zero point to :meth:`affine`; only where ``separable``.
+            normalized: leave scale and zero point to :meth:`affine`; only if ``separable``.
         """
         return next(self.spans(pages, len(pages), normalized))
 
     def spans(self, pages: Sequence[Page], size: int, normalized: bool = False) -> Iterator[Tensor]:
-        """Decode pages, ``size`` at a time, each time as :meth:`read` does.
+        """Decode pages like :meth:`read`, ``size`` at a time.
 
-        What is small is made ready for :data:`SPANS_READY` spans at once, for the calls cost more than the work.
+        Small tensors are prepared for :data:`SPANS_READY` spans at once, because calls cost more than the work.
         """
         whole = len(pages) - len(pages) % size
         for start in range(0, whole, SPANS_READY * size):
@@ -123,7 +123,7 @@ class PageReader:
             yield from self._alike(pages[whole:], len(pages) - whole, normalized)
 
     def _alike(self, pages: Sequence[Page], size: int, normalized: bool) -> Iterator[Tensor]:
-        """What :meth:`spans` does, for whole spans that are decoded while what is ready for them is kept."""
+        """:meth:`spans` for whole spans, whose small tensors are prepared together."""
         batch, layout = pages[0].codes.shape[0], self.layout
         tokens = self._token_params(pages) if layout.token_params else None
         corrections = self._corrections(pages, size) if layout.outlier_cap else None
@@ -142,7 +142,7 @@ class PageReader:
             yield y.view(batch, layout.heads, layout.head_dim, -1)
 
     def _scale_channels(self, y: Tensor) -> None:
-        """Apply the channels' scales and zero points to ``y [B, C, S]`` in place."""
+        """Apply scales and zero points of channels to ``y [B, C, S]`` in place."""
         y.mul_(self.quantizer.scale[:, None]).add_(self.quantizer.zero_point[:, None])
 
     @staticmethod
@@ -153,12 +153,12 @@ class PageReader:
         return out.copy_(found.permute(2, 0, 1)[:, :, None])
 
     def _corrections(self, pages: Sequence[Page], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For every ``size`` pages, where in ``y [B, C, S]`` their outliers stand, int32, and the float32 residuals."""
+        """For every ``size`` pages, positions of outliers in ``y [B, C, S]``, int32, and float32 residuals."""
         places = size * PAGE_TOKENS
         start = torch.stack([page.outlier_start for page in pages if page.outlier_start is not None])
         index = torch.cat([page.outlier_index for page in pages if page.outlier_index is not None])
         residual = torch.cat([page.outlier_residual for page in pages if page.outlier_residual is not None])
-        # A list's entries begin where its block and head do.
+        # The position of a list's block and head.
         device, stop = start.device, len(pages[0].codes) * self.layout.channels * places
         page = torch.arange(len(pages), dtype=torch.int32, device=device).remainder_(size)
         block = torch.arange(0, PAGE_TOKENS, BLOCK_TOKENS, dtype=torch.int32, device=device)
@@ -168,16 +168,16 @@ class PageReader:
         target = begin.repeat_interleave(count, output_size=len(index))
         index = index.to(torch.int32)
         target.add_(index & ((1 << COORDINATE_BITS) - 1), alpha=places)
-        # The sign bit is the token's highest.
+        # The sign bit is the highest bit of the token.
         target.add_(index.bitwise_right_shift_(COORDINATE_BITS).bitwise_and_(BLOCK_TOKENS - 1))
         counts = [sum(page.entries for page in pages[at : at + size]) for at in range(0, len(pages), size)]
         return zip(target.split(counts), residual.float().split(counts), strict=True)
 
     def affine(self, mixed: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sums of values from those of normalized values.
+        """Convert weighted sums of normalized values to those of values.
 
         Args:
-            mixed: ``[B, H, Q, D]``, sums of what ``read(..., normalized=True)`` returns.
+            mixed: ``[B, H, Q, D]``, sums of the result of ``read(..., normalized=True)``.
             weight: ``[B, H, Q, 1]``, sums of the weights.
         """
         shape = (self.layout.heads, 1, self.layout.head_dim)
@@ -203,13 +203,13 @@ class PageReader:
         return y
 
     def _of_group(self, group: _Group, words: Tensor) -> Tensor:
-        """Levels of one width's channels, float32 ``[B, n, 256 * pages]``."""
+        """Levels of the channels of one width, float32 ``[B, n, 256 * pages]``."""
         codes = unpack_units(self._units(group, words), group.width)
         index = self.quantizer.level_index(codes)
         return self._look_up(index.flatten(3), group.levels, group.start)
 
     def _units(self, group: _Group, words: Tensor) -> Tensor:
-        """Words of one width's channels, int32 ``[pages, B, n, 8, width]``."""
+        """Words of the channels of one width, int32 ``[pages, B, n, 8, width]``."""
         count = self.layout.channels
         if group.rows is not None and group.channels is not None:
             words, count = words.index_select(2, group.rows), len(group.channels)
@@ -217,7 +217,7 @@ class PageReader:
 
     @staticmethod
     def _look_up(data: Tensor, table: Tensor, start: Tensor | None) -> Tensor:
-        """Entries of a table, float32 ``[B, n, S]``, by integers ``[pages, B, n, x]`` from each channel's start."""
+        """Entries of a table, float32 ``[B, n, S]``, at integers ``[pages, B, n, x]`` plus each channel's start."""
         data = data.permute(1, 2, 0, 3)
         index = torch.empty(data.shape, dtype=torch.int32, device=data.device)
         if start is None:

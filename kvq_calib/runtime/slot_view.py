@@ -1,4 +1,4 @@
-"""Slots and masks as the decode kernel reads them."""
+"""Slots and masks in the form for the CUDA decode kernel."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from kvq_calib.runtime.visibility import Visibility
 
 __all__ = ["MASKED", "DecodeContext", "SlotView"]
 
-#: Stands for "not attended" among positions.
+#: Position that means "not attended".
 MASKED = -(2**31)
-#: Steps that are remembered.
+#: Number of steps that are cached.
 MOST_STEPS = 4
 
 
 @dataclass(frozen=True)
 class DecodeContext:
-    """What a decode step reads besides packed pages; the same for all layers that see the same slots.
+    """What a decode step reads beside packed pages; the same for all layers that see the same slots.
 
     Attributes:
-        blocks: int32 ``[B, 8 * n, 2]``: position of each block's first token, bits of its attended tokens.
-        exact_positions: int32 ``[B, S]``: positions of the exact tokens, -2^31 where not attended.
-        first_token: tokens of blocks before it, counted from block 0 with 32 to a block, have left the window.
+        blocks: int32 ``[B, 8 * n, 2]``: position of each block's first token, and a bit for each attended token.
+        exact_positions: int32 ``[B, S]``: positions of the exact tokens, -2^31 if not attended.
+        first_token: tokens before it have left the window; tokens are counted from block 0, with 32 in each block.
 
     Raises:
-        RuntimeMismatchError: of another dtype, or not contiguous.
+        RuntimeMismatchError: a tensor has a wrong dtype, or is not contiguous.
     """
 
     blocks: Tensor
@@ -48,20 +48,20 @@ class DecodeContext:
 
 
 class SlotView:
-    """Turns a cache's slots and a step's mask into what the decode kernel reads; one for all layers.
+    """Converts a cache's slots and a step's mask to the form for the decode kernel; one for all layers.
 
-    Without a mask the table of blocks grows with the cache and is never made anew; with one it follows the mask.
+    Without a mask, the table of blocks grows with the cache. With a mask, it is computed from the mask.
     """
 
     def __init__(self) -> None:
         self._table: tuple[Any, ...] = ()
         self._blocks: Tensor | None = None
         self._regular = True
-        #: The latest steps; layers with a window and layers without take turns.
+        #: The last steps, because layers with and without a sliding window alternate.
         self._steps: list[tuple[tuple[Any, ...], DecodeContext | None]] = []
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held from step to step."""
+        """All tensors that are kept between steps."""
         found = [] if self._blocks is None else [self._blocks]
         for known, context in self._steps:
             found += [part for part in known if isinstance(part, Tensor)]
@@ -69,20 +69,23 @@ class SlotView:
         return found
 
     def context(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
-        """What to read for one new token per sequence, or ``None`` where the kernel cannot express it: a mask
-        per head, one that adds more than "visible" and "hidden", or positions that jump within a block."""
+        """The context for one new token per sequence; ``None`` if the kernel does not support it.
+
+        That is the case for a mask per head, for a mask with other values than "visible" and "hidden", and for
+        positions that jump within a block.
+        """
         step = (visibility.mask, visibility.window, table, table.version, table.length)
         for known, context in self._steps:
             if all(a is b or (isinstance(a, int) and a == b) for a, b in zip(step, known, strict=True)):
                 return context
         made = self._make(visibility, table)
-        # Of the same tokens: what was read before they came is not read again.
+        # Only the same tokens: an earlier context does not include new tokens.
         same = [each for each in self._steps if each[0][2:] == step[2:]]
         self._steps = [*same[1 - MOST_STEPS :], (step, made)]
         return made
 
     def remembers(self, context: DecodeContext) -> bool:
-        """Whether a context is of the latest steps."""
+        """Whether a context is from the last steps."""
         return any(context is known for _, known in self._steps)
 
     def _make(self, visibility: Visibility, table: SlotTable) -> DecodeContext | None:
@@ -106,7 +109,7 @@ class SlotView:
         return DecodeContext(_whole_pages(blocks), _exact_positions(visibility, table), first_token)
 
     def _grown(self, table: SlotTable) -> tuple[Tensor, bool]:
-        """All blocks without a mask; only those that came since the last call are looked at."""
+        """All blocks without a mask. Only blocks since the last call are computed."""
         state = (table, table.version)
         known = 0
         if (
@@ -128,7 +131,7 @@ class SlotView:
     def _block_range(
         self, table: SlotTable, start: int, stop: int, visibility: Visibility | None
     ) -> tuple[Tensor, bool]:
-        """Blocks ``start`` to ``stop - 1``, int32 ``[B, n, 2]``, and whether positions run on in each."""
+        """Blocks ``start`` to ``stop - 1``, int32 ``[B, n, 2]``, and whether positions are consecutive in each."""
         batch, device = table.batch, table.device
         if start == stop:
             return torch.empty(batch, 0, 2, dtype=torch.int32, device=device), True
@@ -153,7 +156,7 @@ class SlotView:
         seen = keep.any(-1)
         bits = (keep.to(torch.int64) << token).sum(-1)
         bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
-        # That of a block of which nothing is seen matters to nobody; but masks that differ should agree on it.
+        # The position of a hidden block is not used, but should be the same for different masks.
         position = torch.where(seen, highest, origin[..., -1])
         blocks = torch.stack((position, bits), dim=-1).to(torch.int32)
         return blocks, bool((~seen | (highest == lowest)).all())
@@ -166,6 +169,6 @@ def _exact_positions(visibility: Visibility, table: SlotTable) -> Tensor:
 
 
 def _whole_pages(blocks: Tensor) -> Tensor:
-    """``[B, n, 2]`` with unattended blocks up to a whole number of pages."""
+    """Extend ``[B, n, 2]`` with unattended blocks to a whole number of pages."""
     missing = -blocks.shape[1] % PAGE_BLOCKS
     return nn.functional.pad(blocks, (0, 0, 0, missing)).contiguous() if missing else blocks.contiguous()

@@ -1,13 +1,13 @@
-"""Which token stands where: blocks, positions and sinks, shared by all layers of a cache.
+"""The slot table: blocks, positions and sinks, which all layers of a cache share.
 
-A **slot** is one column of the batch, padding included; all sequences and layers share their slots. The oldest
-slots are packed in blocks of 32, the others are exact (the *tail*)::
+A **slot** is one column of the batch, including padding. All sequences and layers share slots. The oldest slots are
+packed in blocks of 32; the others are exact (the *tail*)::
 
     slot      0 ........ packed_slots ........ length
               blocks 0 .. n-1         tail
 
-A block holds 32 slots, or fewer where :meth:`SlotTable.crop` cut into it: nothing is ever re-quantized, and the
-next tokens start a new block. Block ``k`` stands in page ``k // 8`` at place ``k % 8``, whatever its fill.
+A block has 32 slots, or fewer if :meth:`SlotTable.crop` has cut it. Nothing is quantized again, and the next tokens
+start a new block. Block ``k`` is in page ``k // 8`` at place ``k % 8``, even if it is not full.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["SlotTable"]
 
 
 class SlotTable:
-    """Which token stands where: blocks, positions and sinks, shared by all layers of a cache.
+    """The slot table: blocks, positions and sinks, which all layers of a cache share.
 
     Args:
-        batch: sequences ``B``.
-        sink_tokens: first real tokens of every sequence that stay exact, ``n``.
-        recent_tokens: newest slots that stay exact.
-        device: of the tensors.
+        batch: number of sequences ``B``.
+        sink_tokens: number ``n`` of first real tokens of every sequence that stay exact.
+        recent_tokens: number of newest slots that stay exact.
+        device: device of the tensors.
 
     Attributes:
-        length: slots in use.
+        length: number of slots in use.
         first, fill: int32 arrays, first slot and number of slots of each block.
-        position_pages: int32 ``[B, 256]`` each: the RoPE position of every slot, in order of slots.
-        sink_slots: int32 ``[B, n]``: the slot of each sequence's sinks, -1 where that token is not there yet.
+        position_pages: int32 ``[B, 256]`` each: RoPE positions of slots, in order.
+        sink_slots: int32 ``[B, n]``: slots of each sequence's sinks, -1 for tokens that do not exist yet.
     """
 
     def __init__(self, batch: int, sink_tokens: int, recent_tokens: int, device: torch.device) -> None:
@@ -48,32 +48,32 @@ class SlotTable:
         self.fill = array("i")
         self.position_pages: list[Tensor] = []
         self.sink_slots = torch.full((batch, sink_tokens), -1, dtype=torch.int32, device=device)
-        #: ``length`` before the append that last added to ``sink_slots``.
+        #: ``length`` before the last append that changed ``sink_slots``.
         self.sinks_found_at = -1
-        #: First slot of a sink and last plus one, over all sequences; ``(0, 0)`` where there is none.
+        #: First slot of a sink, and last plus one, over all sequences; ``(0, 0)`` without sinks.
         self.sink_range = (0, 0)
         #: Whether some sequence has fewer real tokens than sinks.
         self.missing_sinks = sink_tokens > 0
-        #: Counts what changes slots already there: who keeps something derived from them compares it.
+        #: Increased when existing slots change, so that derived data can be invalidated.
         self.version = 0
-        #: Cosines and sines of packed places by (RoPE, first slot, last slot + 1), each float32
-        #: ``[B, 1, P, S]``: kept from the first layer of a forward pass to the last, never between passes.
+        #: Cosines and sines of packed places by (RoPE, first slot, last slot + 1), each float32 ``[B, 1, P, S]``. They
+        #: are kept during a forward pass.
         self.angles: dict[tuple[RopeSpec | None, int, int], tuple[Tensor, Tensor]] = {}
         self._ragged = False
 
     @property
     def blocks(self) -> int:
-        """Packed blocks."""
+        """Number of packed blocks."""
         return len(self.first)
 
     @property
     def packed_slots(self) -> int:
-        """Slots in blocks: the tail starts here."""
+        """Number of slots in blocks, which is where the tail starts."""
         return self.first[-1] + self.fill[-1] if self.first else 0
 
     @property
     def ragged(self) -> bool:
-        """Whether any block but the last holds fewer than 32 slots, so that place and slot differ."""
+        """Whether any block but the last has fewer than 32 slots, so that places and slots differ."""
         return self._ragged
 
     def append(self, positions: Tensor, real: Tensor | None) -> None:
@@ -81,7 +81,7 @@ class SlotTable:
 
         Args:
             positions: integer ``[B or 1, T]``.
-            real: bool ``[B, T]``, false where the slot is padding; ``None`` where there is none.
+            real: bool ``[B, T]``, false for padding; ``None`` without padding.
         """
         self.angles.clear()
         positions = positions.to(self.device, torch.int32).expand(self.batch, -1)
@@ -128,7 +128,7 @@ class SlotTable:
         position_pages: list[Tensor],
         sink_slots: Tensor,
     ) -> None:
-        """Become the table with these attributes."""
+        """Set these attributes."""
         self.version += 1
         self.length, self.first, self.fill = length, first, fill
         self.position_pages, self.sink_slots = position_pages, sink_slots
@@ -146,16 +146,16 @@ class SlotTable:
         return joined[:, start - offset : stop - offset]
 
     def block_slots(self, start: int, stop: int) -> Tensor:
-        """The slot of every place of blocks ``start`` to ``stop - 1``: int64 ``[32 * n]``, -1 for none."""
+        """The slot of every place in blocks ``start`` to ``stop - 1``: int64 ``[32 * n]``, -1 for none."""
         first = torch.tensor(self.first[start:stop], dtype=torch.int64)[:, None]
         fill = torch.tensor(self.fill[start:stop], dtype=torch.int64)[:, None]
         within = torch.arange(BLOCK_TOKENS)
         return torch.where(within < fill, first + within, -1).flatten().to(self.device)
 
     def crop(self, length: int, blocks: int | None = None) -> None:
-        """Forget all slots from ``length`` on, and all blocks from ``blocks`` on, if given.
+        """Drop all slots from ``length`` on, and if given, all blocks from ``blocks`` on.
 
-        Slots of a forgotten block that stay are slots of the tail again.
+        Remaining slots of a dropped block are in the tail again.
         """
         self.version += 1
         self.angles.clear()
@@ -173,7 +173,7 @@ class SlotTable:
         self._update_sink_range()
 
     def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder sequences: row ``i`` becomes what row ``rows[i]`` was."""
+        """Keep, repeat or reorder sequences: row ``i`` is replaced by row ``rows[i]``."""
         self.version += 1
         self.batch = len(rows)
         self.position_pages = [page[rows] for page in self.position_pages]
@@ -181,7 +181,7 @@ class SlotTable:
         self._update_sink_range()
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind."""
+        """Bytes in use, by kind."""
         return {
             "positions": sum(page.nbytes for page in self.position_pages),
             "block_table": (len(self.first) + len(self.fill)) * self.first.itemsize,

@@ -1,11 +1,11 @@
-"""What one layer of a packed cache holds: packed blocks, exact tail, exact sinks. It stores and never quantizes.
+"""The storage of one layer: packed blocks, exact tail, exact sinks. It only stores, and never quantizes.
 
-Blocks are packed with codes that somebody else found: ``pack``, which :meth:`LayerStorage.append` is given, codes whole
-blocks and stores them by :meth:`PackedTensor.append_codes`. Which slots a block holds is the same for every layer and
-sequence and is kept once, in :class:`~kvq_calib.runtime.slots.SlotTable`.
+The argument ``pack`` of :meth:`LayerStorage.append` codes whole blocks and stores them with
+:meth:`PackedTensor.append_codes`. The slots of a block are the same for all layers and sequences, and are in
+:class:`~kvq_calib.runtime.slots.SlotTable`.
 
-Every token passes the storage dtype before it is quantized, also where it never rests there, and blocks are quantized
-by themselves. So the codes of a text do not depend on how it was divided into calls.
+Every token is rounded to the storage dtype before it is quantized, and blocks are quantized independently. So the codes
+of a text do not depend on how it was divided into calls.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["LayerStorage", "PackedTensor", "Page", "StorageMark", "Stored", "not
 
 
 class Stored(Protocol):
-    """What a storage knows of a quantizer: where its codes stand, and the dtype of what is not coded."""
+    """The part of a quantizer that a storage uses: the layout of codes, and the dtype of exact numbers."""
 
     @property
     def layout(self) -> PageLayout:
-        """Where everything stands in a page, and the shape of a token."""
+        """The layout of a page, and the shape of a token."""
 
     @property
     def storage(self) -> torch.dtype:
-        """Of exact tokens, residuals and scales of tokens."""
+        """Dtype of exact tokens, residuals and scales of tokens."""
 
 
 @dataclass
@@ -42,12 +42,12 @@ class Page:
     """Up to 8 blocks of one layer's keys or values; see ``packing.py`` for the layout.
 
     Attributes:
-        codes: int32 ``[B, 8 * W]``, allocated whole.
-        token_params: storage dtype ``[B, 256, 2]``, scale and zero point of each token, allocated whole; or
-            ``None``.
+        codes: int32 ``[B, 8 * W]``, allocated for the whole page.
+        token_params: storage dtype ``[B, 256, 2]``, scale and zero point of each token, allocated for the whole page;
+            or ``None``.
         outlier_index, outlier_residual: int16 and storage dtype ``[E]``, as many as there are; or ``None``.
         outlier_start: ``layout.start_dtype(B)`` ``[8 * B * H + 1]``: list ``(block * B + sequence) * H + head`` is
-            entries ``start[i]`` to ``start[i + 1] - 1``; lists of blocks not yet written are empty. Or ``None``.
+            entries ``start[i]`` to ``start[i + 1] - 1``. Lists of unwritten blocks are empty. Or ``None``.
     """
 
     codes: Tensor
@@ -58,15 +58,15 @@ class Page:
 
     @property
     def entries(self) -> int:
-        """Outlier entries ``E``."""
+        """Number of outlier entries ``E``."""
         return 0 if self.outlier_index is None else self.outlier_index.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that are not ``None``, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def select(self, rows: Tensor, layout: PageLayout) -> Page:
-        """The page of other sequences: row ``i`` is what row ``rows[i]`` was."""
+        """The page of other sequences: row ``i`` is the present row ``rows[i]``."""
         page = Page(self.codes[rows], None if self.token_params is None else self.token_params[rows])
         if self.outlier_start is not None:
             assert self.outlier_index is not None
@@ -89,17 +89,17 @@ class PackedTensor:
     """The packed keys or values of one layer.
 
     Args:
-        stored: the quantizer whose codes these are, as far as a storage knows it.
-        batch: sequences ``B``.
-        device: of the tensors.
+        stored: layout of the codes.
+        batch: number of sequences ``B``.
+        device: device of the tensors.
 
     Attributes:
-        layout: where everything stands in a page.
-        dtype: of residuals and scales of tokens.
-        pages: the pages still held, oldest first.
-        dropped_pages: how many older pages a sliding window has left behind; ``pages[i]`` is page
+        layout: layout of a page.
+        dtype: dtype of residuals and scales of tokens.
+        pages: the pages in memory, oldest first.
+        dropped_pages: number of older pages that were freed after a sliding window had passed; ``pages[i]`` is page
             ``dropped_pages + i`` of the block table.
-        blocks: blocks written, those in dropped pages included.
+        blocks: number of written blocks, including those in dropped pages.
     """
 
     def __init__(self, stored: Stored, batch: int, device: torch.device) -> None:
@@ -113,11 +113,11 @@ class PackedTensor:
 
     @property
     def room(self) -> int:
-        """Blocks that fit the open page; 8 where a new one begins."""
+        """Number of blocks that fit into the open page; 8 if a new one begins."""
         return PAGE_BLOCKS - self.blocks % PAGE_BLOCKS
 
     def append_codes(self, q: Quantized) -> None:
-        """Pack whole blocks, no more than the open page has room for; earlier pages are not touched."""
+        """Pack whole blocks, no more than fit into the open page. Earlier pages are not changed."""
         layout, place = self.layout, self.blocks % PAGE_BLOCKS
         if place == 0:
             self.pages.append(self.new_page())
@@ -139,13 +139,13 @@ class PackedTensor:
             begin = place * self.batch * layout.heads + 1
             page.outlier_start[begin : begin + len(ends)] = ends
             page.outlier_start[begin + len(ends) :] = ends[-1]
-            # At most the seven blocks before this one are copied: bounded by the page, not by the cache.
+            # At most the seven blocks before this one are copied, so the cost is bounded by the page.
             page.outlier_index = torch.cat((page.outlier_index, lists.index))
             page.outlier_residual = torch.cat((page.outlier_residual, lists.residual))
         self.blocks += q.codes.shape[1] // BLOCK_TOKENS
 
     def new_page(self) -> Page:
-        """An empty page of this tensor; it is not yet one of :attr:`pages`."""
+        """Make an empty page of this tensor. It is not in :attr:`pages` yet."""
         layout, storage = self.layout, self.dtype
         page = Page(layout.new_page(self.batch, self.device))
         if layout.token_params:
@@ -159,7 +159,7 @@ class PackedTensor:
         return page
 
     def truncate(self, blocks: int) -> None:
-        """Forget all blocks from ``blocks`` on; codes of a page that stays are left to be overwritten."""
+        """Drop all blocks from ``blocks`` on. Their codes in a remaining page will be overwritten."""
         self.blocks = blocks
         del self.pages[-(-blocks // PAGE_BLOCKS) - self.dropped_pages :]
         place = blocks % PAGE_BLOCKS
@@ -176,7 +176,7 @@ class PackedTensor:
             page.outlier_residual = page.outlier_residual[:entries].clone()
 
     def pages_before(self, slot: int, table: SlotTable) -> int:
-        """How many of the pages held end before ``slot``."""
+        """Number of pages in memory that end before ``slot``."""
         count = 0
         while (last := PAGE_BLOCKS * (self.dropped_pages + count + 1) - 1) < self.blocks and (
             table.first[last] + table.fill[last] <= slot
@@ -185,7 +185,7 @@ class PackedTensor:
         return count
 
     def drop(self, count: int) -> None:
-        """Free the oldest ``count`` pages held."""
+        """Free the oldest ``count`` pages."""
         del self.pages[:count]
         self.dropped_pages += count
 
@@ -196,7 +196,7 @@ class PackedTensor:
 
     @property
     def outlier_entries(self) -> int:
-        """Outlier entries of all pages held."""
+        """Number of outlier entries of all pages in memory."""
         return sum(page.entries for page in self.pages)
 
     def memory(self) -> dict[str, int]:
@@ -219,12 +219,12 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class StorageMark:
-    """What :meth:`LayerStorage.restore` needs to undo an append.
+    """The state that :meth:`LayerStorage.restore` restores.
 
     Attributes:
-        blocks: packed blocks.
+        blocks: number of packed blocks.
         tail_key, tail_value: the exact tail.
-        length: slots held.
+        length: number of slots.
     """
 
     blocks: int
@@ -236,21 +236,21 @@ class StorageMark:
 class LayerStorage:
     """Keys and values of one layer: packed blocks, exact tail, exact sinks.
 
-    Keys are un-rotated where attention turns them on every read, else as attention uses them. Keys and values have
-    as many heads, of sizes of their own.
+    Keys are un-rotated if attention rotates them on every read, else as attention uses them. Keys and values have the
+    same number of heads, but may have different head sizes.
 
     Args:
-        key, value: the quantizers, as far as a storage knows them.
-        batch: sequences ``B``.
-        sink_tokens: ``n``.
-        device: of the tensors.
+        key, value: layouts of keys and values.
+        batch: number of sequences ``B``.
+        sink_tokens: number of sinks ``n``.
+        device: device of the tensors.
 
     Attributes:
         key, value: packed blocks.
         tail_key, tail_value: storage dtype ``[B, H, t, D]``, the slots after the last block.
-        sink_key, sink_value: storage dtype ``[B, H, n, D]``, at the slots ``SlotTable.sink_slots``; they
-            stand for what is packed there.
-        length: slots held.
+        sink_key, sink_value: storage dtype ``[B, H, n, D]``, for the slots ``SlotTable.sink_slots``. Attention uses
+            them instead of the packed copies.
+        length: number of slots.
     """
 
     def __init__(
@@ -268,19 +268,19 @@ class LayerStorage:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor, table: SlotTable, pack: Pack) -> None:
-        """Add the tokens that ``table`` already knows, and pack the blocks it lists.
+        """Add tokens that are already in ``table``, and pack the blocks that it lists.
 
         Args:
             keys, values: ``[B, H, T, D]``, any float dtype.
-            table: of the cache; its last ``T`` slots are these tokens.
-            pack: what codes whole blocks, ``[B, H, 32 * n, D]`` each in the storage dtype, and stores them here.
+            table: slot table of the cache; its last ``T`` slots are these tokens.
+            pack: codes whole blocks, ``[B, H, 32 * n, D]`` each in the storage dtype, and stores them here.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype; :meth:`restore` undoes what was stored.
         """
         storage = self.tail_key.dtype
         keys, values = keys.to(storage), values.to(storage)
-        # To look at the numbers a host must wait for its GPU, so there they are looked at block by block.
+        # Checking numbers makes the host wait for the GPU, so there they are checked once per block.
         if keys.device.type == "cpu":
             self._check_finite(keys)
             self._check_finite(values)
@@ -292,7 +292,7 @@ class LayerStorage:
         self.hold(keys, values, table, pack)
 
     def hold(self, keys: Tensor, values: Tensor, table: SlotTable, pack: Pack) -> None:
-        """Let a tail with new tokens behind it take the place of the tail, and pack the blocks that ``table`` lists.
+        """Replace the tail by one with new tokens appended, and pack the blocks that ``table`` lists.
 
         Args:
             keys, values: storage dtype ``[B, H, t + T, D]``, finite: the tail, then the last ``T`` slots of ``table``.
@@ -320,17 +320,17 @@ class LayerStorage:
         self.sink_value[row, :, place] = values[row, :, token]
 
     def mark(self) -> StorageMark:
-        """Where the storage stands; costs nothing, since an append makes a new tail."""
+        """The current state. It costs nothing, because an append makes a new tail."""
         return StorageMark(self.key.blocks, self.tail_key, self.tail_value, self.length)
 
     def restore(self, mark: StorageMark) -> None:
-        """Forget what was appended since ``mark``, bit for bit; pages freed since then stay freed."""
+        """Undo all appends since ``mark``, bit for bit. Pages that were freed since stay freed."""
         self.key.truncate(mark.blocks)
         self.value.truncate(mark.blocks)
         self.tail_key, self.tail_value, self.length = mark.tail_key, mark.tail_value, mark.length
 
     def crop(self, table: SlotTable) -> None:
-        """Follow ``table`` after its :meth:`SlotTable.crop`."""
+        """Drop the same slots as ``table`` after its :meth:`SlotTable.crop`."""
         if table.blocks < self.key.blocks:
             self.key.truncate(table.blocks)
             self.value.truncate(table.blocks)
@@ -340,7 +340,7 @@ class LayerStorage:
         self.length = table.length
 
     def drop_before(self, slot: int, table: SlotTable) -> None:
-        """Free the pages that hold only slots before ``slot``; their blocks stay listed in ``table``."""
+        """Free pages with only slots before ``slot``. Their blocks stay listed in ``table``."""
         count = self.key.pages_before(slot, table)
         self.key.drop(count)
         self.value.drop(count)
@@ -353,7 +353,7 @@ class LayerStorage:
             setattr(self, name, getattr(self, name)[rows])
 
     def memory(self) -> Iterator[tuple[str, int]]:
-        """Bytes held: (kind, bytes), kinds may repeat."""
+        """Bytes in use, as (kind, bytes). Kinds may repeat."""
         yield from self.key.memory().items()
         yield from self.value.memory().items()
         yield "exact_recent", self.tail_key.nbytes + self.tail_value.nbytes
@@ -361,7 +361,7 @@ class LayerStorage:
 
 
 def not_finite(storage: torch.dtype) -> RuntimeMismatchError:
-    """What is raised where numbers do not fit the storage dtype."""
+    """The error for numbers that do not fit the storage dtype."""
     return RuntimeMismatchError(
         f"keys or values are not finite in {str(storage).removeprefix('torch.')}; "
         "check the model's dtype, or calibrate with --set cache.storage_dtype=bfloat16"

@@ -1,10 +1,10 @@
-"""Packing and attention in torch, on any device: the path that is always there, and what kernels are held to.
+"""Packing and attention in torch, on any device. It is always available, and the reference for kernels.
 
-Pages are decoded a few at a time into a work space, used, and forgotten; an online softmax joins them.
+Pages are decoded a few at a time into a workspace. An online softmax joins the results.
 
-What can be applied to the query or to the output once is not applied to the cache: the scale of the scores, the
-attention scaling of RoPE and the rotation of pairs act on the query (all three commute with RoPE), scales of the
-channels of values, where nothing else was added, on the mixed output.
+Work on the query or on the output replaces work on the cache where possible. The scale of the scores, the attention
+scaling of RoPE and pair rotation are applied to the query (all three commute with RoPE). Scales of value channels are
+applied to the output, if nothing was added after them.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from kvq_calib.runtime.visibility import AttentionRequest, Visibility, as_additi
 
 __all__ = ["TorchOps", "append_blocks"]
 
-#: Decoded elements of one work space: small enough for the caches, large enough to hide the cost of calls.
+#: Number of elements of a workspace: small enough for the processor's caches, large enough to hide the cost of calls.
 WORK_ELEMENTS = 1 << 19
-#: Attention scores computed at a time.
+#: Number of attention scores computed at a time.
 SCORE_ELEMENTS = 1 << 22
-#: Cosines and sines that layers share during a pass; those of later pages are computed by each layer.
+#: Number of cosines and sines that layers share during a pass. Each layer computes those of later pages.
 ANGLE_ELEMENTS = 1 << 20
 
 
 def append_blocks(packed: PackedTensor, quantizer: Quantizer, x: Tensor) -> None:
-    """Quantize whole blocks and store them, page by page: the work space does not grow with the prompt.
+    """Quantize whole blocks and store them, page by page, so that the workspace does not grow with the prompt.
 
     Args:
         packed: gets the blocks.
-        quantizer: of ``packed``.
-        x: ``[B, H, 32 * n, D]`` in the storage dtype; keys as the quantizer takes them.
+        quantizer: quantizer of ``packed``.
+        x: ``[B, H, 32 * n, D]`` in the storage dtype, in the form that the quantizer takes.
     """
     done, tokens = 0, x.shape[2]
     while done < tokens:
@@ -53,11 +53,11 @@ def append_blocks(packed: PackedTensor, quantizer: Quantizer, x: Tensor) -> None
 
 @dataclass(frozen=True)
 class _Span:
-    """Slots of a run of packed places.
+    """The slots of a run of packed places.
 
     Attributes:
         low, high: the run is slots ``low`` to ``high - 1``.
-        slots: int64 ``[S]``, the slot of every place, -1 for a hole; ``None`` where there are no holes.
+        slots: int64 ``[S]``, the slot of every place, -1 for a hole; ``None`` without holes.
     """
 
     low: int
@@ -90,11 +90,11 @@ class TorchOps:
 
     @cached_property
     def readers(self) -> tuple[PageReader, PageReader]:
-        """Decoders of keys and values."""
+        """Readers of packed keys and values."""
         return PageReader(self.key), PageReader(self.value)
 
     def forget(self) -> None:
-        """Nothing is kept of a text."""
+        """Do nothing, because nothing depends on a text."""
 
     def tables(self) -> list[Tensor]:
         """Tensors held besides the artifact's parameters, for the accounting of memory."""
@@ -106,7 +106,7 @@ class TorchOps:
         return found + (self.rope.tensors() if self.rope is not None else [])
 
     def join(self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None) -> None:
-        """Nothing: torch does it."""
+        """``None``, because torch does it."""
 
     def pack(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Code whole blocks, ``[B, H, 32 * n, D]`` each, and store them."""
@@ -114,7 +114,7 @@ class TorchOps:
         append_blocks(storage.value, self.value, values)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attend to everything stored: ``[B, T, Hq, D]``, ``D`` of the values, in the dtype of the query."""
+        """Attend to all tokens: ``[B, T, Hq, D]``, with ``D`` of the values, in the dtype of the query."""
         exact_query, packed_query = self._queries(request)
         value_reader = self.readers[1]
         softmax = OnlineSoftmax(request, self.heads, self.value.layout.head_dim)
@@ -134,9 +134,9 @@ class TorchOps:
         return softmax.result(value_reader.affine)
 
     def _angles(self, span: _Span, table: SlotTable) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a run of packed places; layers with the same embedding share them."""
+        """Cosines and sines of a run of packed places. Layers with the same rotary embedding share them."""
         assert self.rope is not None
-        # Holes are the same for all layers, so the ends say which places are meant.
+        # Holes are the same for all layers, so the ends identify the run.
         key = (self.key.rope, span.low, span.high)
         found = table.angles.get(key)
         if found is None:
@@ -187,7 +187,7 @@ class TorchOps:
             yield span, keys[..., :places], values[..., :places]
 
     def _packed_mask(self, visibility: Visibility, span: _Span, table: SlotTable) -> Tensor | None:
-        """What hides slots of a packed segment: mask, holes, and sinks, which are attended exactly."""
+        """The mask of a packed segment. It hides holes, and sinks, whose exact copies are attended."""
         first, stop = table.sink_range
         has_sinks = first < stop and span.low < stop and first < span.high
         visible = visibility.sees_all(span.low, span.high) and span.slots is None

@@ -1,4 +1,4 @@
-"""What one call of attention asks for, and which slots each of its queries may see."""
+"""A call of attention, and the slots that each of its queries may see."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["AttentionRequest", "Visibility", "as_additive"]
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which slots each query may see.
+    """The slots that each query may see.
 
     Attributes:
-        mask: what the model prepared. ``[B, 1 or Hq, T, S]``, bool (true is visible) or additive, for the
-            last ``S`` slots; ``[B, S]`` (nonzero is a real token), causal besides; or ``None``, causal.
-        length: slots in use, the queries being the last ``tokens`` of them.
+        mask: the model's mask. ``[B, 1 or Hq, T, S]``, bool (true is visible) or additive, for the last ``S`` slots; or
+            ``[B, S]`` (nonzero is a real token), and causal; or ``None`` for causal.
+        length: number of slots in use; the queries are the last ``tokens`` of them.
         tokens: ``T``.
-        window: slots a query sees, itself included, or ``None`` for all. Only used where the mask is not
-            four-dimensional: otherwise the mask says it.
+        window: number of slots that a query sees, including its own, or ``None`` for all. It is only used if the mask
+            is not four-dimensional, because such a mask includes it.
     """
 
     mask: Tensor | None
@@ -30,7 +30,7 @@ class Visibility:
 
     @property
     def first_slot(self) -> int:
-        """No query sees a slot before this one."""
+        """The first slot that any query sees."""
         if self.mask is not None and self.mask.ndim == 4:
             first = self.length - self.mask.shape[-1]
         elif self.window is None:
@@ -40,7 +40,7 @@ class Visibility:
         return max(first, 0)
 
     def real(self) -> Tensor | None:
-        """Which of the new slots are tokens and not padding: bool ``[B or 1, T]``, ``None`` if all are."""
+        """Which of the new slots are tokens, not padding: bool ``[B or 1, T]``; ``None`` if all are."""
         if self.mask is None:
             return None
         if self.mask.ndim == 2:
@@ -49,7 +49,7 @@ class Visibility:
         return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
     def sees_all(self, low: int, high: int) -> bool:
-        """Whether every query sees slots ``low`` to ``high - 1`` for certain; reads no tensor."""
+        """Whether every query certainly sees slots ``low`` to ``high - 1``. Reads no tensor."""
         return (
             self.mask is None
             and high <= self.length - self.tokens + 1
@@ -57,7 +57,7 @@ class Visibility:
         )
 
     def additive(self, slots: Tensor) -> Tensor:
-        """What to add to scores: float32, broadcastable to ``[B, Hq, T, S]``.
+        """The additive mask: float32, broadcastable to ``[B, Hq, T, S]``.
 
         Args:
             slots: int64 ``[S]`` or ``[B, S]``, -1 for "no such slot".
@@ -87,7 +87,7 @@ class Visibility:
         return as_additive(chosen).masked_fill(hidden, -torch.inf)
 
     def of_queries(self, slots: Tensor, queries: slice) -> Tensor:
-        """What some of the queries see, ``[B, 1 or Hq, queries, S]``: bool (true is visible) or additive.
+        """The mask for some of the queries, ``[B, 1 or Hq, queries, S]``: bool (true is visible) or additive.
 
         Args:
             slots: int64 ``[B, S]``, -1 for "no such slot".
@@ -110,7 +110,7 @@ class Visibility:
         return visible
 
     def of_one_token(self, slots: Tensor) -> Tensor:
-        """Which ``slots``, ``[S]`` or ``[B, S]``, the one new token of each sequence sees: bool ``[B or 1, S]``."""
+        """Which of ``slots``, ``[S]`` or ``[B, S]``, the one new token of each sequence sees: bool ``[B or 1, S]``."""
         added = self.additive(slots)[:, 0, 0]
         mask = self.mask
         hidden = (
@@ -122,7 +122,7 @@ class Visibility:
 
 
 def as_additive(visible: Tensor) -> Tensor:
-    """A mask as what is added to scores, float32: 0 where a bool is true, else minus infinity."""
+    """A mask in additive form, float32: for bool, 0 for true and minus infinity for false."""
     if visible.dtype != torch.bool:
         return visible.float()
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
@@ -133,12 +133,11 @@ class AttentionRequest:
     """One call of the attention function.
 
     Attributes:
-        query: ``[B, Hq, T, D]``, rotated, of the newest ``T`` slots.
-        visibility: which slots they see.
+        query: ``[B, Hq, T, D]``, rotated, for the newest ``T`` slots.
+        visibility: the slots that they see.
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
-        sinks: ``[Hq]``, a logit per head that takes part in the softmax without a value (gpt-oss); or
-            ``None``.
+        sinks: ``[Hq]``, a logit per head that enters the softmax without a value (gpt-oss); or ``None``.
     """
 
     query: Tensor

@@ -1,5 +1,5 @@
-"""The packed cache inside vLLM, as an attention backend; ``docs/guides/integrations.md`` is its manual.
+"""The packed cache in vLLM, as an attention backend; see ``docs/guides/integrations.md``.
 
-``pages``, ``step``, ``layer`` and ``checks`` know nothing of vLLM and are tested without it; ``plugin``, ``spec`` and
-``backend`` are what vLLM sees.
+``pages``, ``step``, ``layer`` and ``checks`` do not depend on vLLM and are tested without it. ``plugin``, ``spec`` and
+``backend`` are the interface to vLLM.
 """

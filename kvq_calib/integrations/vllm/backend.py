@@ -1,4 +1,4 @@
-"""The attention backend that vLLM is given.
+"""The attention backend for vLLM.
 
 Importing this module needs vLLM; :func:`kvq_calib.integrations.vllm.plugin.register` names it to vLLM.
 """
@@ -43,11 +43,11 @@ __all__ = ["PackedAttention", "PackedBackend", "PackedMetadata"]
 
 
 class _Shared:
-    """What the layers of a model share in one process.
+    """State that the layers of a model share in one process.
 
     Args:
-        artifact: of this rank.
-        page_bytes: of a page of each layer, on every rank.
+        artifact: artifact of this rank.
+        page_bytes: bytes of a page of each layer, on every rank.
     """
 
     def __init__(self, artifact: KVArtifact, page_bytes: list[int], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class _Shared:
         self.decoding = NativeDecoding()
 
     def layer(self, index: int, scaling: float, softcap: float | None) -> PagedLayer | GpuLayer:
-        """What stores and attends in a layer."""
+        """The object that stores and attends in a layer."""
         quantizers, ops, sinks = self.quantizers[index], self.ops[index], self.artifact.spec.sink_tokens
         if isinstance(ops, CudaOps):
             return GpuLayer(quantizers, ops, sinks, scaling, softcap, self.page_bytes[index])
@@ -72,7 +72,7 @@ def _shared(name: str, rank: int, ranks: int) -> _Shared:
 
 
 def _device() -> torch.device:
-    """Of this process, where vLLM runs the model."""
+    """The device on which vLLM runs the model in this process."""
     if current_platform.is_cpu():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -85,7 +85,7 @@ def _of_this_rank(config: Any) -> _Shared:
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """While vLLM loads a model, torch makes tensors of the model's dtype where none is named."""
+    """Set torch's default dtype to float32. While vLLM loads a model, it is the model's dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -95,10 +95,10 @@ def _float32_by_default() -> Iterator[None]:
 
 
 class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
-    """What a layer is given of a step.
+    """What a layer gets in a step.
 
     Args:
-        step: the same for all layers.
+        step: the step, the same for all layers.
     """
 
     def __init__(self, step: Step | GpuStep) -> None:
@@ -108,8 +108,8 @@ class PackedMetadata(AttentionMetadata):  # type: ignore[misc]
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[misc]
     """Makes the metadata of a step.
 
-    It supports no graphs, which for vLLM means: graphs of what stands between attention layers. Attention itself
-    depends on lengths, which the host knows.
+    It supports no CUDA graphs of attention, which depends on lengths that the host knows. Then vLLM captures only the
+    parts between attention layers.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> PackedMetadata:
-        """The metadata; layers with pages of their own size have builders of their own, and all get one object."""
+        """The metadata. Layers with different page sizes have separate builders, but all get the same object."""
         common = common_attn_metadata
         made: PackedMetadata | None = getattr(common, "_kvq_calib", None)
         if made is None:
             starts, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
             if tables.device.type == "cpu":
                 step: Step | GpuStep = Step(starts, common.seq_lens.tolist(), tables, self._sink_tokens)
-            else:  # "upper bound" is exact but for speculative decoding, which is refused
+            else:  # the "upper bound" is exact except with speculative decoding, which is refused
                 lengths = common.seq_lens_cpu_upper_bound.tolist()
                 step = GpuStep(starts, lengths, tables, self._sink_tokens)
             made = common._kvq_calib = PackedMetadata(step)
@@ -136,59 +136,59 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):  # type: ignore[m
 
 
 class PackedBackend(AttentionBackend):  # type: ignore[misc]
-    """What vLLM asks of a backend. Each layer gets a subclass that knows its number (:meth:`PackedAttention`)."""
+    """The interface of a backend. Each layer gets a subclass with its number (:meth:`PackedAttention`)."""
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
-    #: Bytes of a page of the layer; ``None`` before the layer is known.
+    #: Bytes of a page of the layer; ``None`` until the layer is known.
     page_bytes: ClassVar[int | None] = None
 
     @staticmethod
     def get_name() -> str:
-        """The name under which vLLM keeps backends from elsewhere."""
+        """The name that vLLM uses for external backends."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """What attends."""
+        """The class that computes attention."""
         return PackedAttention
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """What makes metadata."""
+        """The class that makes metadata."""
         return PackedBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
-        """One page size."""
+        """The only page size."""
         return [PAGE_TOKENS]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """A layer's pages stand together."""
+        """The pages of a layer are contiguous."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders alone."""
+        """Only decoders are supported."""
         return bool(attn_type == AttentionType.DECODER)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """No."""
+        """KV connectors are not supported."""
         return False
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """A page size of the layer's own."""
+        """Set the page size of the layer."""
         if cls.page_bytes is None or isinstance(spec, PackedSpec):
             return spec
         return PackedSpec.of(spec, cls.page_bytes)
 
 
 class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
-    """Attention of one layer; arguments are those that vLLM gives every implementation."""
+    """Attention of one layer, with the arguments that vLLM gives every implementation."""
 
     def __init__(
         self,
@@ -219,8 +219,10 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         self._layer: PagedLayer | GpuLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Find out which layer this is, and give it a backend that knows: vLLM asks a backend for the page size, and
-        does not say for which layer."""
+        """Find the layer's number, and give the layer a backend with that number.
+
+        This is needed because vLLM asks a backend for the page size without naming the layer.
+        """
         for name, module in self._config.compilation_config.static_forward_context.items():
             if getattr(module, "impl", None) is self:
                 self._be_layer(extract_layer_index(name), module)
@@ -250,10 +252,12 @@ class PackedAttention(AttentionImpl[PackedMetadata]):  # type: ignore[misc]
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Store and attend; zeros where vLLM only measures memory."""
+        """Store and attend. The result is zero while vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
-        step: Any = attn_metadata.step  # of the kind that the layer takes: both follow the device
+        step: Any = (
+            attn_metadata.step
+        )  # step and layer are of the same kind, because both depend on the device
         assert self._layer is not None
         out = output[: step.tokens].view(step.tokens, self.num_heads, -1)
         pool = kv_cache.view(len(kv_cache), -1)

@@ -1,4 +1,4 @@
-"""What is refused when a server starts, one line each, with what mends it."""
+"""Checks when a server starts. Each error is one line that says what to change."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ __all__ = [
     "is_installed",
 ]
 
-#: Of ``--additional-config``.
+#: Key in ``--additional-config``.
 ARTIFACT_KEY = "kvq_artifact"
 #: Minor versions of vLLM that are tested.
 TESTED = ("0.32",)
 
 
 def is_installed() -> bool:
-    """Whether vLLM would find the plug-in here. Without it vLLM's CPU platform ignores ``CUSTOM`` and says nothing."""
+    """Whether vLLM would find the plug-in here. Without it, vLLM's CPU platform silently ignores ``CUSTOM``."""
     return any(point.name == "kvq_calib" for point in metadata.entry_points(group="vllm.general_plugins"))
 
 
 @lru_cache(maxsize=4)
 def artifact_of(name: str, rank: int = 0, ranks: int = 1) -> KVArtifact:
-    """The artifact, or one rank's part of it; read once in a process.
+    """The artifact, or the shard of one rank; read once per process.
 
     Args:
         name: file, folder or hub id.
-        rank, ranks: of tensor parallelism.
+        rank, ranks: rank and number of ranks of tensor parallelism.
     """
     whole = KVArtifact.from_pretrained(name)
     return whole if ranks == 1 else shard(whole, rank, ranks)
 
 
 def artifact_name(config: Any) -> str:
-    """What ``--additional-config`` names.
+    """The artifact that ``--additional-config`` names.
 
     Raises:
-        ConfigError: nothing, or something else.
+        ConfigError: it names none, or is malformed.
     """
     given = config.additional_config
     name = given.get(ARTIFACT_KEY) if isinstance(given, dict) else None
@@ -70,15 +70,15 @@ def artifact_name(config: Any) -> str:
 
 
 def check_configuration(config: Any, version: str, platform: str) -> None:
-    """Refuse what the packed cache cannot serve.
+    """Refuse a configuration that the packed cache cannot serve.
 
     Args:
         config: vLLM's ``VllmConfig``; only its attributes are read.
-        version: of vLLM.
-        platform: its name of the device, such as ``"cpu"``.
+        version: version of vLLM.
+        platform: vLLM's name of the device, such as ``"cpu"``.
 
     Raises:
-        KVQError: with the reason and what mends it, in one line.
+        KVQError: the configuration is refused; the message says why and what to change.
     """
     problem = next(_problems(config, version, platform), None)
     if problem is not None:
@@ -122,10 +122,10 @@ def _problems(config: Any, version: str, platform: str) -> Iterator[str]:
 
 
 def check_artifact(artifact: KVArtifact) -> None:
-    """Refuse artifacts that vLLM's pages cannot hold.
+    """Refuse artifacts that do not fit vLLM's pages.
 
     Raises:
-        ConfigError: with the reason and what mends it, in one line.
+        ConfigError: the artifact is refused; the message says why and what to change.
     """
     problem = next(_geometry_problems(artifact.geometry), None) or next(_recipe_problems(artifact), None)
     if problem is not None:
@@ -133,13 +133,13 @@ def check_artifact(artifact: KVArtifact) -> None:
 
 
 def check_attention(**options: Any) -> None:
-    """Refuse what a layer of the model asks of attention and the packed cache does not give.
+    """Refuse options of attention that the packed cache does not support.
 
     Args:
-        options: of those that vLLM gives every implementation, the ones in ``_UNSERVED``.
+        options: vLLM's arguments for every implementation that are in ``_UNSERVED``.
 
     Raises:
-        RuntimeMismatchError: one is asked for.
+        RuntimeMismatchError: an option is used.
     """
     for name, what in _UNSERVED.items():
         if options[name] is not None:
@@ -158,12 +158,12 @@ _UNSERVED = {
 
 
 def check_layer(geometry: KVGeometry, index: int, query_heads: int, heads: int, size: int) -> None:
-    """Refuse a layer of the model that is not what the artifact says.
+    """Refuse a layer of the model that does not match the artifact.
 
     Args:
-        geometry: of this rank.
-        index: of the layer.
-        query_heads, heads, size: of the model's layer: query heads, key-value heads, channels of a head.
+        geometry: geometry of this rank.
+        index: number of the layer.
+        query_heads, heads, size: numbers of query heads, key-value heads, and channels of a head in the model's layer.
 
     Raises:
         RuntimeMismatchError: there is no such layer, or it has other heads.

@@ -1,4 +1,4 @@
-"""Decode steps with the native kernels: block tables read as they are, all sequences in one call for each layer."""
+"""Decode steps with the native kernels, which read block tables directly: one call per layer for all sequences."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["NativeDecoding", "NativeLayer"]
 
 
 class NativeLayer:
-    """Un-turning, storing and attention of single new tokens in one layer.
+    """Un-rotates, stores and attends single new tokens in one layer.
 
     Args:
-        ops: of the layer.
-        pages: how it uses its pages.
-        turns: of its rotary embedding, as the layers share it; or ``None``.
+        ops: operations of the layer.
+        pages: layout of its pages.
+        turns: cosines and sines of its rotary embedding, which layers share; or ``None``.
     """
 
     def __init__(self, ops: NativeOps, pages: LayerPages, turns: PooledTurns | None) -> None:
@@ -48,7 +48,7 @@ class NativeLayer:
         self._tails: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def unturned(self, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New tokens as they are stored, ``[H, T, D]`` each in the storage dtype, of ``[T, H, D]``.
+        """New tokens in the form in which they are stored, ``[H, T, D]`` each in the storage dtype, from ``[T, H, D]``.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype.
@@ -63,12 +63,12 @@ class NativeLayer:
         return found[0][0], found[1][0]
 
     def keep(self, step: Step, pool: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store the new tokens that end no block, in the places of their sequences' newest tokens.
+        """Store the new tokens that complete no block, in the areas for newest tokens.
 
         Args:
-            step: whose :attr:`Step.kept` these are.
+            step: the step, whose :attr:`Step.kept` names these tokens.
             pool: uint8 ``[pages, page_bytes]``.
-            keys, values: of all new tokens, ``[H, T, D]`` in the storage dtype.
+            keys, values: keys and values of all new tokens, ``[H, T, D]`` in the storage dtype.
         """
         kept = step.kept
         if not len(kept.token):
@@ -77,7 +77,7 @@ class NativeLayer:
             view[kept.page, :, kept.place] = x[:, kept.token].transpose(0, 1)
 
     def _tail_views(self, pool: Tensor) -> tuple[Tensor, ...]:
-        """The areas of newest tokens of all pages, ``[pages, H, 32, D]`` each."""
+        """The areas for newest tokens of all pages, ``[pages, H, 32, D]`` each."""
         if self._tails is None or self._tails[0].data_ptr() != pool.data_ptr():
             self._tails = pool, tuple(self._pages.of_all(pool, side, "tail") for side in range(2))
         return self._tails[1]
@@ -85,7 +85,7 @@ class NativeLayer:
     def attend(
         self, step: Step, pool: Tensor, query: Tensor, out: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        """Attention of the sequences with one new token; arguments as those of the layer."""
+        """Attention for the sequences with one new token. Arguments are as in the layer."""
         single = step.single
         if not len(single):
             return
@@ -98,13 +98,13 @@ class NativeLayer:
 
 
 class NativeDecoding:
-    """Makes the native part of layers, and keeps what they share."""
+    """Makes the native part of layers, with shared tables."""
 
     def __init__(self) -> None:
         self._turns: dict[int, tuple[Turns, PooledTurns]] = {}
 
     def of(self, ops: Ops, pages: LayerPages) -> NativeLayer | None:
-        """That of a layer; ``None`` where its operations are not native."""
+        """The native part of a layer; ``None`` if its operations are not native."""
         if not isinstance(ops, NativeOps):
             return None
         turns = ops.kernel.turns

@@ -1,8 +1,8 @@
-"""Storing and attending in one layer, in vLLM's pages on a GPU, with the CUDA kernels.
+"""Storage and attention of one layer in vLLM's pages on a GPU, with the CUDA kernels.
 
-What is stored is what :class:`~kvq_calib.runtime.cache.KVQCache` stores, bit for bit. The host knows how long sequences
-are and which blocks become full; which pages they have the device alone knows, so nothing here reads its memory. That
-is why a number that is none is stored as it is: to look for it the host would wait.
+It stores the same bits as :class:`~kvq_calib.runtime.cache.KVQCache`. The host knows the lengths of sequences and which
+blocks become full. Their pages are only in the device's memory, which is never read here, so that the host does not
+wait. For the same reason, NaN and infinity are not detected, but stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvq_calib.runtime.ops import LayerQuantizers
 
 __all__ = ["GpuLayer"]
 
-#: Queries that one call of torch's attention takes: bounds the mask.
+#: Largest number of queries in one call of torch's attention, which bounds the mask.
 _QUERY_ROWS = 256
 
 
@@ -32,12 +32,12 @@ class GpuLayer:
     """Keys, values and attention of one layer.
 
     Args:
-        quantizers: of the layer.
-        ops: its operations.
-        sink_tokens: exact first tokens of a sequence.
+        quantizers: quantizers of the layer.
+        ops: operations of the layer.
+        sink_tokens: number of exact first tokens of a sequence.
         scaling: factor on the scores.
-        softcap: must be ``None``: torch's attention, which prompts take, knows none.
-        least_bytes: of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
+        softcap: must be ``None``, because torch's attention, which prompts use, does not support it.
+        least_bytes: smallest size of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
 
     Raises:
         RuntimeMismatchError: there is no kernel for the layer.
@@ -68,17 +68,17 @@ class GpuLayer:
     def forward(
         self, step: GpuStep, pool: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
-        """Store the new tokens of all sequences, then attend; the host waits for nothing.
+        """Store the new tokens of all sequences, then attend. The host never waits.
 
         Args:
-            step: which tokens these are.
+            step: describes the tokens.
             pool: uint8 ``[pages, page_bytes]``.
-            query: float16 or bfloat16 ``[T, Hq, D]``, turned by the model.
-            keys, values: ``[T, H, D]``, keys turned by the model.
-            out: ``[T, Hq, D]``, written.
+            query: float16 or bfloat16 ``[T, Hq, D]``, rotated by the model.
+            keys, values: ``[T, H, D]``, with keys rotated by the model.
+            out: ``[T, Hq, D]``, filled in place.
 
         Raises:
-            RuntimeMismatchError: a dtype, shape or device is not as promised.
+            RuntimeMismatchError: a dtype, shape or device is wrong.
         """
         if not step.rows:
             return
@@ -94,7 +94,7 @@ class GpuLayer:
                 self._attend_many(row, pool, query, out)
 
     def _unturned(self, step: GpuStep, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New tokens as they are stored, ``[H, T, D]`` each, contiguous."""
+        """New tokens in the form in which they are stored, ``[H, T, D]`` each, contiguous."""
         storage = self.pages.quantizers[0].storage
         x = keys.permute(1, 2, 0).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.ops.rope is not None:
@@ -104,7 +104,7 @@ class GpuLayer:
     # ---- storing ----
 
     def _keep(self, step: GpuStep, pool: Tensor, stored: tuple[Tensor, Tensor]) -> None:
-        """The new tokens that end no block, all at once."""
+        """Store the new tokens that complete no block, all at once."""
         kept = step.kept
         if kept is None:
             return
@@ -113,7 +113,7 @@ class GpuLayer:
             tail[kept.page, :, kept.place] = x[:, kept.token].transpose(0, 1)
 
     def _store(self, row: GpuRow, pool: Tensor, stored: tuple[Tensor, Tensor]) -> None:
-        """The new tokens of a sequence: first ones, whole blocks, and what is left."""
+        """Store the new tokens of a sequence: first tokens, whole blocks, and the rest."""
         held, first_block = row.held % BLOCK_TOKENS, row.held // BLOCK_TOKENS
         tokens = []
         for side, whole in enumerate(stored):
@@ -144,13 +144,13 @@ class GpuLayer:
             sinks[row.table[:1], :, row.held : stop] = x[None, :, : stop - row.held]
 
     def _open(self, row: GpuRow, pool: Tensor, first: int, stop: int) -> None:
-        """Make the scales of new pages numbers: of those that are no numbers a weight of zero makes none."""
+        """Set the scales of new pages to 0, because a NaN would survive a weight of zero."""
         for side, areas in enumerate(self.pages.areas):
             if areas.token.size and first < stop:
                 self.pages.of_all(pool, side, "token")[row.table[first:stop]] = 0
 
     def _rows(self, row: GpuRow, pool: Tensor, side: int, first: int, stop: int) -> Tensor:
-        """Where pages of a sequence stand, as :func:`~kvq_calib.runtime.cuda.pages.page_rows` says."""
+        """Addresses of the pages of a sequence, as in :func:`~kvq_calib.runtime.cuda.pages.page_rows`."""
         areas = self.pages.areas[side]
         base = row.table[first:stop] * pool.stride(0) + pool.data_ptr()
         rows = torch.zeros(stop - first, 6, dtype=torch.int64, device=pool.device)
@@ -162,7 +162,7 @@ class GpuLayer:
     # ---- attention ----
 
     def _attend_single(self, step: GpuStep, pool: Tensor, query: Tensor, out: Tensor) -> None:
-        """Sequences with one new token, all at once."""
+        """Attend for all sequences with one new token at once."""
         single = step.single
         if single is None:
             return
@@ -183,7 +183,7 @@ class GpuLayer:
         out[single.token] = found.to(out.dtype)
 
     def _attend_many(self, row: GpuRow, pool: Tensor, query: Tensor, out: Tensor) -> None:
-        """A sequence with several new tokens: packed blocks become ordinary tensors for torch's attention."""
+        """Attend for a sequence with several new tokens. Packed blocks are dequantized for torch's attention."""
         keys, values = (self._read(row, pool, side, query.dtype) for side in range(2))
         mine = query[row.start : row.stop].transpose(0, 1)[None]
         place = torch.arange(row.length, device=pool.device)
@@ -198,7 +198,7 @@ class GpuLayer:
             out[first : first + part.shape[2]] = found[0].transpose(0, 1)
 
     def _read(self, row: GpuRow, pool: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-        """Keys as attention uses them, or values, of all tokens of a sequence: ``[1, H, length, D]``."""
+        """Keys or values of all tokens of a sequence, as attention uses them: ``[1, H, length, D]``."""
         blocks = row.length // BLOCK_TOKENS
         packed = BLOCK_TOKENS * blocks
         turned = side == 0 and self.ops.rope is not None

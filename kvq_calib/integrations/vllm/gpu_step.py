@@ -1,4 +1,4 @@
-"""What the layers of a model share in a step on a GPU: lengths are known to the host, pages to the device alone."""
+"""What layers share in a step on a GPU. The host knows lengths, but pages are only in the device's memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GpuRow(NewTokens):
     """The new tokens of one sequence, and its pages.
 
     Attributes:
-        number: of the sequence in the step.
+        number: number of the sequence in the step.
         table: the pages, int64 ``[n]`` on the device.
     """
 
@@ -32,7 +32,7 @@ class GpuRow(NewTokens):
     table: Tensor
 
     def page_ahead(self, tokens: int) -> Tensor:
-        """Where the newest of ``tokens`` stand: int64 ``[1]``."""
+        """The page of the newest of ``tokens`` tokens: int64 ``[1]``."""
         page = tokens // PAGE_TOKENS + AHEAD
         return self.table[page : page + 1]
 
@@ -42,8 +42,8 @@ class _Single:
     """Sequences with one new token each.
 
     Attributes:
-        token: which token of the step, int64 ``[S]``.
-        sequence, length: which sequence it is, and its tokens, int64 ``[S]`` each.
+        token: number of the token in the step, int64 ``[S]``.
+        sequence, length: number and length of the sequence, int64 ``[S]`` each.
         longest: the largest length, which the host knows.
     """
 
@@ -55,7 +55,7 @@ class _Single:
 
 @dataclass(frozen=True)
 class _Kept:
-    """New tokens that join the newest of their sequences: which of the step, in which page, at which place; int64."""
+    """New tokens that are stored with the newest of their sequences: numbers in the step, pages and places; int64."""
 
     token: Tensor
     page: Tensor
@@ -63,13 +63,13 @@ class _Kept:
 
 
 class GpuStep:
-    """One step; all layers are given the same one. The host sends numbers once, and never waits.
+    """One step, the same object for all layers. The host sends numbers once, and never waits.
 
     Args:
-        starts: of each sequence's new tokens, and the end of the last.
-        lengths: tokens of each sequence, the new ones included; exact.
-        tables: int32 ``[sequences, pages]`` on the device, the pages of each.
-        sink_tokens: exact first tokens of a sequence.
+        starts: first new token of each sequence, and the end of the last.
+        lengths: exact number of tokens of each sequence, including new ones.
+        tables: int32 ``[sequences, pages]`` on the device, pages of each sequence.
+        sink_tokens: number of exact first tokens of a sequence.
 
     Raises:
         RuntimeMismatchError: a sequence has fewer pages than it needs.
@@ -90,7 +90,7 @@ class GpuStep:
             *([row.start for row in kept], [row.number for row in kept], [row.held for row in kept]),
         ]
         sent = _sent(lists, self.device)
-        #: Of the new tokens, int32 ``[tokens]``.
+        #: Positions of the new tokens, int32 ``[tokens]``.
         self.positions = sent[0].to(torch.int32)
         self.single: _Single | None = None
         self.kept: _Kept | None = None
@@ -112,14 +112,14 @@ class GpuStep:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all sequences."""
+        """Number of new tokens of all sequences."""
         return self.starts[-1]
 
     def unturning(self, rope: RopeTable, key: int) -> tuple[Tensor, Tensor]:
-        """What :meth:`RopeTable.rotate_` takes to undo RoPE in the new tokens: float32 ``[P, tokens]`` each.
+        """Angles for :meth:`RopeTable.rotate_` to undo RoPE in the new tokens: float32 ``[P, tokens]`` each.
 
         Args:
-            rope: of a layer.
+            rope: rotary embedding of a layer.
             key: the same number for layers with the same rotary embedding.
         """
         found = self._unturning.get(key)
@@ -144,12 +144,12 @@ class GpuStep:
         assert single is not None
         ahead = (single.length // PAGE_TOKENS + AHEAD).clamp(
             max=self._wide.shape[1] - 1
-        )  # where nothing is open
+        )  # if no block is open
         return torch.stack((self._wide[single.sequence, 0], self._wide[single.sequence, ahead]), dim=1)
 
     @cached_property
     def context(self) -> DecodeContext:
-        """Which tokens are attended, and where they stand."""
+        """The attended tokens and their positions."""
         single = self.single
         assert single is not None
         place = torch.arange(self.table.shape[1] * PAGE_BLOCKS, device=self.device)
@@ -173,6 +173,6 @@ class GpuStep:
 
 
 def _sent(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Lists of numbers as tensors on the device, in one copy for which the host does not wait."""
+    """Lists of numbers as tensors on the device, in one copy without waiting."""
     whole = torch.tensor([number for each in lists for number in each], dtype=torch.int64)
     return list(whole.to(device, non_blocking=True).split([len(each) for each in lists]))

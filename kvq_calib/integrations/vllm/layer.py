@@ -1,7 +1,7 @@
-"""Storing and attending in one layer, in vLLM's pages.
+"""Storage and attention of one layer in vLLM's pages.
 
-Whatever the backend of the cache, what is stored and computed is what :class:`~kvq_calib.runtime.cache.KVQCache` stores
-and computes: the operations are the same ones, over a storage whose tensors are views of the pool.
+It stores and computes the same as :class:`~kvq_calib.runtime.cache.KVQCache` with any backend, because the operations
+are the same. Only the tensors of the storage are views of the pool.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class PagedLayer:
     """Keys, values and attention of one layer.
 
     Args:
-        quantizers: of the layer.
-        ops: its operations.
-        sink_tokens: exact first tokens of a sequence.
+        quantizers: quantizers of the layer.
+        ops: operations of the layer.
+        sink_tokens: number of exact first tokens of a sequence.
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; ``None`` for no cap.
-        decoding: the same for all layers; makes native kernels serve sequences with one new token.
-        least_bytes: of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
+        decoding: the native part for sequences with one new token; shared by all layers.
+        least_bytes: smallest size of a page; see :class:`~kvq_calib.integrations.vllm.pages.LayerPages`.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class PagedLayer:
     ) -> None:
         """Store the new tokens of all sequences, then attend.
 
-        All are stored before any attends: a sequence may share pages that another fills in the same step.
+        All tokens are stored before attention, because a sequence may share pages that another fills in the same step.
 
         Args:
-            step: which tokens these are.
+            step: describes the tokens.
             pool: uint8 ``[pages, page_bytes]``.
-            query: ``[T, Hq, D]``, turned by the model, any float dtype.
-            keys, values: ``[T, H, D]``, keys turned by the model.
-            out: ``[T, Hq, Dv]``, written.
+            query: ``[T, Hq, D]``, rotated by the model, any float dtype.
+            keys, values: ``[T, H, D]``, with keys rotated by the model.
+            out: ``[T, Hq, Dv]``, filled in place.
 
         Raises:
             RuntimeMismatchError: a number does not fit the storage dtype, or the pages do not fit the tokens.
@@ -74,7 +74,7 @@ class PagedLayer:
                 self._attend(row, stored[row.start], query, out)
 
     def unturned(self, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New tokens as they are stored, ``[H, T, D]`` each, of ``[T, H, D]``: keys as they were before RoPE."""
+        """New tokens as they are stored, with keys before RoPE: ``[H, T, D]`` each, from ``[T, H, D]``."""
         if self._native is not None:
             return self._native.unturned(step, keys, values)
         x = keys.permute(1, 2, 0).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -84,7 +84,7 @@ class PagedLayer:
         return x.mT, values.transpose(0, 1)
 
     def _store(self, step: Step, pool: Tensor, keys: Tensor, values: Tensor) -> dict[int, SequenceStorage]:
-        """Store, and return storages of sequences by their first new token: those that were made."""
+        """Store the tokens. Return the storages that were made, by first new token of the sequence."""
         if self._native is not None:
             self._native.keep(step, pool, keys, values)
         stored = {}

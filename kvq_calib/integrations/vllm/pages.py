@@ -1,15 +1,15 @@
-"""A page of vLLM's pool as the packed cache uses it.
+"""Layout of a page in vLLM's pool.
 
-A page holds 256 tokens of one layer, as a page of :class:`~kvq_calib.runtime.storage.PackedTensor` does, in one run of
-bytes; :mod:`kvq_calib.codec.packing` says how codes stand in the first two areas::
+A page has 256 tokens of one layer, like a page of :class:`~kvq_calib.runtime.storage.PackedTensor`, in contiguous
+bytes. :mod:`kvq_calib.codec.packing` describes the codes in the first two areas::
 
     codes of keys | codes of values | scales of keys' tokens | of values' | first tokens: keys | values
 
-Scales are there only where the recipe has them. The exact first tokens of a sequence stand in its first page, so that
-sequences that share this page share them. The exact newest tokens, fewer than 32, stand raw from the beginning of the
-page after the one that will hold them packed, as keys ``[H, 32, D]`` and values ``[H, 32, D]``; below two bits per
-element a page is as large as they are. A sequence therefore always has :data:`AHEAD` page beyond those that its tokens
-fill, and nothing of it stands anywhere else.
+Scales exist only if the recipe has them. The exact first tokens of a sequence are in its first page, so sequences that
+share this page share them. The exact newest tokens, fewer than 32, are stored unpacked at the beginning of the page
+after the one that will hold them packed, as keys ``[H, 32, D]`` and values ``[H, 32, D]``. (Below two bits per element,
+a page is enlarged to their size.) So a sequence always has :data:`AHEAD` page beyond those that its tokens fill, and
+all of it is in its pages.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
 __all__ = ["AHEAD", "LayerPages", "SequenceStorage", "page_bytes_of_ranks", "pages_of"]
 
-#: Pages that a sequence needs beyond those that its tokens fill.
+#: Number of pages that a sequence needs beyond those that its tokens fill.
 AHEAD = 1
-#: Areas begin at multiples of it: whole cache lines, and whole sectors of a GPU's memory.
+#: Alignment of areas in bytes: whole cache lines, and whole sectors of a GPU's memory.
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class _Area:
-    """Bytes of a page.
+    """A part of a page.
 
     Attributes:
-        start, size: of the area.
+        start, size: offset and size of the area in bytes.
     """
 
     start: int
     size: int
 
     def of(self, row: Tensor, dtype: torch.dtype) -> Tensor:
-        """The area of a page's bytes, uint8 ``[page_bytes]``, as numbers."""
+        """The area as numbers, from a page's bytes uint8 ``[page_bytes]``."""
         return row[self.start : self.start + self.size].view(dtype)
 
 
 @dataclass(frozen=True)
 class _TensorAreas:
-    """Where the keys or the values of a layer stand.
+    """The areas of the keys or the values of a layer.
 
     Attributes:
-        codes, token, sinks: areas of a page; ``token`` is empty where tokens have no scales.
+        codes, token, sinks: areas in a page; ``token`` is empty if tokens have no scales.
         tail: area of the newest tokens, in the page after that of the open block.
     """
 
@@ -68,19 +68,19 @@ class _TensorAreas:
 
 
 class LayerPages:
-    """How one layer uses its pages.
+    """The layout of one layer's pages.
 
     Args:
         key, value: quantizers of the layer.
-        sink_tokens: exact first tokens of a sequence.
-        least_bytes: of a page, which has nothing at its end where it needs fewer: vLLM wants pages of one size on all
-            ranks, and widths of channels give their heads different ones (:func:`page_bytes_of_ranks`).
+        sink_tokens: number of exact first tokens of a sequence.
+        least_bytes: smallest size of a page; smaller ones are padded. vLLM requires pages of one size on all ranks, but
+            the widths of their channels differ (:func:`page_bytes_of_ranks`).
 
     Attributes:
-        page_bytes: of a page.
+        page_bytes: bytes of a page.
 
     Raises:
-        RuntimeMismatchError: pages cannot hold what this recipe stores.
+        RuntimeMismatchError: the recipe does not fit the pages.
     """
 
     def __init__(self, key: Quantizer, value: Quantizer, sink_tokens: int, least_bytes: int = 0) -> None:
@@ -98,7 +98,7 @@ class LayerPages:
         tails = [self._area(STORAGE_BYTES * BLOCK_TOKENS * q.layout.channels) for q in self.quantizers]
         least, self._end = self._end, 0
         codes = [self._area(4 * PAGE_BLOCKS * q.layout.words_per_block) for q in self.quantizers]
-        self._end = max(self._end, least)  # scales of tokens are never overwritten, for they must be numbers
+        self._end = max(self._end, least)  # tails must not overwrite scales, which must stay finite
         token = [self._area(2 * STORAGE_BYTES * PAGE_TOKENS * q.layout.token_params) for q in self.quantizers]
         sinks = [self._area(STORAGE_BYTES * sink_tokens * q.layout.channels) for q in self.quantizers]
         self.page_bytes = max(self._end, least_bytes)
@@ -115,7 +115,7 @@ class LayerPages:
         Args:
             pool: uint8 ``[pages, page_bytes]`` of the layer.
             side: 0 for keys, 1 for values.
-            name: of the area, which is not empty.
+            name: name of the area, which must not be empty.
         """
         area: _Area = getattr(self.areas[side], name)
         layout = self.quantizers[side].layout
@@ -125,7 +125,7 @@ class LayerPages:
         return found
 
     def packed_page(self, pool: Tensor, page: int, side: int) -> Page:
-        """A page's codes and scales.
+        """The codes and scales of a page.
 
         Args:
             pool: uint8 ``[pages, page_bytes]`` of the layer.
@@ -139,13 +139,13 @@ class LayerPages:
         return found
 
     def sinks(self, pool: Tensor, page: int, side: int) -> Tensor:
-        """The exact first tokens of the sequence that begins in ``page``: storage dtype ``[1, H, n, D]``."""
+        """The exact first tokens of a sequence that begins in ``page``: storage dtype ``[1, H, n, D]``."""
         quantizer = self.quantizers[side]
         layout, numbers = quantizer.layout, self.areas[side].sinks.of(pool[page], quantizer.storage)
         return numbers.view(1, layout.heads, self.sink_tokens, layout.head_dim)
 
     def tail(self, pool: Tensor, table: Sequence[int], tokens: int, side: int) -> Tensor:
-        """Room for the newest tokens of a sequence that holds ``tokens``: storage dtype ``[1, H, 32, D]``."""
+        """The area for the newest tokens of a sequence of ``tokens`` tokens: storage dtype ``[1, H, 32, D]``."""
         areas, quantizer = self.areas[side], self.quantizers[side]
         page = table[tokens // PAGE_TOKENS + AHEAD]
         layout, numbers = quantizer.layout, areas.tail.of(pool[page], quantizer.storage)
@@ -153,15 +153,15 @@ class LayerPages:
 
 
 def page_bytes_of_ranks(artifact: KVArtifact, ranks: int) -> list[int]:
-    """Bytes of a page of each layer that suffice on every rank.
+    """Bytes of a page of each layer, large enough for every rank.
 
     Args:
-        artifact: of the whole model.
-        ranks: that divide its key-value heads.
+        artifact: artifact of the whole model.
+        ranks: number of ranks that divide its key-value heads.
 
     Raises:
-        ConfigError: they cannot be divided so.
-        RuntimeMismatchError: pages cannot hold what the recipe stores.
+        ConfigError: the heads cannot be divided evenly.
+        RuntimeMismatchError: the recipe does not fit the pages.
     """
     parts = [artifact if ranks == 1 else shard(artifact, rank, ranks) for rank in range(ranks)]
     each = (
@@ -175,7 +175,7 @@ def page_bytes_of_ranks(artifact: KVArtifact, ranks: int) -> list[int]:
 
 
 def pages_of(tokens: int) -> int:
-    """Pages that tokens fill."""
+    """Number of pages that tokens fill."""
     return -(-tokens // PAGE_TOKENS)
 
 
@@ -184,14 +184,14 @@ def _whole(size: int) -> int:
 
 
 class _PooledTensor(PackedTensor):
-    """Packed keys or values of one sequence whose pages are those of a pool."""
+    """Packed keys or values of one sequence, in pages of a pool."""
 
     def __init__(self, pages: LayerPages, pool: Tensor, table: Sequence[int], side: int) -> None:
         super().__init__(pages.quantizers[side], 1, pool.device)
         self._of, self._pool, self._table, self._side = pages, pool, table, side
 
     def hold(self, blocks: int) -> None:
-        """Have the first ``blocks``, which the pool holds already."""
+        """Take over the first ``blocks`` blocks, which are in the pool already."""
         self.blocks = blocks
         self.pages = [self._page(number) for number in range(-(-blocks // PAGE_BLOCKS))]
 
@@ -199,8 +199,7 @@ class _PooledTensor(PackedTensor):
         return self._of.packed_page(self._pool, self._table[number], self._side)
 
     def new_page(self) -> Page:
-        """The sequence's next page. What it held before is left where nobody attends to it; scales could be no
-        numbers, which no weight of zero undoes."""
+        """The sequence's next page. Old codes are not cleared, but scales are: a NaN would survive a weight of zero."""
         page = self._page(len(self.pages))
         if page.token_params is not None:
             page.token_params.zero_()
@@ -208,13 +207,13 @@ class _PooledTensor(PackedTensor):
 
 
 class SequenceStorage(LayerStorage):
-    """One sequence of one layer in vLLM's pages: what is stored here stands in the pool.
+    """One sequence of one layer, stored in vLLM's pages.
 
     Args:
-        pages: of the layer.
+        pages: layout of the layer's pages.
         pool: uint8 ``[pages, page_bytes]`` of the layer.
-        table: the sequence's pages, in order.
-        length: tokens that are held already.
+        table: pages of the sequence, in order.
+        length: number of tokens that are stored already.
     """
 
     key: _PooledTensor
@@ -229,7 +228,7 @@ class SequenceStorage(LayerStorage):
         self.value.hold(length // BLOCK_TOKENS)
         self.length = length
         self.sink_key, self.sink_value = (pages.sinks(pool, table[0], side) for side in range(2))
-        if length == 0:  # of those that are still to come, nobody may read what is no number
+        if length == 0:  # unfilled places must be finite
             self.sink_key.zero_()
             self.sink_value.zero_()
         self._show_tail()
@@ -242,7 +241,7 @@ class SequenceStorage(LayerStorage):
             )
 
     def keep_tail(self) -> None:
-        """Write the newest tokens, which an append left in tensors of their own, to the pool."""
+        """Copy the newest tokens, which an append left in separate tensors, to the pool."""
         tails = self.tail_key, self.tail_value
         self._show_tail()
         if tails[0].shape[2]:

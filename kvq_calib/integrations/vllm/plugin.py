@@ -1,8 +1,8 @@
-"""Entry point of the group ``vllm.general_plugins``: makes the backend known in every process of vLLM.
+"""Entry point of the group ``vllm.general_plugins``: registers the backend in every process of vLLM.
 
-Nothing changes for who does not ask for ``--attention-backend CUSTOM``. Two methods of the platform are wrapped:
-``check_and_update_config``, where a configuration that cannot be served is refused before anything is loaded and the
-page size is set, and the CPU's ``get_attn_backend_cls``, which ignores CUSTOM.
+Nothing changes without ``--attention-backend CUSTOM``. Two methods of the platform are wrapped. In
+``check_and_update_config``, a configuration that cannot be served is refused before loading, and the page size is set.
+The CPU platform's ``get_attn_backend_cls`` would ignore CUSTOM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvq_calib.integrations.vllm.checks import check_configuration
 
 __all__ = ["BACKEND", "register"]
 
-#: Where vLLM finds the backend.
+#: Import path of the backend.
 BACKEND = "kvq_calib.integrations.vllm.backend.PackedBackend"
 _MARK = "_kvq_calib_wrapped"
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("vllm.kvq_calib")
 
 
 def register() -> None:
-    """Make the backend known; a second call changes nothing. Never an obstacle to a vLLM that does without it."""
+    """Register the backend. A second call changes nothing. A failure never prevents vLLM from starting."""
     try:
         _register()
     except Exception as error:

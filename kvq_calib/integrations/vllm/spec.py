@@ -1,4 +1,4 @@
-"""What vLLM's scheduler knows of the packed cache: bytes of a page, and that sequences need pages ahead.
+"""What vLLM's scheduler needs: the bytes of a page, and that sequences need a page ahead.
 
 Importing this module needs vLLM, and registers the spec with its manager.
 """
@@ -22,18 +22,18 @@ __all__ = ["PackedManager", "PackedSpec"]
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
-    """Pages of one layer."""
+    """The pages of one layer."""
 
     @classmethod
     def of(cls, spec: Any, page_bytes: int) -> PackedSpec:
-        """The spec that takes the place of vLLM's own.
+        """The spec that replaces vLLM's.
 
         Args:
-            spec: what vLLM made of the model's configuration.
-            page_bytes: of a page of this layer.
+            spec: vLLM's spec from the model's configuration.
+            page_bytes: bytes of a page of this layer.
 
         Raises:
-            RuntimeMismatchError: the layer is not one of full attention, or pages have another size.
+            RuntimeMismatchError: the layer does not have full attention, or pages have another size.
         """
         if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
             raise RuntimeMismatchError(
@@ -49,7 +49,7 @@ class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
         return cls(**known)
 
     def tokens_with_room(self, tokens: int) -> int:
-        """Tokens that fill as many pages as a sequence of ``tokens`` needs."""
+        """Number of tokens that fill as many pages as a sequence of ``tokens`` needs."""
         return (pages_of(tokens) + AHEAD) * PAGE_TOKENS
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
@@ -63,15 +63,17 @@ class PackedSpec(FullAttentionSpec):  # type: ignore[misc]
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """One spec for layers that are alike; where they are not vLLM expects an ``AssertionError``, then gives each
-        layer pages of its own size."""
+        """One spec for equal layers.
+
+        If layers differ, vLLM expects an ``AssertionError``, and then gives layers different page sizes.
+        """
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers with pages of different sizes")
         return specs[0]
 
 
 class PackedManager(FullAttentionManager):  # type: ignore[misc]
-    """Allocates pages ahead of the tokens. They are never full, so they are never shared."""
+    """Allocates a page ahead of the tokens. It is never full, so it is never shared."""
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """As vLLM's own, for more tokens."""
@@ -84,6 +86,6 @@ class PackedManager(FullAttentionManager):  # type: ignore[misc]
         return super().allocate_new_blocks(request_id, tokens, num_tokens_main_model)
 
 
-# vLLM registers its own specs only while there are none.
+# vLLM registers its specs only if there are none.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(PackedSpec, PackedManager, uniform_type_base_spec=FullAttentionSpec)

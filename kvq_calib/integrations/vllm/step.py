@@ -1,4 +1,4 @@
-"""What the layers of a model share in a step of vLLM: which tokens are new, of which sequences, in which pages."""
+"""What layers share in a step of vLLM: the new tokens, their sequences, and their pages."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class NewTokens:
 
     Attributes:
         start, stop: they are tokens ``start`` to ``stop - 1`` of the step.
-        length: tokens of the sequence, these included.
-        sink_tokens: exact first tokens of a sequence.
+        length: number of tokens of the sequence, including these.
+        sink_tokens: number of exact first tokens of a sequence.
     """
 
     start: int
@@ -37,17 +37,17 @@ class NewTokens:
 
     @property
     def count(self) -> int:
-        """New tokens."""
+        """Number of new tokens."""
         return self.stop - self.start
 
     @property
     def held(self) -> int:
-        """Tokens that were there before."""
+        """Number of earlier tokens."""
         return self.length - self.count
 
     @property
     def only_kept(self) -> bool:
-        """Whether one new token ends no block and is none of the first."""
+        """Whether there is one new token, which completes no block and is not a first token."""
         return self.count == 1 and self.length % BLOCK_TOKENS != 0 and self.held >= self.sink_tokens
 
 
@@ -63,7 +63,7 @@ class Row(NewTokens):
 
     @cached_property
     def slots(self) -> SlotTable:
-        """The slots of the sequence: token ``i`` stands at position ``i``."""
+        """The slots of the sequence: token ``i`` is at position ``i``."""
         table = SlotTable(1, self.sink_tokens, 0, torch.device("cpu"))
         for first, stop in ((0, self.held), (self.held, self.length)):
             if first < stop:
@@ -73,47 +73,48 @@ class Row(NewTokens):
 
 @dataclass(frozen=True)
 class Kept:
-    """The new tokens that end no block and are no first tokens: they join the newest of their sequences.
+    """New tokens that complete no block and are not first tokens. They are stored with the newest of their sequences.
 
     Attributes:
-        rows: of these sequences.
+        rows: rows of these sequences.
     """
 
     rows: Sequence[Row]
 
     @cached_property
     def token(self) -> Tensor:
-        """Which tokens of the step, int64 ``[n]``."""
+        """Their numbers in the step, int64 ``[n]``."""
         return torch.tensor([row.start for row in self.rows], dtype=torch.int64)
 
     @cached_property
     def place(self) -> Tensor:
-        """Which of the newest tokens of its sequence each is, int64 ``[n]``."""
+        """Their indices among the newest tokens of their sequences, int64 ``[n]``."""
         return torch.tensor([row.held % BLOCK_TOKENS for row in self.rows], dtype=torch.int64)
 
     @cached_property
     def page(self) -> Tensor:
-        """Where it stands, the page after that of its block: int64 ``[n]``."""
+        """Their pages, which are those after the pages of their blocks: int64 ``[n]``."""
         found = [row.table[row.held // PAGE_TOKENS + AHEAD] for row in self.rows]
         return torch.tensor(found, dtype=torch.int64)
 
 
 @dataclass(eq=False)
 class Step:
-    """One step; all layers are given the same one.
+    """One step, the same object for all layers.
 
     Attributes:
-        starts: of each sequence's new tokens, and the end of the last.
-        lengths: tokens of each sequence, the new ones included.
-        tables: int ``[sequences, pages]``, the pages of each.
-        sink_tokens: exact first tokens of a sequence.
+        starts: first new token of each sequence, and the end of the last.
+        lengths: number of tokens of each sequence, including new ones.
+        tables: int ``[sequences, pages]``, pages of each sequence.
+        sink_tokens: number of exact first tokens of a sequence.
     """
 
     starts: Sequence[int]
     lengths: Sequence[int]
     tables: Tensor
     sink_tokens: int
-    #: By the identity of rotary embeddings, which layers share: equality takes longer than everything else here.
+    #: Keyed by identity of rotary embeddings, which layers share. Comparing them would take longer than everything
+    #: else.
     _unturning: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _by_coordinate: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _ropes: list[RopeSpec] = field(default_factory=list)
@@ -121,7 +122,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all sequences."""
+        """Number of new tokens of all sequences."""
         return self.starts[-1]
 
     @cached_property
@@ -140,16 +141,16 @@ class Step:
 
     @cached_property
     def single(self) -> Tensor:
-        """The new tokens that come alone, int64 ``[R]``, numbers of tokens in the step."""
+        """Numbers in the step of the tokens that are the only new one of their sequence, int64 ``[R]``."""
         return torch.tensor([row.start for row in self.rows if row.count == 1], dtype=torch.int64)
 
     @cached_property
     def kept(self) -> Kept:
-        """Those of them that :class:`Kept` tells of."""
+        """Those of them that are :class:`Kept`."""
         return Kept([row for row in self.rows if row.only_kept])
 
     def sequences(self, pool_pages: int) -> PooledSequences:
-        """The sequences with one new token, as native kernels take them."""
+        """The sequences with one new token, in the form for native kernels."""
         if self._sequences is None or self._sequences.pool_pages != pool_pages:
             rows = [row for row in self.rows if row.count == 1]
             self._sequences = PooledSequences(
@@ -159,15 +160,15 @@ class Step:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Of the new tokens, int32 ``[tokens]``."""
+        """Positions of the new tokens, int32 ``[tokens]``."""
         parts = [torch.arange(row.held, row.length, dtype=torch.int32) for row in self.rows]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
     def unturning(self, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-        """What :meth:`RopeTable.rotate_` takes to undo RoPE in the new tokens: float32 ``[P, tokens]`` each."""
+        """Angles for :meth:`RopeTable.rotate_` to undo RoPE in the new tokens: float32 ``[P, tokens]`` each."""
         found = self._unturning.get(id(rope))
         if found is None:
-            self._ropes.append(rope)  # an identity is good as long as what it is of
+            self._ropes.append(rope)  # keeps the object alive, so that its identity stays valid
             cos, sin = RopeTable(rope, torch.device("cpu")).cos_sin(self.positions[None])
             found = self._unturning[id(rope)] = (
                 cos[0, 0] / rope.attention_scaling,
@@ -176,8 +177,7 @@ class Step:
         return found
 
     def by_coordinate(self, rope: RopeSpec, size: int) -> tuple[Tensor, Tensor]:
-        """The same for each coordinate of a head, float32 ``[1, tokens, size]`` each, as
-        :meth:`kvq_calib.native.join.Joiner.join` takes them."""
+        """The same by coordinate, float32 ``[1, tokens, size]`` each, for :class:`~kvq_calib.native.join.Joiner`."""
         found = self._by_coordinate.get(id(rope))
         if found is None:
             cos, sin = (part.mT for part in self.unturning(rope))
