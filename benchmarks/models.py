@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from common import environment, environment_lines
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvq_calib import KVQCache
@@ -37,9 +37,9 @@ from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import KVQError, one_line
 from kvq_calib.files import write_atomically
-from kvq_calib.model.compat import keeps_keys, own_layers, with_cache
+from kvq_calib.model.compat import keeps_keys, layer_attribute, own_layers, with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.inspect import check_generation
+from kvq_calib.model.inspect import check_generation, next_pass
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
@@ -63,8 +63,10 @@ SMALL: dict[str, Any] = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "shared_expert_intermediate_size": 32, "unpadded_vocab_size": 128,
     "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
 }  # fmt: skip
+#: Of encoders of pictures and sounds, which are not used here.
+_DEEP = {"num_hidden_layers", "num_blocks", "depth", "encoder_layers"}
 #: Names that some families have for the same.
 _SEQ2SEQ = {
     "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
@@ -81,11 +83,56 @@ _LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }  # fmt: skip
+_ENCODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+_DECODING = {"is_decoder": True}
+_BYTES = {
+    "hidden_size": 64, "hidden_size_global": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 #: What single families need beside SMALL; ``None`` leaves a field out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
-    **dict.fromkeys(("mbart", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
+    **dict.fromkeys(("mbart", "mvp", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
+    **dict.fromkeys(_ENCODERS, _DECODING),
     "bamba": {"attn_layer_indices": [1], **_MAMBA},
+    "blt": {
+        "encoder_config": _BYTES,
+        "decoder_config": _BYTES,
+        "global_config": _BYTES,
+        "patcher_config": _BYTES,
+        "encoder_hash_byte_group_vocab": 64,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        **dict.fromkeys(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        ),
+    },
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "sliding_window": 16,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["moe", "moe"],
+        "num_nextn_predict_layers": 0,
+        "num_experts_per_tok": 2,
+    },
     "codegen": {"rotary_dim": 16},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
@@ -103,6 +150,47 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], **_MAMBA},
+    "longcat_flash": {
+        "num_layers": 2,
+        "num_hidden_layers": None,
+        "head_dim": 8,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    **dict.fromkeys(
+        ("qwen4_exp", "qwen4_exp_text"),
+        {
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+        },
+    ),
+    "xlnet": {
+        "d_model": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_inner": 96,
+        **dict.fromkeys(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        ),
+    },
+    "xlstm": {"num_heads": 4, "head_dim": None, "num_attention_heads": None},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX", **_DECODING},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_dt_rank": 4,
+        "head_dim": None,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
 }
@@ -188,6 +276,8 @@ def small_model(family: str) -> Any:
                 for weight in model.parameters():
                     if weight.ndim >= 2:
                         weight *= 4  # attention that depends on what it sees
+                    elif bool((weight == 0).all()):
+                        weight += 0.1 * torch.randn_like(weight)
             return model
         except Exception as error:
             failures.append(error)
@@ -196,8 +286,9 @@ def small_model(family: str) -> Any:
 
 def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
     """A configuration with these settings (of its text part where ``nested``); more layers where keys need them."""
-    if getattr(AutoConfig.for_model(family).get_text_config(), "kv_lora_rank", None):
+    if _is_latent(family):
         settings = {**{name: value for name, value in settings.items() if name != "head_dim"}, **_LATENT}
+        settings |= {name: value for name, value in EXTRA.get(family, {}).items() if value is not None}
     config: Any = None
     failure: Exception | None = None
     for layers in _DEPTHS:
@@ -212,7 +303,20 @@ def _small_config(family: str, settings: dict[str, Any], nested: bool) -> Any:
     if config is None:
         assert failure is not None
         raise failure
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig) and part is not config.get_text_config(decoder=True):
+            for name in _DEEP.intersection(vars(part)):
+                setattr(part, name, 1)
     return config
+
+
+def _is_latent(family: str) -> bool:
+    """Whether a family has multi-head latent attention."""
+    try:
+        text = AutoConfig.for_model(family).get_text_config(decoder=True)
+    except Exception:  # some have no defaults
+        return False
+    return bool(layer_attribute(text, "kv_lora_rank"))
 
 
 def examine(family: str) -> Finding:
@@ -252,7 +356,11 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     prompt = ids[:1, :_PROMPT]
     cache = KVQCache(artifact, model, recent_tokens=10**6)
     sizes = [38, 1, 1] if cache.single_tokens else [17, 22, 1]
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in prompt.split(sizes, dim=1)]
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    parts = [
+        model(**next_pass(model, part, cache, start)).logits
+        for part, start in zip(prompt.split(sizes, dim=1), starts, strict=True)
+    ]
     wanted = model(input_ids=prompt, use_cache=False).logits
     error = float((torch.cat(parts, 1) - wanted).abs().max() / wanted.abs().max())
     if not error <= _TOLERANCE:
@@ -274,7 +382,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
         return "it generates other tokens than with its own cache"
     packed = KVQCache(artifact, model)
     for part in (ids[:, :60], *ids[:, 60:].split(1 if cache.single_tokens else 4, dim=1)):
-        if not bool(model(input_ids=part, **with_cache(packed)).logits.isfinite().all()):
+        if not bool(model(**next_pass(model, part, packed, packed.get_seq_length())).logits.isfinite().all()):
             return "through the packed cache predictions are not finite"
     return ""
 
@@ -292,6 +400,8 @@ def _cached(artifact: Any, serving: Serving) -> str:
         kinds.append(f"heads of {heads}{window}{'' if layer.rope is not None else ', no RoPE'}")
     if geometry.state_bytes:
         kinds.append("states beside")
+    if geometry.state_bytes_per_token:
+        kinds.append("an indexer beside")
     if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
         kinds.append("layers that share them")
     if serving.single_tokens:

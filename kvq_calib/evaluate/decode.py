@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_calib.model.compat import with_cache
+from kvq_calib.model.inspect import next_pass
 from kvq_calib.runtime import attached
 
 __all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through"]
@@ -35,7 +35,8 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
     """
     if getattr(cache, "single_tokens", False):
         chunk = 1
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in torch.split(ids, chunk, dim=1)]
+    starts = range(0, ids.shape[1], chunk)
+    parts = [model(**next_pass(model, ids[:, at : at + chunk], cache, at)).logits for at in starts]
     return torch.cat(parts, dim=1)
 
 

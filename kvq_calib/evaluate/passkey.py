@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.errors import ConfigError
-from kvq_calib.model.compat import with_cache
+from kvq_calib.model.inspect import next_pass
 from kvq_calib.model.load import check_tokens
 from kvq_calib.model.placement import input_device
 from kvq_calib.progress import Progress
@@ -125,11 +125,18 @@ def passes(model: Any, cache: Any, trial: Trial, chunk: int) -> bool:
     if each of its tokens is the most likely one.
     """
     device = input_device(model)
-    for part in torch.split(trial.prompt[:, :-1].to(device), chunk, dim=1):
-        model(input_ids=part, **with_cache(cache), logits_to_keep=1)
+    alone = getattr(cache, "single_tokens", False)
+    chunk = 1 if alone else chunk
+    prompt = trial.prompt[:, :-1].to(device)
+    length = prompt.shape[1]
+    for at in range(0, length, chunk):
+        model(**next_pass(model, prompt[:, at : at + chunk], cache, at), logits_to_keep=1)
     last = torch.cat((trial.prompt[:, -1:], trial.answer[:, :-1]), dim=1).to(device)
-    said = model(input_ids=last, **with_cache(cache)).logits.argmax(-1)
-    return bool((said.cpu() == trial.answer).all())
+    parts = last.split(1 if alone else last.shape[1], dim=1)
+    said = [
+        model(**next_pass(model, part, cache, length + at)).logits.argmax(-1) for at, part in enumerate(parts)
+    ]
+    return bool((torch.cat(said, dim=1).cpu() == trial.answer).all())
 
 
 def measure_passkey(

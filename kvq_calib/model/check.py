@@ -158,6 +158,8 @@ def words_of(verdict: Verdict) -> list[str]:
         lines.append("attends to packed pages")
     if geometry.state_bytes:
         lines.append("has layers that keep a state, which stays as it is")
+    if geometry.state_bytes_per_token:
+        lines.append("has layers that keep more for a token than keys and values (an indexer), which stays as it is")
     if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
         lines.append("has layers that attend to keys and values of others, which are stored once")
     if serving.single_tokens:

@@ -81,6 +81,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         config: Any = model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         serving = attach(model, geometry)
+        if serving.materialized:  # any module may run for a layer that attends
+            modules = set(attention_modules(model))
         self.artifact = artifact
         self.backend = ops[0].name
         self.contents = CacheContents(

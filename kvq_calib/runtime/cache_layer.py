@@ -77,7 +77,7 @@ class KVQCacheLayer(AttendingLayer):
                 pass.
         """
         attend = self._attend if call.layer == self.number else self._attend_again
-        return self.forward_pass.attention(call.module, lambda: attend(call))
+        return self.forward_pass.attention(call, lambda: attend(call))
 
     def _attend_again(self, call: AttentionCall) -> Tensor:
         """Attend for another layer of the model to what this one has stored in this pass."""

@@ -65,7 +65,7 @@ class Rival(ABC):
         """
         if self.package is not None and not _installed(self.package[1]):
             return f"{self.package[0]} is not installed: pip install {self.package[0]}"
-        if geometry.attends_to or geometry.state_bytes:
+        if geometry.attends_to or geometry.held_state(1):
             return "it is written for models whose layers cache keys and values and nothing else"
         if self.calibrated and not has_text:
             return "it is calibrated: name a text with --calibration"
