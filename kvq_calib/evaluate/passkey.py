@@ -192,7 +192,7 @@ def _plan(
     model: Any, tokenizer: Any, artifacts: Mapping[str, KVArtifact], config: PasskeyConfig
 ) -> list[tuple[PasskeyCell, list[Trial]]]:
     """Empty cells, each with its texts."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     numbers = random.Random(config.seed)
     planned = []
     for length in config.lengths:

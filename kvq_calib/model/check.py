@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvq_calib.errors import ModelError, one_line
-from kvq_calib.model.compat import keeps_keys, own_layers, softcap_implementation
+from kvq_calib.model.compat import count_layers, keeps_keys, own_layers, softcap_implementation
 from kvq_calib.model.hub import quiet
 from kvq_calib.model.inspect import check_generation, inspect_model
 from kvq_calib.model.probe import Serving
@@ -72,7 +72,7 @@ def check_configuration(config: Any) -> Verdict:
     Raises:
         ModelError: it cannot be calibrated, or not be made small; in one line that says why.
     """
-    layers = int(config.get_text_config().num_hidden_layers)
+    layers = count_layers(config)
     failure: Exception | None = None
     for small in _smaller(config):
         try:
@@ -101,7 +101,7 @@ def _smaller(config: Any) -> Iterator[Any]:
     """Configurations to try, the smallest first."""
     for shallow, narrow, thin in _ATTEMPTS:
         small = copy.deepcopy(config)
-        text = small.get_text_config()
+        text = small.get_text_config(decoder=True)
         if narrow:
             for name, size in _SMALL.items():
                 if isinstance(getattr(text, name, None), int):
@@ -159,7 +159,9 @@ def words_of(verdict: Verdict) -> list[str]:
     if geometry.state_bytes:
         lines.append("has layers that keep a state, which stays as it is")
     if geometry.state_bytes_per_token:
-        lines.append("has layers that keep more for a token than keys and values (an indexer), which stays as it is")
+        lines.append(
+            "has layers that keep more for a token than keys and values (an indexer), which stays as it is"
+        )
     if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
         lines.append("has layers that attend to keys and values of others, which are stored once")
     if serving.single_tokens:

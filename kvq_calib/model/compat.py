@@ -16,11 +16,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Dynami
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvq_calib.errors import ModelError
+
 __all__ = [
     "attention_entries",
     "attention_implementation",
     "cache_of",
     "can_crop",
+    "count_layers",
     "crop_takes_removed",
     "fill_state",
     "in_backward",
@@ -86,6 +89,21 @@ def own_layers(config: Any) -> list[Any]:
     return list(DynamicCache(config=config).layers)
 
 
+def count_layers(config: Any) -> int:
+    """Layers of a model of this configuration.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ModelError(
+            f"the configuration of {config.model_type} does not say how many layers there are (num_hidden_layers), so "
+            "what the model caches cannot be told"
+        )
+    return count
+
+
 def states_are_common() -> bool:
     """Whether layers that keep a state (linear attention, convolution) have cache layers that all models share.
 
@@ -146,7 +164,9 @@ def _held(layer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if not name.startswith("_") and name not in ("keys", "values"):
-            found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            found |= (
+                {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            )
     return found
 
 
@@ -233,7 +253,7 @@ def softcap_implementation(config: Any) -> str | None:
     To transformers 5.22 the default for a model that caps its attention scores is sdpa, which leaves the cap out
     without a word.
     """
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    return "eager" if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) else None
 
 
 @lru_cache(maxsize=64)

@@ -141,13 +141,24 @@ def _number(module: Any) -> Any:
 
 
 def layer_of(module: nn.Module) -> int:
-    """The number of the layer that an attention module belongs to."""
-    return int(_number(module))
+    """The number of the layer that an attention module belongs to; -1 for one that is told when it is called."""
+    number = _number(module)
+    return number if isinstance(number, int) else -1
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that know which layer they are in; those of attention are among them."""
-    return [module for module in model.modules() if isinstance(_number(module), int)]
+def attention_modules(model: nn.Module, *, unnumbered: bool = False) -> list[nn.Module]:
+    """Modules that know which layer they are in; those of attention are among them.
+
+    Args:
+        model: the model.
+        unnumbered: modules too that could know it and do not: they are told when they are called.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(_number(module), int)
+        or (unnumbered and (hasattr(module, "layer_idx") or hasattr(module, "layer_id")))
+    ]
 
 
 @functools.lru_cache(maxsize=64)

@@ -177,7 +177,9 @@ class _Trial:
         self.faithful = True
         kind = _WholeLayer if serving.materialized else ExactLayer
         self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
-        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(passes) + 1)
+        vocabulary = int(
+            getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or sum(passes) + 1
+        )
         ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
         #: The class of the model's own cache, once it was used.
@@ -240,7 +242,7 @@ class _Trial:
 
     def _through_exact(self) -> tuple[Tensor | None, Exception | None]:
         """What the model gives with layers that attend themselves, or how it failed."""
-        holds = [Hold(module) for module in attention_modules(self.model)]
+        holds = [Hold(module) for module in attention_modules(self.model, unnumbered=True)]
         try:
             layers = cache_layers(self.model.config, self.geometry, self.layers)
             return self._through(Cache(layers=layers)), None

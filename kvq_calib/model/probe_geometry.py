@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvq_calib.errors import ModelError, NothingToQuantizeError, told_by
 from kvq_calib.model.compat import (
     cache_of,
+    count_layers,
     keeps_keys,
     keeps_more,
     keeps_state,
@@ -42,6 +43,7 @@ from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 __all__ = ["Found", "Interceptor", "probe_geometry"]
 
 _PROBE_TOKENS = 8
+_NOTHING = "{} has no layer that caches keys and values: there is nothing to quantize"
 
 
 #: What shows keys and values to a handler while a model runs.
@@ -73,6 +75,9 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
     """
     name = type(model).__name__
     text: Any = _text_config(model)
+    count = count_layers(model.config)
+    if not any(map(keeps_keys, own_layers(model.config))):
+        raise NothingToQuantizeError(_NOTHING.format(name))
     if intercept is intercept_calls:
         for layer in own_layers(model.config):
             if keeps_more(layer):  # which of its keys a query attends to is the model's affair
@@ -85,16 +90,14 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
     short_calls, shared = _probe(model, intercept, short, explicit=False)
     if intercept is not intercept_calls:
         _check_own_cache(model)
-    if missing := _missing(model, set(short_calls) | set(shared), int(text.num_hidden_layers)):
+    if missing := _missing(model, set(short_calls) | set(shared), count):
         do = (
             "call transformers' attention interface"
             if intercept is intercept_calls
             else "give a cache what they keep"
         )
-        raise ModelError(
-            f"{name} cannot be captured: {missing} of its {int(text.num_hidden_layers)} layers do not {do}"
-        )
-    attends_to = _attends_to(model, sorted(short_calls), shared, int(text.num_hidden_layers))
+        raise ModelError(f"{name} cannot be captured: {missing} of its {count} layers do not {do}")
+    attends_to = _attends_to(model, sorted(short_calls), shared, count)
 
     candidates = [buffer for buffer in model.buffers() if buffer.ndim == 1 and buffer.is_floating_point()]
     passes = _Passes(short if far is None else far, short, candidates)
@@ -162,9 +165,7 @@ def _attends_to(
     """
     name = type(model).__name__
     if not called:
-        raise NothingToQuantizeError(
-            f"{name} has no layer that caches keys and values: there is nothing to quantize"
-        )
+        raise NothingToQuantizeError(_NOTHING.format(name))
     if any(layer >= max(expected, len(called)) for layer in called):
         raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
     if called == list(range(max(expected, len(called)))):
@@ -197,7 +198,7 @@ def _text_config(model: nn.Module) -> Any:
         raise ModelError(
             f"{name} is an encoder-decoder model; only decoder-only language models can be captured"
         )
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or []
     without = sorted({kind for kind in kinds if "attention" not in kind or kind.startswith("linear")})
     if without and not states_are_common():
@@ -269,6 +270,11 @@ def _probe(
             )
             raise ModelError(f"{name} cannot be captured: layer {call.layer} {does} more than once")
         if intercept is not intercept_calls:
+            if call.key.data_ptr() == call.value.data_ptr():
+                raise ModelError(
+                    f"{name} cannot be captured: layer {call.layer} caches one tensor as keys and as values, which "
+                    "would be stored twice"
+                )
             calls[call.layer] = call.swap() if _only_values_turn(call) else call
             return
         for number, other in calls.items():
@@ -319,7 +325,7 @@ def _level(model: nn.Module) -> Iterator[None]:
         return (*args[:at], hidden, *args[at + 1 :]), kwargs
 
     with ExitStack() as stack:
-        for module in attention_modules(model):
+        for module in attention_modules(model, unnumbered=True):
             if hasattr(module, "config"):
                 stack.callback(module.register_forward_pre_hook(level, with_kwargs=True).remove)
         yield

@@ -91,7 +91,9 @@ def _state_of(layer: Any) -> Any:
     """What a layer of a cache keeps beside keys and values; ``None`` where that is nothing."""
     if "state" in vars(layer):
         return layer.state
-    return layer if keeps_state(layer) or keeps_more(layer) and not isinstance(layer, AttendingLayer) else None
+    return (
+        layer if keeps_state(layer) or (keeps_more(layer) and not isinstance(layer, AttendingLayer)) else None
+    )
 
 
 def held_bytes(cache: Any) -> int:

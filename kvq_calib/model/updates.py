@@ -110,7 +110,7 @@ def intercept_updates(model: nn.Module, handler: Handler) -> Iterator[None]:
         )
         return args, {**kwargs, **given}
 
-    holds = [Hold(module) for module in attention_modules(model)]
+    holds = [Hold(module) for module in attention_modules(model, unnumbered=True)]
     with ExitStack() as stack:
         for module in {whole, whole.base_model}:
             stack.callback(module.register_forward_pre_hook(give, with_kwargs=True).remove)

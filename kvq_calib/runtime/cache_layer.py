@@ -149,7 +149,11 @@ class KVQCacheLayer(AttendingLayer):
                 f"layer {self.index} was called without position_embeddings; "
                 "calibrate this model with --set cache.key.pre_rope=false"
             )
-        return self.forward_pass.rotation(call.module, *call.position_embeddings)
+        cos, sin = call.position_embeddings
+        tokens = call.key.shape[2]
+        if cos.shape[-2] > tokens:  # of the whole text
+            cos, sin = cos[..., -tokens:, :], sin[..., -tokens:, :]
+        return self.forward_pass.rotation(call.module, cos, sin)
 
     def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
         """Note whether angles are other than those of the artifact: they would be wrong on every later read."""

@@ -135,7 +135,7 @@ class QuantizerRival(Rival):
 
     def logits(self, model: Any, ids: Tensor) -> Tensor:
         """As :class:`Rival` says."""
-        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        self._layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
         if self.mode == "decode":
             layers = [_WindowLayer(self, index) for index in range(self._layers)]
             return logits_through(model, Cache(layers=layers), ids)
