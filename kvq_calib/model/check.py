@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvq_calib.errors import ModelError, one_line
@@ -24,7 +25,7 @@ from kvq_calib.model.inspect import check_generation, inspect_model
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["Verdict", "check_configuration", "words_of"]
+__all__ = ["Verdict", "check_configuration", "fill_zeros", "words_of"]
 
 #: What makes a model small and leaves attention as it is, under the names that families have for it.
 _SMALL = {
@@ -81,6 +82,7 @@ def check_configuration(config: Any) -> Verdict:
                 model = AutoModelForCausalLM.from_config(
                     small, dtype=torch.float32, attn_implementation=softcap_implementation(small)
                 )
+                fill_zeros(model)
         except Exception as error:  # whatever a family makes of these sizes
             failure = failure or error
             continue
@@ -95,6 +97,14 @@ def check_configuration(config: Any) -> Verdict:
     raise ModelError(
         f"a small model of this configuration cannot be built ({one_line(failure)}); calibrate to see"
     )
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Give parameters that begin as zeros small random values: zeros hide what they do."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                parameter += 0.1 * torch.randn_like(parameter)
 
 
 def _smaller(config: Any) -> Iterator[Any]:
