@@ -7,6 +7,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def told_by(error: BaseException | None) -> str:
+    """What a library says to its users in an exception, in brackets; nothing where it is an accident of its code."""
+    said = isinstance(error, ValueError | NotImplementedError) and bool(str(error).strip())
+    return f" ({one_line(error)})" if error is not None and said else ""
+
+
 class KVQError(Exception):
     """Base class of all expected failures. The command line prints the message and exits with status 1."""
 
@@ -21,6 +27,10 @@ class DataError(KVQError):
 
 class ModelError(KVQError):
     """A model that cannot be loaded, or whose keys and values cannot be captured."""
+
+
+class NothingToQuantizeError(ModelError):
+    """A model that keeps no keys and values in a cache."""
 
 
 class CalibrationError(KVQError):

@@ -153,7 +153,50 @@ OWN_ATTENTION: dict[str, dict[str, object]] = {
 }
 """Families that do not call the attention interface, call it twice, or use keys or values beside it."""
 
-FAMILIES_OF_ALL_KINDS = {**FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION}
+_INDEXER = {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 16}
+INDEXED: dict[str, dict[str, object]] = {
+    "deepseek_v32": {**LATENT["deepseek_v3"], **_INDEXER},
+    "qwen4_exp_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 128,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+        **_GATED_DELTA,
+    },
+}
+"""Families with an indexer, which keeps keys of its own; it chooses all tokens of a test's text here."""
+
+REPEATED: dict[str, dict[str, object]] = {
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        **_MAMBA,
+    },
+    "hrm_text": {"head_dim": 16, "num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 1, "L_bp_cycles": [1]},
+}
+"""Families of which one attention module runs for several layers."""
+
+UNTOLD: dict[str, dict[str, object]] = {"bamba": {"attn_layer_indices": [1], **_MAMBA}}
+"""Families that count the tokens of each pass from 0 unless told their positions."""
+
+DECODING: dict[str, dict[str, object]] = {
+    "bert": {"is_decoder": True, "num_key_value_heads": None},
+    "roformer": {"is_decoder": True, "num_key_value_heads": None, "embedding_size": 64},
+}
+"""Encoders that are causal language models by their configuration."""
+
+FAMILIES_OF_ALL_KINDS = {
+    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **REPEATED, **UNTOLD, **DECODING,
+}  # fmt: skip
 
 
 def tiny_config(family: str, **overrides: object):

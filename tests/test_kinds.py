@@ -8,14 +8,8 @@ import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import LATENT, OWN_ATTENTION, SHARING, tiny_model, token_ids
-from transformers import AutoConfig, DynamicCache
-from whole_chain import (
-    assert_generates_alike,
-    assert_modes_agree,
-    assert_passes_are_exact,
-    calibrated,
-    logits_after,
-)
+from transformers import DynamicCache
+from whole_chain import assert_crops, assert_the_whole_chain, calibrated, logits_after, model_of
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model.compat import states_are_common, with_cache
@@ -26,21 +20,6 @@ from kvq_calib.runtime.materialized_layer import MaterializedLayer
 pytestmark = pytest.mark.model
 
 
-def known(family: str) -> bool:
-    """Whether this transformers has the family."""
-    try:
-        AutoConfig.for_model(family)
-    except ValueError:
-        return False
-    return True
-
-
-def model_of(family: str):
-    if not known(family):
-        pytest.skip("this transformers does not have it")
-    return tiny_model(family)
-
-
 def caches_latents(model) -> bool:
     """Whether this release caches the latent; older ones expand it first."""
     cache = DynamicCache(config=model.config)
@@ -49,44 +28,33 @@ def caches_latents(model) -> bool:
     return cache.layers[0].keys.shape[1] == 1
 
 
-def assert_the_whole_chain(model):
-    artifact = calibrated(model)
-    assert artifact.geometry == inspect_model(model)
-    assert_modes_agree(model, artifact)
-    assert_passes_are_exact(model, artifact)
-    assert_generates_alike(model, artifact)
-    assert_generates_alike(model, artifact, num_beams=2)
-    return artifact
-
-
 def assert_crops_and_counts(model, artifact):
     """A cropped cache goes on as one that never saw more, and holds what the artifact says."""
-    ids = token_ids(2, 100, seed=4)
-    cache, other = KVQCache(artifact, model), KVQCache(artifact, model)
-    logits_after(model, cache, ids)
+    assert_crops(model, artifact)
+    cache = KVQCache(artifact, model)
+    logits_after(model, cache, token_ids(2, 100, seed=4))
     held = {kind: size for kind, size in cache.memory().items() if kind not in ("tables", "outlier_entries")}
     said = artifact.storage(100, 2)
     assert held == {kind: size for kind, size in said.items() if kind in held}
-    logits_after(model, other, ids[:, :96])
-    cache.crop(-4)
-    assert cache.get_seq_length() == 96
-    more = token_ids(2, 5, seed=6)
-    got, want = (logits_after(model, each, more) for each in (cache, other))
-    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
 
 
 # --------------------------------------------------------------------------------- sharing, uneven
 
 
-@pytest.mark.parametrize("family", SHARING)
-def test_layers_that_share_keys_and_values(family):
+def sharing_model(family: str):
     model = model_of(family)
     try:
-        geometry = inspect_model(model)
-        check_generation(model, geometry)
+        check_generation(model, inspect_model(model))
     except ModelError as error:
         # gemma3n of 5.2 computes keys of its own in such layers where it has no cache.
         pytest.skip(f"not in this transformers: {error}")
+    return model
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_layers_that_share_keys_and_values(family):
+    model = sharing_model(family)
+    geometry = inspect_model(model)
     assert geometry.attends_to == (0, 1, 0, 1)
     sizes = [layer.head_dim for layer in geometry.layers]
     assert sizes == ([16, 32] if family == "gemma4_text" else [16, 16])
@@ -95,6 +63,18 @@ def test_layers_that_share_keys_and_values(family):
     artifact = assert_the_whole_chain(model)
     assert len(KVQCache(artifact, model).packed) == 2
     assert len(artifact.layers) == 2
+    assert_crops(model, artifact)
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_recomputed_layers_that_share_give_the_same_artifact(family):
+    model = sharing_model(family)
+    once, again = (calibrated(model, "nuq3-1p", settings) for settings in ((), ("recompute=true",)))
+    for layer, other in zip(once.layers, again.layers, strict=True):
+        for kind in ("key", "value"):
+            tensors, others = layer[kind].tensors(), other[kind].tensors()
+            assert tensors.keys() == others.keys()
+            assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
 # ------------------------------------------------------------------------------------------ latent

@@ -81,6 +81,34 @@ def qwen2_5_vl():
     return model, given
 
 
+def qwen3_vl():
+    """The same with sections that take turns, and what layers see of the picture added to the text's; its input."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3VLConfig(
+        text_config={**_TEXT, "head_dim": 16, "rope_parameters": rope},
+        vision_config={
+            **vision,
+            "patch_size": 14,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=PICTURE,
+        vision_start_token_id=BEGIN,
+        vision_end_token_id=END,
+        video_token_id=103,
+    )
+    torch.manual_seed(0)
+    model = ready(transformers.Qwen3VLForConditionalGeneration(config))
+    given = {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        given["mm_token_type_ids"] = (_IDS == PICTURE).long()
+    return model, given
+
+
+SECTIONS = pytest.mark.parametrize("family", [qwen2_5_vl, qwen3_vl])
+
+
 def assert_a_picture_is_seen_alike(model, artifact, given):
     """Generation after a picture gives the tokens of the model's own cache, and the picture matters."""
     inputs = {"input_ids": _IDS, "attention_mask": torch.ones_like(_IDS), **given}
@@ -108,8 +136,9 @@ def test_a_mask_that_is_not_causal_over_a_picture():
     assert_a_picture_is_seen_alike(model, artifact, given)
 
 
-def test_positions_in_sections_need_keys_as_they_are_cached():
-    model, given = qwen2_5_vl()
+@SECTIONS
+def test_positions_in_sections_need_keys_as_they_are_cached(family):
+    model, given = family()
     after_rope = artifact_for(model, recipe(key={"pre_rope": False}))
     assert_passes_are_exact(
         model, after_rope
@@ -117,8 +146,9 @@ def test_positions_in_sections_need_keys_as_they_are_cached():
     assert_a_picture_is_seen_alike(model, after_rope, given)
 
 
-def test_positions_in_sections_and_keys_before_rope_serve_text_and_refuse_a_picture():
-    model, given = qwen2_5_vl()
+@SECTIONS
+def test_positions_in_sections_and_keys_before_rope_serve_text_and_refuse_a_picture(family):
+    model, given = family()
     artifact = calibrated(model)
     assert_modes_agree(model, artifact)
     assert_passes_are_exact(model, artifact)

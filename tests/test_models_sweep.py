@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from kvq_calib import KVQCache
+from kvq_calib.errors import ModelError
 from kvq_calib.model.probe import Serving
 
 pytestmark = pytest.mark.model
@@ -45,11 +46,8 @@ def models() -> Any:
         ("opt", "works", "heads of 16, no RoPE"),
         ("gemma2", "works", "heads of 16, window 4096; heads of 16"),
         # In older versions, whose models of states have caches of their own, the latter.
-        (
-            "mamba",
-            "refused",
-            "has no layer that caches keys and values|cannot be captured: 2 of its 2 layers do not",
-        ),
+        ("mamba", "none", "has no layer that caches keys and values|keeps no keys and values in a cache"),
+        ("bert", "works", "heads of 16, no RoPE"),
         ("bloom", "materialized", "heads of 16, no RoPE"),
         ("no such family", "not small", "ValueError: "),
     ],
@@ -89,6 +87,33 @@ def test_other_ends_are_faults_too(models: Any, monkeypatch: pytest.MonkeyPatch)
         assert found.is_fault
 
 
+def test_a_check_that_says_something_else_is_a_fault(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: Any) -> Any:
+        raise ModelError("what it is not")
+
+    monkeypatch.setattr(models, "check_configuration", refuse)
+    found = models.examine("llama")
+    assert (found.outcome, found.detail) == ("check", "works: refused")
+    assert found.is_fault
+
+
+def test_a_sweep_goes_on_from_its_findings(
+    models: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    examined = []
+
+    def examine(name: str, seconds: float) -> Any:
+        examined.append(name)
+        return models.Finding(name, "works", "")
+
+    monkeypatch.setattr(models, "examined", examine)
+    path = tmp_path / "findings"
+    assert models.sweep(["llama", "opt"], path=path, minutes=-1) == []
+    assert [each.family for each in models.sweep(["llama"], path=path)] == ["llama"]
+    assert [each.family for each in models.sweep(["llama", "opt"], path=path)] == ["llama", "opt"]
+    assert examined == ["llama", "opt"]
+
+
 def test_a_process_of_its_own_ends_in_time(models: Any) -> None:
     models._serve()
     assert models.examined("llama").outcome == "works"
@@ -103,18 +128,20 @@ def test_the_page_counts_and_names_faults(models: Any) -> None:
     found = [
         models.Finding("llama", "works", "heads of 16"),
         models.Finding("mamba", "refused", "it <has> no | cache"),
+        models.Finding("rwkv", "none", "keeps none"),
         models.Finding("odd", "differs", "off by 1"),
     ]
     lines = models.report(found, environment())
     text = " ".join(lines)
     assert (
-        "Of 3 families, 1 attend to packed pages, 0 get their keys and values back as numbers, 1 are refused"
-        in text
+        "Of 4 families, 1 attend to packed pages, 0 get their keys and values back as numbers, 1 keep no keys and values"
+        in text.replace("  ", " ")
     )
-    assert "failing or different: 1." in text
+    assert "1 are refused" in text
+    assert "judged otherwise by `--check`: 1." in text
     assert "| `mamba` | it &lt;has> no \\| cache |" in lines
     assert "| `odd` | differs | off by 1 |" in lines
-    assert "Faults" not in "\n".join(models.report(found[:2], environment()))
+    assert "Faults" not in "\n".join(models.report(found[:3], environment()))
 
 
 def test_every_family_of_this_transformers_is_looked_at(models: Any) -> None:
@@ -124,4 +151,6 @@ def test_every_family_of_this_transformers_is_looked_at(models: Any) -> None:
 
 @needs_the_newest_transformers
 def test_settings_are_for_families_that_exist(models: Any) -> None:
-    assert set(models.EXTRA) <= set(models.families())
+    from small_models import EXTRA
+
+    assert set(EXTRA) <= set(models.families())

@@ -168,5 +168,7 @@ def test_a_model_whose_own_cache_fails_is_refused(monkeypatch):
         raise NotImplementedError("no cache\nhere")
 
     monkeypatch.setattr(UsesValues, "update", fail)
-    with pytest.raises(ModelError, match=r"it fails with its own cache \(no cache here\)$"):
+    with pytest.raises(
+        ModelError, match=r"it does not take the next tokens alone with its own cache \(no cache here\)$"
+    ):
         check(model)

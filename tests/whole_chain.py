@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from models_zoo import token_ids
+from models_zoo import tiny_model, token_ids
+from transformers import AutoConfig
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.run import calibrate
+from kvq_calib.codec.packing import BLOCK_TOKENS
 from kvq_calib.data import TokenWindows
+from kvq_calib.evaluate.decode import logits_through
 from kvq_calib.evaluate.perplexity import EvalConfig, measure_perplexity
+from kvq_calib.evaluate.prefill import PrefillHooks, PrefillQuantizer
+from kvq_calib.fit.divergence import kl_divergence
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.inspect import check_generation
+from kvq_calib.model.inspect import check_generation, inspect_model, next_pass
 from kvq_calib.runtime import KVQCache
 from kvq_calib.schema.recipe import calibration_config
 
@@ -42,16 +48,36 @@ def takes_single_tokens(model, artifact: KVArtifact) -> bool:
 def assert_modes_agree(model, artifact: KVArtifact) -> None:
     """Evaluation in one pass and through the packed cache give the same KL, within a tenth.
 
-    Single tokens see up to 31 exact neighbours more, so there it is less.
+    A model that takes single tokens sees up to 31 exact neighbours of each in the cache. So it is compared where there
+    are none: at the last token of each block.
     """
-    data = TokenWindows(token_ids(6, 96, seed=5), {"sha256": ""})
-    kl = []
-    for config in (EvalConfig(mode="prefill"), EvalConfig(mode="decode", chunk=32)):
-        (found,) = measure_perplexity(model, {"x": artifact}, data, config)
-        kl.append(found.kl_mean)
-    assert kl[0] > 1e-4, "nothing was quantized"
-    least = 0.2 if takes_single_tokens(model, artifact) else 0.9
-    assert least < kl[1] / kl[0] < 1.1, kl
+    ids = token_ids(6, 96, seed=5)
+    if takes_single_tokens(model, artifact):
+        prefill, decode = _divergences_at_block_ends(model, artifact, ids)
+    else:
+        prefill, decode = (
+            measure_perplexity(model, {"x": artifact}, TokenWindows(ids, {"sha256": ""}), config)[0].kl_mean
+            for config in (EvalConfig(mode="prefill"), EvalConfig(mode="decode", chunk=32))
+        )
+    assert prefill > 1e-4, "nothing was quantized"
+    assert 0.9 < decode / prefill < 1.1, (prefill, decode)
+
+
+@torch.no_grad()
+def _divergences_at_block_ends(model, artifact: KVArtifact, ids: torch.Tensor) -> tuple[float, float]:
+    """Mean KL in one pass and through the packed cache, at tokens where no earlier one of their block is exact."""
+    assert artifact.spec.recent_tokens == 0
+    hooks = PrefillHooks(model)
+    with hooks.in_place():
+        one_pass = hooks.logits(PrefillQuantizer.of(artifact, model), ids)
+    through = logits_through(model, KVQCache(artifact, model), ids)
+    ends = slice(BLOCK_TOKENS - 1, None, BLOCK_TOKENS)
+    own, *ours = (
+        x[:, ends].flatten(0, 1).log_softmax(-1)
+        for x in (model(ids, use_cache=False).logits, one_pass, through)
+    )
+    prefill, decode = (float(kl_divergence(own, x).mean()) for x in ours)
+    return prefill, decode
 
 
 @torch.no_grad()
@@ -60,7 +86,7 @@ def assert_passes_are_exact(model, artifact: KVArtifact, cache=None) -> None:
     parts = (38, 1, 1) if takes_single_tokens(model, artifact) else (17, 22, 1)
     ids = token_ids(2, sum(parts), seed=2)
     cache = KVQCache(artifact, model, recent_tokens=EVERYTHING) if cache is None else cache
-    got = torch.cat([model(input_ids=part, **with_cache(cache)).logits for part in ids.split(parts, 1)], 1)
+    got = through(model, cache, ids, parts)
     want = model(input_ids=ids, use_cache=False).logits
     assert float((got - want).abs().max() / want.abs().max()) < ROUNDING
 
@@ -84,5 +110,54 @@ def assert_generates_alike(model, artifact: KVArtifact, **options) -> None:
 @torch.no_grad()
 def logits_after(model, cache, ids: torch.Tensor) -> torch.Tensor:
     """Logits of more tokens."""
-    parts = ids.split(1, dim=1) if cache.single_tokens and cache.get_seq_length() else (ids,)
-    return torch.cat([model(input_ids=part, **with_cache(cache)).logits for part in parts], dim=1)
+    alone = cache.single_tokens and cache.get_seq_length()
+    return through(model, cache, ids, [1] * ids.shape[1] if alone else [ids.shape[1]])
+
+
+@torch.no_grad()
+def through(model, cache, ids: torch.Tensor, parts) -> torch.Tensor:
+    """Logits of a text that goes through a cache in parts of these lengths."""
+    start = cache.get_seq_length()
+    logits = []
+    for part in ids.split(list(parts), dim=1):
+        logits.append(model(**next_pass(model, part, cache, start)).logits)
+        start += part.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def assert_the_whole_chain(model) -> KVArtifact:
+    """All of it; the artifact."""
+    artifact = calibrated(model)
+    assert artifact.geometry == inspect_model(model)
+    assert_modes_agree(model, artifact)
+    assert_passes_are_exact(model, artifact)
+    assert_generates_alike(model, artifact)
+    assert_generates_alike(model, artifact, num_beams=2)
+    return artifact
+
+
+def assert_go_on_alike(model, cache, other) -> None:
+    """Two caches give the same logits for what comes next."""
+    more = token_ids(2, 5, seed=6)
+    got, want = (logits_after(model, each, more) for each in (cache, other))
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+
+
+def assert_crops(model, artifact: KVArtifact, tokens: int = 100) -> None:
+    """A cropped cache goes on as one that never saw more."""
+    ids = token_ids(2, tokens, seed=4)
+    cache, other = KVQCache(artifact, model), KVQCache(artifact, model)
+    logits_after(model, cache, ids)
+    logits_after(model, other, ids[:, :-4])
+    cache.crop(-4)
+    assert cache.get_seq_length() == tokens - 4
+    assert_go_on_alike(model, cache, other)
+
+
+def model_of(family: str, **settings):
+    """A tiny model; the test is skipped where this transformers does not have the family."""
+    try:
+        AutoConfig.for_model(family)
+    except ValueError:
+        pytest.skip("this transformers does not have it")
+    return tiny_model(family, **settings)

@@ -16,7 +16,8 @@ from torch import Tensor
 from kvq_calib.calibrate.statistics import Reduction, Statistics
 from kvq_calib.calibrate.vocabulary_samples import sample_tokens
 from kvq_calib.errors import CalibrationError
-from kvq_calib.model.compat import cache_of, with_cache
+from kvq_calib.model.compat import cache_of
+from kvq_calib.model.inspect import next_pass
 from kvq_calib.model.placement import input_device
 
 __all__ = ["SelfGeneratedText", "continue_texts"]
@@ -125,8 +126,9 @@ def continue_texts(model: Any, prompt: Tensor, tokens: int, generator: torch.Gen
         CalibrationError: the model's predictions are not finite.
     """
     text, step, cache = [prompt], prompt, None
-    for _ in range(tokens):
-        output = model(input_ids=step.to(input_device(model)), **with_cache(cache), use_cache=True)
+    for added in range(tokens):
+        start = 0 if cache is None else prompt.shape[1] + added - 1
+        output = model(**next_pass(model, step.to(input_device(model)), cache, start), use_cache=True)
         cache = cache_of(output)
         odds = output.logits[:, -1].double().softmax(-1).cpu()
         if not bool(torch.isfinite(odds).all()):

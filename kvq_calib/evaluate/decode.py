@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_calib.model.compat import with_cache
+from kvq_calib.model.inspect import next_pass
 from kvq_calib.runtime import attached
 
 __all__ = ["SHORT_CHUNK", "AttachedHooks", "logits_through", "read_into"]
@@ -33,7 +33,7 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
         ids: the text.
         chunk: tokens per pass; 1 if ``cache`` is packed and the model takes only single tokens.
     """
-    parts = [model(input_ids=part, **with_cache(cache)).logits for part in _parts(cache, ids, chunk)]
+    parts = [model(**arguments).logits for arguments in _passes(model, cache, ids, chunk)]
     return torch.cat(parts, dim=1)
 
 
@@ -44,13 +44,15 @@ def read_into(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
     Returns:
         Logits ``[B, V]`` of the token after them; those of all others are never made.
     """
-    for part in _parts(cache, ids, chunk):
-        logits: Tensor = model(input_ids=part, **with_cache(cache), logits_to_keep=1).logits[:, -1]
+    for arguments in _passes(model, cache, ids, chunk):
+        logits: Tensor = model(**arguments, logits_to_keep=1).logits[:, -1]
     return logits
 
 
-def _parts(cache: Any, ids: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    return torch.split(ids, 1 if getattr(cache, "single_tokens", False) else chunk, dim=1)
+def _passes(model: Any, cache: Any, ids: Tensor, chunk: int) -> Iterator[dict[str, Any]]:
+    """Arguments of each pass, to be asked for when the pass before it is done."""
+    for part in torch.split(ids, 1 if getattr(cache, "single_tokens", False) else chunk, dim=1):
+        yield next_pass(model, part, cache, cache.get_seq_length())
 
 
 class AttachedHooks:

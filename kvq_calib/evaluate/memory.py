@@ -90,7 +90,7 @@ def artifact_report(
     """The size of an artifact's cache, with the outliers measured at calibration, or as given per kind and layer."""
     sizes = artifact.storage(context, batch, outliers_per_token=outliers_per_token)
     elements = artifact.elements(context, batch)
-    return MemoryReport(context, batch, sizes, elements, batch * artifact.geometry.state_bytes)
+    return MemoryReport(context, batch, sizes, elements, batch * artifact.geometry.held_state(context))
 
 
 def layer_bits(artifact: KVArtifact, context: int) -> dict[Kind, list[float]]:

@@ -155,7 +155,7 @@ def measure_recall(
 
 def _texts(model: Any, tokenizer: Any, length: int, config: RecallConfig) -> list[RecallText]:
     """The texts of a length, which the model can read."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     texts = [make_text(tokenizer, length, number, config) for number in range(config.texts)]
     for text in texts:
         for question in text.questions:

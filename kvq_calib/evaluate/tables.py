@@ -314,12 +314,12 @@ def artifact_tables(artifact: KVArtifact, contexts: Sequence[int], *, per_layer:
     facts.add_row(
         "layers", ", ".join(f"{n} of {heads} key-value heads x {dim}" for (heads, dim), n in shapes.items())
     )
-    if geometry.attends_to or geometry.state_bytes:
+    if geometry.attends_to or geometry.held_state(1):
         without = sum(index is None for index in geometry.attends_to)
         facts.add_row(
             "not packed",
             f"{without} of {geometry.model_layers} layers cache no keys and values; states of "
-            f"{geometry.state_bytes:,} bytes a sequence",
+            f"{geometry.state_bytes:,} bytes a sequence and {geometry.state_bytes_per_token:,} a token",
         )
     for kind in KINDS:
         facts.add_row(kind + "s", describe(artifact, kind))

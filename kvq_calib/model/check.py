@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvq_calib.errors import ModelError, one_line
-from kvq_calib.model.compat import keeps_keys, own_layers, softcap_implementation
+from kvq_calib.model.compat import count_layers, keeps_keys, own_layers, softcap_implementation
 from kvq_calib.model.hub import quiet
 from kvq_calib.model.inspect import check_generation, inspect_model
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["Verdict", "check_configuration", "words_of"]
+__all__ = ["Verdict", "check_configuration", "fill_zeros", "words_of"]
 
 #: What makes a model small and leaves attention as it is, under the names that families have for it.
 _SMALL = {
@@ -72,7 +73,7 @@ def check_configuration(config: Any) -> Verdict:
     Raises:
         ModelError: it cannot be calibrated, or not be made small; in one line that says why.
     """
-    layers = int(config.get_text_config().num_hidden_layers)
+    layers = count_layers(config)
     failure: Exception | None = None
     for small in _smaller(config):
         try:
@@ -81,6 +82,7 @@ def check_configuration(config: Any) -> Verdict:
                 model = AutoModelForCausalLM.from_config(
                     small, dtype=torch.float32, attn_implementation=softcap_implementation(small)
                 )
+                fill_zeros(model)
         except Exception as error:  # whatever a family makes of these sizes
             failure = failure or error
             continue
@@ -97,11 +99,19 @@ def check_configuration(config: Any) -> Verdict:
     )
 
 
+def fill_zeros(model: nn.Module) -> None:
+    """Give parameters that begin as zeros small random values: zeros hide what they do."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
 def _smaller(config: Any) -> Iterator[Any]:
     """Configurations to try, the smallest first."""
     for shallow, narrow, thin in _ATTEMPTS:
         small = copy.deepcopy(config)
-        text = small.get_text_config()
+        text = small.get_text_config(decoder=True)
         if narrow:
             for name, size in _SMALL.items():
                 if isinstance(getattr(text, name, None), int):
@@ -158,6 +168,10 @@ def words_of(verdict: Verdict) -> list[str]:
         lines.append("attends to packed pages")
     if geometry.state_bytes:
         lines.append("has layers that keep a state, which stays as it is")
+    if geometry.state_bytes_per_token:
+        lines.append(
+            "has layers that keep more for a token than keys and values (an indexer), which stays as it is"
+        )
     if any(geometry.is_shared(index) for index in range(len(geometry.layers))):
         lines.append("has layers that attend to keys and values of others, which are stored once")
     if serving.single_tokens:

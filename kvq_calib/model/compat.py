@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, cache_utils
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, DynamicCache, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvq_calib.errors import ModelError
 
 __all__ = [
     "attention_entries",
     "attention_implementation",
     "cache_of",
     "can_crop",
+    "count_layers",
     "crop_takes_removed",
     "fill_state",
     "in_backward",
@@ -33,6 +36,7 @@ __all__ = [
     "register_state",
     "softcap_implementation",
     "state_alone",
+    "state_flags",
     "state_tensors",
     "states_are_common",
     "uncompiled",
@@ -80,7 +84,24 @@ def own_layers(config: Any) -> list[Any]:
     There can be fewer than layers of the model: to transformers 5.14 the last ones that share others' keys and values
     have none.
     """
+    # Some families define layers of their own in the file of the model, which this imports.
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return list(DynamicCache(config=config).layers)
+
+
+def count_layers(config: Any) -> int:
+    """Layers of a model of this configuration.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ModelError(
+            f"the configuration of {config.model_type} does not say how many layers there are (num_hidden_layers), so "
+            "what the model caches cannot be told"
+        )
+    return count
 
 
 def states_are_common() -> bool:
@@ -102,7 +123,7 @@ def keeps_state(layer: Any) -> bool:
 
 
 def keeps_more(layer: Any) -> bool:
-    """Whether a cache layer of transformers keeps something beside keys, values and a state."""
+    """Whether a cache layer of transformers keeps something else beside keys and values: keys of an indexer, say."""
     return keeps_keys(layer) and type(layer) not in _PLAIN
 
 
@@ -113,10 +134,12 @@ def register_state(kind: type) -> None:
 
 
 def state_tensors(layer: Any) -> dict[str, Tensor]:
-    """The tensors of a state by name, those that are there.
+    """The tensors of a state by name, those that are there; all of a layer but its keys and values.
 
     A layer has one of each kind in older releases (5.5), a dictionary of them in newer ones (5.24).
     """
+    if not keeps_state(layer):
+        return {name: value for name, value in _held(layer).items() if isinstance(value, Tensor)}
     found: dict[str, Tensor] = {}
     for kind in ("conv", "recurrent"):
         held = getattr(layer, f"{kind}_states")
@@ -126,8 +149,44 @@ def state_tensors(layer: Any) -> dict[str, Tensor]:
     return found
 
 
+def state_flags(layer: Any) -> dict[str, Tensor]:
+    """What a state counts and notes beside its tensors, by name, int64 without dimensions.
+
+    States of linear attention and of convolutions have nothing that their tensors do not tell.
+    """
+    if keeps_state(layer):
+        return {}
+    return {name: torch.tensor(int(v)) for name, v in _held(layer).items() if isinstance(v, int)}
+
+
+def _held(layer: Any) -> dict[str, Any]:
+    """What an object holds by name, entries of its dictionaries too; not what is private, keys and values."""
+    found: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and name not in ("keys", "values"):
+            found |= (
+                {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            )
+    return found
+
+
+def _fill_held(layer: Any, tensors: dict[str, Tensor]) -> None:
+    known = _held(layer)
+    for name, tensor in tensors.items():
+        before = known[name]
+        value = type(before)(tensor.item()) if isinstance(before, int) else tensor
+        name, _, key = name.partition(".")
+        if key:
+            getattr(layer, name)[key] = value
+        else:
+            setattr(layer, name, value)
+
+
 def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
-    """Give an empty state what `state_tensors` gave of another."""
+    """Give an empty state what `state_tensors` and `state_flags` gave of another."""
+    if not keeps_state(layer):
+        _fill_held(layer, tensors)
+        return
     for name, tensor in sorted(tensors.items()):  # convolutions first: to 5.5 they tell the dtype
         kind, number = name.split(".")
         several = isinstance(getattr(layer, f"{kind}_states"), dict)
@@ -144,14 +203,16 @@ def can_crop(state: Any) -> bool:
     """Whether tokens can be taken from a state again.
 
     They can where it is of convolutions only and was told to keep what that needs (`activate_past_recording`), in newer
-    releases (5.24; not 5.5).
+    releases (5.24; not 5.5), and where it has an entry for each token.
     """
+    if not keeps_state(state):
+        return bool(state.is_croppable and not state.is_sliding)
     return bool(getattr(state, "record_past", False) and state.is_croppable)
 
 
 def state_alone(layer: Any) -> Any:
-    """A layer for nothing but the state of a layer that keeps keys and values too; both are empty."""
-    if not keeps_keys(layer):
+    """A layer for nothing but what an empty layer keeps beside keys and values, which it is never given."""
+    if not (keeps_keys(layer) and keeps_state(layer)):
         return layer
     several = getattr(layer, "number_of_states", None)
     return cache_utils.LinearAttentionLayer(**({} if several is None else {"number_of_states": several}))
@@ -192,7 +253,7 @@ def softcap_implementation(config: Any) -> str | None:
     To transformers 5.22 the default for a model that caps its attention scores is sdpa, which leaves the cap out
     without a word.
     """
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    return "eager" if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) else None
 
 
 @lru_cache(maxsize=64)

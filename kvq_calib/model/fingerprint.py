@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kvq_calib.model.compat import layer_attribute
+from kvq_calib.model.compat import count_layers, layer_attribute
 
 __all__ = ["model_fingerprint"]
 
@@ -43,13 +43,13 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         `value_head_dim` where it differs from `head_dim`, and `sha256` (hex) over the others as canonical JSON.
     """
     whole: Any = model.config
-    config = whole.get_text_config()
+    layers = count_layers(whole)
+    config = whole.get_text_config(decoder=True)
     heads = _numbers(layer_attribute(config, "num_attention_heads"))
     head_dim = _numbers(layer_attribute(config, "head_dim"))
     if not head_dim and isinstance(heads, int):
         head_dim = int(config.hidden_size) // heads
     value_head_dim = _numbers(layer_attribute(config, "v_head_dim"))
-    layers = int(config.num_hidden_layers)
     window = _numbers(layer_attribute(config, "sliding_window"))
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

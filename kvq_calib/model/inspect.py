@@ -11,18 +11,20 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kvq_calib.errors import ModelError
-from kvq_calib.model.compat import uncompiled
+from kvq_calib.model.compat import uncompiled, with_cache
 from kvq_calib.model.intercept import intercept_calls
 from kvq_calib.model.probe import Serving, probe_serving
 from kvq_calib.model.probe_geometry import Found, Interceptor, probe_geometry
 from kvq_calib.model.updates import intercept_updates
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["check_generation", "inspect_model", "interceptor_of", "why_no_table"]
+__all__ = ["check_generation", "inspect_model", "interceptor_of", "next_pass", "why_no_table"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +99,25 @@ def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
             "release of transformers can be the reason); calibrate it with this one"
         )
     return known.serving
+
+
+def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str, Any]:
+    """Arguments with which a model continues a text in a cache.
+
+    Args:
+        model: the model.
+        ids: the next tokens, int64 ``[B, T]``.
+        cache: that holds the text; ``None`` where there is none yet.
+        start: tokens in it.
+    """
+    arguments = {"input_ids": ids, **with_cache(cache)}
+    try:
+        serving = _known(model).serving
+    except ModelError:  # it can be measured with caches of others
+        return arguments
+    if isinstance(serving, Serving) and serving.positions:
+        arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    return arguments
 
 
 def _shapes(geometry: KVGeometry) -> object:

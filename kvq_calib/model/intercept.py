@@ -67,6 +67,7 @@ class AttentionCall:
         args: further positional arguments.
         kwargs: further keyword arguments (scaling, sliding_window, softcap, s_aux, ...).
         swapped: key and value stand in the other order than the model's.
+        number: of the layer whose cache got the keys, where it is not the module's: a module can run for several.
     """
 
     module: nn.Module
@@ -78,6 +79,7 @@ class AttentionCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     swapped: bool = False
+    number: int | None = None
 
     def swap(self) -> AttentionCall:
         """The same call with key and value in the other order."""
@@ -86,8 +88,8 @@ class AttentionCall:
 
     @property
     def layer(self) -> int:
-        """`layer_idx` of the attention module."""
-        return layer_of(self.module)
+        """The number of the layer: that of its cache, else `layer_idx` of the attention module."""
+        return layer_of(self.module) if self.number is None else self.number
 
     @property
     def mask(self) -> Any:
@@ -139,13 +141,24 @@ def _number(module: Any) -> Any:
 
 
 def layer_of(module: nn.Module) -> int:
-    """The number of the layer that an attention module belongs to."""
-    return int(_number(module))
+    """The number of the layer that an attention module belongs to; -1 for one that is told when it is called."""
+    number = _number(module)
+    return number if isinstance(number, int) else -1
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that know which layer they are in; those of attention are among them."""
-    return [module for module in model.modules() if isinstance(_number(module), int)]
+def attention_modules(model: nn.Module, *, unnumbered: bool = False) -> list[nn.Module]:
+    """Modules that know which layer they are in; those of attention are among them.
+
+    Args:
+        model: the model.
+        unnumbered: modules too that could know it and do not: they are told when they are called.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(_number(module), int)
+        or (unnumbered and (hasattr(module, "layer_idx") or hasattr(module, "layer_id")))
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -271,11 +284,12 @@ def _forget(module: nn.Module, *_: Any) -> None:
 
 
 def running(layer: int) -> Running | None:
-    """The module of a layer whose forward runs in this thread, if it is held.
+    """The held module whose forward runs in this thread and hands keys and values to the cache of a layer, if any does.
 
-    Parts of an attention module may know the layer too, and be given less.
+    Parts of an attention module may know the layer too, and be given less. A module that runs for several layers knows
+    one of them at most; then it is the innermost.
     """
-    found = [each for each in _THREAD.running if layer_of(each.module) == layer]
+    found = [each for each in _THREAD.running if layer_of(each.module) == layer] or _THREAD.running
     return next(
         (each for each in reversed(found) if each.embeddings is not None), found[-1] if found else None
     )

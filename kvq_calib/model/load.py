@@ -194,7 +194,7 @@ def check_length(model: nn.Module, seqlen: int) -> None:
         ModelError: ``seqlen`` is above the configuration's ``max_position_embeddings``.
     """
     config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
         raise ModelError(
             f"windows of {seqlen} tokens are longer than the {limit} positions this model was trained for, and its "
@@ -203,8 +203,16 @@ def check_length(model: nn.Module, seqlen: int) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """The number of tokens that a model has an embedding for."""
+    """The number of tokens that a model has an embedding for.
+
+    Raises:
+        ModelError: it has several tables of them.
+    """
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ModelError(
+            f"{type(model).__name__} embeds several streams of tokens; only models that read one text can be calibrated"
+        )
     return int(embeddings.weight.shape[0])
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvq_calib.errors import one_line
+from kvq_calib.errors import told_by
 from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
 from kvq_calib.model.compat import cache_of, with_cache
-from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
+from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, parameters_of
 from kvq_calib.model.placement import input_device
 from kvq_calib.model.states import cache_layers
 from kvq_calib.schema.geometry import KVGeometry
@@ -111,12 +111,15 @@ class Serving:
 
     Attributes:
         materialized: the cache gives back all keys and values of a layer, for attention that is the model's own affair.
-        single_tokens: a text in the cache is continued by one token at a time only. So do some models whose layers keep
-            a state: with more tokens they begin anew, with their own cache too.
+        single_tokens: a text in the cache is continued by one token at a time only. So do some models, with their own
+            cache too: given more, they fail, or layers that keep a state begin anew.
+        positions: the model must be told ``position_ids``, as its ``generate`` does: by itself it counts the tokens of
+            each pass from 0.
     """
 
     materialized: bool = False
     single_tokens: bool = False
+    positions: bool = False
 
 
 def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
@@ -128,14 +131,20 @@ def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool)
         materialized: try a cache that gives back all keys and values, in place of one that attends itself.
     """
     with torch.no_grad(), _evaluating(model):
-        trial = _Trial(model, geometry, _PASSES, materialized)
+        trial = _Trial(model, geometry, Serving(materialized))
         obstacle = trial.obstacle()
-        if not obstacle:
-            return Serving(materialized)
-        by_one = geometry.state_bytes and not trial.faithful
-        if by_one and not _Trial(model, geometry, _SINGLE_PASSES, materialized).obstacle():
-            return Serving(materialized, single_tokens=True)
+        if not obstacle or trial.faithful:
+            return obstacle or trial.serving
+        for single_tokens, positions in ((False, True), (True, False), (True, True)):
+            serving = Serving(materialized, single_tokens, positions and _takes_positions(model))
+            obstacle = _Trial(model, geometry, serving).obstacle()
+            if not obstacle:
+                return serving
         return obstacle
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in parameters_of(type(model).forward)
 
 
 @contextmanager
@@ -155,19 +164,22 @@ class _Trial:
     """The passes of one model.
 
     Args:
-        model, geometry, materialized: as for :func:`probe_serving`.
-        passes: tokens of each.
+        model, geometry: as for :func:`probe_serving`.
+        serving: how it is tried.
 
     Attributes:
         faithful: whether the model gives with its own cache what it gives without, as far as that was tried.
     """
 
-    def __init__(self, model: Any, geometry: KVGeometry, passes: tuple[int, ...], materialized: bool) -> None:
-        self.model, self.geometry, self.passes, self.materialized = model, geometry, passes, materialized
+    def __init__(self, model: Any, geometry: KVGeometry, serving: Serving) -> None:
+        self.model, self.geometry, self.serving = model, geometry, serving
+        self.passes = passes = _SINGLE_PASSES if serving.single_tokens else _PASSES
         self.faithful = True
-        kind = _WholeLayer if materialized else ExactLayer
+        kind = _WholeLayer if serving.materialized else ExactLayer
         self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
-        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or sum(passes) + 1)
+        vocabulary = int(
+            getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or sum(passes) + 1
+        )
         ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
         #: The class of the model's own cache, once it was used.
@@ -184,20 +196,30 @@ class _Trial:
         try:
             own = self._through(None)
         except Exception as error:
-            return f"it fails with its own cache ({one_line(error)})"
+            self.faithful = False
+            return f"it does not take the next tokens alone with its own cache{told_by(error)}"
         first = self.passes[0]
         if not self._alike(own[:, :first], wanted[:, :first]):
-            return "what it computes for a token depends on later tokens, so it is no causal model"
+            if self._alike(_scores(self._call(0, first, use_cache=False)), wanted[:, :first]):
+                self.faithful = False
+                return "it gives other output with its own cache than without"
+            return f"what it computes for a token depends on later tokens, so it is no causal model{self._decoder()}"
         self.faithful = self._alike(own[:, first:], wanted[:, first:])
         if self.faithful and known and got is not None and self._close(got, own):
             return ""
         return self._reason(failure)
 
+    def _decoder(self) -> str:
+        """What makes a causal model of an encoder, where its configuration has that."""
+        if getattr(self.model.config, "is_decoder", True):
+            return ""
+        return '; if it is to be one, set "is_decoder": true in its config.json'
+
     def _reason(self, failure: Exception | None) -> str:
         """Why the exact cache did not do."""
         if self.own_cache is not DynamicCache:
             return f"it keeps what it caches in a class of its own ({self.own_cache.__name__})"
-        detail = "" if failure is None else f" ({one_line(failure)})"
+        detail = told_by(failure)
         if isinstance(failure, TypeError | AttributeError) and "None" in str(failure):
             return f"it uses the weights of attention, which are not computed{detail}"
         for index, layer in enumerate(self.layers):
@@ -211,7 +233,7 @@ class _Trial:
             return "it gives other output with its own cache than without"
         if unknown := sorted({name for layer in self.layers for name in layer.unknown}):
             return f"it gives attention what a packed cache does not know ({', '.join(unknown)})"
-        if self.materialized:
+        if self.serving.materialized:
             return f"it gives other output with a cache that keeps everything exactly{detail}"
         return (
             "it uses keys or values outside the attention call, where a packed cache has none of earlier tokens"
@@ -220,7 +242,7 @@ class _Trial:
 
     def _through_exact(self) -> tuple[Tensor | None, Exception | None]:
         """What the model gives with layers that attend themselves, or how it failed."""
-        holds = [Hold(module) for module in attention_modules(self.model)]
+        holds = [Hold(module) for module in attention_modules(self.model, unnumbered=True)]
         try:
             layers = cache_layers(self.model.config, self.geometry, self.layers)
             return self._through(Cache(layers=layers)), None
@@ -245,6 +267,8 @@ class _Trial:
     def _call(self, start: int, stop: int, **arguments: Any) -> Any:
         """Run tokens ``start`` to ``stop - 1``."""
         mask = torch.ones_like(self.ids[:, :stop])
+        if self.serving.positions:
+            arguments["position_ids"] = torch.arange(start, stop, device=self.ids.device)[None]
         return self.model(input_ids=self.ids[:, start:stop], attention_mask=mask, **arguments)
 
     def _rounding(self, scores: Tensor) -> float:

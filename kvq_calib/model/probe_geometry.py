@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvq_calib.errors import ModelError, one_line
+from kvq_calib.errors import ModelError, NothingToQuantizeError, told_by
 from kvq_calib.model.compat import (
     cache_of,
+    count_layers,
     keeps_keys,
     keeps_more,
     keeps_state,
@@ -41,6 +43,7 @@ from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 __all__ = ["Found", "Interceptor", "probe_geometry"]
 
 _PROBE_TOKENS = 8
+_NOTHING = "{} has no layer that caches keys and values: there is nothing to quantize"
 
 
 #: What shows keys and values to a handler while a model runs.
@@ -72,27 +75,29 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
     """
     name = type(model).__name__
     text: Any = _text_config(model)
-    for layer in own_layers(model.config):
-        if keeps_more(layer):
-            raise ModelError(
-                f"{name} cannot generate with a packed cache: its cache layers keep more than keys and values "
-                f"({type(layer).__name__})"
-            )
+    count = count_layers(model.config)
+    if not any(map(keeps_keys, own_layers(model.config))):
+        raise NothingToQuantizeError(_NOTHING.format(name))
+    if intercept is intercept_calls:
+        for layer in own_layers(model.config):
+            if keeps_more(layer):  # which of its keys a query attends to is the model's affair
+                kind = type(layer).__name__
+                raise ModelError(f"its cache layers keep more than keys and values ({kind})")
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
     # The far pass comes first, so that a rotary module that adapts to length is left as it was for short
     # ones.
     far_calls, _ = _probe(model, intercept, short if far is None else far, explicit=far is not None)
     short_calls, shared = _probe(model, intercept, short, explicit=False)
-    if missing := _missing(model, set(short_calls) | set(shared), int(text.num_hidden_layers)):
+    if intercept is not intercept_calls:
+        _check_own_cache(model)
+    if missing := _missing(model, set(short_calls) | set(shared), count):
         do = (
             "call transformers' attention interface"
             if intercept is intercept_calls
             else "give a cache what they keep"
         )
-        raise ModelError(
-            f"{name} cannot be captured: {missing} of its {int(text.num_hidden_layers)} layers do not {do}"
-        )
-    attends_to = _attends_to(model, sorted(short_calls), shared, int(text.num_hidden_layers))
+        raise ModelError(f"{name} cannot be captured: {missing} of its {count} layers do not {do}")
+    attends_to = _attends_to(model, sorted(short_calls), shared, count)
 
     candidates = [buffer for buffer in model.buffers() if buffer.ndim == 1 and buffer.is_floating_point()]
     passes = _Passes(short if far is None else far, short, candidates)
@@ -108,13 +113,35 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
         _geometry(call, _index(ropes, spec), _query_heads(text, call))
         for (_, call), spec in zip(sorted(short_calls.items()), specs, strict=True)
     ]
+    state_bytes, per_token = _state_bytes(model)
     geometry = KVGeometry(
         layers=tuple(layers),
         ropes=tuple(ropes),
         attends_to=attends_to,
-        state_bytes=_state_bytes(model),
+        state_bytes=state_bytes,
+        state_bytes_per_token=per_token,
     )
     return Found(geometry, *reasons[:1])
+
+
+def _check_own_cache(model: Any) -> None:
+    """Refuse a model that keeps nothing in a cache of transformers, with the reason; else do nothing."""
+    name = type(model).__name__
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
+    try:
+        with torch.no_grad():
+            output = model(input_ids=ids, use_cache=True)
+    except Exception:  # whatever was wrong before is the reason
+        return
+    cache = cache_of(output)
+    if cache is None and not isinstance(output, tuple):
+        raise NothingToQuantizeError(
+            f"{name} keeps no keys and values in a cache: there is nothing to quantize"
+        )
+    if cache is not None and not isinstance(cache, DynamicCache | EncoderDecoderCache):
+        raise ModelError(
+            f"{name} cannot be captured: it keeps what it caches in a class of its own ({type(cache).__name__})"
+        )
 
 
 def _missing(model: nn.Module, seen: set[int], expected: int) -> int:
@@ -138,7 +165,7 @@ def _attends_to(
     """
     name = type(model).__name__
     if not called:
-        raise ModelError(f"{name} has no layer that caches keys and values: there is nothing to quantize")
+        raise NothingToQuantizeError(_NOTHING.format(name))
     if any(layer >= max(expected, len(called)) for layer in called):
         raise ModelError(f"{name} cannot be captured: its attention layers are not numbered without a gap")
     if called == list(range(max(expected, len(called)))):
@@ -147,16 +174,20 @@ def _attends_to(
     return tuple(called.index(sources[layer]) if layer in sources else None for layer in range(expected))
 
 
-def _state_bytes(model: Any) -> int:
-    """Bytes that layers keep of one sequence beside keys and values."""
-    if not any(map(keeps_state, own_layers(model.config))):
-        return 0
-    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
-    with torch.no_grad():
-        cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-    if cache is None:
-        raise ModelError(f"{type(model).__name__} keeps what it caches in its modules, not in a cache")
-    return held_bytes(cache)
+def _state_bytes(model: Any) -> tuple[int, int]:
+    """Bytes that layers keep of one sequence beside keys and values: whatever its length, and for each token."""
+    if not any(keeps_state(layer) or keeps_more(layer) for layer in own_layers(model.config)):
+        return 0, 0
+    held = []
+    for tokens in (_PROBE_TOKENS, 2 * _PROBE_TOKENS):
+        ids = torch.ones(1, tokens, dtype=torch.int64, device=input_device(model))
+        with torch.no_grad():
+            cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+        if cache is None:
+            raise ModelError(f"{type(model).__name__} keeps what it caches in its modules, not in a cache")
+        held.append(held_bytes(cache))
+    per_token = (held[1] - held[0]) // _PROBE_TOKENS
+    return held[0] - per_token * _PROBE_TOKENS, per_token
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -167,7 +198,7 @@ def _text_config(model: nn.Module) -> Any:
         raise ModelError(
             f"{name} is an encoder-decoder model; only decoder-only language models can be captured"
         )
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or []
     without = sorted({kind for kind in kinds if "attention" not in kind or kind.startswith("linear")})
     if without and not states_are_common():
@@ -239,6 +270,11 @@ def _probe(
             )
             raise ModelError(f"{name} cannot be captured: layer {call.layer} {does} more than once")
         if intercept is not intercept_calls:
+            if call.key.data_ptr() == call.value.data_ptr():
+                raise ModelError(
+                    f"{name} cannot be captured: layer {call.layer} caches one tensor as keys and as values, which "
+                    "would be stored twice"
+                )
             calls[call.layer] = call.swap() if _only_values_turn(call) else call
             return
         for number, other in calls.items():
@@ -262,10 +298,14 @@ def _probe(
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"{name} cannot be captured: a pass over {len(positions)} tokens failed ({one_line(error)})"
-            ) from error
-    return calls, shared
+            failure = error
+        else:
+            return calls, shared
+    if intercept is not intercept_calls:
+        _check_own_cache(model)
+    raise ModelError(
+        f"{name} cannot be captured: a pass over {len(positions)} tokens failed{told_by(failure)}"
+    ) from failure
 
 
 @contextmanager
@@ -285,7 +325,7 @@ def _level(model: nn.Module) -> Iterator[None]:
         return (*args[:at], hidden, *args[at + 1 :]), kwargs
 
     with ExitStack() as stack:
-        for module in attention_modules(model):
+        for module in attention_modules(model, unnumbered=True):
             if hasattr(module, "config"):
                 stack.callback(module.register_forward_pre_hook(level, with_kwargs=True).remove)
         yield

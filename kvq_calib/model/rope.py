@@ -67,7 +67,7 @@ def _for_two(apply: Callable[..., Any]) -> ApplyRotary:
 
 def rope_switch(config: Any) -> int | None:
     """Tokens of text above which a model takes other frequencies for all of it (LongRoPE); None where it never does."""
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
     limits = [

@@ -1,7 +1,8 @@
-"""What layers of a model keep beside keys and values: states of linear attention and of convolutions.
+"""What layers of a model keep beside keys and values: states of linear attention and of convolutions, and the like.
 
 They are transformers' own cache layers, as it makes them for the model, in one cache with layers that attend
-themselves. A state has no tokens: it takes them up as they come, and seldom can one be taken back.
+themselves. Most states have no tokens: they take them up as they come, and seldom can one be taken back. What else
+layers keep, as the keys of an indexer, is called a state too, and can have an entry for each token.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from kvq_calib.model.cache_layer import AttendingLayer
 from kvq_calib.model.compat import (
     can_crop,
     fill_state,
+    keeps_more,
     keeps_state,
     own_layers,
     register_state,
     state_alone,
+    state_flags,
     state_tensors,
 )
 from kvq_calib.schema.geometry import KVGeometry
@@ -41,40 +44,61 @@ def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[Attendin
     for number, layer in zip(geometry.numbers, attending, strict=True):
         if number == len(layers):
             layers.append(layer)
-        elif keeps_state(layers[number]):
-            layers[number] = with_state(layer, layers[number])
         else:
-            layers[number] = layer
+            layers[number] = with_state(layer, layers[number])
     return layers
 
 
 @cache
-def _kind_with_state(kind: Any) -> Any:
-    """A subclass whose further attributes are those of its ``state``."""
+def _kind_with_state(kind: Any, is_common: bool) -> Any:
+    """A subclass whose further attributes are those of its ``state``.
+
+    Args:
+        kind: of a layer.
+        is_common: the state is one of linear attention or of convolutions, which caches ask for.
+    """
 
     def attribute(layer: Any, name: str) -> Any:
         if name == "state" or name.startswith("__"):  # not there yet while it is copied
             raise AttributeError(name)
         return getattr(layer.state, name)
 
+    def assign(layer: Any, name: str, value: Any) -> None:
+        state = layer.__dict__.get("state")
+        its_own = name in layer.__dict__ or state is None or not hasattr(state, name)
+        object.__setattr__(layer if its_own else state, name, value)
+
     # To transformers, what can be cropped is what the state says.
     croppable = property(lambda layer: layer.state.is_croppable)
-    made = type(f"{kind.__name__}WithState", (kind,), {"__getattr__": attribute, "is_croppable": croppable})
-    register_state(made)
+    attributes = {"__getattr__": attribute, "__setattr__": assign, "is_croppable": croppable}
+    made = type(f"{kind.__name__}WithState", (kind,), attributes)
+    if is_common:
+        register_state(made)
     return made
 
 
 def with_state(layer: AttendingLayer, own: Any) -> AttendingLayer:
-    """The same layer with a state beside it, as one of transformers' own has it."""
+    """The same layer with a state beside it, where one of transformers' own has it; else the layer."""
+    if not (keeps_state(own) or keeps_more(own)):
+        return layer
     kind: Any = type(layer)
-    made: AttendingLayer = object.__new__(_kind_with_state(kind))
+    made: AttendingLayer = object.__new__(_kind_with_state(kind, keeps_state(own)))
     made.__dict__.update(layer.__dict__, state=state_alone(own))
     return made
 
 
+def _state_of(layer: Any) -> Any:
+    """What a layer of a cache keeps beside keys and values; ``None`` where that is nothing."""
+    if "state" in vars(layer):
+        return layer.state
+    return (
+        layer if keeps_state(layer) or (keeps_more(layer) and not isinstance(layer, AttendingLayer)) else None
+    )
+
+
 def held_bytes(cache: Any) -> int:
     """Bytes of all states in a cache."""
-    states = [getattr(layer, "state", layer) for layer in cache.layers if keeps_state(layer)]
+    states = [state for state in map(_state_of, cache.layers) if state is not None]
     return sum(tensor.nbytes for state in states for tensor in state_tensors(state).values())
 
 
@@ -98,8 +122,8 @@ class States:
     def _held(self) -> Iterator[tuple[int, Any]]:
         """The state of each layer that has one, by its number."""
         for number, layer in enumerate(self.layers):
-            if keeps_state(layer):
-                yield number, getattr(layer, "state", layer)
+            if (state := _state_of(layer)) is not None:
+                yield number, state
 
     def __bool__(self) -> bool:
         """Whether the model has layers that keep a state."""
@@ -152,7 +176,7 @@ class States:
         """Keep no more of the past than the next pass needs."""
         if self._recording:
             for _, state in self._held():
-                if can_crop(state):
+                if keeps_state(state) and can_crop(state):
                     state.crop(0)
 
     def check(self) -> None:
@@ -168,20 +192,33 @@ class States:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is held, by the number of the layer, kind and number of the state: ``3.conv.0``."""
+        """What is held, by the number of the layer and a name: ``3.conv.0``, ``3.indexer_keys``."""
         return {
             f"{number}.{name}": tensor
             for number, state in self._held()
-            for name, tensor in state_tensors(state).items()
+            for name, tensor in {**state_tensors(state), **state_flags(state)}.items()
         }
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`tensors` gave; the states are empty."""
+        """Take up what :meth:`tensors` gave; the states are empty.
+
+        Raises:
+            RuntimeMismatchError: there is no such state.
+        """
+        rest = dict(tensors)
         for number, state in self._held():
             prefix = f"{number}."
-            fill_state(state, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            own = [name for name in rest if name.startswith(prefix)]
+            try:
+                fill_state(state, {name.removeprefix(prefix): rest.pop(name) for name in own})
+            except (KeyError, ValueError, AttributeError) as error:
+                raise RuntimeMismatchError(
+                    f"what layer {number} kept ({', '.join(own)}) does not fit this model"
+                ) from error
+        if rest:
+            raise RuntimeMismatchError(f"this model has no layer for the state {sorted(rest)[0]}")
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        return sum(tensor.nbytes for _, state in self._held() for tensor in state_tensors(state).values())

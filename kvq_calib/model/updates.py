@@ -16,12 +16,14 @@ from transformers.cache_utils import Cache
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model.cache_layer import AttendingLayer
-from kvq_calib.model.compat import keeps_keys, keeps_state, own_layers, with_cache
+from kvq_calib.model.compat import keeps_keys, own_layers, with_cache
 from kvq_calib.model.intercept import (
     AttentionCall,
     Handler,
     Hold,
     attention_modules,
+    call_argument,
+    parameters_of,
     running,
 )
 from kvq_calib.model.states import with_state
@@ -45,7 +47,9 @@ def update_call(layer: int, keys: Tensor, values: Tensor, window: int | None = N
         raise ModelError(f"layer {layer} hands keys and values to a cache from outside its attention module")
     mask = found.mask if isinstance(found.mask, Tensor) and found.mask.ndim in (2, 4) else None
     options = {"attention_mask": mask, "position_ids": found.positions, "sliding_window": window}
-    return AttentionCall(found.module, keys, keys, values, found.embeddings, _no_function, (), options)
+    return AttentionCall(
+        found.module, keys, keys, values, found.embeddings, _no_function, (), options, number=layer
+    )
 
 
 def _no_function(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +86,7 @@ def _seen_layers(config: Any, handler: Handler) -> list[Any]:
         if not keeps_keys(own):
             continue
         seen = _SeenLayer(number, getattr(own, "sliding_window", None), handler)
-        layers[number] = with_state(seen, own) if keeps_state(own) else seen
+        layers[number] = with_state(seen, own)
     return layers
 
 
@@ -93,15 +97,20 @@ def intercept_updates(model: nn.Module, handler: Handler) -> Iterator[None]:
     Call the model without a cache: each pass is given one that keeps nothing.
     """
     whole: Any = model
+    ((name, _),) = with_cache(None).items()
 
     def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        ((name, _),) = with_cache(None).items()
-        if kwargs.get(name) is not None:
+        if call_argument(module, name, args, kwargs) is not None:
             return None
-        layers = _seen_layers(whole.config, handler)
-        return args, {**kwargs, **with_cache(Cache(layers=layers)), "use_cache": True}
+        given: dict[str, Any] = {name: Cache(layers=_seen_layers(whole.config, handler)), "use_cache": True}
+        parameters = parameters_of(type(module).forward)[: len(args)]
+        args = (
+            tuple(given.pop(parameter, value) for parameter, value in zip(parameters, args, strict=False))
+            + args[len(parameters) :]
+        )
+        return args, {**kwargs, **given}
 
-    holds = [Hold(module) for module in attention_modules(model)]
+    holds = [Hold(module) for module in attention_modules(model, unnumbered=True)]
     with ExitStack() as stack:
         for module in {whole, whole.base_model}:
             stack.callback(module.register_forward_pre_hook(give, with_kwargs=True).remove)

@@ -51,7 +51,7 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
         ModelError: a packed cache cannot serve the model.
         RuntimeMismatchError: the model uses an attention implementation whose masks cannot be read.
     """
-    modules = attention_modules(model)
+    modules = attention_modules(model, unnumbered=True)
     for module in modules:
         name = attention_implementation(getattr(module, "config", None))
         if name is not None and name not in _SUPPORTED:
@@ -85,7 +85,7 @@ def readable_mask(call: AttentionCall) -> Tensor | None:
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`; packed caches of this model cannot be used until it is attached again."""
     with _LOCK:
-        for module in attention_modules(model):
+        for module in attention_modules(model, unnumbered=True):
             hold = _HOLDS.pop(module, None)
             if hold is not None:
                 hold.close()

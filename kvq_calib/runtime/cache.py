@@ -79,8 +79,10 @@ class KVQCache(Cache):  # type: ignore[misc]
         self.quantizers = artifact.quantizers(self.device)
         ops, note = choose_ops(self.quantizers, self.device, backend)
         config: Any = model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         serving = attach(model, geometry)
+        if serving.materialized:  # any module may run for a layer that attends
+            modules = set(attention_modules(model, unnumbered=True))
         self.artifact = artifact
         self.backend = ops[0].name
         self.contents = CacheContents(

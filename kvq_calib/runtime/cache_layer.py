@@ -77,7 +77,7 @@ class KVQCacheLayer(AttendingLayer):
                 pass.
         """
         attend = self._attend if call.layer == self.number else self._attend_again
-        return self.forward_pass.attention(call.module, lambda: attend(call))
+        return self.forward_pass.attention(call, lambda: attend(call))
 
     def _attend_again(self, call: AttentionCall) -> Tensor:
         """Attend for another layer of the model to what this one has stored in this pass."""
@@ -149,7 +149,11 @@ class KVQCacheLayer(AttendingLayer):
                 f"layer {self.index} was called without position_embeddings; "
                 "calibrate this model with --set cache.key.pre_rope=false"
             )
-        return self.forward_pass.rotation(call.module, *call.position_embeddings)
+        cos, sin = call.position_embeddings
+        tokens = call.key.shape[2]
+        if cos.shape[-2] > tokens:  # of the whole text
+            cos, sin = cos[..., -tokens:, :], sin[..., -tokens:, :]
+        return self.forward_pass.rotation(call.module, cos, sin)
 
     def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
         """Note whether angles are other than those of the artifact: they would be wrong on every later read."""

@@ -155,11 +155,15 @@ def load_contents(
 
 
 def _read_states(reader: _Reader, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """States of other layers; their shapes are the model's affair, but for the number of sequences."""
+    """States of other layers; their shapes are the model's affair, but for the number of sequences.
+
+    What a state counts or notes is an integer without dimensions.
+    """
     found = {}
     for name in [name for name in reader.tensors if name.startswith(_STATE)]:
         tensor = reader.tensors.pop(name)
-        if tensor.ndim == 0 or tensor.shape[0] != batch or not tensor.is_floating_point():
+        whole = not (tensor.is_floating_point() or tensor.is_complex())
+        if not (whole and tensor.ndim == 0) and batch not in tensor.shape[: 2 if whole else 1]:
             raise reader.problem(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}")
         found[name.removeprefix(_STATE)] = tensor.to(device)
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvq_calib.errors import RuntimeMismatchError
-from kvq_calib.model.intercept import layer_of
+from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.model.states import States
 from kvq_calib.runtime.contents import CacheContents
@@ -86,11 +86,11 @@ class ForwardPass:
         self._rotations = [*self._rotations[-3:], (type(module), made)]
         return made
 
-    def attention(self, module: nn.Module, attend: Callable[[], X]) -> X:
+    def attention(self, call: AttentionCall, attend: Callable[[], X]) -> X:
         """Run what a layer does: where it fails, the cache becomes what it was before the pass.
 
         Args:
-            module: the attention module that calls.
+            call: of the layer.
             attend: its attention, or what stores and reads for it.
 
         Raises:
@@ -98,12 +98,12 @@ class ForwardPass:
         """
         self._announced = None
         with self.undone_on_failure():
-            if module not in self.modules:
+            if call.module not in self.modules:
                 raise RuntimeMismatchError(
                     "this cache was made for another model; make KVQCache(artifact, model) for each"
                 )
             result = attend()
-            if layer_of(module) == self.last_number:
+            if call.layer == self.last_number:
                 self.end()
             return result
 

@@ -70,7 +70,7 @@ class MaterializedLayer(KVQCacheLayer):
             ) from error
         call = call.swap() if self.swapped else call
         with torch.no_grad():
-            whole = self.forward_pass.attention(call.module, lambda: self._whole(call))
+            whole = self.forward_pass.attention(call, lambda: self._whole(call))
         keys, values = (
             without_gradient(x.to(new.dtype), inputs)
             for x, new in zip(whole, (call.key, call.value), strict=True)

@@ -134,12 +134,14 @@ class KVGeometry(Frozen):
             values, the first of them caches them. Empty where layer ``i`` of the model is ``layers[i]``.
         state_bytes: bytes that layers keep for a sequence beside keys and values, at any length of the sequence, in the
             dtypes of the calibrated model.
+        state_bytes_per_token: bytes that they keep besides for each token (the keys of an indexer).
     """
 
     layers: tuple[LayerGeometry, ...] = Field(min_length=1)
     ropes: tuple[RopeSpec, ...] = ()
     attends_to: tuple[Annotated[int, Field(ge=0)] | None, ...] = ()
     state_bytes: Annotated[int, Field(ge=0)] = 0
+    state_bytes_per_token: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> KVGeometry:
@@ -163,6 +165,10 @@ class KVGeometry(Frozen):
         """Leave fields with their default out of the file."""
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name in ("layers", "ropes") or value}
+
+    def held_state(self, context: int) -> int:
+        """Bytes that layers keep beside keys and values for a text of ``context`` tokens."""
+        return self.state_bytes + context * self.state_bytes_per_token
 
     @property
     def model_layers(self) -> int:

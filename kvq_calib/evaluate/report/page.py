@@ -57,7 +57,7 @@ def render(
         context: tokens of context at which bits and parts of the memory are stated.
         command: words of the command that makes this report.
     """
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     geometry = chosen[0].artifact.geometry
     environment = Environment(
         loader=PackageLoader("kvq_calib.evaluate", "report"),

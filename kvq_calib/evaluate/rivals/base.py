@@ -65,7 +65,7 @@ class Rival(ABC):
         """
         if self.package is not None and not _installed(self.package[1]):
             return f"{self.package[0]} is not installed: pip install {self.package[0]}"
-        if geometry.attends_to or geometry.state_bytes:
+        if geometry.attends_to or geometry.held_state(1):
             return "it is written for models whose layers cache keys and values and nothing else"
         if self.calibrated and not has_text:
             return "it is calibrated: name a text with --calibration"
@@ -135,7 +135,7 @@ class QuantizerRival(Rival):
 
     def logits(self, model: Any, ids: Tensor) -> Tensor:
         """As :class:`Rival` says."""
-        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        self._layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
         if self.mode == "decode":
             layers = [_WindowLayer(self, index) for index in range(self._layers)]
             return logits_through(model, Cache(layers=layers), ids)
