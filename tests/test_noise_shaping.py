@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from native_factory import trellis_quantizer, variables
 from torch import Tensor
 
+from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.codec.noise_shaping import feedback_gains, shaped_path
 from kvq_calib.codec.paths import Subsets, best_path, level_index
 from kvq_calib.schema.spec import ErrorCompensationSpec, TrellisSpec
@@ -122,3 +123,29 @@ def test_it_needs_a_path_and_no_error_compensation() -> None:
         TrellisSpec(max_bits=3, states=1, noise_shaping=True)
     with pytest.raises(ValueError, match="exclude each other"):
         TrellisSpec(max_bits=3, noise_shaping=True, error_compensation=ErrorCompensationSpec())
+
+
+def test_feedback_is_the_correlation_of_neighbours() -> None:
+    generator = torch.Generator().manual_seed(2)
+    fresh = torch.randn(4001, 3, 8, generator=generator)
+    gradient = torch.zeros_like(fresh)
+    for t in range(1, len(fresh)):
+        gradient[t] = torch.tensor([0.5, -0.3, 0.0])[:, None] * gradient[t - 1] + fresh[t]
+    whole = NeighbourGradients(3)
+    whole.update(gradient[1:].flatten(1))
+    assert whole.feedback().dtype == torch.float16
+    assert whole.feedback().tolist() == pytest.approx([0.5, -0.3, 0.0], abs=0.02)
+
+
+def test_windows_have_no_neighbours_in_other_windows() -> None:
+    statistics = NeighbourGradients(1)
+    for sign in (1.0, -1.0):  # alike within a window, opposite across
+        statistics.update(sign * torch.ones(2, 4))
+    assert statistics.products.item() == statistics.squares.item() == 8.0
+    assert statistics.feedback().item() == pytest.approx(0.9, abs=1e-3)  # the most there is
+
+
+def test_no_gradients_give_no_feedback() -> None:
+    statistics = NeighbourGradients(2)
+    statistics.update(torch.zeros(5, 8))
+    assert statistics.feedback().tolist() == [0.0, 0.0]

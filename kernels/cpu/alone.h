@@ -1,5 +1,5 @@
-// Paths of one block alone, as decoding closes it: there is nothing to fill lanes with but the subsets of levels, or the
-// states. The codes are those of best_path() and shaped_path().
+// Paths of one block alone, as decoding closes it: there is nothing to fill lanes with but the subsets of levels, or
+// the states. The codes are those of best_path() and shaped_path().
 #pragma once
 
 #include "path.h"

@@ -1,6 +1,7 @@
 // The path of least weighted squared error where every token takes up a share of the rounding error before it, as
-// kvq_calib/codec/noise_shaping.py defines it. What is coded differs between the four survivors, so each is searched for
-// by itself. Every operation is rounded; ties go to the predecessor, and in the end to the state, of the lower number.
+// kvq_calib/codec/noise_shaping.py defines it. What is coded differs between the four survivors, so each is searched
+// for by itself. Every operation is rounded; ties go to the predecessor, and in the end to the state, of the lower
+// number.
 #pragma once
 
 #include "path.h"
