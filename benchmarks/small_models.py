@@ -135,6 +135,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], **_MAMBA},
+    "hrm_text": {"L_bp_cycles": [3, 3]},  # gradients reach every cycle
     "longcat_flash": {
         "num_layers": 2,
         "num_hidden_layers": None,

@@ -156,6 +156,11 @@ OWN_ATTENTION: dict[str, dict[str, object]] = {
 _INDEXER = {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 16}
 INDEXED: dict[str, dict[str, object]] = {
     "deepseek_v32": {**LATENT["deepseek_v3"], **_INDEXER},
+    "glm_moe_dsa": {**LATENT["deepseek_v3"], **_INDEXER, "indexer_types": ["full", "full"]},
+}
+"""Families with an indexer, which keeps keys of its own; it chooses all tokens of a test's text here."""
+
+INDEXED_HYBRIDS: dict[str, dict[str, object]] = {
     "qwen4_exp_text": {
         "head_dim": 16,
         "layer_types": ["linear_attention", "indexed_attention"],
@@ -172,7 +177,7 @@ INDEXED: dict[str, dict[str, object]] = {
         **_GATED_DELTA,
     },
 }
-"""Families with an indexer, which keeps keys of its own; it chooses all tokens of a test's text here."""
+"""Families with an indexer in some layers and a state in others; tokens that padding moves are refused."""
 
 REPEATED: dict[str, dict[str, object]] = {
     "zamba2": {
@@ -195,7 +200,7 @@ DECODING: dict[str, dict[str, object]] = {
 """Encoders that are causal language models by their configuration."""
 
 FAMILIES_OF_ALL_KINDS = {
-    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **REPEATED, **UNTOLD, **DECODING,
+    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD, **DECODING,
 }  # fmt: skip
 
 

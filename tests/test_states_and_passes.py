@@ -7,11 +7,19 @@ import copy
 import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for
-from models_zoo import DECODING, INDEXED, REPEATED, UNTOLD, tiny_model, token_ids
+from models_zoo import DECODING, INDEXED, INDEXED_HYBRIDS, REPEATED, UNTOLD, tiny_model, token_ids
 from transformers import DynamicCache
-from whole_chain import ROUNDING, assert_crops, assert_the_whole_chain, logits_after, model_of, through
+from whole_chain import (
+    ROUNDING,
+    assert_crops,
+    assert_the_whole_chain,
+    calibrated,
+    logits_after,
+    model_of,
+    through,
+)
 
-from kvq_calib.errors import ModelError, NothingToQuantizeError, RuntimeMismatchError
+from kvq_calib.errors import CalibrationError, ModelError, NothingToQuantizeError, RuntimeMismatchError
 from kvq_calib.model.compat import states_are_common
 from kvq_calib.model.inspect import check_generation, inspect_model, next_pass
 from kvq_calib.runtime import KVQCache
@@ -30,10 +38,11 @@ def check(model):
 # ---------------------------------------------------------------------------------------- indexers
 
 
-@pytest.mark.parametrize("family", INDEXED)
+@pytest.mark.parametrize("family", [*INDEXED, *INDEXED_HYBRIDS])
 def test_an_indexer_keeps_its_keys_beside(family, tmp_path):
     model = model_of(family)
-    artifact = assert_the_whole_chain(model)
+    whole = family in INDEXED
+    artifact = assert_the_whole_chain(model) if whole else artifact_for(model, RECIPES["nuq4-1p"])
     geometry = artifact.geometry
     assert geometry.state_bytes_per_token >= 4 * 16 * len(geometry.layers)
     cache, ids, more = KVQCache(artifact, model), token_ids(2, 50, seed=4), token_ids(2, 5, seed=6)
@@ -104,6 +113,13 @@ def test_a_module_that_runs_for_several_layers(family, numbers):
     assert artifact.geometry.numbers == numbers
     if family != "zamba2":  # which keeps states
         assert_crops(model, artifact)
+
+
+def test_a_layer_that_no_gradient_reaches_is_an_error():
+    model = model_of("hrm_text", L_cycles=2, L_bp_cycles=[1, 1])
+    with pytest.raises(CalibrationError, match=r"layer 0 gets no gradient.*--weights uniform"):
+        calibrated(model)
+    assert len(calibrated(model, "nuq4", ("fit.weights=uniform",)).layers) == 6
 
 
 @needs_common_states

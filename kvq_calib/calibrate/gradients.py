@@ -51,7 +51,7 @@ def fisher_pass(
         The mean loss of the batch in nats per predicted token.
 
     Raises:
-        CalibrationError: loss or gradients are not finite.
+        CalibrationError: loss or gradients are not finite, or a layer gets none.
         ModelError: the model cannot be captured.
     """
     if model.training:
@@ -59,23 +59,30 @@ def fisher_pass(
     if ids.ndim != 2 or ids.shape[1] < 2:
         raise ValueError(f"ids must be [B, T] with T of at least 2, not {tuple(ids.shape)}")
     predicted = ids.shape[1] - 1
+    reached: set[int] = set()
 
     def scale(kv: LayerKV, grad_keys: Tensor, grad_values: Tensor) -> None:
         # The backward pass uses the sum over tokens, because gradients of the mean may underflow in float16.
         grad_keys, grad_values = _wide(grad_keys) / predicted, _wide(grad_values) / predicted
         if not bool(torch.isfinite(grad_keys.sum() + grad_values.sum())):
             raise CalibrationError(f"gradients of layer {kv.layer} are not finite; try --dtype float32")
+        reached.add(kv.layer)
         on_kv(kv, grad_keys, grad_values)
 
     recompute = recompute or is_offloaded(model)
     split = is_splittable(model)
     with ExitStack() as stack:
         stack.enter_context(activations_only(model))
-        stack.enter_context(capture(model, on_forward, scale, recompute=recompute))
+        geometry = stack.enter_context(capture(model, on_forward, scale, recompute=recompute))
         if recompute:
             stack.enter_context(recomputed_layers(model))
         stack.enter_context(torch.enable_grad())
         total = _split_backward(model, ids) if split else _plain_backward(model, ids)
+    if missed := sorted(set(range(len(geometry.layers))) - reached):
+        raise CalibrationError(
+            f"layer {missed[0]} gets no gradient, because the model computes it without; use a nuq* recipe with "
+            "--weights uniform, or a configuration in which gradients reach every layer"
+        )
     return total / (ids.shape[0] * predicted)
 
 

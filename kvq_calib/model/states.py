@@ -211,7 +211,7 @@ class States:
             own = [name for name in rest if name.startswith(prefix)]
             try:
                 fill_state(state, {name.removeprefix(prefix): rest.pop(name) for name in own})
-            except (KeyError, ValueError, AttributeError) as error:
+            except (KeyError, ValueError, AttributeError, RuntimeError) as error:
                 raise RuntimeMismatchError(
                     f"what layer {number} kept ({', '.join(own)}) does not fit this model"
                 ) from error
