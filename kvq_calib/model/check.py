@@ -104,7 +104,7 @@ def fill_zeros(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.any()):
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def _smaller(config: Any) -> Iterator[Any]:
