@@ -1,11 +1,12 @@
 """Decode attention from the packed cache against float16 attention over the same tokens, on one GPU.
 
-For shapes of models, context lengths and batch sizes it times our kernels with KVQuant's recipes (4, 3 and 2 bits, 1%
-outliers) and ours (mixed widths, trellis codes), every backend of torch's scaled_dot_product_attention over float16
-keys and values, the fastest of which is what ours are compared with, and a plain float16 matrix-vector pair. A
-device-to-device copy is the ceiling; what reading an FP8 cache at its speed would take stands beside, since torch has
-no FP8 attention. Medians of CUDA events; inputs are rotated so that no cache serves them; what does not fit into memory
-is left out and named. The file is written anew after every row, and no row is begun when the budget is spent.
+It uses shapes of several models, context lengths and batch sizes. It times our kernels with KVQuant's recipes (4, 3 and
+2 bits, 1% outliers) and ours (mixed widths, trellis codes). Our kernels are compared with the fastest backend of
+torch's scaled_dot_product_attention over float16 keys and values. A plain float16 matrix-vector pair is timed, too. A
+device-to-device copy is the upper limit of speed; from it follows the time to read an FP8 cache, because torch has no
+FP8 attention. Times are medians of CUDA events. Inputs are rotated so that they are not in a cache. Cases that do not
+fit into memory are left out and named. The file is rewritten after every row, and no row begins after the budget is
+used up.
 """
 
 from __future__ import annotations

@@ -258,9 +258,9 @@ KVQ_DEVICE float power_of_two(float x) {
 // ---- tensor cores --------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
-// D += A B with A 16 x 16 and B 16 x 8 halves, D 16 x 8 floats. With g = lane / 4 and j = lane % 4 a thread holds
-// A rows g (a0, a2) and g + 8 (a1, a3), columns 2 j, 2 j + 1 (a0, a1) and 2 j + 8, 2 j + 9 (a2, a3);
-// B rows as A's columns, column g; D rows g (0, 1) and g + 8 (2, 3), columns 2 j and 2 j + 1.
+// D += A B with A 16 x 16 and B 16 x 8 halves, D 16 x 8 floats. Let g = lane / 4 and j = lane % 4. A thread has of A
+// rows g (a0, a2) and g + 8 (a1, a3), columns 2 j, 2 j + 1 (a0, a1) and 2 j + 8, 2 j + 9 (a2, a3). Of B it has rows
+// like A's columns, column g. Of D it has rows g (0, 1) and g + 8 (2, 3), columns 2 j and 2 j + 1.
 KVQ_DEVICE void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"

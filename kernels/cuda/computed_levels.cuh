@@ -1,9 +1,8 @@
-// Levels that are computed, not looked up: the trellis codec's, for the decode kernel.
-//
-// Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is brought to the top of a nibble or a
-// byte, and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and
-// whatever the width. The host expands the polynomial about u = v + 1 / L. Two tokens go side by side: tokens t and
-// t + 4 of a slice of eight, because these stand 16 bits apart.
+// Computed levels of the trellis codec, for the decode kernel.
+// Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is moved to the top of a nibble or a
+// byte, and from there into the mantissa of a half. Then one multiply-add gives v = 2 i / L - 1, exactly and at any
+// width. The host expands the polynomial about u = v + 1 / L. Two tokens are processed together: tokens t and t + 4 of
+// a slice of eight, because these are 16 bits apart.
 #pragma once
 
 #include "levels.cuh"
