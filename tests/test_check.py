@@ -1,4 +1,4 @@
-"""What a configuration alone tells of a model, and `kvq-calibrate --check`."""
+"""What a configuration tells about a model, and `kvq-calibrate --check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that share keys and values or differ in shape, latent attention, and models with attention of their own."""
+"""Layers that share keys and values or differ in shape, latent attention, and models with custom attention code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/models.py: what it finds of families whose outcome is known, and that faults are found as such."""
+"""benchmarks/models.py: its results for families with known outcome, and detection of faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of how the documentation is written finds what it is to find, and nothing in the documentation."""
+"""The style check finds what it should find, and nothing in the documentation and the sources."""
 
 import importlib.util
 from pathlib import Path
