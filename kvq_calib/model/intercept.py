@@ -5,8 +5,8 @@ in their configuration. During an interception, a thin wrapper replaces every su
 attention module. It calls the original function directly unless that module is held (a `Hold`). For held modules there
 are two cases:
 
-* The keys were marked by a cache layer (`mark`), which stores them and computes attention. This thread is inside
-* `intercept_calls` for the module: a handler sees the call and may replace keys and values.
+* The keys were marked by a cache layer (`mark`), which stores them and computes attention.
+* This thread is inside `intercept_calls` for the module: a handler sees the call and may replace keys and values.
 
 No configuration is changed. So masks, copies and everything else made from a configuration stay the same, and another
 implementation can be chosen at any time. When the last hold ends, the wrappers are removed.
@@ -67,7 +67,8 @@ class AttentionCall:
         args: further positional arguments.
         kwargs: further keyword arguments (scaling, sliding_window, softcap, s_aux, ...).
         swapped: whether key and value are in the opposite order to the model's.
-        number: of the layer whose cache got the keys, where it is not the module's: a module can run for several.
+        number: number of the layer whose cache got the keys, if it differs from the module's: a module can run for
+            several layers.
     """
 
     module: nn.Module
@@ -147,11 +148,11 @@ def layer_of(module: nn.Module) -> int:
 
 
 def attention_modules(model: nn.Module, *, unnumbered: bool = False) -> list[nn.Module]:
-    """Modules that know which layer they are in; those of attention are among them.
+    """All modules with a layer number, which include the attention modules.
 
     Args:
         model: the model.
-        unnumbered: modules too that could know it and do not: they are told when they are called.
+        unnumbered: also include modules whose layer number is None; they get it when they are called.
     """
     return [
         module

@@ -202,10 +202,10 @@ def check_length(model: nn.Module, seqlen: int) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """The number of tokens that a model has an embedding for.
+    """The number of tokens in a model's embedding table.
 
     Raises:
-        ModelError: it has several tables of them.
+        ModelError: the model has several embedding tables.
     """
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
@@ -216,14 +216,14 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def check_tokens(model: nn.Module, ids: Tensor) -> None:
-    """Refuse tokens outside a model's vocabulary. On a GPU they would crash the process.
+    """Check that all tokens are in a model's vocabulary. On a GPU, other tokens would crash the process.
 
     Args:
         model: a language model.
         ids: token ids, integers of any shape.
 
     Raises:
-        ModelError: there are such tokens; the message names the largest, or a negative one.
+        ModelError: a token is outside; the message names the largest, or a negative one.
     """
     known = vocabulary_of(model)
     low, high = (int(end) for end in ids.aminmax())

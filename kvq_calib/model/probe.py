@@ -110,10 +110,10 @@ class Serving:
     """How a packed cache serves a model.
 
     Attributes:
-        materialized: the cache gives back all keys and values of a layer, for attention that is the model's own affair.
-        single_tokens: a text in the cache is continued by one token at a time only. So do some models, with their own
-            cache too: given more, they fail, or layers that keep a state begin anew.
-        positions: the model must be told ``position_ids``, as its ``generate`` does: by itself it counts the tokens of
+        materialized: the cache returns all keys and values of a layer, and the model computes attention.
+        single_tokens: a text in the cache can only be continued by one token at a time. Some models need this with any
+            cache: with more tokens they fail, or layers with a state start again.
+        positions: the model needs ``position_ids``, which its ``generate`` passes. Without them it counts the tokens of
             each pass from 0.
     """
 

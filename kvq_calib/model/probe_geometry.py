@@ -80,7 +80,7 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
         raise NothingToQuantizeError(_NOTHING.format(name))
     if intercept is intercept_calls:
         for layer in own_layers(model.config):
-            if keeps_more(layer):  # which of its keys a query attends to is the model's affair
+            if keeps_more(layer):  # the model itself chooses the keys that a query attends to
                 kind = type(layer).__name__
                 raise ModelError(f"its cache layers keep more than keys and values ({kind})")
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
@@ -174,7 +174,7 @@ def _attends_to(
 
 
 def _state_bytes(model: Any) -> tuple[int, int]:
-    """Bytes that layers keep of one sequence beside keys and values: whatever its length, and for each token."""
+    """Bytes of other states that layers keep for one sequence: a fixed number, and a number per token."""
     if not any(keeps_state(layer) or keeps_more(layer) for layer in own_layers(model.config)):
         return 0, 0
     held = []

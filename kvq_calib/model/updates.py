@@ -53,7 +53,7 @@ def update_call(layer: int, keys: Tensor, values: Tensor, window: int | None = N
 
 
 def _no_function(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("attention of this model is its own affair")
+    raise NotImplementedError("this model computes attention itself")
 
 
 class _SeenLayer(AttendingLayer):

@@ -44,8 +44,8 @@ def save_contents(
     """Write the contents of a cache to one file, atomically.
 
     Args:
-        contents: of the cache.
-        artifact: what the cache was made with.
+        contents: contents of the cache.
+        artifact: artifact of the cache.
         path: the file.
         states: states of other layers of the model, by name.
 
@@ -128,8 +128,8 @@ def load_contents(
     """Fill an empty cache from a file. After an error it is still empty.
 
     Args:
-        contents: of the cache.
-        artifact: what the cache was made with.
+        contents: contents of the cache.
+        artifact: artifact of the cache.
         path: the file.
         max_tokens: most tokens that the cache takes.
 
@@ -155,9 +155,9 @@ def load_contents(
 
 
 def _read_states(reader: _Reader, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """States of other layers; their shapes are the model's affair, but for the number of sequences.
+    """States of other layers. Of their shapes only the number of sequences is checked.
 
-    What a state counts or notes is an integer without dimensions.
+    Counters in a state are integers without dimensions.
     """
     found = {}
     for name in [name for name in reader.tensors if name.startswith(_STATE)]:
