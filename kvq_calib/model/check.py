@@ -100,7 +100,7 @@ def check_configuration(config: Any) -> Verdict:
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Give parameters that begin as zeros small random values: zeros hide what they do."""
+    """Set parameters that are all zeros to small random values, because zeros would hide their effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.any()):

@@ -84,16 +84,16 @@ def own_layers(config: Any) -> list[Any]:
     There may be fewer than layers of the model: up to transformers 5.14, the last layers that share keys and values
     have none.
     """
-    # Some families define layers of their own in the file of the model, which this imports.
+    # Some families define special layers in the model's file, which this imports.
     MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return list(DynamicCache(config=config).layers)
 
 
 def count_layers(config: Any) -> int:
-    """Layers of a model of this configuration.
+    """The number of layers of a model with this configuration.
 
     Raises:
-        ModelError: it does not say.
+        ModelError: the configuration has no such number.
     """
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(count, int):
@@ -123,7 +123,7 @@ def keeps_state(layer: Any) -> bool:
 
 
 def keeps_more(layer: Any) -> bool:
-    """Whether a cache layer of transformers keeps something else beside keys and values: keys of an indexer, say."""
+    """Whether a cache layer of transformers keeps other tensors beside keys and values, such as keys of an indexer."""
     return keeps_keys(layer) and type(layer) not in _PLAIN
 
 
@@ -134,7 +134,7 @@ def register_state(kind: type) -> None:
 
 
 def state_tensors(layer: Any) -> dict[str, Tensor]:
-    """The tensors of a state by name, those that are there; all of a layer but its keys and values.
+    """All present tensors of a cache layer by name, without its keys and values.
 
     In older releases (5.5) a layer has one tensor of each kind, in newer ones (5.24) a dictionary.
     """
@@ -150,9 +150,9 @@ def state_tensors(layer: Any) -> dict[str, Tensor]:
 
 
 def state_flags(layer: Any) -> dict[str, Tensor]:
-    """What a state counts and notes beside its tensors, by name, int64 without dimensions.
+    """Counters of a state by name, int64 without dimensions.
 
-    States of linear attention and of convolutions have nothing that their tensors do not tell.
+    States of linear attention and of convolutions have none.
     """
     if keeps_state(layer):
         return {}
@@ -160,7 +160,7 @@ def state_flags(layer: Any) -> dict[str, Tensor]:
 
 
 def _held(layer: Any) -> dict[str, Any]:
-    """What an object holds by name, entries of its dictionaries too; not what is private, keys and values."""
+    """Public attributes of an object and entries of its dictionaries, by name, without keys and values."""
     found: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if not name.startswith("_") and name not in ("keys", "values"):
@@ -183,7 +183,7 @@ def _fill_held(layer: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
-    """Give an empty state what `state_tensors` and `state_flags` gave of another."""
+    """Fill an empty state with the results of `state_tensors` and `state_flags` for another."""
     if not keeps_state(layer):
         _fill_held(layer, tensors)
         return
@@ -202,8 +202,8 @@ def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
 def can_crop(state: Any) -> bool:
     """Whether tokens can be removed from a state.
 
-    They can where it is of convolutions only and was told to keep what that needs (`activate_past_recording`), in newer
-    releases (5.24; not 5.5), and where it has an entry for each token.
+    They can if the state has an entry for each token. In newer releases (5.24; not 5.5) they can, too, if the state is
+    of convolutions only and keeps what this needs (`activate_past_recording`).
     """
     if not keeps_state(state):
         return bool(state.is_croppable and not state.is_sliding)
@@ -211,7 +211,7 @@ def can_crop(state: Any) -> bool:
 
 
 def state_alone(layer: Any) -> Any:
-    """A layer for nothing but what an empty layer keeps beside keys and values, which it is never given."""
+    """A cache layer for the other states of an empty cache layer. It never gets keys and values."""
     if not (keeps_keys(layer) and keeps_state(layer)):
         return layer
     several = getattr(layer, "number_of_states", None)

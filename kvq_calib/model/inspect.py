@@ -102,18 +102,18 @@ def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
 
 
 def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str, Any]:
-    """Arguments with which a model continues a text in a cache.
+    """Arguments of a model's forward to continue a text in a cache.
 
     Args:
         model: the model.
         ids: the next tokens, int64 ``[B, T]``.
-        cache: that holds the text; ``None`` where there is none yet.
-        start: tokens in it.
+        cache: the cache with the text, or ``None`` at the start.
+        start: number of tokens in the cache.
     """
     arguments = {"input_ids": ids, **with_cache(cache)}
     try:
         serving = _known(model).serving
-    except ModelError:  # it can be measured with caches of others
+    except ModelError:  # it may still be measured with other caches
         return arguments
     if isinstance(serving, Serving) and serving.positions:
         arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]

@@ -210,7 +210,7 @@ class _Trial:
         return self._reason(failure)
 
     def _decoder(self) -> str:
-        """What makes a causal model of an encoder, where its configuration has that."""
+        """Advice for an encoder that can be a causal model; empty for other models."""
         if getattr(self.model.config, "is_decoder", True):
             return ""
         return '; if it is to be one, set "is_decoder": true in its config.json'

@@ -124,13 +124,13 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
 
 
 def _check_own_cache(model: Any) -> None:
-    """Refuse a model that keeps nothing in a cache of transformers, with the reason; else do nothing."""
+    """Raise an error with the reason if a model keeps nothing in a cache of transformers."""
     name = type(model).__name__
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
     try:
         with torch.no_grad():
             output = model(input_ids=ids, use_cache=True)
-    except Exception:  # whatever was wrong before is the reason
+    except Exception:  # then an earlier check gives the reason
         return
     cache = cache_of(output)
     if cache is None and not isinstance(output, tuple):
