@@ -100,7 +100,7 @@ class Finding:
 
     Attributes:
         family: its ``model_type``.
-        outcome: "works", "materialized" (works, and gets its keys and values back as numbers), "refused" (at
+        outcome: "works", "materialized" (works, and gets its keys and values dequantized), "refused" (at
             calibration), "none" (it keeps no keys and values in a cache), "not small" (it could not be made small
             here), or a fault: "crash", "fails", "differs", "check" (`--check` says something else), "slow".
         detail: what it caches, or the reason.
@@ -338,7 +338,7 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     faults = [finding for finding in found if finding.is_fault]
     counted = (
         f"Of {len(found)} families, {counts['works']} attend to packed pages, {counts['materialized']} get their keys and "
-        f"values back as numbers, {counts['none']} keep no keys and values in a cache, so there is nothing to quantize, "
+        f"values dequantized, {counts['none']} keep no keys and values in a cache, so there is nothing to quantize, "
         f"{counts['refused']} are refused, and {counts['not small']} could not be made small by these settings, so they "
         f"were not tried. Calibrated and then failing or different, or judged otherwise by `--check`: {len(faults)}."
     )
@@ -352,7 +352,7 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
         lines += [*textwrap.wrap(text, 120), ""]
     titles = {
         "works": "Attention over packed pages",
-        "materialized": "Materialized: keys and values come back as numbers",
+        "materialized": "Materialized: the cache dequantizes keys and values",
         "none": "Nothing to quantize",
         "refused": "Refused at calibration",
         "not small": "Not tried: could not be made small",

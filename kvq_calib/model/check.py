@@ -163,7 +163,7 @@ def words_of(verdict: Verdict) -> list[str]:
     )
     lines = [f"caches keys and values of {'; '.join(kinds)}"]
     if serving.materialized:
-        lines.append("gets them back as numbers, a layer at a time: slower than attention over packed pages")
+        lines.append("gets them dequantized, a layer at a time: slower than attention over packed pages")
     else:
         lines.append("attends to packed pages")
     if geometry.state_bytes:

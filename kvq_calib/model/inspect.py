@@ -157,8 +157,8 @@ def _look(model: nn.Module) -> _Known:
     if isinstance(serving, str):
         return fast or _Known(found, serving, intercept_updates)
     _log.warning(
-        "a packed cache gives this model all keys and values of a layer as numbers, each time: what is stored is as "
-        "small as with others, decoding is slower (%s)",
+        "for this model, a packed cache dequantizes all keys and values of a layer at every step: the cache is as small "
+        "as for other models, but decoding is slower (%s)",
         reason,
     )
     return _Known(found, serving, intercept_updates)
