@@ -36,11 +36,11 @@ BATCHES = (1, 8)
 
 
 def time_ours(kernels: LayerKernels, tokens: int, batch: int) -> dict[str, Any]:
-    """Seconds and bytes of our decode attention, or why not."""
+    """Seconds and bytes of our decode attention, or the reason for none."""
     shape = kernels.shape
     expected = shape.cache_bytes(tokens, batch, 1.2 * (kernels.recipe.bits + 0.6))
     copies = copies_for(expected)
-    if not fits(expected * (copies + 3)):  # drawing codes needs room for a while
+    if not fits(expected * (copies + 3)):  # drawing codes needs memory for a time
         return LEFT_OUT
     layers = [PackedLayer(kernels, tokens, batch) for _ in range(copies)]
     query = torch.randn(batch, shape.query_heads, shape.head_dim, device=kernels.device).half()
@@ -84,10 +84,10 @@ def check(launcher: Launcher, device: torch.device) -> None:
 
 
 class Timings:
-    """Rows as they come, written after each.
+    """Rows of results. The file is written after each row.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
         launcher, device: where the kernels run.
     """
 
@@ -109,17 +109,17 @@ class Timings:
 
     @property
     def spent(self) -> bool:
-        """Whether the budget is."""
+        """Whether the budget is used up."""
         return time.perf_counter() - self.begun > self.arguments.budget
 
     def write(self) -> None:
-        """What is there so far."""
+        """Write all rows so far."""
         if self.arguments.json:
             self.arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.arguments.json, (json.dumps(self.result, indent=1) + "\n").encode())
 
     def run(self) -> None:
-        """All lengths, models and batches, until the budget is spent."""
+        """Measure all lengths, models and batches, until the budget is used up."""
         a = self.arguments
         print(f"copy: {self.bandwidth / 1e12:.2f} TB/s read and written", flush=True)
         self.write()
