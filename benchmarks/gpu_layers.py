@@ -1,4 +1,4 @@
-"""One layer's packed cache with random contents, as the GPU benchmarks decode from it."""
+"""One layer's packed cache with random contents, for the GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from kvq_calib.schema.spec import KINDS, Kind
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer."""
+    """Shape of one layer's attention."""
 
     query_heads: int
     kv_heads: int
     head_dim: int = 128
 
     def cache_bytes(self, tokens: int, batch: int, bits: float) -> int:
-        """Keys and values of so many bits."""
+        """Bytes of keys and values with this number of bits."""
         return int(2 * batch * tokens * self.kv_heads * self.head_dim * bits / 8)
 
 
@@ -37,12 +37,12 @@ SHAPES = {"LLaMA-7B": Shape(32, 32), "Llama-3-8B": Shape(32, 8)}
 
 
 class LayerKernels:
-    """What a recipe needs of a layer, whatever its length: made once.
+    """A recipe's objects for one layer. They do not depend on the length, so they are made once.
 
     Args:
         recipe: widths, and whether there are outliers.
-        shape: of the layer.
-        launcher, device: where it runs.
+        shape: shape of the layer.
+        launcher, device: where the kernels run.
     """
 
     def __init__(self, recipe: Recipe, shape: Shape, launcher: Launcher, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class LayerKernels:
         self.decode = DecodeKernel(launcher, self.tables["key"], self.tables["value"])
 
     def storage(self, batch: int) -> LayerStorage:
-        """An empty one."""
+        """An empty storage."""
         return LayerStorage(self.quantizers["key"], self.quantizers["value"], batch, 0, self.device)
 
     def append(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
@@ -80,8 +80,8 @@ class PackedLayer:
     """A layer's packed keys and values with random contents: full pages, positions in order.
 
     Args:
-        kernels: of the recipe.
-        tokens, batch: how much of it. ``tokens`` is a multiple of 256.
+        kernels: kernels of the recipe.
+        tokens, batch: number of tokens, a multiple of 256, and of sequences.
     """
 
     def __init__(self, kernels: LayerKernels, tokens: int, batch: int) -> None:
@@ -138,7 +138,7 @@ class PackedLayer:
         return sum(tensor.nbytes for tensor in self.held)
 
     def attend(self, query: Tensor) -> Tensor:
-        """``[B, Hq, D]`` to the same."""
+        """Decode attention of queries ``[B, Hq, D]``. The result has the same shape."""
         pages, scaling = self.pages, self.kernels.shape.head_dim**-0.5
         step = DecodeStep(query, pages["key"], pages["value"], self.exact, self.context, scaling)
         return self.kernels.decode.attend(step)

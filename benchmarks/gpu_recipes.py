@@ -1,4 +1,4 @@
-"""Random quantizers in the shape that the recipes give: speed does not depend on what the numbers are."""
+"""Random quantizers with the shapes of the recipes. Speed does not depend on the numbers in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvq_calib.schema.geometry import HeadShape, RopeSpec
 from kvq_calib.schema.spec import ErrorCompensationSpec, Kind, OutlierSpec, QuantSpec, ScalarSpec, TrellisSpec
 
 OUTLIERS = 0.01
-#: Thresholds of unit normal numbers that leave 1% out.
+#: Thresholds for unit normal numbers, with 1% outliers.
 _REACH = 2.576
 
 
@@ -26,9 +26,10 @@ class Recipe:
     """Widths and features of a recipe.
 
     Attributes:
-        shares: by kind, the share of channels that each width from 0 on has.
-        trellis: widths per channel, trellis codes with token weighting, turned pairs and error compensation, as
-            ``kvq*`` have; else one width, 1% outliers, and thresholds of values per token, as ``nuq*-1p`` have.
+        shares: by kind, the share of channels with each width, from width 0.
+        trellis: whether the recipe is like ``kvq*``, with widths per channel, trellis codes, token weighting, pair
+            rotation and error compensation. Otherwise it is like ``nuq*-1p``, with one width, 1% outliers, and
+            thresholds of values per token.
     """
 
     shares: Mapping[Kind, tuple[float, ...]]
@@ -41,7 +42,7 @@ class Recipe:
         return sum(means) / len(means)
 
     def specs(self) -> dict[Kind, QuantSpec]:
-        """Of keys and values."""
+        """Settings of keys and of values."""
         bits = {kind: len(row) - 1 for kind, row in self.shares.items()}
         if not self.trellis:
             outliers = OutlierSpec(fraction=OUTLIERS)
@@ -60,7 +61,7 @@ class Recipe:
         }
 
     def params(self, kind: Kind, shape: HeadShape, rope: RopeSpec | None) -> Params:
-        """For unit normal keys or values of one layer; the same at every call."""
+        """Parameters for unit normal keys or values of one layer. Every call gives the same."""
         spec = self.specs()[kind]
         thresholds = torch.full((shape.channels,), _REACH), torch.zeros(shape.channels)
         if isinstance(spec, ScalarSpec):
@@ -96,7 +97,7 @@ class Recipe:
 
 
 def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:
-    """Widths in random order, int64 ``[C]``, with each width as often as its share says."""
+    """Widths in random order, int64 ``[C]``. Each width occurs according to its share."""
     ends = (torch.tensor(shares).cumsum(0) / sum(shares) * channels).round().to(torch.int64)
     counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
     widths = torch.arange(len(shares)).repeat_interleave(counts)
@@ -115,7 +116,7 @@ def _plain(bits: int) -> Recipe:
     return Recipe({"key": shares, "value": shares}, trellis=False)
 
 
-#: Shares of the ``kvq`` recipes are those that calibration gave SmolLM2-135M on Wikitext-2.
+#: Shares of the ``kvq`` recipes are from a calibration of SmolLM2-135M on Wikitext-2.
 RECIPES: dict[str, Recipe] = {
     "nuq4-1p": _plain(4),
     "nuq3-1p": _plain(3),

@@ -1,11 +1,11 @@
-"""Everything that a GPU is needed for, in two stages that fit into twelve minutes; each step writes what it has.
+"""All checks and measurements that need a GPU, in two stages of a few minutes.
 
 Stage 1 (8 minutes): the launcher, the tests that need a GPU, a comparison with float64, the headline at 128K tokens,
 memory and race checks. Stage 2 (5 minutes): lengths, models and batches, tokens per second end to end, a profile.
 
-A step that fails or takes too long does not stop those behind it; ``stage-1.json`` and ``stage-2.json`` say what became
-of each. A bundle (``make gpu-bundle``: compiled kernels, and wheels of packages that the machine may lack) is used
-where there is one, so neither a network nor nvcc is needed.
+Each step writes its results as they come. A step that fails or takes too long does not stop the next ones;
+``stage-1.json`` and ``stage-2.json`` have the outcome of each. If there is a bundle (``make gpu-bundle``: compiled
+kernels, and wheels of packages that the machine may lack), neither a network nor nvcc is needed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Step:
 
     Attributes:
         name: its log is ``<name>.log``.
-        command: what runs.
-        seconds: after which it is stopped.
-        program: that has to be installed for it, beside Python.
+        command: the command line.
+        seconds: limit on its time.
+        program: a program that must be installed, beside Python.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Step:
 
 
 def steps_of(stage: int, arguments: argparse.Namespace) -> list[Step]:
-    """What a stage does, in order."""
+    """The steps of a stage, in order."""
     python, out = tuple(shlex.split(arguments.interpreter)), arguments.out
     kernels, generate = (
         (*python, str(ROOT / f"benchmarks/{name}_gpu.py")) for name in ("kernels", "generate")
@@ -98,7 +98,7 @@ def steps_of(stage: int, arguments: argparse.Namespace) -> list[Step]:
 def _timed(
     script: Sequence[str], result: Path, budget: int, options: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[str, ...]:
-    """A benchmark with a budget, which ends by itself before it is stopped; ``--small`` is for rehearsals."""
+    """A benchmark with a budget, so that it ends by itself before its limit. ``--small`` is for rehearsals."""
     small: tuple[str, ...] = ()
     if arguments.small:
         small = ("--lengths", "512", "--recipes", "nuq3-1p", "kvq3")
@@ -108,7 +108,7 @@ def _timed(
 
 
 def install_wheels(folder: Path, site: Path) -> list[str]:
-    """Unpack the bundle's wheels of packages that are not installed; their names."""
+    """Unpack the bundle's wheels of packages that are not installed. Returns their names."""
     missing = []
     for wheel in sorted(folder.glob("*.whl")):
         name = wheel.name.split("-")[0].replace("_", "-")
@@ -143,7 +143,7 @@ def surroundings(site: Path) -> dict[str, str]:
 
 
 def run(step: Step, out: Path, environment: dict[str, str]) -> dict[str, object]:
-    """Run a step; what became of it."""
+    """Run a step. Returns its outcome."""
     if step.program and shutil.which(step.program) is None:
         return {"step": step.name, "status": f"left out: no {step.program}"}
     begun, log = time.perf_counter(), out / f"{step.name}.log"
@@ -173,7 +173,7 @@ def run(step: Step, out: Path, environment: dict[str, str]) -> dict[str, object]
 
 
 def main() -> int:
-    """Run from the command line; the exit status is 1 where a step failed or was stopped."""
+    """Run from the command line. The exit status is 1 if a step failed or was stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

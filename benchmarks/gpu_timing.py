@@ -1,4 +1,4 @@
-"""Times on a GPU, and what attention over float16 takes there."""
+"""Timing on a GPU, and the time of attention over float16."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gpu_layers import Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-#: Least bytes that a rotation of inputs spans: several times any second-level cache.
+#: Smallest number of bytes in a rotation of inputs: several times any second-level cache.
 ROTATED_BYTES = 512 << 20
 REPEATS, WARM_UP = 21, 3
-#: Of torch's scaled_dot_product_attention; the last lets torch choose.
+#: Backends of torch's scaled_dot_product_attention; with the last, torch chooses.
 BACKENDS: dict[str, SDPBackend | None] = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -26,13 +26,13 @@ LEFT_OUT = {"left_out": "memory"}
 
 
 def median_seconds(calls: list[Callable[[], Any]]) -> float:
-    """Median device time of one call, going round the ``calls``."""
+    """Median device time of one call, over all ``calls`` in turn."""
     for i in range(max(WARM_UP, min(len(calls), REPEATS))):
         calls[i % len(calls)]()
     times = []
     for i in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(1_000_000)  # the host gets ahead, so that its own time is not measured
+        torch.cuda._sleep(1_000_000)  # lets the host get ahead, so that its time is not measured
         start.record()
         calls[i % len(calls)]()
         end.record()
@@ -42,18 +42,18 @@ def median_seconds(calls: list[Callable[[], Any]]) -> float:
 
 
 def copies_for(nbytes: int) -> int:
-    """How many inputs a rotation needs; more than are timed are of no use."""
+    """Number of inputs in a rotation, at most one per timed call."""
     return max(1, min(-(-ROTATED_BYTES // max(nbytes, 1)), REPEATS))
 
 
 def fits(nbytes: int) -> bool:
-    """Whether so much device memory is free, with a fifth to spare."""
+    """Whether this much device memory is free, with a margin of a fifth."""
     free, _ = torch.cuda.mem_get_info()
     return nbytes * 1.25 < free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of a gigabyte, or of a 64th of what is free."""
+    """Bytes read and written per second by a copy of a gigabyte, or of a 64th of the free memory."""
     size = min(1 << 30, torch.cuda.mem_get_info()[0] // 64)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -61,9 +61,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def time_float16(shape: Shape, tokens: int, batch: int, device: torch.device) -> dict[str, Any]:
-    """Attention over float16 keys and values: seconds, or why not, for each way that torch has.
+    """Seconds of attention over float16 keys and values, or the reason for none, for each backend of torch.
 
-    ``matvec`` is the plain pair of matrix products. ``fastest`` names the one that our kernels are compared with.
+    ``matvec`` is the plain pair of matrix products. ``fastest`` names the backend that our kernels are compared with.
     """
     nbytes = shape.cache_bytes(tokens, batch, 16)
     if not fits(nbytes * (copies_for(nbytes) + 1)):
@@ -92,5 +92,5 @@ def _time_sdpa(query: Tensor, sets: list[tuple[Tensor, ...]], backend: SDPBacken
     try:
         with nullcontext() if backend is None else sdpa_kernel(backend):
             return {"seconds": median_seconds([lambda kv=kv: attend(*kv) for kv in sets])}
-    except RuntimeError as error:  # this backend does not serve the shape, or is not built
+    except RuntimeError as error:  # this backend does not support the shape, or is not built
         return {"left_out": str(error).splitlines()[0][:120]}

@@ -1,11 +1,12 @@
 """Decode attention from the packed cache against float16 attention over the same tokens, on one GPU.
 
-For shapes of models, context lengths and batch sizes it times our kernels with KVQuant's recipes (4, 3 and 2 bits, 1%
-outliers) and ours (mixed widths, trellis codes), every backend of torch's scaled_dot_product_attention over float16
-keys and values, the fastest of which is what ours are compared with, and a plain float16 matrix-vector pair. A
-device-to-device copy is the ceiling; what reading an FP8 cache at its speed would take stands beside, since torch has
-no FP8 attention. Medians of CUDA events; inputs are rotated so that no cache serves them; what does not fit into memory
-is left out and named. The file is written anew after every row, and no row is begun when the budget is spent.
+It uses shapes of several models, context lengths and batch sizes. It times our kernels with KVQuant's recipes (4, 3 and
+2 bits, 1% outliers) and ours (mixed widths, trellis codes). Our kernels are compared with the fastest backend of
+torch's scaled_dot_product_attention over float16 keys and values. A plain float16 matrix-vector pair is timed, too. A
+device-to-device copy is the upper limit of speed; from it follows the time to read an FP8 cache, because torch has no
+FP8 attention. Times are medians of CUDA events. Inputs are rotated so that they are not in a cache. Cases that do not
+fit into memory are left out and named. The file is rewritten after every row, and no row begins after the budget is
+used up.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ BATCHES = (1, 8)
 
 
 def time_ours(kernels: LayerKernels, tokens: int, batch: int) -> dict[str, Any]:
-    """Seconds and bytes of our decode attention, or why not."""
+    """Seconds and bytes of our decode attention, or the reason for none."""
     shape = kernels.shape
     expected = shape.cache_bytes(tokens, batch, 1.2 * (kernels.recipe.bits + 0.6))
     copies = copies_for(expected)
-    if not fits(expected * (copies + 3)):  # drawing codes needs room for a while
+    if not fits(expected * (copies + 3)):  # drawing codes needs memory for a time
         return LEFT_OUT
     layers = [PackedLayer(kernels, tokens, batch) for _ in range(copies)]
     query = torch.randn(batch, shape.query_heads, shape.head_dim, device=kernels.device).half()
@@ -83,10 +84,10 @@ def check(launcher: Launcher, device: torch.device) -> None:
 
 
 class Timings:
-    """Rows as they come, written after each.
+    """Rows of results. The file is written after each row.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
         launcher, device: where the kernels run.
     """
 
@@ -108,17 +109,17 @@ class Timings:
 
     @property
     def spent(self) -> bool:
-        """Whether the budget is."""
+        """Whether the budget is used up."""
         return time.perf_counter() - self.begun > self.arguments.budget
 
     def write(self) -> None:
-        """What is there so far."""
+        """Write all rows so far."""
         if self.arguments.json:
             self.arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.arguments.json, (json.dumps(self.result, indent=1) + "\n").encode())
 
     def run(self) -> None:
-        """All lengths, models and batches, until the budget is spent."""
+        """Measure all lengths, models and batches, until the budget is used up."""
         a = self.arguments
         print(f"copy: {self.bandwidth / 1e12:.2f} TB/s read and written", flush=True)
         self.write()

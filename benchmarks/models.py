@@ -3,13 +3,13 @@
     python benchmarks/models.py [FAMILY ...] [--seconds 120] [--output docs/reference/models.md]
                                 [--findings FILE [--minutes 5]]
 
-Each family is made with random weights and a few layers (small_models.py), in a process of its own with a limit on time
-and memory. It is calibrated with the default recipe. Then it generates with a `KVQCache` that keeps all tokens exact,
-and what it predicts is compared with the model's own passes: a family that is calibrated and then fails, or differs, is
-a fault. So is one of which `kvq-calibrate --check` says something else. Exit status 1 if there is one.
+A model of each family is made with random weights and a few layers (small_models.py), in a separate process with a
+limit on time and memory. It is calibrated with the default recipe. Then it generates with a `KVQCache` that keeps all
+tokens exact, and its predictions are compared with those without a cache. A family that is calibrated and then fails or
+differs is a fault. So is one for which `kvq-calibrate --check` says something else. With faults, the exit status is 1.
 
-With ``--findings`` each finding is written to a file, and those in the file are not looked for again. With
-``--minutes`` the sweep ends early, with exit status 3, and the same command continues it.
+With ``--findings`` each finding is written to a file, and families in the file are skipped. With ``--minutes`` the
+sweep ends early, with exit status 3, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -52,43 +52,43 @@ from kvq_calib.model.probe import Serving
 from kvq_calib.schema.recipe import DEFAULT_RECIPE, calibration_config
 
 DOCS = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
-#: Seconds of computation, and bytes beyond what a process has.
+#: Limits: seconds of computation, and bytes beyond those of the process at the start.
 SECONDS = 120.0
 _MEMORY = 8 << 30
-#: Seconds by the clock are more: others may use the machine.
+#: The limit on elapsed time is so many times larger, because others may use the machine.
 _PATIENCE = 10
-#: What stays exact is stored in float16, so results are those of float16; a wrong key or mask changes them altogether.
+#: Exact tokens are stored in float16, so results have its rounding errors. A wrong key or mask gives much larger ones.
 _TOLERANCE = 0.02
 _PROMPT, _NEW = 40, 6
 
 _INTRODUCTION = (
-    "A model needs no declaration: it is looked at when it is calibrated, and either works or is refused with the "
-    "reason before time is spent. `kvq-calibrate --check MODEL` says which from the configuration alone. This page is what "
-    "`benchmarks/models.py` prints: every family of causal language models that transformers knows, made small with random "
-    "weights, calibrated with the default recipe, and used through a packed cache beside its own passes. It says what the "
-    "code of a family allows, not how well real weights fare."
+    "A model is inspected when it is calibrated. It works, or it is refused at the start with the reason; "
+    "`kvq-calibrate --check MODEL` tells this from the configuration alone. This page is printed by "
+    "`benchmarks/models.py`. For every family of causal language models in transformers, it makes a small model "
+    "with random weights, calibrates it with the default recipe, and compares passes through a packed cache with "
+    "passes without one. This tests the code of a family, not the accuracy with real weights."
 )
 _KINDS = (
-    "Most models call transformers' attention interface with what they cache. There, attention goes over packed pages. "
-    "Others have attention of their own, change keys or values on the way, or cache latents (multi-head latent "
-    "attention): their cache stores as few bits, and gives a layer back as numbers whenever it is updated, which is "
-    "slower; that is said once. Layers that keep a state (linear attention, convolutions, Mamba) keep it in the same "
-    "cache, as transformers makes it, from 5.5 on. Layers that attend to other layers' keys and values store none. \"No "
-    'RoPE" means that keys are quantized as they are cached: there is no rotary embedding, or none that can be undone. '
-    '"Continues by single tokens" is what the code of a family does with its own cache too: given more at once, its '
-    "states begin anew, or it fails. Some layers keep more for a token than keys and values: an indexer has keys of its "
-    "own, by which it chooses those to attend to. They stay as they are, beside those that are packed. Encoders "
-    '(BERT, RoBERTa, ...) are causal language models where their configuration says `"is_decoder": true`, as here.'
+    "Most models pass what they cache to transformers' attention interface; then attention reads packed pages. "
+    "Other models compute attention themselves, change keys or values on the way, or cache latents (multi-head "
+    "latent attention). For these the cache is as small, but dequantizes a layer at every update; this is slower, "
+    "and a warning says so once. States of layers (linear attention, convolutions, Mamba) are kept unquantized in "
+    "the same cache, with transformers 5.5 or newer. Layers that attend to other layers' keys and values store "
+    'none. "No RoPE" means that keys are quantized as cached: there is no rotary embedding, or none that can be '
+    'undone. "Continues by single tokens" means that a cached text can be continued by only one token at a time, '
+    "with any cache: with more tokens, states start again, or the model fails. An indexer chooses the tokens that a"
+    " layer attends to; its keys are not quantized. Encoders (BERT, RoBERTa, ...) are causal language models if "
+    'their configuration has `"is_decoder": true`, as here.'
 )
 _PICTURES = (
-    "Beside families: models of several modalities calibrate with text. Where positions have sections (pictures in "
-    "Qwen2.5-VL and Qwen3-VL), keys must be quantized as they are cached, with a `nuq*` recipe and "
-    "`--set cache.key.pre_rope=false`; a cache made otherwise serves text, and refuses a picture."
+    "Multimodal models are calibrated with text. If positions have sections (pictures in Qwen2.5-VL and Qwen3-VL), "
+    "keys must be quantized as cached, with a `nuq*` recipe and `--set cache.key.pre_rope=false`. Other caches of "
+    "these models support only text, and refuse a picture."
 )
 _LONGROPE = (
-    "Models with LongRoPE (Phi-3.5, Phi-4-mini) take a `nuq*` recipe with `--set cache.key.pre_rope=false` too. A cache "
-    "then serves texts that stay on one side of the length at which the model switches its frequencies, and refuses to "
-    "pass it: the model would rotate all its keys anew."
+    "Models with LongRoPE (Phi-3.5, Phi-4-mini) need a `nuq*` recipe with `--set cache.key.pre_rope=false`, too. "
+    "These models switch their frequencies at a certain length. A cache supports texts that stay on one side of "
+    "this length, and refuses to pass it, because the model would rotate all its keys anew."
 )
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -96,11 +96,11 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a family.
+    """The result for a family.
 
     Attributes:
         family: its ``model_type``.
-        outcome: "works", "materialized" (works, and gets its keys and values back as numbers), "refused" (at
+        outcome: "works", "materialized" (works, and gets its keys and values dequantized), "refused" (at
             calibration), "none" (it keeps no keys and values in a cache), "not small" (it could not be made small
             here), or a fault: "crash", "fails", "differs", "check" (`--check` says something else), "slow".
         detail: what it caches, or the reason.
@@ -112,7 +112,7 @@ class Finding:
 
     @property
     def is_fault(self) -> bool:
-        """Whether that must not be."""
+        """Whether the outcome is a defect."""
         return self.outcome not in ("works", "materialized", "refused", "none", "not small")
 
 
@@ -120,7 +120,7 @@ class Finding:
 
 
 def examine(family: str) -> Finding:
-    """Calibrate and use a family, and compare with what its configuration alone tells; in this process."""
+    """Calibrate and use a family in this process, and compare with the result of `--check`."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -128,14 +128,14 @@ def examine(family: str) -> Finding:
     except Exception as error:
         return Finding(family, "not small", f"{type(error).__name__}: {one_line(error, 120)}")
     found = _calibrated_and_used(family, model)
-    if found.is_fault or type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a part of what users name
+    if found.is_fault or type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a part of a model
         return found
     said = _said(model.config)
     return found if said == found.outcome else Finding(family, "check", f"{found.outcome}: {said}")
 
 
 def _said(config: Any) -> str:
-    """The outcome that the configuration tells, or how that fails."""
+    """The outcome according to `--check`, or its error."""
     try:
         return "materialized" if check_configuration(config).serving.materialized else "works"
     except NothingToQuantizeError:
@@ -173,13 +173,13 @@ def _calibrated_and_used(family: str, model: Any) -> Finding:
 
 @torch.no_grad()
 def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
-    """Passes and generation through an exact cache beside passes without one; how they differ, or nothing."""
+    """Compare passes and generation through an exact cache with passes without one. Returns the difference, or ""."""
     prompt = ids[:1, :_PROMPT]
     cache = KVQCache(artifact, model, recent_tokens=10**6)
     sizes = [38, 1, 1] if cache.single_tokens else [17, 22, 1]
     got = _passes(model, cache, prompt, sizes)
     wanted = model(input_ids=prompt, use_cache=False).logits
-    # An indexer may choose among keys that are alike, in several passes others than in one.
+    # Among equal keys an indexer may choose others in several passes than in one.
     for expected in (lambda: wanted, lambda: _passes(model, None, prompt, sizes)):
         error = float((got - expected()).abs().max() / wanted.abs().max())
         if error <= _TOLERANCE:
@@ -197,7 +197,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
     if text.shape[1] != _PROMPT + _NEW or cache.get_seq_length() != text.shape[1] - 1:
         return f"it generated {text.shape[1] - _PROMPT} tokens with {cache.get_seq_length()} in the cache"
     scores = model(input_ids=text, use_cache=False).logits[0, _PROMPT - 1 : -1]
-    # Of tokens that are as good as equal, rounding may take either; some families force the last one.
+    # With nearly equal scores, rounding may decide for either token; some families force the last one.
     behind = scores.amax(-1) - scores.gather(1, text[0, _PROMPT:, None])[:, 0]
     if not torch.equal(text, own) and not bool((behind <= _TOLERANCE * scores.abs().max()).all()):
         return "it generates other tokens than with its own cache"
@@ -209,7 +209,7 @@ def _use(model: Any, artifact: Any, ids: torch.Tensor) -> str:
 
 
 def _passes(model: Any, cache: Any, ids: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Logits ``[1, T, V]`` of a text in several passes through a cache; through the model's own for ``None``."""
+    """Logits ``[1, T, V]`` of a text in several passes through a cache; ``None`` means the model's default cache."""
     logits, start = [], 0
     for part in ids.split(list(sizes), dim=1):
         output = model(**next_pass(model, part, cache, start), use_cache=True)
@@ -244,12 +244,12 @@ def _cached(artifact: Any, serving: Serving) -> str:
 
 
 def families() -> list[str]:
-    """Those of this transformers."""
+    """All families in the installed transformers."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _report(family: str, seconds: float, connection: Any) -> None:
-    """What a family's process does."""
+    """The work of a family's process."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(null, stream)
@@ -263,7 +263,7 @@ def _report(family: str, seconds: float, connection: Any) -> None:
 
 
 def examined(family: str, seconds: float = SECONDS) -> Finding:
-    """The finding of a process of its own, which is killed after that time."""
+    """The finding of a separate process, which is killed after that time."""
     ours, theirs = _PROCESSES.Pipe(duplex=False)
     process = _PROCESSES.Process(target=_report, args=(family, seconds, theirs), daemon=True)
     process.start()
@@ -308,13 +308,13 @@ def read(path: Path | None) -> dict[str, Finding]:
 def sweep(
     names: Sequence[str], seconds: float = SECONDS, path: Path | None = None, minutes: float = float("inf")
 ) -> list[Finding]:
-    """The findings of some families; fewer where time is up.
+    """The findings of some families, or of fewer if the time is over.
 
     Args:
-        names: of the families.
-        seconds: of computation for each.
-        path: a file of findings, which are taken from there and added to it.
-        minutes: after which no other family is begun.
+        names: names of the families.
+        seconds: seconds of computation for each family.
+        path: a file of findings, which is read first and then extended.
+        minutes: time after which no other family is started.
     """
     _serve()
     found, start = read(path), time.monotonic()
@@ -338,7 +338,7 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
     faults = [finding for finding in found if finding.is_fault]
     counted = (
         f"Of {len(found)} families, {counts['works']} attend to packed pages, {counts['materialized']} get their keys and "
-        f"values back as numbers, {counts['none']} keep no keys and values in a cache, so there is nothing to quantize, "
+        f"values dequantized, {counts['none']} keep no keys and values in a cache, so there is nothing to quantize, "
         f"{counts['refused']} are refused, and {counts['not small']} could not be made small by these settings, so they "
         f"were not tried. Calibrated and then failing or different, or judged otherwise by `--check`: {len(faults)}."
     )
@@ -352,7 +352,7 @@ def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
         lines += [*textwrap.wrap(text, 120), ""]
     titles = {
         "works": "Attention over packed pages",
-        "materialized": "Materialized: keys and values come back as numbers",
+        "materialized": "Materialized: the cache dequantizes keys and values",
         "none": "Nothing to quantize",
         "refused": "Refused at calibration",
         "not small": "Not tried: could not be made small",

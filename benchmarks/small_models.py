@@ -10,13 +10,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from kvq_calib.model.check import fill_zeros
 from kvq_calib.model.compat import keeps_keys, layer_attribute, own_layers
 
-#: Parameters of a model that counts as small.
+#: Largest number of parameters of a small model.
 _PARAMETERS = 150_000_000
-#: Numbers of layers to try where the settings of a family name none: in some families only later layers keep keys and
-#: values. The first is that of SMALL.
+#: Numbers of layers to try if the settings of a family have none, because in some families only later layers keep keys
+#: and values. The first is from SMALL.
 _DEPTHS = (None, 4, 8)
 
-#: Fields of configurations that make a model small, under the names that families have for them.
+#: Fields of configurations that make a model small, under all names that families use.
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512, "pad_token_id": 0,
@@ -26,10 +26,11 @@ SMALL: dict[str, Any] = {
     "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
 }  # fmt: skip
-#: Parts of a configuration for encoders of pictures and sounds, which are not used here, and what makes them small.
+#: Parts of a configuration for encoders of pictures and sounds, which are not used here, and the fields that make them
+#: small.
 _PARTS = {"vision_config", "audio_config"}
 _DEEP = {"num_hidden_layers", "num_blocks", "depth", "encoder_layers"}
-#: Names that some families have for the same.
+#: Other names of the same fields in some families.
 _SEQ2SEQ = {
     "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96,
@@ -63,7 +64,7 @@ _INDEXED_HYBRID = {
     "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4, "hc_lowrank": 8,
 }  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-#: What single families need beside SMALL; ``None`` leaves a field out.
+#: Further fields of single families; ``None`` leaves a field of SMALL out.
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _SEQ2SEQ),
     **dict.fromkeys(("mbart", "mvp", "pegasus", "plbart", "whisper"), _SEQ2SEQ),
@@ -176,7 +177,7 @@ def small_model(family: str) -> Any:
     """A model of the family with random weights, in eval mode.
 
     Raises:
-        Exception: whatever the family's configuration or model makes of these sizes.
+        Exception: any error of the family's configuration or model with these sizes.
     """
     settings = {
         name: value for name, value in {**SMALL, **EXTRA.get(family, {})}.items() if value is not None
@@ -211,7 +212,7 @@ def _model(config: Any) -> Any:
 
 
 def _small_config(family: str, settings: dict[str, Any], nested: str | None) -> Any:
-    """A configuration with these settings, or a part of that name; more layers where keys need them."""
+    """A configuration with these settings, in its part `nested` if given. It has more layers if none keeps keys."""
     if _is_latent(family):
         settings = {**{name: value for name, value in settings.items() if name != "head_dim"}, **_LATENT}
         settings |= {name: value for name, value in EXTRA.get(family, {}).items() if value is not None}
@@ -230,7 +231,7 @@ def _small_config(family: str, settings: dict[str, Any], nested: str | None) -> 
         if _keeps_keys(made[-1]):
             break
     else:
-        made = made[:1]  # none keeps any
+        made = made[:1]  # no layer keeps keys
     if not made:
         assert failure is not None
         raise failure

@@ -3,13 +3,14 @@
     python docs/style.py [FILE ...]
 
 - No line of prose is longer than 120 characters, in Markdown, docstrings and comments.
-- README, start page and guides have no sentence of more than 35 words.
+- README, start page and guides have no sentence of more than 35 words, docstrings and comments none of more than 40.
 - The field's terms are used.
 - proselint finds nothing, where it is installed.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_LINE = 120
 LONGEST_SENTENCE = 35
+LONGEST_IN_CODE = 40
 #: Terms to avoid, and what to write instead.
 TERMS = {
     r"\bforeign tokens?\b": "vocabulary samples",
@@ -30,6 +32,7 @@ TERMS = {
     r"\bdivergence over that\b": "KL divergence relative to the baseline recipe",
     r"\bper cent\b": "%",
 }
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 #: Checks of proselint that do not suit plain text and formulas.
 OFF = ("typography", "lexical_illusions", "dates_times", "misc.phrasal_adjectives", "misc.but")
 
@@ -79,6 +82,24 @@ def _is_prose_of_code(line: str, inside: bool) -> bool:
     return inside or line.lstrip().startswith(("#", "//", "*", '"""'))
 
 
+def as_prose(file: Path) -> str:
+    """Docstrings and whole-line comments of a source file, on their lines; all other lines are empty."""
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    kept = {number: line for number, line in enumerate(lines, 1) if line.lstrip().startswith(("#", "//"))}
+    if file.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node):
+                place = node.body[0]
+                kept.update({n: lines[n - 1] for n in range(place.lineno, place.end_lineno + 1)})
+    prose_lines, tables = [], 0
+    for number in range(1, len(lines) + 1):
+        line = re.sub(r'^(#:?|//|r?""")\s?|"""$', "", kept.get(number, "").strip())
+        tables += line.startswith("====")  # a table has three such lines
+        prose_lines.append("" if "---" in line or tables % 3 else line)
+    return "\n".join(prose_lines)
+
+
 def long_lines(file: Path) -> Iterator[str]:
     """Problems: lines of prose that are too long."""
     text = file.read_text(encoding="utf-8")
@@ -98,9 +119,12 @@ def long_lines(file: Path) -> Iterator[str]:
 
 def long_sentences(file: Path) -> Iterator[str]:
     """Problems: sentences that are too long."""
-    for number, sentence in sentences(file.read_text(encoding="utf-8")):
-        if (count := len(sentence.split())) > LONGEST_SENTENCE:
-            yield f"{file}:{number}: a sentence of {count} words, more than {LONGEST_SENTENCE}: {sentence[:60]}..."
+    text, most = as_prose(file), LONGEST_IN_CODE
+    if file.suffix == ".md":
+        text, most = file.read_text(encoding="utf-8"), LONGEST_SENTENCE
+    for number, sentence in sentences(text):
+        if (count := len(sentence.split())) > most:
+            yield f"{file}:{number}: a sentence of {count} words, more than {most}: {sentence[:60]}..."
 
 
 def wrong_terms(file: Path) -> Iterator[str]:
@@ -142,7 +166,7 @@ def problems(files: list[Path]) -> Iterator[str]:
         yield from long_lines(file)
         if file.suffix == ".md":
             yield from wrong_terms(file)
-        if file in guides:
+        if file in guides or file.suffix != ".md":
             yield from long_sentences(file)
     yield from proselint([file for file in files if file.suffix == ".md"])
 

@@ -8,7 +8,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def told_by(error: BaseException | None) -> str:
-    """What a library says to its users in an exception, in brackets; nothing where it is an accident of its code."""
+    """A library's message to its users in brackets; empty if the exception looks like a defect of the library."""
     said = isinstance(error, ValueError | NotImplementedError) and bool(str(error).strip())
     return f" ({one_line(error)})" if error is not None and said else ""
 

@@ -1,7 +1,7 @@
 """Plausible artifacts without a calibration run: random levels, thresholds around given samples.
 
-Tests that work with any codec need no more than this: :func:`recipe` and :data:`RECIPES` say what is quantized how,
-:func:`random_artifact` and :func:`random_quantizer` make it, :func:`with_tensors` changes single tensors.
+It suffices for tests that work with any codec. :func:`recipe` and :data:`RECIPES` are specs, :func:`random_artifact`
+and :func:`random_quantizer` make artifacts and quantizers, and :func:`with_tensors` changes single tensors.
 """
 
 from __future__ import annotations

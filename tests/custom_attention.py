@@ -1,4 +1,4 @@
-"""Attention of a llama that does something else than the others; everything goes through transformers' interface."""
+"""Variants of llama's attention, all through transformers' attention interface."""
 
 from __future__ import annotations
 

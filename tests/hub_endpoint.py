@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of its interface as uploading and downloading a few small files takes."""
+"""A hub on loopback, with the part of the interface that uploading and downloading small files needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family: same code paths as the real ones, milliseconds to run."""
+"""Tiny random models of every supported family: the same code paths as real models, in milliseconds."""
 
 from __future__ import annotations
 

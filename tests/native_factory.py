@@ -1,4 +1,4 @@
-"""Native libraries from the sources as they stand, and trellis quantizers with any numbers, for tests."""
+"""Native libraries compiled from the present sources, and trellis quantizers with any numbers, for tests."""
 
 from __future__ import annotations
 

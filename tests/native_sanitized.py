@@ -1,6 +1,7 @@
-"""Calls a library that was compiled with sanitizers on arrays of exactly the size they must have; run by a test.
+"""Calls a library that was compiled with sanitizers, with arrays of exactly the right size. A test runs it.
 
-Without torch, which sanitizers know too little of. Prints "equal" where the codes are those of the plain library.
+It does not use torch, which sanitizers do not support well. It prints "equal" if the codes equal those of the normal
+library.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""As native_sanitized.py, for what reads and packs codes: attention, dequantizing, packing, lists, the scalar encoder.
+"""Like native_sanitized.py, for attention, dequantizing, packing, lists of outliers, and the scalar encoder.
 
-Pages hold any bits, and lists of outliers any starts and indices: whatever they say, nothing is read beyond its end.
+Pages have random bits, and lists of outliers random starts and indices. Nothing may be read beyond its end.
 """
 
 from __future__ import annotations

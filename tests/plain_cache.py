@@ -1,7 +1,7 @@
-"""The oracle of the runtime: an unpacked cache whose keys and values went through the quantizer.
+"""The reference for the runtime: an unpacked cache whose keys and values went through the quantizer.
 
-It keeps every token, un-rotated, and computes with the model's own attention, masks and rotary function.
-What is quantized when follows the rule of the packed cache, stated once more in the fewest words.
+It keeps every token, un-rotated, and uses the model's attention, masks and rotary function. It implements the packed
+cache's rule of what is quantized when, as simply as possible.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples, and states of statistics added up in one process as ranks add them."""
+"""Samples, and addition of statistics in one process as between ranks."""
 
 from __future__ import annotations
 

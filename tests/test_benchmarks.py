@@ -1,4 +1,4 @@
-"""The benchmark scripts run: seconds on a tiny model, so that they cannot rot."""
+"""The benchmark scripts run, in seconds on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration of a model whose values have heads of another size than its keys."""
+"""Calibration of a model with different head sizes of keys and values."""
 
 import pytest
 import torch

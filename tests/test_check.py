@@ -1,4 +1,4 @@
-"""What a configuration alone tells of a model, and `kvq-calibrate --check`."""
+"""What a configuration tells about a model, and `kvq-calibrate --check`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_attention_of_its_own_is_said(tmp_path):
     found = check(tmp_path)
     assert found.exit_code == 0, found.output
     assert "quantized as cached: no rotary embedding that can be undone" in found.output
-    assert "gets them back as numbers, a layer at a time" in found.output
+    assert "gets them dequantized, a layer at a time" in found.output
 
 
 def test_a_model_that_cannot_be_used_is_refused_with_the_reason(tmp_path):

@@ -1,4 +1,4 @@
-"""A codec that the package does not know, from the calibration text to the packed cache: registering it is all."""
+"""An external codec, from the calibration text to the packed cache. It only has to be registered."""
 
 from __future__ import annotations
 

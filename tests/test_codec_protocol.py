@@ -1,4 +1,4 @@
-"""What every codec promises, held for each of them and for one that is made for tests (``toy_codec.py``)."""
+"""The protocol of codecs, tested with each codec and with one for tests (``toy_codec.py``)."""
 
 from __future__ import annotations
 

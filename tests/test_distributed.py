@@ -1,4 +1,4 @@
-"""Two ranks give what one gives; a rank that dies ends the run, and resuming finishes it."""
+"""Two ranks give the result of one. A rank that dies ends the run, and resuming finishes it."""
 
 import os
 import signal

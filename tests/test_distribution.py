@@ -1,4 +1,4 @@
-"""Moments of channels and their weighted distributions, against the data they are of."""
+"""Moments and weighted distributions of channels, against their data."""
 
 import torch
 from statistic_helpers import added, normal

@@ -1,4 +1,4 @@
-"""What the trellis codec weighs when it encodes: error compensation within a head, and tokens by their size."""
+"""Encoding of the trellis codec: error compensation within a head, and token weighting."""
 
 from dataclasses import replace
 

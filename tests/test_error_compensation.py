@@ -1,4 +1,4 @@
-"""Error compensation: the factors of the weight, what is left of it, and statistics that add."""
+"""Error compensation: factors of the error weight, the weight that remains, and statistics."""
 
 import math
 

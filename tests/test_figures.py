@@ -1,4 +1,4 @@
-"""The figures of README and documentation are those of the committed records and artifacts."""
+"""The figures of README and documentation agree with the committed records and artifacts."""
 
 import re
 import sys

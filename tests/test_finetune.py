@@ -1,4 +1,4 @@
-"""Training what an artifact stores: gradients, determinism, and that it helps on text it has not seen."""
+"""Training of an artifact's parameters: gradients, determinism, and improvement on held-out text."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FP8 scales: what the artifact's ranges give, and the names and keys that three runtimes document."""
+"""FP8 scales: numbers from the artifact's ranges, and the names and keys that three runtimes document."""
 
 import json
 import re

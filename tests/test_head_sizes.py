@@ -1,4 +1,4 @@
-"""Values with other head sizes than keys, and layers with other head sizes than their neighbours."""
+"""Different head sizes of keys and values, and of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One interception for everything: what it leaves alone, threads, and models that had a cache once."""
+"""Interception: what it does not change, threads, and models that had a cache before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own code against the quantizer and a float64 attention.
+"""The CUDA kernels against the quantizer and float64 attention.
 
 Without a GPU the sources run as C++ (``shim/``); with one the compiled kernels run the same tests.
 """

@@ -1,4 +1,4 @@
-"""The GPU benchmarks' own code, as far as it runs without a GPU."""
+"""The GPU benchmarks, as far as they run without a GPU."""
 
 from __future__ import annotations
 

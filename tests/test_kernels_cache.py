@@ -1,4 +1,4 @@
-"""A whole model over the kernels: KVQCache with their host build beside KVQCache with torch."""
+"""A whole model with the kernels: KVQCache with their host build against KVQCache with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which the decode kernel takes channels, and the numbers it computes levels from."""
+"""The order in which the decode kernel takes channels, and its numbers for computed levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Importing KVQuant's pickles: the numbers carry over, and no pickle gets to run anything."""
+"""Import of KVQuant's pickles: the numbers are the same, and no pickle can run anything."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The parts import each other one way only; a walk over the imports holds it."""
+"""Imports between folders go one way; all imports are checked."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Levels of channels from their distributions: what widths cost, and the coefficients that come out."""
+"""Levels of channels from their distributions: errors by width, and coefficients."""
 
 import pytest
 import torch

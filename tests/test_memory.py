@@ -1,4 +1,4 @@
-"""Honest bits: the formula equals the bytes of filled buffers, and nothing that is stored goes uncounted."""
+"""Counting of bits: the formula equals the bytes of filled buffers, and everything that is stored counts."""
 
 from __future__ import annotations
 

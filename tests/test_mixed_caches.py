@@ -1,4 +1,4 @@
-"""Models of which some layers keep keys and values and others a state: linear attention, convolutions, Mamba."""
+"""Models in which some layers keep keys and values and others a state: linear attention, convolutions, Mamba."""
 
 from __future__ import annotations
 

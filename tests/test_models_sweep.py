@@ -1,4 +1,4 @@
-"""benchmarks/models.py: what it finds of families whose outcome is known, and that faults are found as such."""
+"""benchmarks/models.py: its results for families with known outcome, and detection of faults."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_page_counts_and_names_faults(models: Any) -> None:
     lines = models.report(found, environment())
     text = " ".join(lines)
     assert (
-        "Of 4 families, 1 attend to packed pages, 0 get their keys and values back as numbers, 1 keep no keys and values"
+        "Of 4 families, 1 attend to packed pages, 0 get their keys and values dequantized, 1 keep no keys and values"
         in text.replace("  ", " ")
     )
     assert "1 are refused" in text

@@ -1,4 +1,4 @@
-"""The native encoder finds torch's codes bit for bit, or leaves it to torch; and it never reads what is not there."""
+"""The native encoder finds torch's codes bit for bit, or leaves the work to torch. It never reads beyond its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode attention of many sequences in one pool: arguments that do not fit are refused before a pointer is passed."""
+"""Decode attention for many sequences in one pool: wrong arguments are refused before a pointer is passed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not there, nothing replaced without a word, no two runs at one output."""
+"""Output files: complete or not written, never replaced silently, and never written by two runs at once."""
 
 from __future__ import annotations
 

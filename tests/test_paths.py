@@ -1,4 +1,4 @@
-"""Trellis-coded quantization: the path is the best there is, and reading needs nothing but the codes."""
+"""Trellis-coded quantization: the path is optimal, and reading needs only the codes."""
 
 from __future__ import annotations
 

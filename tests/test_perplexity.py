@@ -1,4 +1,4 @@
-"""Evaluation in prefill mode: what is reported follows from the logits, and from nothing else."""
+"""Evaluation in prefill mode: results follow from the logits only."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Models whose weights are read from disk when they are used: the same artifact, and no weight left in memory."""
+"""Models with offloaded weights: the same artifact, and no weights left in memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans of statistics: what recipes share, what a pass hands out, and a way to fit that comes from outside."""
+"""Plans of statistics: sharing between recipes, the data of a pass, and an external fitter."""
 
 from __future__ import annotations
 

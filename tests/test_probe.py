@@ -1,4 +1,4 @@
-"""Models that a packed cache cannot serve are refused before anything is done with them."""
+"""Models that a packed cache cannot serve are refused at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tester of PTX tested: instructions by hand-written PTX, and faults that it has to find."""
+"""Tests of the PTX translator: instructions in hand-written PTX, and faults that it must find."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several ranks without a launcher: any split gives one result, and one rank says what went wrong.
+"""Several ranks without a launcher: every split gives the same result, and one rank reports a failure.
 
-Ranks are forks of one process that has imported everything, so that a run of the command takes a second.
+Ranks are forked from a process that has imported everything, so that a run takes a second.
 """
 
 import contextlib

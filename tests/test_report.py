@@ -1,4 +1,4 @@
-"""The HTML report: one file that loads nothing, shows what was measured, and escapes what it did not write itself."""
+"""The HTML report: one file that loads nothing, shows the results, and escapes all text from outside."""
 
 import html
 import importlib.util

@@ -1,4 +1,4 @@
-"""A small part of benchmarks/robustness.py: hostile files are refused, a killed run leaves nothing half written."""
+"""A small part of benchmarks/robustness.py: hostile files are refused, and a killed run leaves no half-written file."""
 
 from __future__ import annotations
 

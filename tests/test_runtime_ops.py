@@ -1,4 +1,4 @@
-"""Which operations a cache gets: by argument, by environment, by what can run; the protocol is all it needs."""
+"""The choice of a cache's operations: by argument, by environment, by availability; and the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed storage by itself: grouping, cropping and selecting never change what is stored."""
+"""Packed storage: grouping, cropping and selecting do not change the stored numbers."""
 
 from __future__ import annotations
 

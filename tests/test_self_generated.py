@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself."""
+"""Self-generated calibration text."""
 
 from __future__ import annotations
 

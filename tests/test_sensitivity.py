@@ -1,4 +1,4 @@
-"""The measured cost of each head's errors, against differences, and what the allocation makes of it."""
+"""The measured cost of each head's errors, against finite differences, and its use in the allocation."""
 
 from __future__ import annotations
 

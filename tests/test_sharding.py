@@ -1,4 +1,4 @@
-"""Shards of an artifact: each rank's heads as the whole has them, and attention that two ranks put together."""
+"""Shards of an artifact: each rank's heads equal those of the whole, and two ranks compute attention together."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Specs: illegal combinations cannot be made, and what a codec stores follows from spec and geometry."""
+"""Specs: illegal combinations cannot be made, and stored tensors follow from spec and geometry."""
 
 import pytest
 from pydantic import ValidationError

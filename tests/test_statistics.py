@@ -1,4 +1,4 @@
-"""Streaming statistics: independent of order and grouping, and close to the exact answers; states add."""
+"""Streaming statistics: independent of order and grouping, close to the exact results, and additive."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The check of how the documentation is written finds what it is to find, and nothing in the documentation."""
+"""The style check finds what it should find, and nothing in the documentation and the sources."""
 
 import importlib.util
 from pathlib import Path
@@ -26,6 +26,34 @@ def test_readme_and_guides_are_short_of_words_and_lines():
 
 def test_the_readme_is_read_in_three_minutes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_sources_have_no_long_sentence():
+    assert [line for file in style.sources() for line in style.long_sentences(file)] == []
+
+
+@pytest.mark.parametrize("words", [40, 41])
+@pytest.mark.parametrize("form", ['"""{}"""\n', "x = 1\n# {}\n", '"""Short.\n\n{}\n"""\n', "// {}\n"])
+def test_a_sentence_in_code_may_have_40_words(tmp_path, words, form):
+    file = tmp_path / ("code.cpp" if form.startswith("//") else "code.py")
+    file.write_text(form.format(" ".join(["word"] * (words - 1)) + " end."))
+    assert len(list(style.long_sentences(file))) == (words > 40)
+
+
+def test_strings_and_tables_in_code_are_no_prose(tmp_path):
+    long = "word " * 50
+    file = tmp_path / "code.py"
+    file.write_text(f'''"""Short.
+
+====  ====
+a     b
+====  ====
+{long}
+====  ====
+"""
+text = """{long}"""
+''')
+    assert list(style.long_sentences(file)) == []
 
 
 @pytest.mark.parametrize("words", [35, 36])

@@ -1,4 +1,4 @@
-"""Token weighting: what is counted, the weights that follow, and that a calibration stores them."""
+"""Token weighting: the statistics, the weights, and their place in an artifact."""
 
 from __future__ import annotations
 

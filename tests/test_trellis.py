@@ -1,4 +1,4 @@
-"""The trellis codec: widths and computed levels of channels, turned pairs, coefficients in half precision."""
+"""The trellis codec: widths and computed levels of channels, pair rotation, coefficients in half precision."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The packed cache in vLLM's pages on a GPU, which is pretended: the kernels run, and the host waits for none."""
+"""The packed cache in vLLM's pages on a simulated GPU: the kernels run, and the host never waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused when a server starts, without vLLM: a configuration is no more than its attributes here."""
+"""Checks at the start of a server, without vLLM: a configuration is only an object with attributes here."""
 
 from __future__ import annotations
 

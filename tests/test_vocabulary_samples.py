@@ -1,4 +1,4 @@
-"""Tokens that the calibration text does not have."""
+"""Vocabulary samples: tokens that the calibration text does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels that share a width: which go together, and what a group may have."""
+"""Groups of channels that share a width: their members, and their possible widths."""
 
 import torch
 from hypothesis import given, settings

@@ -1,6 +1,6 @@
-"""One small artifact of each codec with everything it can store, of numbers that are the same on every machine.
+"""One small artifact of each codec with everything it can store, and with the same numbers on every machine.
 
-``tests/golden/`` holds their files. After a change of the format, write those anew with ``to_bytes``.
+``tests/golden/`` has their files. After a change of the format, write these again with ``to_bytes``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The smallest codec: two bits for every element, a table of levels for every head, thresholds for every channel.
+"""A minimal codec: two bits for every element, a table of levels for every head, thresholds for every channel.
 
-Its spec, its numbers and its quantizer are all that a codec is. Once it is registered, everything that asks the
-protocol alone works with it.
+A codec consists of a spec, parameters and a quantizer. After registration, everything that uses only the protocol works
+with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must hold for a model of any kind, from calibration to generation: the same checks for all of them."""
+"""Checks from calibration to generation that every kind of model must pass."""
 
 from __future__ import annotations
 

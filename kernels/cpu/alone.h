@@ -1,19 +1,19 @@
-// Paths of one block alone, as decoding closes it: there is nothing to fill lanes with but the subsets of levels, or
-// the states. The codes are those of best_path() and shaped_path().
+// Paths of a single block, as when decoding closes one. Lanes hold the subsets of levels, or the states. The codes are
+// the same as from best_path() and shaped_path().
 #pragma once
 
 #include "path.h"
 
 namespace kvq {
 
-// A channel's block.
+// The block of one channel.
 struct Line {
     uint8_t code[kBlock];
     float seen[kBlock];  // the levels
     bool not_a_number;   // only ever set
 };
 
-// What is the same for all channels of a head.
+// Inputs that are the same for all channels of a head.
 struct LineTokens {
     const float* weight;  // [32] or null
     const float* gain;    // [32] of noise shaping; null for none
@@ -27,7 +27,7 @@ inline int cheapest_state(Quad cost) {
     return state;
 }
 
-// Squares of a token's errors, weighted; 0 where there is no token.
+// Weighted squares of a token's errors; 0 if there is no token.
 KVQ_INLINE Quad weighted_square(Quad error, const LineTokens& tokens, int t) {
     if (t >= tokens.length) return Quad{};
     const Quad square = error * error;
@@ -86,7 +86,7 @@ void best_path_alone(const Channel& channel, const float* u, const LineTokens& t
     }
 }
 
-// Lane s is state s: the subset of its code 0 is s, that of its code 1 the one two lanes on.
+// Lane s is state s. The subset of its code 0 is s; that of its code 1 is two lanes further.
 template <int N>
 void shaped_path_alone(const Channel& channel, const float* u, const LineTokens& tokens, Line& line) {
     Quad cost = {0.0f, kInfinity, kInfinity, kInfinity}, error = {};
@@ -94,7 +94,7 @@ void shaped_path_alone(const Channel& channel, const float* u, const LineTokens&
     int32_t place[kBlock][4];  // bit 8: whether the predecessor is the higher one
     for (int t = 0; t < kBlock; t++) {
         const Quad target = splat<4>(u[t]) + splat<4>(tokens.gain[t]) * error;
-        // Lane s of the second belongs to the state two lanes on.
+        // Lane s of the second belongs to the state two lanes further.
         const Quad turned = KVQ_QUADS(target, target, 2, 3, 0, 1);
         Quad near = load<Quad>(channel.level), near_turned = near;
         Ints<4> at = {}, at_turned = {};
@@ -132,7 +132,7 @@ void shaped_path_alone(const Channel& channel, const float* u, const LineTokens&
     }
 }
 
-// Codes of the nearest levels, where there is no trellis.
+// Codes of the nearest levels, without a trellis.
 inline void nearest_levels_alone(const Channel& channel, const float* u, Line& line) {
     for (int t = 0; t < kBlock; t++) {
         int place = 0;

@@ -1,5 +1,5 @@
-// Decode attention: heads, groups of query heads and runs of pages are shared out among threads; each piece leaves a
-// partial result of its own, and they are joined in their order.
+// Decode attention: threads share heads, groups of query heads and runs of pages. Each piece gives a partial result,
+// and these are joined in order.
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -13,13 +13,13 @@ namespace kvq {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-// Pages below which a run is not divided further, and runs for each thread beyond one.
+// Smallest number of pages of a run, and number of runs for each thread beyond one.
 constexpr int kLeastPages = 4;
 constexpr int kRunsPerThread = 2;
 
 void* aligned_memory(size_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-// Memory in pieces that begin at cache lines. With nothing behind it, it counts.
+// Memory in pieces aligned to cache lines. Without memory, it only counts.
 class Pieces {
    public:
     explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -68,7 +68,7 @@ void take_head(Pieces& pieces, const KvqCodes& codes, bool keys, Head& head, flo
     }
 }
 
-// What a thread works in.
+// Workspace of a thread.
 struct Workplace {
     Room room;
     float *key_tables, *value_tables, *key_constants, *value_constants;
@@ -95,7 +95,7 @@ struct Workplace {
     }
 };
 
-// Couples in the order of their kinds and widths, so that what is alike is done one after the other.
+// Couples in the order of their kinds and widths, so that similar ones follow each other.
 void sort_couples(const KvqCodes& codes, int64_t first_channel, Head& head) {
     auto rank = [&](const Couple& couple) {
         return (couple.kind * 16 + codes.width[first_channel + couple.first]) * 16 +
@@ -157,7 +157,7 @@ void prepare_values(const Job& job, int head_number, Workplace& place) {
     Head& head = place.room.value;
     const int64_t first_channel = static_cast<int64_t>(head_number) * codes.size;
     head.couples = head.singles = 0;
-    // Neighbours in the order of their widths; the last of an odd number stands with itself, which changes nothing.
+    // Neighbours in the order of their widths. The last of an odd number is paired with itself, which changes nothing.
     int32_t* order = head.single;
     int count = 0;
     for (int width = 0; width <= 8; width++)
@@ -169,7 +169,7 @@ void prepare_values(const Job& job, int head_number, Workplace& place) {
     prepare_columns(codes, first_channel, place.value_tables, head);
 }
 
-// Queries of a set, scaled to log2: for exact keys [count, whole_vectors(size)], for packed ones [size, count].
+// Queries of a set, scaled to log2: [count, whole_vectors(size)] for exact keys, [size, count] for packed ones.
 void prepare_queries(const Job& job, int sequence, int head, int first, int count, Workplace& place) {
     const KvqAttention& call = *job.call;
     const KvqTurns& turns = call.turns;
@@ -232,7 +232,7 @@ void attend_exact(const Job& job, int sequence, int head, int count, float cap, 
     }
 }
 
-// Runs of pages of a head come one after the other, so that a thread finds its columns ready.
+// Runs of pages of a head follow each other, so that a thread can reuse prepared columns.
 struct Piece {
     int sequence, head, set, run;
 };
@@ -313,7 +313,8 @@ int32_t attend(Job& job) {
     const int64_t heads = static_cast<int64_t>(call.batch) * job.key->heads;
     job.sets = (call.group + kMostGroup - 1) / kMostGroup;
     const int threads = call.threads < 1 ? 1 : call.threads;
-    // Enough runs that threads end together; how many depends on nothing but sizes and the number of threads.
+    // Enough runs that threads end at about the same time. Their number depends only on sizes and the number of
+    // threads.
     job.runs = call.pages == 0 ? 0 : 1;
     if (threads > 1 && call.pages > 0) {
         const int64_t wanted = (kRunsPerThread * threads + heads * job.sets - 1) / (heads * job.sets) * 2;

@@ -1,5 +1,5 @@
-// Attention of one token to the packed pages of a key-value head, for the query heads that share it: scores, softmax
-// and the mix of values, a page of 256 tokens at a time, levels straight from the packed words.
+// Attention of one token to the packed pages of a key-value head, for its query heads: scores, softmax and weighted
+// sums of values, for a page of 256 tokens at a time, with levels directly from the packed words.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ struct Couple {
     int32_t kind;  // that serves both
 };
 
-// One key-value head's columns, made ready once for all pages that a thread reads.
+// The columns of one key-value head, prepared once for all pages that a thread reads.
 struct Head {
     const KvqCodes* codes;
     Column* column;    // [size]
@@ -30,7 +30,7 @@ struct Head {
     float* residual_factor;  // [size], of outliers' residuals, or null for 1
 };
 
-// What a caller's thread works in for `group` query heads.
+// Workspace of a thread for `group` query heads.
 struct Room {
     Head key, value;
     float* score;        // [group, 256]
@@ -42,7 +42,7 @@ struct Room {
     float* outlier_sum;  // [value size, group]
 };
 
-// What is the same for all pages.
+// Parameters that are the same for all pages.
 struct View {
     const KvqAttention* call;
     const int32_t* partner;  // [key size]: the other coordinate of its RoPE pair, -1 for none
@@ -57,7 +57,7 @@ struct Scores {
     F zero_mass[G];  // of probabilities times zero points of tokens
 };
 
-// Scores of a pair's channels, added to those that are there. `turn` holds the block's cosines and sines, [2, 8].
+// Add the scores of a pair's channels. `turn` has the block's cosines and sines, [2, 8].
 template <int G, class Kind>
 KVQ_INLINE void add_pair(Kind, const Column& a, const Column& b, const int32_t* row, const float* query_a,
                          const float* query_b, const float* turn, const float* within, float* score) {
@@ -96,7 +96,7 @@ KVQ_INLINE void add_pair(Kind, const Column& a, const Column& b, const int32_t* 
     }
 }
 
-// The same for a coordinate that does not turn.
+// The same for a coordinate without RoPE.
 template <int G, class Kind>
 KVQ_INLINE void add_single(Kind, const Column& column, const int32_t* row, const float* query, float* score) {
     Reader<Kind::kKind, Kind::kTrellis> reader(column);
@@ -120,7 +120,7 @@ KVQ_INLINE void add_single(Kind, const Column& column, const int32_t* row, const
     }
 }
 
-// Sums of two channels' values, weighted.
+// Weighted sums of two channels' values.
 template <int G, class Kind>
 KVQ_INLINE void mix_two(Kind, const Column& a, const Column& b, const int32_t* row, const float* weight, float* sum_a,
                         float* sum_b) {
@@ -159,7 +159,7 @@ KVQ_INLINE void mix_two(Kind, const Column& a, const Column& b, const int32_t* r
     }
 }
 
-// Entries of a list of outliers, kept within the page's buffers whatever the starts say.
+// Entries of a list of outliers, clamped to the page's buffers for any starts.
 struct List {
     int64_t first, stop;
 };
@@ -177,7 +177,7 @@ inline List list_of(const KvqPage& page, int64_t number) {
     return {first < 0 ? 0 : first, stop < page.entries ? stop : page.entries};
 }
 
-// work(block, token, coordinate, residual) for the head's outliers in a page.
+// Call work(block, token, coordinate, residual) for the head's outliers in a page.
 template <class Work>
 KVQ_INLINE void for_outliers(const KvqCodes& codes, const KvqPage& page, int sequence, int head, Work work) {
     if (page.entries == 0 || page.start_bytes == 0) return;
@@ -192,7 +192,7 @@ KVQ_INLINE void for_outliers(const KvqCodes& codes, const KvqPage& page, int seq
     }
 }
 
-// Scores of all tokens of a page but for outliers, from columns of any kind.
+// Scores of all tokens of a page without outliers, from columns of any kind.
 template <int G>
 void add_columns(const View& view, const Head& head, const Column* column, bool constant, const int32_t* row,
                  const int32_t* next_row, const float* turn, const float* query, float* score) {
@@ -229,7 +229,7 @@ inline void read_token_scales(const uint16_t* token, bool bfloat, float* to) {
     }
 }
 
-// Outliers of keys: each adds its residual, turned, times the query.
+// Outliers of keys: each adds its rotated residual times the query.
 template <int G>
 void add_key_outliers(const View& view, const Room& room, const KvqPage& page, const float* turn) {
     const Head& head = room.key;
@@ -283,7 +283,7 @@ void score_page(const View& view, const Room& room, const KvqPage& page, const i
     add_key_outliers<G>(view, room, page, turn);
 }
 
-// Which tokens of a page are attended, a word for each block; false where none is.
+// The attended tokens of a page, one word per block; false if there are none.
 inline bool seen_of(const View& view, int number, uint32_t (&seen)[kPageBlocks]) {
     const KvqAttention& call = *view.call;
     const uint32_t* bits =
@@ -307,7 +307,7 @@ void hide(const uint32_t (&seen)[kPageBlocks], float* score) {
     }
 }
 
-// Let sums be relative to a higher score.
+// Rescale sums to a higher maximum score.
 template <int G>
 void shrink_sums(const Head& value, const Room& room, int g, float by) {
     for (int i = 0; i < value.codes->size; i++) {
@@ -381,14 +381,14 @@ void mix_page(const View& view, const Room& room, const KvqPage& page, const int
     for_outliers(*head.codes, page, view.sequence, view.head, add);
 }
 
-// Scores are in units of log2: what is capped is in those too.
+// Scores are in units of log2, and so is the cap.
 template <int G>
 void cap_scores(float cap, float* score) {
     const float inverse = 1.0f / cap;
     for (int n = 0; n < G * kPageTokens; n += kLanes) store(score + n, cap * tanh_of(load<F>(score + n) * inverse));
 }
 
-// The pages `from` to `to` - 1 of those given. Leaves sums of values [G, value size], not yet divided by the totals,
+// Attend to the pages `from` to `to` - 1. Results are sums of values [G, value size], not yet divided by the totals,
 // and the highest score (log2) and the total of each query head.
 template <int G>
 void attend_pages(const View& view, const Room& room, int from, int to, float cap, float* out, float* highest,

@@ -1,4 +1,4 @@
-// Codes of one channel's block, whichever way the codec finds them.
+// Codes of one channel's block, with or without a trellis.
 #pragma once
 
 #include "shaped.h"

@@ -1,7 +1,7 @@
-// Error compensation: what each coordinate of a head takes up of the errors of the others, see
-// kvq_calib/codec/error_compensation.py. Sums run over the coordinates in ascending order, products and sums rounded
-// one by one. Coordinates are taken in tiles of four, so that an error that was loaded serves four of them; the order
-// in which each sum runs stays what it is.
+// Error compensation: a share of the errors of a head's other coordinates is added to each coordinate, see
+// kvq_calib/codec/error_compensation.py. Sums run over the coordinates in ascending order, and each product and sum is
+// rounded. Coordinates are processed in tiles of four, so that each error is loaded once for four of them; this does
+// not change the order of any sum.
 #pragma once
 
 #include "path.h"
@@ -10,12 +10,12 @@ namespace kvq {
 
 constexpr int kTile = 4;
 
-// A head's coordinates, V vectors of L lanes each: a block a lane and a token a vector, or one block's tokens in all
-// lanes. The distance from one coordinate to the next is `kStride`.
+// A head's coordinates, V vectors of L lanes each: either a block per lane and a token per vector, or the tokens of one
+// block in all lanes. The distance from one coordinate to the next is `kStride`.
 template <int L, int V>
 struct Group {
     static constexpr int kStride = V == kBlock ? kPlane : V;
-    // Vectors whose sums for a tile stand in registers.
+    // Number of vectors whose sums for a tile fit in registers.
     static constexpr int kSpan = V < 4 || kWidest < 16 ? 2 : 4;
     const Floats<L>* exact;
     Floats<L>* error;
@@ -51,8 +51,8 @@ void take_up(Floats<L>* sum, const Group<L, V>& group, const float* shares, int 
     }
 }
 
-// What is to be coded of the coordinates `first` to `first + rows - 1`, but for what they take up of each other's
-// errors in this pass: into fed[rows][V]. `shares` is the head's matrix; `again` where this is a refinement pass.
+// Writes the numbers to code for coordinates `first` to `first + rows - 1` to fed[rows][V], still without the shares of
+// each other's errors in this pass. `shares` is the head's matrix; `again` means a refinement pass.
 template <int L, int V>
 void feed_tile(Floats<L>* fed, const Group<L, V>& group, const float* shares, int size, int first, int rows,
                bool again) {

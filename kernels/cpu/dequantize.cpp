@@ -1,4 +1,4 @@
-// Packed blocks to ordinary tensors, for many queries at once; pages of a head are shared out among threads.
+// Dequantizes packed blocks to ordinary tensors, for many queries at once. Threads share the pages of a head.
 #include <atomic>
 #include <cstdlib>
 
@@ -17,7 +17,7 @@ struct Job {
     std::atomic<int32_t> status;
 };
 
-// What a thread works in.
+// Workspace of a thread.
 struct Room {
     float* table;   // [kTableFloats], of the channel at hand
     float* tile;    // [size, 256] levels of a page, in the order in which they are read
@@ -44,7 +44,7 @@ void read_levels(const KvqCodes& codes, int64_t first_channel, const int32_t* ro
     }
 }
 
-// Scales of tokens, and residuals; both may stand before the scales of channels.
+// Scales of tokens, and residuals; both may be applied before the scales of channels.
 void correct(const KvqCodes& codes, const KvqPage& page, int sequence, int head, const Room& room) {
     const bool scaled = codes.token_scales != 0, by_channel = scaled && codes.scale != nullptr;
     const int64_t first_channel = static_cast<int64_t>(head) * codes.size;
@@ -66,7 +66,7 @@ void correct(const KvqCodes& codes, const KvqPage& page, int sequence, int head,
     });
 }
 
-// Turn a token's pairs by its position, less the angle by which they were turned before.
+// Rotate a token's pairs by its position, minus the angle of pair rotation.
 void turn_row(const KvqDequantize& call, int head, const float* cosine, const float* sine, float* row) {
     for (int p = 0; p < call.pairs; p++) {
         float c = cosine[p], s = sine[p];

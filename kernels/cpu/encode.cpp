@@ -1,4 +1,4 @@
-// The trellis encoder: heads and groups of blocks are shared out among threads.
+// The trellis encoder: heads and groups of blocks are divided among threads.
 #include <cstdlib>
 
 #include "encode_alone.h"
@@ -9,7 +9,7 @@
 namespace kvq {
 namespace {
 
-// Lanes for so many blocks: few blocks are quicker in narrow vectors.
+// Number of lanes for a number of blocks: few blocks are faster in narrow vectors.
 int lanes_for(int64_t blocks) {
     if (kWidest >= 16 && blocks > 8) return 16;
     return kWidest >= 8 && blocks > 4 ? 8 : 4;
@@ -35,7 +35,7 @@ bool encode_piece(const Job& job, int64_t piece, void* memory) {
 
 void* aligned_memory(size_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-// What each thread does: pieces of the work until none is left.
+// The work of each thread: takes pieces until none are left.
 void encode_pieces(void* of) {
     Job& job = *static_cast<Job*>(of);
     const int64_t pieces = job.codec->heads * job.groups;

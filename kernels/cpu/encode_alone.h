@@ -1,4 +1,4 @@
-// One block alone, as decoding closes it: its tokens stand in the lanes, and paths are found as alone.h has them.
+// Encodes a single block, as when decoding closes one: its tokens are in the lanes, and alone.h finds the paths.
 #pragma once
 
 #include "alone.h"
@@ -8,7 +8,7 @@ namespace kvq {
 
 constexpr int kLineVectors = kBlock / kWidest;
 
-// What the head's thread works in: [D][32] numbers of each kind.
+// Memory for the thread of a head: [D][32] numbers of each kind.
 struct LineRoom {
     using Vector = Floats<kWidest>;
     Vector *exact, *error, *coded, *weight, *fed;
@@ -34,7 +34,7 @@ struct LineRoom {
     }
 };
 
-// The head's numbers to [D][32]; 0 where there is no token.
+// Copies the head's numbers to [D][32], with 0 where there is no token.
 inline void gather_line(const Job& job, int head, float* to) {
     const int size = job.codec->head_dim;
     std::memset(to, 0, sizeof(float) * size * kBlock);
@@ -44,7 +44,7 @@ inline void gather_line(const Job& job, int head, float* to) {
     }
 }
 
-// The inverse, of numbers or codes.
+// The inverse, for numbers or codes.
 template <class Number>
 void scatter_line(const Job& job, int head, const Number* from, Number* to) {
     const int size = job.codec->head_dim, channels = job.codec->heads * size;
@@ -52,7 +52,7 @@ void scatter_line(const Job& job, int head, const Number* from, Number* to) {
         for (int i = 0; i < size; i++) to[static_cast<int64_t>(t) * channels + head * size + i] = from[i * kBlock + t];
 }
 
-// Weights that a caller gave; false where one is none.
+// Reads the caller's weights; false if one of them is not a number.
 inline bool gather_line_weights(const Job& job, int head, float* to) {
     bool sound = true;
     for (int t = 0; t < kBlock; t++) {
@@ -62,7 +62,7 @@ inline bool gather_line_weights(const Job& job, int head, float* to) {
     return sound;
 }
 
-// All coordinates of a head once.
+// Codes all coordinates of a head once.
 inline void code_line_head(const Job& job, int head, const float* shares, bool again, const LineTokens& tokens,
                            const LineRoom& room) {
     constexpr int V = kLineVectors;

@@ -1,4 +1,4 @@
-// Many blocks at a time: a block a lane.
+// Encodes many blocks at a time, one per lane.
 #pragma once
 
 #include "channel.h"
@@ -6,7 +6,7 @@
 
 namespace kvq {
 
-// What one thread works in, for vectors of L lanes.
+// Memory for one thread, for vectors of L lanes.
 template <int L>
 struct Room {
     float* memory;
@@ -34,7 +34,7 @@ struct Room {
     }
 };
 
-// Weights that a caller gave; notes those that are none.
+// Reads the caller's weights, and records those that are not numbers.
 template <int L>
 void gather_weights(const Job& job, const Blocks& blocks, Room<L>& room) {
     const int heads = job.codec->heads;
@@ -48,7 +48,7 @@ void gather_weights(const Job& job, const Blocks& blocks, Room<L>& room) {
         room.found->not_a_number |= ~((room.weight[t] >= splat<L>(0.0f)) & (room.weight[t] < splat<L>(kInfinity)));
 }
 
-// What of the rounding error of the token before is added.
+// The share of the previous token's rounding error that is added.
 template <int L>
 void fill_gains(float feedback, const Floats<L>* weight, Floats<L>* gain) {
     gain[0] = Floats<L>{};
@@ -61,7 +61,7 @@ void fill_gains(float feedback, const Floats<L>* weight, Floats<L>* gain) {
     }
 }
 
-// Whether all tokens are there; else which.
+// Whether all tokens are present, and if not, which.
 template <int L>
 bool fill_present(const Blocks& blocks, Ints<L>* present) {
     Ints<L> length;
@@ -74,7 +74,7 @@ bool fill_present(const Blocks& blocks, Ints<L>* present) {
     return whole;
 }
 
-// Code the coordinate of a head, given what of it is to be coded, and note the error it makes.
+// Code one coordinate of a head from its numbers with compensation, and record the error.
 template <int L>
 void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, Tokens<L> tokens, Room<L>& room) {
     const KvqTrellis& codec = *job.codec;
@@ -88,7 +88,7 @@ void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, T
     }
 }
 
-// All coordinates of a head once.
+// Codes all coordinates of a head once.
 template <int L>
 void code_head(const Job& job, int first_channel, const float* shares, bool again, Tokens<L> tokens, Room<L>& room) {
     const int size = job.codec->head_dim;

@@ -1,4 +1,4 @@
-// What coding a head begins with, whichever way its tokens stand in vectors.
+// The first steps of coding a head, for both layouts of tokens in vectors.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@
 
 namespace kvq {
 
-// One call: what all threads read, and where they write.
+// One call: inputs and outputs of all threads.
 struct Job {
     const KvqTrellis* codec;
     const Channel* channels;
@@ -25,7 +25,7 @@ struct Job {
     std::atomic<int32_t> status;
 };
 
-// Turn the pairs of a head's coordinates.
+// Rotate the pairs of a head's coordinates.
 template <int L, int V>
 void turn_pairs(const KvqTrellis& codec, int head, Floats<L>* exact) {
     for (int p = 0; p < codec.pairs; p++) {
@@ -41,7 +41,7 @@ void turn_pairs(const KvqTrellis& codec, int head, Floats<L>* exact) {
     }
 }
 
-// Weights of the tokens of a head by the classes of their sizes, the sums of their squares from coordinate 0 on.
+// Weights of a head's tokens, by the classes of their sizes. A size is the sum of squares, in order of coordinates.
 template <int L, int V>
 void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Floats<L>* weight) {
     const int edges = codec.size_classes - 1;
@@ -57,14 +57,15 @@ void weigh_by_size(const KvqTrellis& codec, int head, const Floats<L>* exact, Fl
         }
         for (int t = 0; t < kSums; t++) {
             Floats<L> chosen = splat<L>(by_class[0]);
-            // What is no number has the last class, as with the reference.
+            // Numbers that are not finite have the last class, as in the reference.
             for (int k = 0; k < edges; k++) chosen = size[t] <= splat<L>(edge[k]) ? chosen : splat<L>(by_class[k + 1]);
             weight[begin + t] = chosen;
         }
     }
 }
 
-// What a token takes up of the rounding error before it, over the head's feedback, by the ratio of their weights.
+// The share of the previous rounding error that is added to a token, relative to the head's feedback: the ratio of
+// their weights.
 inline float gain_of_weights(float before, float own) {
     constexpr float kMost = 4.0f;
     const float ratio = before / own;

@@ -1,5 +1,5 @@
-// The scalar encoder: thresholds, nearest levels and outliers, a token at a time. Every operation is rounded by itself,
-// in the order of kvq_calib/codec/scalar.py.
+// The scalar encoder: thresholds, nearest levels and outliers of one token at a time. Every operation is rounded
+// separately, in the order of kvq_calib/codec/scalar.py.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,7 +15,7 @@ namespace {
 constexpr int kMostScalarHeads = 1 << 16;
 constexpr int kMostScalarSize = 2048;
 constexpr int kMostScalarLevels = 256;
-// Tokens that a thread takes at a time.
+// Number of tokens that a thread takes at a time.
 constexpr int64_t kTokensTaken = 16;
 
 struct Job {
@@ -31,13 +31,13 @@ struct Job {
     std::atomic<int32_t> status;
 };
 
-// What a thread works in: `channels` of each, up to whole vectors.
+// Workspace of a thread: `channels` numbers in each array, rounded up to whole vectors.
 struct Room {
     float *y, *u, *sorted;
     int32_t* outside;
 };
 
-// The element that `left_out` are greater than.
+// The element that is smaller than exactly `left_out` others.
 float trimmed(const float* y, int count, int left_out, bool lowest, float* sorted) {
     if (left_out == 0) return lowest ? *std::min_element(y, y + count) : *std::max_element(y, y + count);
     std::copy(y, y + count, sorted);
@@ -49,7 +49,7 @@ float trimmed(const float* y, int count, int left_out, bool lowest, float* sorte
     return sorted[left_out];
 }
 
-// A token's scale and zero point in the storage type; false where they do not fit it.
+// A token's scale and zero point in the storage type; false if they are out of its range.
 bool token_thresholds(const KvqScalar& codec, int channels, const Room& room, uint16_t& scale, uint16_t& zero_point) {
     const bool bfloat = codec.bfloat != 0;
     const float low = trimmed(room.y, channels, codec.per_side, true, room.sorted);
@@ -63,7 +63,7 @@ bool token_thresholds(const KvqScalar& codec, int channels, const Room& room, ui
     return is_finite(scale, bfloat);
 }
 
-// Codes of u: how many boundaries are below.
+// Codes of u: the number of boundaries below.
 void code_row(const KvqScalar& codec, const float* u, int channels, uint8_t* codes) {
     for (int c = 0; c < channels; c += kLanes) {
         const F x = load<F>(u + c);
@@ -74,7 +74,7 @@ void code_row(const KvqScalar& codec, const float* u, int channels, uint8_t* cod
     }
 }
 
-// Outliers of a token, the largest ones where there are too many; ties go to the lower channel.
+// Outliers of a token. If there are too many, the largest are kept; ties go to the lower channel.
 int find_outliers(const KvqScalar& codec, int channels, const Room& room, float scale, float zero_point) {
     int count = 0;
     for (int c = 0; c < channels; c++) {

@@ -5,21 +5,22 @@
 
 namespace kvq {
 
-// Query heads that are served at once. With more the registers run out, and each number is code of its own.
+// Largest number of query heads at a time. With more there are not enough registers, and each number needs separate
+// code.
 constexpr int kMostGroup = 4;
-// Tokens that are taken at a time.
+// Number of tokens at a time.
 constexpr int kExactTokens = 32;
 
 constexpr int whole_vectors(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Whether the pairs are two runs of coordinates, one behind the other's first: then they turn by vectors.
+// Whether the first and the second coordinates of the pairs are runs, so that pairs can be rotated by vectors.
 inline bool in_halves(const KvqTurns& turns) {
     for (int p = 0; p < turns.pairs; p++)
         if (turns.pair[2 * p] != p || turns.pair[2 * p + 1] != turns.pairs + p) return false;
     return turns.pairs % kLanes == 0;
 }
 
-// Turn a key by the cosines and sines [2, P] of its position.
+// Rotate a key by the cosines and sines [2, P] of its position.
 inline void turn_key(const KvqTurns& turns, bool halves, const float* by, float* key) {
     const int pairs = turns.pairs;
     if (halves) {
@@ -48,7 +49,7 @@ struct ExactRun {
     int count;
 };
 
-// Join a run of exact tokens to the sums of a head; `query` [group, whole_vectors(key size)] is scaled to log2.
+// Add a run of exact tokens to the sums of a head; `query` [group, whole_vectors(key size)] is scaled to log2.
 inline void attend_run(const KvqTurns& turns, bool halves, const ExactRun& run, int group, int key_size, int value_size,
                        bool bfloat, float cap, const float* query, float* number, float* out, float* highest,
                        float* total) {

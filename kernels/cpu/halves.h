@@ -1,4 +1,4 @@
-// Numbers of the storage types, float16 and bfloat16, rounded as torch rounds them: to nearest, ties to even.
+// Conversions of float16 and bfloat16, the storage types. Rounding is as in torch: to nearest, ties to even.
 #pragma once
 
 #include "simd.h"
@@ -12,7 +12,7 @@ KVQ_INLINE float from_bfloat(uint16_t bits) {
     return number;
 }
 
-// Of a finite number.
+// From a finite number.
 KVQ_INLINE float from_half(uint16_t bits) {
 #if defined(__F16C__)
     return _cvtsh_ss(bits);
@@ -29,7 +29,7 @@ KVQ_INLINE float from_half(uint16_t bits) {
 #endif
 }
 
-// Beyond the largest number it becomes infinite.
+// Larger numbers become infinite.
 KVQ_INLINE uint16_t to_bfloat(float x) {
     uint32_t word;
     std::memcpy(&word, &x, 4);
@@ -62,7 +62,7 @@ KVQ_INLINE bool is_finite(uint16_t bits, bool bfloat) {
     return (bits & exponent) != exponent;
 }
 
-// `count` of them.
+// Convert `count` numbers.
 inline void halves_to_floats(const uint16_t* from, int count, bool bfloat, float* to) {
     int i = 0;
 #if defined(__F16C__)
@@ -73,7 +73,7 @@ inline void halves_to_floats(const uint16_t* from, int count, bool bfloat, float
     for (; i < count; i++) to[i] = half_to_float(from[i], bfloat);
 }
 
-// The other way; whether all are finite.
+// Convert to the storage type. Return whether all results are finite.
 inline bool floats_to_halves(const float* from, int count, bool bfloat, uint16_t* to) {
     int i = 0;
     bool finite = true;

@@ -1,4 +1,4 @@
-// What a program asks a library before it uses it.
+// Queries of a library before it is used.
 #include "kvq_native.h"
 
 extern "C" {

@@ -1,5 +1,5 @@
-// New tokens behind the exact tail: keys un-rotated, everything rounded to the storage type, in one pass. Numbers are
-// those that torch finds, bit for bit.
+// Appends new tokens to the exact tail in one pass: keys are un-rotated, and everything is rounded to the storage type.
+// Results equal torch's bit for bit.
 #include "halves.h"
 #include "kvq_native.h"
 

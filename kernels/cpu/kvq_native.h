@@ -1,12 +1,11 @@
 // The C interface of the CPU kernels: raw pointers, no torch, no Python.
-//
-// What the functions compute is defined by kvq_calib/codec; codes are equal bit for bit, attention is within a stated
-// error. Nothing here is kept between two calls, but for the threads that wait for work.
+// kvq_calib/codec defines what the functions compute. Codes are equal bit for bit, attention is within a stated error.
+// Nothing is kept between calls except the threads that wait for work.
 #pragma once
 
 #include <cstdint>
 
-// Raised with every change of this interface. A library of another number is not used.
+// Increased with every change of this interface. A library with another number is not used.
 #define KVQ_ABI 5
 
 #if defined(__GNUC__)
@@ -17,9 +16,9 @@
 
 enum KvqStatus : int32_t {
     KVQ_OK = 0,
-    // Something met on the way was no number, so that no path is better than another. Outputs are not to be used.
+    // A number on the way was not finite, so no path is better than another. Outputs must not be used.
     KVQ_NOT_A_NUMBER = 1,
-    // Sizes or counts that no quantizer has.
+    // Invalid sizes or counts.
     KVQ_BAD_ARGUMENT = 2,
     KVQ_NO_MEMORY = 3,
 };
@@ -186,7 +185,7 @@ KVQ_EXPORT const char* kvq_isa();
 // Whether this processor has it: 1 or 0. Itself compiled for any processor.
 KVQ_EXPORT int32_t kvq_runs_here();
 
-// Codes of keys or values of `batch` sequences, tokens in blocks of 32 from the first on.
+// Code keys or values of `batch` sequences, in blocks of 32 tokens starting with the first.
 //
 //   x       head_dim numbers in a row for each sequence, head and token
 //   stride  numbers from a sequence, a token and a head to the next
@@ -199,7 +198,7 @@ KVQ_EXPORT int32_t kvq_encode_trellis(const KvqTrellis* codec, const float* x, c
                                       const float* weight, int64_t batch, int64_t tokens, int32_t threads,
                                       uint8_t* codes, float* coded);
 
-// Codes and outliers of keys or values of `batch` sequences, each token by itself.
+// Find codes and outliers of keys or values of `batch` sequences, each token independently.
 //
 //   x, stride    as for kvq_encode_trellis
 //   codes        [batch, tokens, C], written
@@ -224,10 +223,10 @@ KVQ_EXPORT int32_t kvq_list_outliers(const uint8_t* outlier, const uint16_t* res
                                      int32_t heads, int32_t size, int32_t* counts, int64_t entries, uint16_t* index,
                                      uint16_t* listed);
 
-// The tail with new tokens behind it. KVQ_NOT_A_NUMBER where one is not finite in the storage type.
+// The tail with new tokens appended. KVQ_NOT_A_NUMBER if one is not finite in the storage type.
 KVQ_EXPORT int32_t kvq_join(const KvqJoin* call);
 
-// What turns keys within a block, in the order in which this library reads tokens: [pairs, 64].
+// Cosines and sines that rotate keys within a block, in the order in which this library reads tokens: [pairs, 64].
 //
 //   frequency  radians per token of each pair
 KVQ_EXPORT int32_t kvq_turns_within(const double* frequency, int32_t pairs, float* within);
@@ -239,11 +238,12 @@ KVQ_EXPORT int32_t kvq_turns_of_blocks(const double* frequency, int32_t pairs, c
 // Keys or values of blocks.
 KVQ_EXPORT int32_t kvq_dequantize(const KvqCodes* codes, const KvqDequantize* call);
 
-// Attention over packed pages, sinks and tail. Results depend on the number of threads by rounding alone, and are the
+// Attention over packed pages, sinks and tail. Results depend on the number of threads only by rounding, and are the
 // same for the same number.
 KVQ_EXPORT int32_t kvq_attend(const KvqCodes* key, const KvqCodes* value, const KvqAttention* call);
 
-// The same for `count` calls of one layer, such as sequences of their own lengths, shared out among `threads`.
+// The same for `count` calls of one layer, such as sequences of different lengths, with `threads` threads sharing the
+// work.
 KVQ_EXPORT int32_t kvq_attend_each(const KvqCodes* key, const KvqCodes* value, const KvqAttention* calls, int32_t count,
                                    int32_t threads);
 }

@@ -1,14 +1,15 @@
-// Between rows of channels, as tensors have them, and vectors of blocks: 32 tokens of one channel, a block a lane.
+// Conversion between rows of channels, as in tensors, and vectors of blocks: 32 tokens of one channel, one block per
+// lane.
 #pragma once
 
 #include "path.h"
 
 namespace kvq {
 
-// Most coordinates of a head.
+// Largest head size.
 constexpr int kMostSize = 2048;
 
-// Blocks of one head, a lane each; lanes beyond the last repeat it and are not written back.
+// Blocks of one head, one per lane. Lanes beyond the last block repeat it and are not written back.
 struct Blocks {
     int64_t first;  // number of the first one, counted over the sequences of the batch
     int count;      // that are there
@@ -19,7 +20,7 @@ struct Blocks {
     KVQ_INLINE int64_t block(int lane) const { return first + (lane < count ? lane : count - 1); }
     KVQ_INLINE int64_t sequence(int lane) const { return block(lane) / per_sequence; }
     KVQ_INLINE int64_t first_token(int lane) const { return block(lane) % per_sequence * kBlock; }
-    // Tokens of a lane's block that are there.
+    // Number of existing tokens in a lane's block.
     KVQ_INLINE int length(int lane) const {
         const int64_t left = tokens - first_token(lane);
         return left < kBlock ? static_cast<int>(left) : kBlock;
@@ -34,7 +35,7 @@ struct Blocks {
     }
 };
 
-// Sixteen rows of bytes: four times row n is interleaved with row n + 8.
+// Transpose sixteen rows of bytes: row n is interleaved with row n + 8, four times.
 KVQ_INLINE void transpose(Bytes (&rows)[16]) {
 #pragma GCC unroll 4
     for (int step = 0; step < 4; step++) {
@@ -55,7 +56,7 @@ struct Strides {
     int64_t sequence, token, head;
 };
 
-// The head's numbers of every token to `to` [size][kPlane][L]; 0 where a block has no token.
+// Copy the head's numbers of every token to `to` [size][kPlane][L]; 0 for missing tokens of a block.
 template <int L>
 void gather(const Blocks& blocks, const float* x, Strides stride, float* to) {
     static const float nothing[kMostSize] = {};
@@ -82,7 +83,7 @@ void gather(const Blocks& blocks, const float* x, Strides stride, float* to) {
     }
 }
 
-// Where the rows of each lane begin in [batch, tokens, channels], and how many tokens are to be written.
+// Start of each lane's rows in [batch, tokens, channels], and number of tokens to write.
 template <int L>
 struct Rows {
     int64_t start[L];
@@ -96,7 +97,7 @@ struct Rows {
     }
 };
 
-// The inverse, for tokens and lanes that are there.
+// The inverse, for existing tokens and lanes.
 template <int L>
 void scatter(const Blocks& blocks, const float* from, float* y) {
     const Rows<L> rows(blocks);

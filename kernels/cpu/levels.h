@@ -1,4 +1,4 @@
-// Indices to levels: a channel's levels made ready for look-up, and readers of them, a group of blocks at a time.
+// Converts indices to levels: prepares a channel's levels for look-up, and reads a group of blocks at a time.
 #pragma once
 
 #include "kvq_native.h"
@@ -6,8 +6,8 @@
 
 namespace kvq {
 
-// Where the levels of a channel come from, in order of generality. Columns that are read together are made ready for
-// the kind that serves both; of the last two a tensor has one.
+// Sources of a channel's levels, in order of generality. Columns that are read together are prepared for the kind that
+// suits both. A tensor has only one of the last two.
 enum Kind : int32_t {
     kConstant = 0,   // one level
     kSixteen = 1,    // a table of up to 16
@@ -21,11 +21,11 @@ constexpr int kMostTabled = 32;
 #else
 constexpr int kMostTabled = 16;
 #endif
-// Floats of a channel's own table, or of its coefficients.
+// Number of floats of a channel's table, or of its coefficients.
 constexpr int kTableFloats = kMostTabled;
 constexpr int kCoefficients = 6;
 
-// A channel of the head at hand.
+// A channel of the current head.
 struct Column {
     int32_t kind;
     int32_t width;
@@ -47,8 +47,8 @@ inline int32_t kind_of(const KvqCodes& codes, int64_t channel) {
     return codes.level_count == 0 ? kComputed : kListed;
 }
 
-// Levels at places u = (2 i + 1) / L - 1 from coefficients, with whatever else of the channel is in them: the one place
-// that knows the form.
+// Levels at places u = (2 i + 1) / L - 1 from coefficients, which include the channel's other factors. Only this
+// function depends on the form of levels.
 KVQ_INLINE F level_at(F u, const F (&of)[kCoefficients]) {
     F level = of[kCoefficients - 1];
 #pragma GCC unroll 8
@@ -56,13 +56,13 @@ KVQ_INLINE F level_at(F u, const F (&of)[kCoefficients]) {
     return level;
 }
 
-// Factor and sum that lead from the index of one of `count` levels to u.
+// Factor and sum that convert the index of one of `count` levels to u.
 struct Places {
     float step, start;
 };
 inline Places places_of(int count) { return {2.0f / count, 1.0f / count - 1.0f}; }
 
-// The levels of index 0 to kLanes - 1, counted from `first`, of a channel of `count` levels; others repeat them.
+// The kLanes levels from index `first` on, of a channel of `count` levels; further ones repeat.
 inline F levels_from(const KvqCodes& codes, int64_t channel, int count, int first) {
     I index;
     for (int lane = 0; lane < kLanes; lane++) index[lane] = (first + lane) & (count - 1);
@@ -77,7 +77,7 @@ inline F levels_from(const KvqCodes& codes, int64_t channel, int count, int firs
     return level_at(fused(__builtin_convertvector(index, F), all(places.step), all(places.start)), of);
 }
 
-// Sixteen floats to the four planes of their bytes, as byte-wise look-ups read them.
+// Split sixteen floats into four planes of bytes, for byte-wise look-ups.
 inline void to_planes(float* sixteen) {
     Quad row[4];
     for (int n = 0; n < 4; n++) {
@@ -88,7 +88,7 @@ inline void to_planes(float* sixteen) {
     for (int n = 0; n < 4; n++) store(sixteen + 4 * n, row[n]);
 }
 
-// What is added to the channel's levels times a factor, so that keys and values come of it but for what tokens add.
+// The sum that is added to the channel's levels times a factor. The result lacks only the contributions of tokens.
 struct Affine {
     float factor, sum;
 };
@@ -98,7 +98,7 @@ inline Affine affine_of(const KvqCodes& codes, int64_t channel) {
     return {codes.scale[channel], codes.zero_point[channel]};
 }
 
-// Make a channel ready for a kind that serves it; `room` holds kTableFloats floats, aligned to a cache line.
+// Prepare a channel for a kind that suits it; `room` has kTableFloats floats, aligned to a cache line.
 inline void prepare_column(const KvqCodes& codes, int64_t channel, int32_t kind, float* room, Column& column) {
     const int count = level_count(codes, channel);
     const Affine affine = affine_of(codes, channel);
@@ -143,8 +143,8 @@ KVQ_INLINE I widened(W bytes, int s) {
 }
 #endif
 
-// Levels of byte indices, whichever way: four vectors of the tokens whose bytes these are. `next` gives the indices of
-// vector n in 32-bit lanes.
+// Levels of byte indices, from any source: four vectors of tokens. `next` gives the indices of vector n in 32-bit
+// lanes.
 template <class Next>
 KVQ_INLINE void computed_levels(const float* table, Next next, F (&level)[4]) {
     F of[kCoefficients];
@@ -324,14 +324,14 @@ struct Reader<kSixteen, kTrellis> {
 
 #endif
 
-// The trellis is known when compiled where nibbles are looked up by; elsewhere the column says it.
+// For look-ups by nibbles, the trellis is a compile-time constant; otherwise the column says it.
 template <int kind, bool trellis>
 struct OfKind {
     static constexpr int kKind = kind;
     static constexpr bool kTrellis = trellis;
 };
 
-// work(OfKind<...>()) for the kind and the codec at hand.
+// Call work(OfKind<...>()) for the current kind and codec.
 template <class Work>
 KVQ_INLINE void with_kind(int32_t kind, bool trellis, Work work) {
     switch (kind) {

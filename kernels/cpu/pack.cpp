@@ -1,4 +1,4 @@
-// Codes to packed words, and outliers to lists; kvq_calib/codec/packing.py defines both.
+// Packs codes into words, and outliers into lists. kvq_calib/codec/packing.py defines both.
 #include <cstring>
 
 #include "kvq_native.h"

@@ -8,11 +8,11 @@
 namespace kvq {
 
 constexpr int kBlock = 32;
-// Vectors from one coordinate to the next: one more than there are tokens, for at a distance of a power of two all
-// coordinates would fall on the same few lines of the cache.
+// Vectors from one coordinate to the next: one more than there are tokens. With a power of two, all coordinates would
+// use the same few lines of the processor's cache.
 constexpr int kPlane = kBlock + 1;
 
-// What is the same for all channels of a head.
+// Inputs that are the same for all channels of a head.
 template <int L>
 struct Tokens {
     const Floats<L>* weight;  // [32] or null
@@ -28,7 +28,7 @@ struct Coded {
     Ints<L> not_a_number;    // of lanes where something was none; bits are only ever set
 };
 
-// Two tokens lead from each state, u[t] + 2 u[t - 1], to each other in one way: its subset of the first and the second.
+// Over two tokens there is one way from each state, u[t] + 2 u[t - 1], to each other: the subsets of both tokens.
 struct Way {
     int first, second;
 };
@@ -136,7 +136,7 @@ KVQ_INLINE bool with_subsets(int32_t count, Work work) {
     }
 }
 
-// Codes of the nearest levels, where there is no trellis.
+// Codes of the nearest levels, without a trellis.
 template <int L>
 void nearest_levels(const Channel& channel, const Floats<L>* u, Coded<L>& coded) {
     for (int t = 0; t < kBlock; t++) {

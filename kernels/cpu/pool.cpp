@@ -26,7 +26,7 @@ constexpr Pool kEmpty = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, P
 Pool pool = kEmpty;
 pthread_once_t once = PTHREAD_ONCE_INIT;
 
-// In a forked child no thread but the caller's is left, so it begins anew.
+// In a forked child only the caller's thread exists, so it starts new threads.
 void begin_anew() { pool = kEmpty; }
 void watch_forks() { pthread_atfork(nullptr, nullptr, begin_anew); }
 
@@ -44,11 +44,11 @@ void* wait_for_work(void*) {
     return nullptr;
 }
 
-// With pool.lock held: have up to `count` threads. A system that gives fewer is no error.
+// With pool.lock held: start up to `count` threads. Fewer threads are not an error.
 void start_threads(int count) {
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals go to the program's threads
     while (pool.started < count) {
         pthread_t thread;
         if (pthread_create(&thread, nullptr, wait_for_work, nullptr) != 0) break;
@@ -75,7 +75,7 @@ void run_on_threads(int threads, void (*work)(void*), void* context) {
     pthread_mutex_unlock(&pool.lock);
     work(context);
     pthread_mutex_lock(&pool.lock);
-    pool.wanted = 0;  // who has not woken by now finds nothing left to do
+    pool.wanted = 0;  // threads that have not woken yet have nothing left to do
     while (pool.running > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.owner);

@@ -1,12 +1,12 @@
-// Threads that wait for work. What is computed never depends on how many there are, for pieces of work share nothing.
+// Threads that wait for work. Results do not depend on their number, because pieces of work are independent.
 #pragma once
 
 #include <cstdint>
 
 namespace kvq {
 
-// Call work(context) on up to `threads` threads at once, this one among them, and return when all calls have. Where
-// the threads are busy with another caller's work, this one does it alone.
+// Call work(context) on up to `threads` threads at once, including this one, and return when all calls have returned.
+// If the threads are busy with another caller's work, this thread does all of it.
 void run_on_threads(int threads, void (*work)(void*), void* context);
 
 }  // namespace kvq

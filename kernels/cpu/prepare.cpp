@@ -15,7 +15,7 @@ bool asks_for_ranks(const KvqTrellis& codec, int lanes, int32_t count) {
 
 Tables::Tables(const KvqTrellis& codec, int lanes) {
     const int number = codec.heads * codec.head_dim;
-    // Ranks come first, for they are loaded in whole registers.
+    // Ranks come first, because they are loaded in whole registers.
     size_t ranks = 0, boundaries = 0;
     for (int c = 0; c < number; c++) {
         const int32_t count = codec.level_count[c];

@@ -1,4 +1,4 @@
-// Checks of what a caller says of a quantizer, and the tables that all threads of a call read.
+// Checks of a caller's description of a quantizer, and the tables that all threads of a call read.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +45,7 @@ class Tables {
     Tables(const Tables&) = delete;
     Tables& operator=(const Tables&) = delete;
 
-    // One for each channel; null where memory ran out.
+    // One for each channel; null if out of memory.
     const Channel* channels() const { return channels_; }
 
    private:

@@ -1,4 +1,4 @@
-// Nearest levels of a vector of numbers: how many boundaries are below each.
+// Nearest levels of a vector of numbers: the number of boundaries below each.
 #pragma once
 
 #include "simd.h"
@@ -6,8 +6,8 @@
 
 namespace kvq {
 
-// What is nearest in some of the four subsets of N levels, every kStep-th from kFirst on: the levels, and the place of
-// subset s in byte s.
+// The nearest level in some of the four subsets of N levels, every kStep-th from kFirst on, and its place in subset s
+// as byte s.
 template <int L, int N>
 struct LinearSearch {
     const float* level;
@@ -58,7 +58,7 @@ struct RankSearch {
 
     template <int kFirst, int kStep>
     KVQ_INLINE void find(Floats<16> x, Floats<16>* nearest, Ints<16>& places) const {
-        // The first step looks at one number, for all lanes the same.
+        // The first step uses one number, the same for all lanes.
         const __mmask16 upper =
             _mm512_cmp_ps_mask(_mm512_set1_ps(ranks[kEntries / 2 - 1]), (__m512)x, _CMP_LT_OQ);
         __m512i rank = _mm512_maskz_set1_epi32(upper, kEntries / 2);
@@ -112,7 +112,7 @@ struct OctetSearch {
 };
 #endif
 
-// The search that is fastest for L lanes and subsets of N levels.
+// The fastest search for L lanes and subsets of N levels.
 template <int L, int N>
 struct Search {
     using Type = LinearSearch<L, N>;
@@ -130,7 +130,7 @@ template <>
 struct Search<16, 16> : RankSearchUpTo32<16> {};
 template <>
 struct Search<16, 32> : RankSearchUpTo32<32> {};
-// Whether a group of so many lanes looks for ranks in subsets of so many levels.
+// Whether a group of so many lanes searches by ranks in subsets of so many levels.
 constexpr bool searches_ranks(int lanes, int used) { return lanes == 16 && used >= 4 && used <= 32; }
 #else
 constexpr bool searches_ranks(int, int) { return false; }

@@ -1,6 +1,6 @@
-// The path of least weighted squared error where every token takes up a share of the rounding error before it, as
-// kvq_calib/codec/noise_shaping.py defines it. What is coded differs between the four survivors, so each is searched
-// for by itself. Every operation is rounded; ties go to the predecessor, and in the end to the state, of the lower
+// The path of least weighted squared error with noise shaping (kvq_calib/codec/noise_shaping.py): a share of each
+// rounding error is added to the next token. So the numbers to code differ between the four survivors, and each has a
+// separate search. Every operation is rounded; ties go to the predecessor, and in the end to the state, of the lower
 // number.
 #pragma once
 

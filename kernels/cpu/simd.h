@@ -1,5 +1,5 @@
-// Vectors of L floats or integers in the extensions that GCC and Clang share, so that one source serves every
-// instruction set; what a set does better by instructions of its own stands behind the same names.
+// Vectors of L floats or integers, in the extensions that GCC and Clang share, so that there is one source for all
+// instruction sets. Faster instructions of a set are hidden behind common names.
 #pragma once
 
 #include <cstdint>

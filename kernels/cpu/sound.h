@@ -1,4 +1,4 @@
-// Whether the counts and pointers of a call fit together, so that nothing is read beyond its end.
+// Checks that the counts and pointers of a call fit together, so that nothing is read beyond its end.
 #pragma once
 
 #include "levels.h"

@@ -1,5 +1,5 @@
-// The levels of a channel, made ready for the search of what is nearest in each of the four subsets level[s], level[s +
-// 4], ... of a trellis, or among all levels where there is none.
+// The levels of a channel, prepared for the search of the nearest level in each of the four subsets level[s], level[s +
+// 4], ... of a trellis, or among all levels without a trellis.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ constexpr int rank_entries(int used) {
 }
 constexpr int kRankTables = 6;
 
-// Made ready once in a call, read by all threads.
+// Prepared once per call, and read by all threads.
 struct Channel {
     const float* level;
     int32_t count;

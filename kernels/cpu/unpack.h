@@ -1,9 +1,8 @@
-// Packed words to indices of levels; kvq_calib/codec/packing.py knows where a code stands.
-//
-// A unit is the words of one channel and block: 32 codes in four slices of eight tokens. A vector holds the slices of
-// kUnits blocks, a slice a lane, so a page of eight blocks is kGroups vectors of each channel. What is read of a vector
-// are eight vectors of levels. Which token stands in which of them, and in which lane, follows from what an instruction
-// set does best: token_place() says it, and nothing else needs to know.
+// Converts packed words to indices of levels; kvq_calib/codec/packing.py defines the places of codes.
+// A unit is the words of one channel and block: 32 codes in four slices of eight tokens. A vector has the slices of
+// kUnits blocks, one slice per lane, so a page of eight blocks is kGroups vectors of each channel. A vector gives eight
+// vectors of levels. The vector and lane of a token depend on the instruction set: token_place() defines them, and
+// nothing else depends on them.
 #pragma once
 
 #include "wide.h"
@@ -20,7 +19,7 @@ constexpr int kVectors = 8;
 constexpr int kPageVectors = kPageTokens / kLanes;
 
 #if defined(__AVX512F__)
-// Vector k holds the nibbles k, a slice a lane.
+// Vector k has the nibbles k, one slice per lane.
 constexpr bool kNibbleOrder = true;
 #else
 // Byte-wise look-ups: four vectors of the even nibbles, a slice each, then four of the odd ones.
@@ -34,7 +33,7 @@ constexpr int quad_lane_of(int token) { return kNibbleOrder ? token >> 3 : token
 constexpr int token_at(int vector, int quad_lane) {
     return kNibbleOrder ? quad_lane * 8 + vector : (vector & 3) * 8 + 2 * quad_lane + (vector >> 2);
 }
-// Where a token of a page stands among its kPageTokens floats.
+// The index of a token among the kPageTokens floats of a page.
 constexpr int token_place(int block, int token) {
     return (block / kUnits * kVectors + vector_of(token)) * kLanes + block % kUnits * 4 + quad_lane_of(token);
 }
@@ -58,7 +57,7 @@ KVQ_INLINE W up_a_byte(W x) {
 // Slices with the codes of up to four bits in nibbles. Bits of a nibble above the code are undefined.
 #if defined(__AVX512F__)
 
-// Of four units, `width` words each, that stand in a row at the front of `raw`.
+// From four contiguous units of `width` words each, at the front of `raw`.
 KVQ_INLINE W slices_of(__m512i raw, int width) {
     switch (width) {
         case 4: return (W)raw;
@@ -93,7 +92,7 @@ KVQ_INLINE W low_slices(const int32_t* words, int width) {
     return slices_of(_mm512_maskz_loadu_epi32(first_words(4 * width), words), width);
 }
 
-// Beyond four bits: the low four, and what is above them.
+// Above four bits: the low four bits, and those above them.
 KVQ_INLINE void wide_slices(const int32_t* words, int width, W& low, W& high) {
     const __m512i front = _mm512_loadu_si512(words);
     const __m512i back = _mm512_maskz_loadu_epi32(first_words(4 * width - 16), words + 16);
@@ -101,7 +100,7 @@ KVQ_INLINE void wide_slices(const int32_t* words, int width, W& low, W& high) {
     const __m512i word = _mm512_set4_epi32(3, 2, 1, 0);
     const __m512i start = _mm512_mullo_epi32(unit, _mm512_set1_epi32(width));
     low = (W)_mm512_permutex2var_epi32(front, _mm512_add_epi32(start, word), back);
-    // Lane n of the high words in a row: word n % above of unit n / above. Places beyond are looked at by nobody.
+    // Lane n of the contiguous high words: word n % above of unit n / above. Further places are not used.
     const int above = width - 4;
     static const uint8_t kUnitOf[5][16] = {{},
                                            {0, 1, 2, 3},

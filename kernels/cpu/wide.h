@@ -1,5 +1,5 @@
-// The widest vectors of the instruction set, and what attention does with them beyond arithmetic. Sums may be fused
-// and reordered here: attention is held to an error, not to bits.
+// The widest vectors of the instruction set, and operations of attention beyond arithmetic. Sums may be fused and
+// reordered here, because attention must be accurate, not equal bit for bit.
 #pragma once
 
 #include "halves.h"
@@ -78,7 +78,7 @@ KVQ_INLINE float greatest_of(F x) {
 #endif
 }
 
-// 2 ** x, for x of at most 127; 2 ** -126 for what is less. The error is 2e-7 of it.
+// 2 ** x for x up to 127, and at least 2 ** -126. The relative error is 2e-7.
 KVQ_INLINE F exp2_of(F x) {
     x = greater(x, all(-126.0f));
     const F nearest = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
@@ -100,7 +100,7 @@ KVQ_INLINE F tanh_of(F x) {
     return 1.0f - 2.0f / (exp2_of(x * 2.88539008f) + 1.0f);
 }
 
-// Ask for memory that will be read soon.
+// Prefetch memory that will be read soon.
 KVQ_INLINE void fetch(const void* from, int64_t bytes) {
     const char* line = static_cast<const char*>(from);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at);

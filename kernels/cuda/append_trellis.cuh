@@ -10,7 +10,7 @@
 constexpr int kSizeClasses = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// What errors of a head's token count in the choice of a path.
+// Weights of the errors of a head's token in the choice of a path.
 KVQ_DEVICE float token_weight_of(const AppendSide &s, int64_t token, int head, int head_dim) {
     float size = 0.0f;
     for (int i = 0; i < head_dim; ++i) {
@@ -35,7 +35,7 @@ struct Path {
 // Inputs of the two tokens that lead into state `after`, as bits.
 KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
 
-// Of the survivors the one of least cost.
+// The survivor of least cost.
 KVQ_DEVICE Path cheapest(const float (&cost)[4], const uint32_t (&path)[4]) {
     Path best = {path[0]};
     float least = cost[0];
@@ -45,9 +45,9 @@ KVQ_DEVICE Path cheapest(const float (&cost)[4], const uint32_t (&path)[4]) {
     return best;
 }
 
-// The path of least squared error of one channel, its 32 elements given by `y`, each weighted by its `token_weight`
-// unless that is null. Two tokens lead from any state to any other in one way; a state is the lowest bit of the newest
-// code, plus 2 times that of the one before.
+// The path of least squared error of one channel. `y` gives its 32 elements, each weighted by its `token_weight` unless
+// that is null. A state is the lowest bit of the newest code, plus 2 times that of the code before. So over two tokens
+// there is exactly one way from any state to any other.
 template <class Element>
 KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &y, const float *token_weight) {
     float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity};
@@ -89,7 +89,7 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &y, const float 
 
 constexpr float kMostGain = 4.0f;
 
-// What token t takes up of the rounding error of the one before it (kvq_calib/codec/noise_shaping.py).
+// The share of the previous token's rounding error that is added to token t (kvq_calib/codec/noise_shaping.py).
 KVQ_DEVICE float gain_of(float feedback, const float *token_weight, int t) {
     if (t == 0) return 0.0f;
     if (!token_weight) return feedback;
@@ -97,8 +97,8 @@ KVQ_DEVICE float gain_of(float feedback, const float *token_weight, int t) {
     return __fmul_rn(feedback, ratio <= kMostGain * kMostGain ? __fsqrt_rn(ratio) : kMostGain);
 }
 
-// The path of one channel where every token takes up a share of the rounding error before it: a target and an error for
-// each survivor, a token at a time.
+// The path of one channel with noise shaping: a share of each rounding error is added to the next token. Tokens go one
+// at a time, with a target and an error for each survivor.
 template <class Element>
 KVQ_DEVICE Path shaped_path(const ChannelLevels &c, const Element &y, float feedback, const float *token_weight) {
     float cost[4] = {0.0f, kInfinity, kInfinity, kInfinity}, error[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -188,13 +188,13 @@ struct HeadWork {
     }
 };
 
-// What a lane's element of one coordinate is coded as.
+// The coded element of a lane, for one coordinate.
 struct Coded {
     int code;
     float level;
 };
 
-// Codes one coordinate, a token a lane; with a trellis the path goes across the lanes.
+// Codes one coordinate, one token per lane; with a trellis, the path goes across the lanes.
 KVQ_DEVICE Coded code_coordinate(const ChannelLevels &c, bool paths, float y, float token_weight, float *distance) {
     const int lane = lane_id();
     if (!paths || !c.bits) {
@@ -214,7 +214,7 @@ KVQ_DEVICE Coded code_coordinate(const ChannelLevels &c, bool paths, float y, fl
     return {at << 1 | int(path.free >> lane & 1u), c.level(kSubsets * at + subset)};
 }
 
-// Packs what 32 tokens of up to 32 coordinates were coded as, a lane a coordinate, from `first` to `last`.
+// Packs the codes of 32 tokens and up to 32 coordinates, one coordinate per lane, from `first` to `last`.
 KVQ_DEVICE void pack_coordinates(const AppendSide &s, const HeadWork &work, int head, int head_dim, int first, int last,
                                  uint32_t *codes, int place) {
     const int lane = lane_id(), coordinate = first + lane;
@@ -234,9 +234,9 @@ KVQ_DEVICE void pack_coordinates(const AppendSide &s, const HeadWork &work, int 
     store_unit(s, codes, channel, s.bits[channel], place, low, high);
 }
 
-// Codes a block of one head, coordinate by coordinate: a lane is a token. What is coded is the element plus its share
-// of the errors of the coordinates before it, summed in their order; in a refinement pass, before these, its share of
-// the errors that those after it were left with.
+// Codes a block of one head, coordinate by coordinate, one token per lane. The coded number is the element plus its
+// share of the errors of the coordinates before it, summed in their order. In a refinement pass, its share of the
+// errors of the coordinates after it is added first.
 KVQ_DEVICE void code_head(const AppendSide &s, const HeadWork &work, int64_t first, int head, int head_dim,
                           uint32_t *codes, int place) {
     const int lane = lane_id();

@@ -12,8 +12,7 @@ struct ChannelLevels {
     float step;  // 1 / L for L levels
     int bits;
 
-    // `coefficients`: [C, 6], with zeros where a channel has fewer. `paths`: codes are of a trellis, so there are twice
-    // as many levels.
+    // `coefficients`: [C, 6], filled up with zeros. `paths`: whether codes are of a trellis, with twice as many levels.
     KVQ_DEVICE ChannelLevels(const float *coefficients, const uint8_t *widths, int channel, bool paths)
         : bits(widths[channel]) {
 #pragma unroll
@@ -30,7 +29,7 @@ struct ChannelLevels {
         return x;
     }
 
-    // What is between two levels: above it, the upper one is nearer.
+    // The boundary between two levels: above it, the upper one is nearer.
     KVQ_DEVICE float between(int lower, int upper) const {
         return __fmul_rn(__fadd_rn(level(lower), level(upper)), 0.5f);
     }
@@ -43,7 +42,7 @@ struct ChannelLevels {
         return code;
     }
 
-    // Place in a subset of the level nearest to y; of width 1 to 7.
+    // Place in a subset of the level nearest to y, for widths 1 to 7.
     KVQ_DEVICE int nearest(int subset, float y) const {
         int place = 0;
         for (int stride = 1 << bits >> 2; stride; stride >>= 1) {

@@ -28,8 +28,8 @@ constexpr int kCoordinateBits = 11;
 KVQ_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 KVQ_DEVICE int warp_id() { return threadIdx.x / kWarp; }
 
-// threadIdx.x and blockIdx.y, read anew: for the end of a long kernel, so that no register holds them, or what follows
-// from them, all the way.
+// threadIdx.x and blockIdx.y, read again at the end of a long kernel, so that no register holds them, or numbers
+// computed from them, all the time.
 #ifdef __CUDACC__
 KVQ_DEVICE int thread_anew() {
     int x;
@@ -42,7 +42,8 @@ KVQ_DEVICE int block_y_anew() {
     return y;
 }
 
-// The same address, which the compiler cannot take apart to hold in registers what is the same for all pages.
+// The same address, hidden from the compiler, so that it does not keep parts that are the same for all pages in
+// registers.
 template <typename T> KVQ_DEVICE T *opaque(T *address) {
     asm("" : "+l"(address));
     return address;
@@ -96,7 +97,7 @@ struct Channel {
     uint16_t bits;
 };
 
-// Words of codes, by the widest loads that their alignment allows.
+// Loads words of codes with the widest loads that their alignment allows.
 template <int Words> KVQ_DEVICE void load_words(const uint32_t *source, uint32_t *words) {
     if constexpr (Words % 4 == 0) {
         for (int i = 0; i < Words / 4; ++i) {
@@ -113,7 +114,7 @@ template <int Words> KVQ_DEVICE void load_words(const uint32_t *source, uint32_t
     }
 }
 
-// The codes of a channel in a page, of which `codes` has those of all: one multiply-add.
+// The codes of a channel in a page; `codes` has those of all channels. One multiply-add.
 KVQ_DEVICE const uint32_t *region_of(const uint32_t *codes, const Channel &channel) {
     return codes + uint64_t(channel.word) * kPageBlocks;
 }
@@ -150,7 +151,7 @@ template <int Bits> KVQ_DEVICE void pack_selectors(const uint32_t *selectors, ui
     }
 }
 
-// The same for a width known at run time, 0 to 8: low nibbles, then the nibbles of what is above them.
+// The same for a width known only at run time, 0 to 8: low nibbles, then high nibbles.
 KVQ_DEVICE void unpack_narrow(const uint32_t *words, int bits, uint32_t *selectors) {
     switch (bits) {
     case 1: unpack_selectors<1>(words, selectors); break;
@@ -217,7 +218,7 @@ KVQ_DEVICE void exact_sincos(uint32_t angle, float *sine, float *cosine) {
     sincospif(float(int32_t(angle)) * 4.6566128730773926e-10f, sine, cosine);
 }
 
-// Byte permute with selectors whose top bits are clear, so that nothing is spent on masking them.
+// Byte permute with selectors whose top bits are clear, so that no instruction masks them.
 #ifdef __CUDACC__
 KVQ_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
     uint32_t bytes;
@@ -238,7 +239,7 @@ KVQ_DEVICE uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {
     return result;
 }
 
-// The bits of x where the mask is set, of y elsewhere, in one instruction; left to itself the compiler takes two.
+// The bits of x where the mask is set, of y elsewhere, in one instruction; the compiler alone would use two.
 KVQ_DEVICE uint32_t choose_bits(uint32_t mask, uint32_t x, uint32_t y) {
     uint32_t result;
     asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(result) : "r"(mask), "r"(x), "r"(y));
@@ -246,7 +247,7 @@ KVQ_DEVICE uint32_t choose_bits(uint32_t mask, uint32_t x, uint32_t y) {
 }
 #endif
 
-// 2^x, to 2^-22 relative; 0 for minus infinity and where the result would be subnormal.
+// 2^x with a relative error of 2^-22; 0 for minus infinity and for results that would be subnormal.
 #ifdef __CUDACC__
 KVQ_DEVICE float power_of_two(float x) {
     float y;
@@ -258,9 +259,9 @@ KVQ_DEVICE float power_of_two(float x) {
 // ---- tensor cores --------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
-// D += A B with A 16 x 16 and B 16 x 8 halves, D 16 x 8 floats. With g = lane / 4 and j = lane % 4 a thread holds
-// A rows g (a0, a2) and g + 8 (a1, a3), columns 2 j, 2 j + 1 (a0, a1) and 2 j + 8, 2 j + 9 (a2, a3);
-// B rows as A's columns, column g; D rows g (0, 1) and g + 8 (2, 3), columns 2 j and 2 j + 1.
+// D += A B with A 16 x 16 and B 16 x 8 halves, D 16 x 8 floats. Let g = lane / 4 and j = lane % 4. A thread has of A
+// rows g (a0, a2) and g + 8 (a1, a3), columns 2 j, 2 j + 1 (a0, a1) and 2 j + 8, 2 j + 9 (a2, a3). Of B it has rows
+// like A's columns, column g. Of D it has rows g (0, 1) and g + 8 (2, 3), columns 2 j and 2 j + 1.
 KVQ_DEVICE void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -268,7 +269,7 @@ KVQ_DEVICE void mma_16x8x16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uin
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Transposes an 8 x 8 matrix of halves whose row g, columns 2 j and 2 j + 1 each thread holds.
+// Transposes an 8 x 8 matrix of halves. Each thread holds row g, columns 2 j and 2 j + 1.
 KVQ_DEVICE uint32_t transpose_8x8(uint32_t row) {
     uint32_t column;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));

@@ -1,9 +1,8 @@
-// Levels that are computed, not looked up: the trellis codec's, for the decode kernel.
-//
-// Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is brought to the top of a nibble or a
-// byte, and that into the mantissa of a half, so that one multiply-add makes v = 2 i / L - 1 of it, exactly and
-// whatever the width. The host expands the polynomial about u = v + 1 / L. Two tokens go side by side: tokens t and
-// t + 4 of a slice of eight, because these stand 16 bits apart.
+// Computed levels of the trellis codec, for the decode kernel.
+// Level i of L of a channel is a polynomial in u = (2 i + 1) / L - 1. An index is moved to the top of a nibble or a
+// byte, and from there into the mantissa of a half. Then one multiply-add gives v = 2 i / L - 1, exactly and at any
+// width. The host expands the polynomial about u = v + 1 / L. Two tokens are processed together: tokens t and t + 4 of
+// a slice of eight, because these are 16 bits apart.
 #pragma once
 
 #include "levels.cuh"
@@ -15,7 +14,7 @@ KVQ_DEVICE uint32_t multiply(uint32_t a, uint32_t b) { return as_bits(__hmul2(as
 
 KVQ_DEVICE constexpr uint32_t every_byte(uint32_t byte) { return 0x01010101u * (byte & 0xffu); }
 
-// What a channel's levels are computed from: coefficients, each twice, or in `first` the table of up to eight levels.
+// Inputs for a channel's levels: coefficients, each twice, or in `first` the table of up to eight levels.
 struct ChannelNumbers {
     uint4 first, second;
 };
@@ -25,8 +24,8 @@ KVQ_DEVICE ChannelNumbers numbers_of(const uint4 *rows, int channel) {
 
 // ---- indices -------------------------------------------------------------------------------------------------
 
-// Indices of the 32 tokens of a unit. Up to 4 bits they stand at the top of nibbles, a word for eight tokens; wider
-// ones at the top of bytes, of even and of odd tokens.
+// Indices of the 32 tokens of a unit. Indices of up to 4 bits are at the top of nibbles, with a word for eight tokens;
+// wider ones are at the top of bytes, separate for even and odd tokens.
 template <bool Bytes> struct Indices;
 
 template <> struct Indices<false> {
@@ -54,12 +53,12 @@ template <> struct Indices<true> {
     }
 };
 
-// Up to eight levels are cheaper looked up than computed: channels of a known width that narrow have tables, which the
-// host makes of their polynomials.
+// Up to eight levels are cheaper to look up than to compute. So channels of so small a known width have tables, which
+// the host makes from their polynomials.
 KVQ_DEVICE constexpr bool has_table(int bits, bool paths) { return bits > 0 && bits + int(paths) <= 3; }
 
-// Codes of a unit of known width to indices, which stand at the bottom of nibbles where they select from a table. With
-// `Paths` codes are of a trellis: see trellis_index.
+// Codes of a unit of known width to indices, which are at the bottom of nibbles if they select from a table. With
+// `Paths`, codes are of a trellis: see trellis_index.
 template <int Bits, bool Paths> struct UnitIndices {
     static constexpr bool kBytes = Bits + int(Paths) > 4;
 
@@ -131,7 +130,7 @@ template <int Most> KVQ_DEVICE void nibbles_of_some(const uint32_t *words, int b
     if constexpr (Most > 3) code[3] = bits >= 4 ? words[3] : code[3];
 }
 
-// Bits of a nibble that are a code's.
+// The bits of a nibble that belong to a code.
 KVQ_DEVICE uint32_t nibble_mask(int bits) { return 0x11111111u * (0xfu >> (4 - min(bits, 4))); }
 
 // Codes of 0 to 3 bits (without paths 4) to indices.
@@ -245,14 +244,14 @@ struct TableLevels {
 
 // ---- channels ------------------------------------------------------------------------------------------------
 
-// Widths that lanes have for themselves: up to 3 bits, up to 5, any.
+// Classes of widths that may differ by lane: up to 3 bits, up to 5, any.
 constexpr int kNarrow = -1, kMedium = -2, kAnyWidth = -3;
 
-// What a lane has of one channel: `Count` adjacent units of a known width, 1 to 7 bits.
+// A lane's part of one channel: `Count` adjacent units of a known width, 1 to 7 bits.
 template <int Bits, int Count, bool Paths> struct ComputedUnits {
     uint32_t words[Count * Bits];
 
-    // `codes` are those of the page, `block` is the first unit.
+    // `codes`: codes of the page; `block`: the first unit.
     KVQ_DEVICE void load(const uint32_t *codes, const Channel &channel, int block) {
         load_words<Count * Bits>(region_of(opaque(codes + block * Bits), channel), words);
     }
@@ -267,7 +266,7 @@ template <int Bits, int Count, bool Paths> struct ComputedUnits {
     }
 };
 
-// Of no width: one level.
+// Width 0: one level.
 template <int Count, bool Paths> struct ComputedUnits<0, Count, Paths> {
     struct One {
         uint32_t level;
@@ -277,7 +276,7 @@ template <int Count, bool Paths> struct ComputedUnits<0, Count, Paths> {
     KVQ_DEVICE One levels(int, int, const ChannelNumbers &own) const { return {own.first.x}; }
 };
 
-// Of a width that lanes have for themselves.
+// A width that may differ by lane.
 template <int Most, int Count> struct SomeUnits {
     uint32_t words[Count * Most];
 

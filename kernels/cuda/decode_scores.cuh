@@ -16,8 +16,8 @@ KVQ_DEVICE float2 turned_query(const Shared &s, const uint16_t *q, int pair, int
     return make_float2(a * cosine + b * sine, b * cosine - a * sine);
 }
 
-// Fills Shared::query: per product of 16 tokens, step and lane, halves of R(-t) q times the pair's level factor,
-// scaled to [-1, 1]. What was divided out, times the softmax scaling, goes to query_scale.
+// Fills Shared::query: per product of 16 tokens, step and lane, halves of R(-t) q times the pair's level factor, scaled
+// to [-1, 1]. The divisor, times the softmax scaling, goes to query_scale.
 KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t *query, int heads, int head) {
     const float2 *pair_scale = p.key_pair_scale + head * (kDim / 2);
     for (int h = warp_id(); h < 8; h += kWarps) {
@@ -123,7 +123,7 @@ KVQ_DEVICE void add_step(const Shared &s, Scores &score, int step, const Turn &t
 
 // ---- levels from tables --------------------------------------------------------------------------------------
 
-// Pairs of channels a thread decodes at a time; where levels are many, their table takes the registers of one.
+// Pairs of channels that a thread decodes at a time; with many levels, the table needs the registers of one pair.
 constexpr int kPairs = KVQ_KEY_BITS <= 4 ? 2 : 1;
 
 template <int Bits> struct KeyStep {  // what a thread reads of its pairs
@@ -189,7 +189,7 @@ KVQ_DEVICE void score_kind(const Shared &s, const uint32_t *codes, int base, int
     }
 }
 
-// The kinds of steps in the order in which they stand: widths of a pair's first and second channel.
+// The kinds of steps, in their order in memory: widths of a pair's first and second channel.
 // kvq_calib/runtime/cuda/kinds.py lists the same.
 template <int Kind> KVQ_DEVICE void score_kinds(const Shared &, const uint32_t *, int, int, Scores &) {}
 

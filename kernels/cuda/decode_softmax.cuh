@@ -4,7 +4,7 @@
 #include "decode_scores.cuh"
 #include "decode_values.cuh"
 
-// Scores of one query head after the other are in powers of two.
+// Scores of all query heads, one after the other, as powers of two.
 struct OnlineSoftmax {
     float scale[2], cap;
     float maximum[2], sum[2], offset[2];
@@ -58,7 +58,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // Scores to probabilities times the tokens' value scales; where outliers need them, also to `probabilities`.
+    // Scores to probabilities times the tokens' value scales; if outliers need them, also to `probabilities`.
     KVQ_DEVICE void weigh(Scores &score, const uint4 *token_params, float *probabilities, float (&rescale)[2]) {
         float largest = 0.0f;
         auto weigh_token = [&](int set, int m, int half, uint32_t params) {
@@ -88,7 +88,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // What weights are multiplied by on their way to halves.
+    // The factor for weights before they are rounded to halves.
     KVQ_DEVICE float unit() const { return __uint_as_float(uint32_t(127 + kWeightExponent - exponent) << 23); }
 
     KVQ_DEVICE void operands(const Scores &score, Weights &weights) const {
@@ -101,7 +101,7 @@ struct OnlineSoftmax {
                 const float *weight = score[set][mm % 8] + 2 * (mm / 8);
                 slot[set] = transpose_8x8(pack_half2(by * weight[0], by * weight[1]));
             }
-            // Folded, the columns of the second slot came to the lanes of rows 4 to 7, whose own heads nobody needs.
+            // Folded, the columns of the second slot are in the lanes of rows 4 to 7, whose heads are not needed.
             if (kFold) slot[1] = __shfl_xor_sync(kAll, slot[0], 16);
             weights[mm][0] = permute(slot[0], slot[1], 0x5410);
             weights[mm][1] = permute(slot[0], slot[1], 0x7632);

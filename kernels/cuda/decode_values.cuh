@@ -10,8 +10,8 @@
 typedef uint32_t Weights[16][2];
 
 // Sums of a tile of 16 channels: 16 tile + lane / 4 (0, 1) and 8 more (2, 3) of the channel order, for heads
-// 2 (lane % 4) and the next. They rest in shared memory, where they cost two accesses per tile and page, because
-// registers decide how many warps a multiprocessor holds.
+// 2 (lane % 4) and the next. They are kept in shared memory, at two accesses per tile and page, because the number of
+// registers limits the warps of a multiprocessor.
 struct TileSums {
     float sum[4];
 
@@ -98,7 +98,7 @@ KVQ_DEVICE void mix_kind(const Shared &s, const uint32_t *codes, const Weights &
     }
 }
 
-// The kinds of tiles in the order in which they stand, as score_kinds.
+// The kinds of tiles in their order in memory, as score_kinds.
 template <int Kind>
 KVQ_DEVICE void mix_kinds(const Shared &, const uint32_t *, const Weights &, const float (&)[2], float4 (*)[kWarp],
                           int) {}

@@ -1,11 +1,11 @@
-// Levels that stand in a table, looked up by byte permutes: the scalar codec's.
+// The scalar codec's levels, in a table that is read by byte permutes.
 #pragma once
 
 #include "common.cuh"
 
-// Levels are halves whose low and high bytes stand in separate planes: eight bytes of a plane are what one byte
-// permute selects from. `Levels<8>` serves indices of 1 to 3 bits, `Levels<16>` of 4, `Levels<32>` of 5, whose top
-// bits stand in the nibbles of `high`.
+// Levels are halves, with low and high bytes in separate planes. One byte permute selects from eight bytes of a plane.
+// `Levels<8>` is for indices of 1 to 3 bits, `Levels<16>` for 4 bits, `Levels<32>` for 5 bits, with the top bits in the
+// nibbles of `high`.
 template <int Count> struct Levels;
 
 template <> struct Levels<8> {
@@ -84,7 +84,7 @@ template <int Bits, int Count> struct TableUnits {
     static constexpr bool kPlain = Bits > 5;
     uint32_t words[Count * Bits];
 
-    // `codes` are those of the page, `block` is the first unit.
+    // `codes`: codes of the page; `block`: the first unit.
     KVQ_DEVICE void load(const uint32_t *codes, const Channel &channel, int block) {
         load_words<Count * Bits>(region_of(codes + block * Bits, channel), words);
     }
@@ -92,7 +92,7 @@ template <int Bits, int Count> struct TableUnits {
     struct Decoded {
         Levels<kPlain ? 8 : kEntries> levels;
         const uint16_t *row;
-        // The upper nibbles of the four slices, or of 5 bits the word of the fifth bits: three registers less.
+        // The upper nibbles of the four slices, or with 5 bits the word of the fifth bits, which saves three registers.
         uint32_t selectors[Count][4], high[Count][Bits > 5 ? 4 : 1];
 
         // Levels of tokens 4 four .. 4 four + 3 as two pairs of neighbours.

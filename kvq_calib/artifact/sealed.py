@@ -27,8 +27,8 @@ class SealError(Exception):
     """A file that cannot be used. The message is one line that continues after the file's name.
 
     Attributes:
-        fault: "missing" if no file can be read, "file" if it is not a safetensors file, "kind" if it is a safetensors
-            file of another kind, "metadata" if its metadata is not a JSON object, "digest" if the content does not
+        fault: "missing" if no file can be read; "file" if it is not a safetensors file; "kind" if it is a safetensors
+            file of another kind; "metadata" if its metadata is not a JSON object; "digest" if the content does not
             match.
     """
 

@@ -1,7 +1,7 @@
-"""Whether a model can be calibrated and used: its configuration, built small with random weights, tells.
+"""Checks from a configuration whether a model can be calibrated and used, with a small model of random weights.
 
-What decides is the code of a family and which kinds of layers a model has, not its weights. So the same trials run that
-a calibration begins with, on a model of a few layers with narrow feed-forward parts, few experts and a small
+The answer depends on the code of a family and on the kinds of layers in a model, not on its weights. So the checks at
+the start of a calibration are run on a model with a few layers, narrow feed-forward parts, few experts and a small
 vocabulary.
 """
 
@@ -27,7 +27,7 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["Verdict", "check_configuration", "fill_zeros", "words_of"]
 
-#: What makes a model small and leaves attention as it is, under the names that families have for it.
+#: Settings that make a model small without changing attention, under the names that families use.
 _SMALL = {
     "vocab_size": 128,
     "intermediate_size": 64,
@@ -43,20 +43,20 @@ _SMALL = {
     "vocab_size_per_layer_input": 128,
     "pad_token_id": 0,
 }
-#: What is made small: layers cut, widths, numbers of heads; of one that cannot be built so, less.
+#: What is made smaller: layers, widths, numbers of heads. If such a model cannot be built, less is made smaller.
 _ATTEMPTS = ((True, True, True), (True, True, False), (True, False, False), (False, True, False))
-#: Layers beyond the first that has keys and values.
+#: Number of layers after the first one with keys and values.
 _MOST_LAYERS = 12
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a model that can be served.
+    """The result for a model that can be served.
 
     Attributes:
-        geometry: of the small model: layers and heads are of the same kinds as the whole model's, and fewer.
+        geometry: geometry of the small model, with fewer layers and heads of the same kinds as the model's.
         serving: how a packed cache serves it.
-        layers: of the whole model.
+        layers: number of layers of the model.
     """
 
     geometry: KVGeometry
@@ -65,13 +65,13 @@ class Verdict:
 
 
 def check_configuration(config: Any) -> Verdict:
-    """Try a model of this configuration.
+    """Check a model of this configuration.
 
     Args:
-        config: of the model; left as it was.
+        config: configuration of the model; it is not changed.
 
     Raises:
-        ModelError: it cannot be calibrated, or not be made small; in one line that says why.
+        ModelError: it cannot be calibrated, or no small model can be built; the message says why in one line.
     """
     layers = count_layers(config)
     failure: Exception | None = None
@@ -83,7 +83,7 @@ def check_configuration(config: Any) -> Verdict:
                     small, dtype=torch.float32, attn_implementation=softcap_implementation(small)
                 )
                 fill_zeros(model)
-        except Exception as error:  # whatever a family makes of these sizes
+        except Exception as error:  # a family may raise anything for these sizes
             failure = failure or error
             continue
         model = model.eval().requires_grad_(False)
@@ -100,7 +100,7 @@ def check_configuration(config: Any) -> Verdict:
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Give parameters that begin as zeros small random values: zeros hide what they do."""
+    """Set parameters that are all zeros to small random values, because zeros would hide their effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.any()):
@@ -108,7 +108,7 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def _smaller(config: Any) -> Iterator[Any]:
-    """Configurations to try, the smallest first."""
+    """Configurations to try, smallest first."""
     for shallow, narrow, thin in _ATTEMPTS:
         small = copy.deepcopy(config)
         text = small.get_text_config(decoder=True)
@@ -124,7 +124,7 @@ def _smaller(config: Any) -> Iterator[Any]:
 
 
 def _thin(text: Any) -> None:
-    """Leave as few heads, of their size, as keep queries and keys in proportion."""
+    """Reduce the number of heads, keeping their size and the ratio of query heads to key-value heads."""
     heads, own = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if not isinstance(heads, int) or not isinstance(own, int | None):
         return
@@ -136,7 +136,7 @@ def _thin(text: Any) -> None:
 
 
 def _cut(text: Any, config: Any) -> None:
-    """Leave so many of the first layers that every kind of layer is among them, where that is a few."""
+    """Keep the first layers, so many that every kind of layer is among them, if these are few."""
     whole = own_layers(config)
     kinds = list(getattr(text, "layer_types", None) or [type(layer).__name__ for layer in whole])
     if getattr(text, "num_kv_shared_layers", None) or not kinds:
@@ -152,7 +152,7 @@ def _cut(text: Any, config: Any) -> None:
 
 
 def words_of(verdict: Verdict) -> list[str]:
-    """What a user reads, a fact a line."""
+    """The result in words, one fact per line."""
     geometry, serving = verdict.geometry, verdict.serving
     kinds = dict.fromkeys(
         f"heads of {layer.head_dim}"
@@ -163,7 +163,7 @@ def words_of(verdict: Verdict) -> list[str]:
     )
     lines = [f"caches keys and values of {'; '.join(kinds)}"]
     if serving.materialized:
-        lines.append("gets them back as numbers, a layer at a time: slower than attention over packed pages")
+        lines.append("gets them dequantized, a layer at a time: slower than attention over packed pages")
     else:
         lines.append("attends to packed pages")
     if geometry.state_bytes:

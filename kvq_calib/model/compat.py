@@ -1,6 +1,6 @@
-"""Every private name of transformers and torch that the package uses, and every place where their releases differ.
+"""All private names of transformers and torch that the package uses, and all differences between their releases.
 
-One function for each, which says from which release to which. Nothing else in the package asks for a version.
+There is one function for each, which states the releases. No other module checks versions.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ __all__ = [
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _CROP_TAKES_REMOVED = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
-#: The base of cache layers that keep a state; there is none to transformers 5.4.
+#: The base of cache layers with a state; it does not exist up to transformers 5.4.
 _STATE: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
-#: Cache layers that keep keys and values and nothing else, but for such a state.
+#: Cache layers that keep only keys and values, and perhaps such a state.
 _PLAIN: set[Any] = {
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -59,41 +59,41 @@ _PLAIN: set[Any] = {
 def with_cache(cache: Any) -> dict[str, Any]:
     """The argument that gives a model, or its `generate`, a cache.
 
-    It is named `past_key_values` to transformers 5.23 and `cache` from 5.24 on.
+    It is named `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
     """
     return {_CACHE: cache}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in the output of a model that was called with `use_cache=True`, if any; names as in `with_cache`."""
+    """The cache in the output of a model called with `use_cache=True`, if any. Names are as in `with_cache`."""
     return getattr(output, _CACHE, None)
 
 
 def crop_takes_removed() -> bool:
-    """Whether 0 given to `Cache.crop` keeps all tokens.
+    """Whether `Cache.crop(0)` keeps all tokens.
 
-    To transformers 5.14 the argument is the length to keep, or minus the number of tokens to remove; from 5.15 on it
-    is the latter only.
+    Up to transformers 5.14, the argument is the length to keep, or minus the number of tokens to remove. From 5.15 on,
+    it is only the latter.
     """
     return _CROP_TAKES_REMOVED
 
 
 def own_layers(config: Any) -> list[Any]:
-    """The cache layers, empty, that transformers makes for a model of this configuration.
+    """The empty cache layers that transformers makes for a model of this configuration.
 
-    There can be fewer than layers of the model: to transformers 5.14 the last ones that share others' keys and values
+    There may be fewer than layers of the model: up to transformers 5.14, the last layers that share keys and values
     have none.
     """
-    # Some families define layers of their own in the file of the model, which this imports.
+    # Some families define special layers in the model's file, which this imports.
     MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return list(DynamicCache(config=config).layers)
 
 
 def count_layers(config: Any) -> int:
-    """Layers of a model of this configuration.
+    """The number of layers of a model with this configuration.
 
     Raises:
-        ModelError: it does not say.
+        ModelError: the configuration has no such number.
     """
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(count, int):
@@ -105,9 +105,9 @@ def count_layers(config: Any) -> int:
 
 
 def states_are_common() -> bool:
-    """Whether layers that keep a state (linear attention, convolution) have cache layers that all models share.
+    """Whether transformers has common cache layers for states (linear attention, convolution).
 
-    They have from transformers 5.5 on; before, such a model brought a cache class of its own.
+    It has them from 5.5 on. Before, every such model had a separate cache class.
     """
     return _STATE is not None
 
@@ -118,25 +118,25 @@ def keeps_keys(layer: Any) -> bool:
 
 
 def keeps_state(layer: Any) -> bool:
-    """Whether a cache layer keeps a state, be it beside keys and values."""
+    """Whether a cache layer keeps a state, alone or beside keys and values."""
     return _STATE is not None and isinstance(layer, _STATE)
 
 
 def keeps_more(layer: Any) -> bool:
-    """Whether a cache layer of transformers keeps something else beside keys and values: keys of an indexer, say."""
+    """Whether a cache layer of transformers keeps other tensors beside keys and values, such as keys of an indexer."""
     return keeps_keys(layer) and type(layer) not in _PLAIN
 
 
 def register_state(kind: type) -> None:
-    """Let a class pass for one that keeps a state, which `Cache` asks before it hands one on."""
+    """Register a class as one that keeps a state, which `Cache` checks before it passes states on."""
     if _STATE is not None:
         _STATE.register(kind)
 
 
 def state_tensors(layer: Any) -> dict[str, Tensor]:
-    """The tensors of a state by name, those that are there; all of a layer but its keys and values.
+    """All present tensors of a cache layer by name, without its keys and values.
 
-    A layer has one of each kind in older releases (5.5), a dictionary of them in newer ones (5.24).
+    In older releases (5.5) a layer has one tensor of each kind, in newer ones (5.24) a dictionary.
     """
     if not keeps_state(layer):
         return {name: value for name, value in _held(layer).items() if isinstance(value, Tensor)}
@@ -150,9 +150,9 @@ def state_tensors(layer: Any) -> dict[str, Tensor]:
 
 
 def state_flags(layer: Any) -> dict[str, Tensor]:
-    """What a state counts and notes beside its tensors, by name, int64 without dimensions.
+    """Counters of a state by name, int64 without dimensions.
 
-    States of linear attention and of convolutions have nothing that their tensors do not tell.
+    States of linear attention and of convolutions have none.
     """
     if keeps_state(layer):
         return {}
@@ -160,7 +160,7 @@ def state_flags(layer: Any) -> dict[str, Tensor]:
 
 
 def _held(layer: Any) -> dict[str, Any]:
-    """What an object holds by name, entries of its dictionaries too; not what is private, keys and values."""
+    """Public attributes of an object and entries of its dictionaries, by name, without keys and values."""
     found: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if not name.startswith("_") and name not in ("keys", "values"):
@@ -183,11 +183,11 @@ def _fill_held(layer: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
-    """Give an empty state what `state_tensors` and `state_flags` gave of another."""
+    """Fill an empty state with the results of `state_tensors` and `state_flags` for another."""
     if not keeps_state(layer):
         _fill_held(layer, tensors)
         return
-    for name, tensor in sorted(tensors.items()):  # convolutions first: to 5.5 they tell the dtype
+    for name, tensor in sorted(tensors.items()):  # convolutions first: up to 5.5 they determine the dtype
         kind, number = name.split(".")
         several = isinstance(getattr(layer, f"{kind}_states"), dict)
         which = {"state_idx": int(number)} if several else {}
@@ -200,10 +200,10 @@ def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def can_crop(state: Any) -> bool:
-    """Whether tokens can be taken from a state again.
+    """Whether tokens can be removed from a state.
 
-    They can where it is of convolutions only and was told to keep what that needs (`activate_past_recording`), in newer
-    releases (5.24; not 5.5), and where it has an entry for each token.
+    They can if the state has an entry for each token. In newer releases (5.24; not 5.5) they can, too, if the state is
+    of convolutions only and keeps what this needs (`activate_past_recording`).
     """
     if not keeps_state(state):
         return bool(state.is_croppable and not state.is_sliding)
@@ -211,7 +211,7 @@ def can_crop(state: Any) -> bool:
 
 
 def state_alone(layer: Any) -> Any:
-    """A layer for nothing but what an empty layer keeps beside keys and values, which it is never given."""
+    """A cache layer for the other states of an empty cache layer. It never gets keys and values."""
     if not (keeps_keys(layer) and keeps_state(layer)):
         return layer
     several = getattr(layer, "number_of_states", None)
@@ -219,27 +219,27 @@ def state_alone(layer: Any) -> Any:
 
 
 def new_tokens(query: int | Tensor) -> int:
-    """The number of new tokens that a cache layer's `get_mask_sizes` is told.
+    """The number of new tokens, from the argument of a cache layer's `get_mask_sizes`.
 
-    To transformers 5.3 that method gets the new tokens' positions, from 5.5 on their number.
+    Up to transformers 5.3, that method gets the positions of the new tokens; from 5.5 on, their number.
     """
     return query if isinstance(query, int) else int(query.shape[0])
 
 
 def attention_implementation(config: Any) -> str | None:
-    """The name of the attention implementation in a configuration ("sdpa", "eager", ...); `None` where there is none.
+    """The name of the attention implementation in a configuration ("sdpa", "eager", ...); `None` if there is none.
 
-    `_attn_implementation` is private in every release from 5.2 to 5.24, and there is no public name for it.
+    `_attn_implementation` is private in all releases from 5.2 to 5.24, and there is no public name.
     """
     name = getattr(config, "_attn_implementation", None)
     return name if isinstance(name, str) else None
 
 
 def layer_attribute(config: Any, name: str) -> Any:
-    """An attribute of a configuration: `None` where there is none, a list with one entry per layer where layers differ.
+    """An attribute of a configuration: `None` if there is none, a list with one entry per layer if layers differ.
 
-    From transformers 5.15 on a configuration can differ by layer (`per_layer_config`), and then has no such attribute
-    of its own: asking for it is an error.
+    From transformers 5.15 on, a configuration can differ by layer (`per_layer_config`). Then reading such an attribute
+    is an error.
     """
     layers = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", None) or ()]
     if not layers:
@@ -248,10 +248,10 @@ def layer_attribute(config: Any, name: str) -> Any:
 
 
 def softcap_implementation(config: Any) -> str | None:
-    """The attention implementation to ask for where the default would be wrong.
+    """The attention implementation to request if the default would be wrong.
 
-    To transformers 5.22 the default for a model that caps its attention scores is sdpa, which leaves the cap out
-    without a word.
+    Up to transformers 5.22, the default for a model with capped attention scores is sdpa, which silently ignores the
+    cap.
     """
     return "eager" if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) else None
 
@@ -274,11 +274,11 @@ def _families_own(
 
 
 def attention_entries(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Every dictionary and key under which an attention module may find the function that it calls.
+    """All dictionaries and keys in which an attention module may look up its attention function.
 
-    These are `AttentionInterface`'s mapping for all models, a family's own mapping where it overrides single
-    implementations, and the name of a family's eager function in the file that defines it. The two mappings are
-    private (`_global_mapping`, `_local_mapping`) in every release from 5.2 to 5.24.
+    These are the mapping of `AttentionInterface` for all models, the mapping of a family that overrides some
+    implementations, and the name of a family's eager function in the file that defines it. The two mappings are private
+    (`_global_mapping`, `_local_mapping`) in all releases from 5.2 to 5.24.
     """
     cls: Any = type(module)
     interfaces, eager = _families_own(cls)
@@ -287,10 +287,10 @@ def attention_entries(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 
 def in_backward() -> bool:
-    """Whether this thread computes a part of a backward pass; private in every release of torch from 2.6 to 2.13."""
+    """Whether this thread runs a backward pass; the function is private in torch 2.6 to 2.13."""
     return torch._C._current_graph_task_id() != -1
 
 
 def uncompiled(model: Any) -> Any:
-    """The module inside the wrapper that `torch.compile` returns; its name is private in torch 2.6 to 2.13."""
+    """The module inside the wrapper of `torch.compile`; its name is private in torch 2.6 to 2.13."""
     return getattr(model, "_orig_mod", model)

@@ -32,15 +32,15 @@ _ROPE_FIELDS = (
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return the configuration fields that decide what a model caches, and their digest.
+    """Return the configuration fields that determine what a model caches, and their digest.
 
-    Defaults are filled in and spellings unified, so that one checkpoint has one fingerprint under every
-    supported release of transformers. Weights do not enter.
+    Defaults are filled in and spellings unified, so that a checkpoint has the same fingerprint in every supported
+    release of transformers. Weights are not included.
 
     Returns:
         JSON-able fields `model_type`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
         `head_dim`, `hidden_size`, `vocab_size`, `layer_types`, `sliding_window`, `rope`, `no_rope_layers`,
-        `value_head_dim` where it differs from `head_dim`, and `sha256` (hex) over the others as canonical JSON.
+        `value_head_dim` if it differs from `head_dim`, and `sha256` (hex) over the others as canonical JSON.
     """
     whole: Any = model.config
     layers = count_layers(whole)
@@ -66,7 +66,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         "layer_types": list(kinds),
         "sliding_window": window if window and "sliding_attention" in kinds else None,
         "rope": _rope_fields(getattr(config, "rope_parameters", None) or {}, kinds),
-        # 1 where a layer has RoPE, in spite of the name
+        # 1 means that a layer has RoPE, despite the name
         "no_rope_layers": [int(flag) for flag in without_rope] if without_rope else None,
     }
     if value_head_dim and value_head_dim != head_dim:
@@ -76,15 +76,14 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Any:
-    """An integer, or a list of integers where layers differ; `None` where there is none."""
+    """An integer, or a list of integers if layers differ; `None` if there is none."""
     if isinstance(value, list | tuple):
         return [None if number is None else int(number) for number in value]
     return None if value is None else int(value)
 
 
 def _rope_fields(parameters: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """Normalise `rope_parameters`; layer kinds with parameters of their own are kept apart where they
-    differ."""
+    """Normalise `rope_parameters`. Kinds of layers are listed separately if their parameters differ."""
     nested = {kind: value for kind, value in parameters.items() if isinstance(value, dict)}
     if nested:
         each = {kind: _rope_fields(nested[kind], []) for kind in sorted(set(kinds) & set(nested))}

@@ -1,9 +1,9 @@
-"""What a model caches, and how a packed cache can serve it: tried on a few tokens and kept per model object.
+"""Finds what a model caches and how a packed cache can serve it. Results are kept per model object.
 
-Most models call transformers' attention interface with what they cache. There a packed cache takes attention over, and
-there keys and values are captured. Others have attention of their own, change keys or values on the way, or want more
-of attention than its result. They are served by a cache that gives back all keys and values as numbers (it is
-*materialized*, one layer at a time), and captured where they hand theirs to it.
+Most models call transformers' attention interface with the tensors that they cache. There keys and values are captured,
+and a packed cache takes over attention. Other models have custom attention code, change keys or values on the way, or
+need more than the result of attention. Their cache returns all keys and values dequantized (*materialized*, one layer
+at a time), and keys and values are captured where they are passed to the cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Known:
-    """A model.
+    """The results for a model.
 
     Attributes:
         found: what it caches.
@@ -48,15 +48,15 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def inspect_model(model: nn.Module) -> KVGeometry:
-    """Verify by a few tiny forward passes that a model can be captured, and return its geometry.
+    """Verify with a few short forward passes that a model can be captured, and return its geometry.
 
-    Every attention layer must come by exactly once per pass, with as many keys as values. Each attention module is
-    given one and the same hidden state at every position: keys that differ between positions were rotated, and must not
-    differ any more once that is undone. Where they still do, positions are encoded in another way; a layer is then
-    taken for one without rotary embedding, and its keys are quantized as they are. Results are kept per model object.
+    Every attention layer must occur exactly once per pass, with as many keys as values. Each attention module gets the
+    same hidden state at every position. So keys that differ between positions were rotated, and must be equal after
+    un-rotation. If they are not, positions are encoded in another way. The layer is then treated as one without rotary
+    embedding, and its keys are quantized as they are. Results are kept per model object.
 
-    A rotary embedding whose frequencies depend on the length of the text has no table that always holds; its
-    `RopeSpec` has no pairs and says `length_dependent`, and `why_no_table` gives the reason.
+    A rotary embedding whose frequencies depend on the length of the text cannot be expressed as a table. Its `RopeSpec`
+    has no pairs and is `length_dependent`, and `why_no_table` gives the reason.
 
     Raises:
         ModelError: the model cannot be captured; the message says why.
@@ -65,12 +65,12 @@ def inspect_model(model: nn.Module) -> KVGeometry:
 
 
 def why_no_table(model: nn.Module) -> str:
-    """Why a rotary embedding of a model has no table, as a sentence about it; empty where each has one."""
+    """Why a rotary embedding of a model has no table, as part of a sentence; empty if all have one."""
     return _known(model).found.no_table
 
 
 def interceptor_of(model: nn.Module) -> Interceptor:
-    """What shows a model's keys and values to a handler."""
+    """The interception that passes a model's keys and values to a handler."""
     return _known(model).intercept
 
 
@@ -78,15 +78,15 @@ def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
     """Refuse a model that a packed cache cannot serve.
 
     Args:
-        model: a causal language model, or the model inside one; left as it was.
-        geometry: that the cache is for.
+        model: a causal language model, or the model inside one; it is not changed.
+        geometry: geometry of the cache.
 
     Returns:
-        How one serves it.
+        How a packed cache serves it.
 
     Raises:
-        ModelError: the model would give other output than its own, or caches something else than the geometry says; in
-            one line that says why.
+        ModelError: the model's output would change, or it caches something else than the geometry says. The message
+            says why in one line.
     """
     known = _known(model)
     if isinstance(known.serving, str):
@@ -102,18 +102,18 @@ def check_generation(model: nn.Module, geometry: KVGeometry) -> Serving:
 
 
 def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str, Any]:
-    """Arguments with which a model continues a text in a cache.
+    """Arguments of a model's forward to continue a text in a cache.
 
     Args:
         model: the model.
         ids: the next tokens, int64 ``[B, T]``.
-        cache: that holds the text; ``None`` where there is none yet.
-        start: tokens in it.
+        cache: the cache with the text, or ``None`` at the start.
+        start: number of tokens in the cache.
     """
     arguments = {"input_ids": ids, **with_cache(cache)}
     try:
         serving = _known(model).serving
-    except ModelError:  # it can be measured with caches of others
+    except ModelError:  # it may still be measured with other caches
         return arguments
     if isinstance(serving, Serving) and serving.positions:
         arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
@@ -121,7 +121,7 @@ def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str
 
 
 def _shapes(geometry: KVGeometry) -> object:
-    """What of a geometry decides what is stored."""
+    """The parts of a geometry that determine what is stored."""
     layers = [
         (layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.swapped) for layer in geometry.layers
     ]
@@ -137,7 +137,7 @@ def _known(model: nn.Module) -> _Known:
 
 
 def _look(model: nn.Module) -> _Known:
-    """Try attention over packed pages, then a materialized cache."""
+    """Test attention over packed pages, then a materialized cache."""
     fast = refusal = None
     try:
         found = probe_geometry(model, intercept_calls)
@@ -157,8 +157,8 @@ def _look(model: nn.Module) -> _Known:
     if isinstance(serving, str):
         return fast or _Known(found, serving, intercept_updates)
     _log.warning(
-        "a packed cache gives this model all keys and values of a layer as numbers, each time: what is stored is as "
-        "small as with others, decoding is slower (%s)",
+        "for this model, a packed cache dequantizes all keys and values of a layer at every step: the cache is as small "
+        "as for other models, but decoding is slower (%s)",
         reason,
     )
     return _Known(found, serving, intercept_updates)

@@ -1,15 +1,15 @@
-"""Interception of attention calls at transformers' attention interface, the same for every model and every purpose.
+"""Interception of attention calls at transformers' attention interface, for all models and purposes.
 
-Current models hand rotated keys and plain values, before heads are repeated, to a function that they look up under
-the name in their configuration. While anything is intercepted, a thin wrapper stands in place of every such function.
-It gets the attention module as its first argument, and calls what stood there at once unless that module is held (a
-`Hold`). Then there are two cases:
+Current models pass rotated keys, and values, before heads are repeated, to a function that they look up under the name
+in their configuration. During an interception, a thin wrapper replaces every such function. Its first argument is the
+attention module. It calls the original function directly unless that module is held (a `Hold`). For held modules there
+are two cases:
 
-* The keys were marked by a cache layer (`mark`), which stores and attends itself.
+* The keys were marked by a cache layer (`mark`), which stores them and computes attention.
 * This thread is inside `intercept_calls` for the module: a handler sees the call and may replace keys and values.
 
-No configuration is touched, so a model's masks, copies and whatever else is made from its configuration are what
-they were, and another implementation can be chosen at any time. The last hold to end takes the wrappers away.
+No configuration is changed. So masks, copies and everything else made from a configuration stay the same, and another
+implementation can be chosen at any time. When the last hold ends, the wrappers are removed.
 """
 
 from __future__ import annotations
@@ -55,19 +55,20 @@ AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call of the attention function by one layer, as the model made it.
+    """One call of the attention function by one layer.
 
     Attributes:
         module: the attention module.
         query: rotated queries [B, Hq, T, D].
-        key: keys as handed over (rotated) [B, Hkv, S, D].
+        key: rotated keys [B, Hkv, S, D].
         value: [B, Hkv, S, Dv].
-        position_embeddings: what the module was given under that name (cos, sin), or None.
+        position_embeddings: the module's argument of that name (cos, sin), or None.
         function: the attention function that the model would have called.
         args: further positional arguments.
         kwargs: further keyword arguments (scaling, sliding_window, softcap, s_aux, ...).
-        swapped: key and value stand in the other order than the model's.
-        number: of the layer whose cache got the keys, where it is not the module's: a module can run for several.
+        swapped: whether key and value are in the opposite order to the model's.
+        number: number of the layer whose cache got the keys, if it differs from the module's: a module can run for
+            several layers.
     """
 
     module: nn.Module
@@ -82,7 +83,7 @@ class AttentionCall:
     number: int | None = None
 
     def swap(self) -> AttentionCall:
-        """The same call with key and value in the other order."""
+        """The same call with key and value exchanged."""
         query = self.value if self.query is self.key else self.query
         return replace(self, query=query, key=self.value, value=self.key, swapped=not self.swapped)
 
@@ -93,14 +94,14 @@ class AttentionCall:
 
     @property
     def mask(self) -> Any:
-        """The attention mask as the model prepared it, or None."""
+        """The attention mask that the model prepared, or None."""
         return self.args[0] if self.args else self.kwargs.get("attention_mask")
 
     def rotation(self) -> Rotation:
         """The rotation that the model applied to these keys.
 
         Raises:
-            ModelError: there are keys of earlier calls among them, whose angles are not known.
+            ModelError: some keys are from earlier calls, and their angles are not known.
         """
         cos, sin = self.position_embeddings
         if cos.shape[-2] != self.key.shape[-2]:
@@ -108,31 +109,31 @@ class AttentionCall:
         return Rotation(find_apply_rotary(self.module), cos, sin)
 
     def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
-        """What the model's own function makes of the queries and other keys and values."""
+        """The result of the model's attention function with other keys and values."""
         return self.function(self.module, self.query, key, value, *self.args, **self.kwargs)
 
 
 Handler = Callable[[AttentionCall], "tuple[Tensor, Tensor] | None"]
-"""Returns other (rotated keys, values), or None to leave them as they are."""
+"""Returns other (rotated keys, values), or None to leave them unchanged."""
 
 
 class Attends(Protocol):
-    """What keys are marked with: a cache layer that attends itself."""
+    """A cache layer that computes attention; keys are marked with it."""
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Store the new keys and values and attend to all: [B, T, Hq, Dv]. Called without autograd."""
+        """Store the new keys and values, and attend to all tokens: [B, T, Hq, Dv]. Called without autograd."""
         ...
 
 
 def mark(keys: Tensor, layer: Attends) -> Tensor:
-    """A new tensor object with the data of `keys` that leads attention to `layer`."""
+    """A new tensor object with the data of `keys`, marked with `layer`."""
     marked = keys.view_as(keys)
     setattr(marked, _MARK, layer)
     return marked
 
 
 def _number(module: Any) -> Any:
-    """The number of a module's layer, under either of the names that families have for it."""
+    """The number of a module's layer, under either of the names that families use."""
     return (
         getattr(module, "layer_idx", None)
         if hasattr(module, "layer_idx")
@@ -147,11 +148,11 @@ def layer_of(module: nn.Module) -> int:
 
 
 def attention_modules(model: nn.Module, *, unnumbered: bool = False) -> list[nn.Module]:
-    """Modules that know which layer they are in; those of attention are among them.
+    """All modules with a layer number, which include the attention modules.
 
     Args:
         model: the model.
-        unnumbered: modules too that could know it and do not: they are told when they are called.
+        unnumbered: also include modules whose layer number is None; they get it when they are called.
     """
     return [
         module
@@ -168,7 +169,7 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def call_argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the argument `name` of a call of `module.forward`, however passed; None where it was not."""
+    """Return the argument `name` of a call of `module.forward`, by position or by name; None if not given."""
     if name in kwargs:
         return kwargs[name]
     parameters = parameters_of(type(module).forward)
@@ -177,12 +178,12 @@ def call_argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: d
     return None
 
 
-# ------------------------------------------------------------------ what belongs to a thread
+# ------------------------------------------------------------------ state of a thread
 
 
 @dataclass(frozen=True, eq=False)
 class _Interception:
-    """A handler and the modules whose calls it sees."""
+    """A handler, and the modules whose calls it gets."""
 
     modules: frozenset[nn.Module]
     handler: Handler
@@ -190,7 +191,7 @@ class _Interception:
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """An attention module whose forward runs, and what it was given.
+    """An attention module whose forward runs, and its arguments.
 
     Attributes:
         module: the module.
@@ -206,11 +207,11 @@ class Running:
 
 
 class _Thread(threading.local):
-    """What belongs to the passes of one thread.
+    """The state of one thread.
 
     Attributes:
-        interceptions: those under way, the outermost first.
-        embeddings: by `id` of a module whose forward has begun, its position embeddings.
+        interceptions: active interceptions, outermost first.
+        embeddings: position embeddings by `id` of the module whose forward runs.
         attending: `id` of modules whose call is being handled.
     """
 
@@ -218,11 +219,11 @@ class _Thread(threading.local):
         self.interceptions: tuple[_Interception, ...] = ()
         self.embeddings: dict[int, Any] = {}
         self.attending: set[int] = set()
-        #: Held modules whose forward runs, the outermost first.
+        #: Held modules whose forward runs, outermost first.
         self.running: list[Running] = []
 
     def handlers(self, module: nn.Module) -> list[Handler]:
-        """The handlers for a module's call, the innermost first."""
+        """The handlers for a module's call, innermost first."""
         return [each.handler for each in reversed(self.interceptions) if module in each.modules]
 
 
@@ -230,9 +231,9 @@ _THREAD = _Thread()
 
 
 def carried(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` for another thread, where it runs under the interceptions of the thread that asks for it now.
+    """Wrap `function` so that in another thread it runs under the current interceptions of this thread.
 
-    A backward pass recomputes layers in threads of autograd.
+    This is needed because a backward pass recomputes layers in autograd's threads.
     """
     interceptions = _THREAD.interceptions
 
@@ -249,10 +250,10 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Show every attention call of `model` in this thread to `handler`, which may return other keys and values.
+    """Pass every attention call of `model` in this thread to `handler`, which may return other keys and values.
 
-    Contexts nest: the outer one sees what the inner one makes of a call. Calls with a cache layer that attends itself
-    are not shown. Nothing is un-rotated and nothing is checked; see `kvq_calib.model.capture` for both.
+    Contexts can be nested: the outer handler gets the result of the inner one. Calls with a cache layer that computes
+    attention are left out. Keys are not un-rotated and nothing is checked; `kvq_calib.model.capture` does both.
     """
     modules = attention_modules(model)
     holds = [Hold(module) for module in modules]
@@ -268,7 +269,7 @@ def intercept_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-forward hook of every held module. A copy of a held module has it too, and is not held."""
+    """Pre-forward hook of every held module. A copy of a held module has the hook, too, but is not held."""
     if id(module) not in _HELD:
         return
     names = ("position_embeddings", "attention_mask", "position_ids")
@@ -279,15 +280,15 @@ def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forget(module: nn.Module, *_: Any) -> None:
-    """Hook after the forward of every held module, also where that fails: nothing of it is kept."""
+    """Hook after the forward of every held module, also if it fails: drops what was stored."""
     _THREAD.running[:] = [each for each in _THREAD.running if each.module is not module]
 
 
 def running(layer: int) -> Running | None:
     """The held module whose forward runs in this thread and hands keys and values to the cache of a layer, if any does.
 
-    Parts of an attention module may know the layer too, and be given less. A module that runs for several layers knows
-    one of them at most; then it is the innermost.
+    Submodules of an attention module may also have the layer's number, but get fewer arguments. A module that runs for
+    several layers knows one of them at most; then it is the innermost.
     """
     found = [each for each in _THREAD.running if layer_of(each.module) == layer] or _THREAD.running
     return next(
@@ -295,11 +296,11 @@ def running(layer: int) -> Running | None:
     )
 
 
-# ------------------------------------------------------------------ what belongs to the process
+# ------------------------------------------------------------------ state of the process
 
 
 class Hold:
-    """Keeps an attention module's calls under watch until `close`, or until nothing refers to the object."""
+    """Watches an attention module's calls until `close`, or until the object is garbage-collected."""
 
     def __init__(self, module: nn.Module) -> None:
         hooks = (
@@ -312,18 +313,18 @@ class Hold:
         self._end.atexit = False
 
     def close(self) -> None:
-        """Let go; a second call does nothing."""
+        """Stop watching. A second call does nothing."""
         self._end()
 
 
 @dataclass(eq=False)
 class _Entry:
-    """One place where attention functions are looked up, and who wants a wrapper there.
+    """One place where attention functions are looked up, and the holds that need a wrapper there.
 
     Attributes:
         namespace, name: the dictionary and the key.
-        tokens: of the holds.
-        original, wrapper: what stood there and what stands there now.
+        tokens: tokens of the holds.
+        original, wrapper: the original function and its wrapper.
     """
 
     namespace: dict[str, Any]
@@ -333,23 +334,23 @@ class _Entry:
     wrapper: Any = None
 
     def wrap(self) -> None:
-        """Put a wrapper over whatever stands there."""
+        """Replace the function by a wrapper."""
         present = self.namespace.get(self.name)
         if present is not None and present is not self.wrapper:
             self.original, self.wrapper = present, _wrapper(present)
             self.namespace[self.name] = self.wrapper
 
     def unwrap(self) -> None:
-        """Put back what stood there, unless another function has taken the place since."""
+        """Restore the original function, unless another function has replaced the wrapper."""
         if self.namespace.get(self.name) is self.wrapper is not None:
             self.namespace[self.name] = self.original
 
 
-# Collection of garbage can end a hold at any moment, also while this thread has the lock. So the lock can be taken
-# again, tokens are written down before anything is done about them, and every step may be repeated.
+# Garbage collection can end a hold at any moment, even while this thread has the lock. So the lock is reentrant, tokens
+# are recorded before anything is done about them, and every step may be repeated.
 _LOCK = threading.RLock()
 _ENTRIES: dict[tuple[int, str], _Entry] = {}
-#: By `id` of a held module, its tokens.
+#: Tokens by `id` of a held module.
 _HELD: dict[int, set[object]] = {}
 
 
@@ -406,11 +407,11 @@ def _divert(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Hand a call of a held module to whoever wants it."""
+    """Pass a call of a held module to its cache layer or handlers."""
     embeddings = _THREAD.embeddings.pop(id(module), None)
     layer: Attends | None = getattr(key, _MARK, None)
     handlers = _THREAD.handlers(module) if layer is None else []
-    # One implementation may look up another: the call was seen already.
+    # One implementation may look up another; then the call was handled already.
     if id(module) in _THREAD.attending or (layer is None and not handlers):
         return function(module, query, key, value, *args, **kwargs)
     call = AttentionCall(module, query, key, value, embeddings, function, args, kwargs)
@@ -427,7 +428,7 @@ def _divert(
 
 
 def _without_gradient(layer: Attends, call: AttentionCall) -> Tensor:
-    """What a cache layer makes of a call: contiguous, and nothing of it holds an autograd graph."""
+    """A call for a cache layer, with contiguous tensors that are detached from autograd."""
     inputs = (call.query, call.key, call.value)
     query, key, value = (tensor.detach() for tensor in inputs)
     with torch.no_grad():
@@ -436,7 +437,7 @@ def _without_gradient(layer: Attends, call: AttentionCall) -> Tensor:
 
 
 def without_gradient(result: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """`result`, which has no autograd graph; a backward pass that needs it from `inputs` fails."""
+    """Mark `result`, which has no autograd graph, so that a backward pass through it to `inputs` fails."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         marked: Tensor = _NoGradient.apply(result, *inputs)  # type: ignore[no-untyped-call]
         return marked
@@ -444,16 +445,16 @@ def without_gradient(result: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Fails in a backward pass, which would otherwise leave out attention without a word."""
+    """Raises an error in a backward pass, which would otherwise silently leave out attention."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
-        """Return `result` as something that depends on `inputs`."""
+        """Return `result`, made dependent on `inputs`."""
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Refuse."""
+        """Raise an error."""
         raise RuntimeMismatchError(
             "a packed cache has no gradients; call the model without it where gradients are wanted"
         )

@@ -41,7 +41,7 @@ class LoadedModel:
     Attributes:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
-        name: as the user gave it; for local folders and files the last part of the path.
+        name: name as the user gave it; for local folders and files, the last part of the path.
     """
 
     model: Any
@@ -62,18 +62,17 @@ def load_model(
 
     Args:
         name: hub id, local folder, or path of a `.gguf` file.
-        device: "auto" (CUDA where there is one, else CPU) or a torch device; not used with `device_map`.
+        device: "auto" (CUDA if available, else CPU) or a torch device; not used with `device_map`.
         dtype: "auto" (float32 on the CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
-        trust_remote_code: run code that the checkpoint brings along.
-        device_map: spreads a model over devices (needs accelerate), as in transformers.
-        max_memory: most bytes of weights on each device of an automatic map ("cpu", or the number of a GPU), as a
-            number or as text ("20GiB"). What fits nowhere is read from disk whenever it is used: from the checkpoint
-            itself where its numbers can be used as they are, else from a temporary folder that goes with the model.
+        trust_remote_code: whether to run code from the checkpoint.
+        device_map: spreads a model over devices, as in transformers (needs accelerate).
+        max_memory: largest number of bytes of weights on each device of an automatic map ("cpu", or the number of a
+            GPU), as a number or as text ("20GiB"). Other weights are read from disk when they are used: from the
+            checkpoint if it has the right format, else from a temporary folder that is deleted with the model.
 
     Raises:
-        ModelError: not found, not readable, not a causal language model, weights are missing or of other shapes than
-            the configuration says, the tokenizer or accelerate is missing. Weights that the model has no use for are
-            left out, with a logged warning.
+        ModelError: the model is not found, not readable, or not a causal language model; weights are missing or have
+            wrong shapes; the tokenizer or accelerate is missing. Unused weights are ignored, with a logged warning.
     """
     if max_memory is not None and device_map is None:
         raise ModelError("max_memory limits the devices of a device_map; give --device-map auto with it")
@@ -97,12 +96,12 @@ def load_model(
             config = AutoConfig.from_pretrained(location, **source)
         except Exception as error:
             raise ModelError(explain(name, source, error)) from error
-        try:  # before the weights, which take longer
+        try:  # first, because weights take longer
             tokenizer = AutoTokenizer.from_pretrained(location, **source)
         except Exception as error:
             raise ModelError(explain(name, source, error, "the tokenizer of ")) from error
         try:
-            # Mismatched sizes are refused below, by name.
+            # Mismatched sizes are refused below, with their names.
             arguments = {**source, "output_loading_info": True, "ignore_mismatched_sizes": True}
             if "gguf_file" not in source:
                 arguments["use_safetensors"] = True  # never unpickle a checkpoint
@@ -127,10 +126,10 @@ def load_model(
 
 
 def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, and nothing else of it; arguments as of :func:`load_model`.
+    """Load only the configuration of a model. Arguments are as in :func:`load_model`.
 
     Raises:
-        ModelError: not found, or not readable.
+        ModelError: it is not found or not readable.
     """
     location, _, source = _find(name)
     source["trust_remote_code"] = trust_remote_code
@@ -142,7 +141,7 @@ def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _find(name: str) -> tuple[str, str, dict[str, Any]]:
-    """Where `name` is loaded from, what it is called, and the arguments of `from_pretrained` that follow."""
+    """The location of the model, its name, and arguments for `from_pretrained`."""
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -176,7 +175,7 @@ def _device(device: str) -> torch.device:
 
 
 def _check_weights(name: str, loading: Mapping[str, Any]) -> None:
-    """Refuse weights that are missing or of other shapes; warn of those that the model has no use for."""
+    """Refuse missing weights and wrong shapes. Warn of unused weights."""
     check_shapes(name, loading["mismatched_keys"])
     if missing := loading["missing_keys"]:
         raise ModelError(f"the checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them")
@@ -188,7 +187,7 @@ def _check_weights(name: str, loading: Mapping[str, Any]) -> None:
 
 
 def check_length(model: nn.Module, seqlen: int) -> None:
-    """Refuse windows longer than the model was made for: statistics of text it cannot read are of no use.
+    """Refuse windows longer than the model's context, because their statistics would be useless.
 
     Raises:
         ModelError: ``seqlen`` is above the configuration's ``max_position_embeddings``.
@@ -203,10 +202,10 @@ def check_length(model: nn.Module, seqlen: int) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """The number of tokens that a model has an embedding for.
+    """The number of tokens in a model's embedding table.
 
     Raises:
-        ModelError: it has several tables of them.
+        ModelError: the model has several embedding tables.
     """
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
@@ -217,14 +216,14 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def check_tokens(model: nn.Module, ids: Tensor) -> None:
-    """Refuse tokens that a model has no embedding for; on a GPU they would end the process.
+    """Check that all tokens are in a model's vocabulary. On a GPU, other tokens would crash the process.
 
     Args:
         model: a language model.
         ids: token ids, integers of any shape.
 
     Raises:
-        ModelError: names the largest, or the smallest where it is negative.
+        ModelError: a token is outside; the message names the largest, or a negative one.
     """
     known = vocabulary_of(model)
     low, high = (int(end) for end in ids.aminmax())

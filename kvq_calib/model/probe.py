@@ -1,9 +1,9 @@
-"""Whether a model can use a cache whose attention is its own: tried with an exact one, on a few tokens.
+"""Tests whether a model can use a cache that computes attention, with an exact cache and a few tokens.
 
-A packed cache gives attention the new keys and values only, and takes attention over. A model that uses keys or values
-elsewhere, changes them on the way or wants more of attention than its result can be calibrated and then generates
-nonsense. So before anything long is done with a model, the same few tokens go through it twice: through a cache of
-`ExactLayer`, which differs from a packed one in nothing but that it keeps everything exactly, and without.
+A packed cache gives attention only the new keys and values, and takes over attention. A model could be calibrated and
+then generate nonsense if it uses keys or values elsewhere, changes them on the way, or needs more than the result of
+attention. So before any long work, the same few tokens go through the model twice: without a cache, and through a cache
+of `ExactLayer`, which differs from a packed cache only in keeping everything exactly.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["ExactLayer", "Serving", "probe_serving"]
 
-#: Tokens of the passes: some at once, some more, and one alone, which needs no mask.
+#: Numbers of tokens of the passes: several, several more, and a single one, which needs no mask.
 _PASSES = (6, 4, 1)
-#: The same for models that continue a text by single tokens only.
+#: The same for models that continue a text only by single tokens.
 _SINGLE_PASSES = (9, 1, 1)
 
 
 class ExactLayer(AttendingLayer):
-    """Keeps keys and values as they are and attends with the function that the model would have called.
+    """Keeps keys and values exactly, and attends with the function that the model would have called.
 
     Args:
-        sliding_window: as for the model's own cache.
+        sliding_window: as for the model's default cache.
     """
 
     def __init__(self, sliding_window: int | None) -> None:
@@ -46,34 +46,34 @@ class ExactLayer(AttendingLayer):
         self.updates = 0
         self._handed: tuple[Tensor, Tensor] | None = None
         self._first = 0
-        #: Whether attention got other tensors than ``update`` returned.
+        #: Whether attention got tensors other than those from ``update``.
         self.changed = False
-        #: Names of tensors that attention got beside those a packed cache knows.
+        #: Names of tensor options of attention that a packed cache does not support.
         self.unknown: set[str] = set()
 
     @property
     def length(self) -> int:
-        """Slots held."""
+        """Number of slots."""
         return 0 if self.stored is None else self.stored[0].shape[2]
 
     @property
     def waiting(self) -> bool:
-        """Whether keys and values came that never came to attention."""
+        """Whether attention was never called for keys and values from ``update``."""
         return self._handed is not None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to attention."""
+        """Pass the new keys and values on to attention."""
         self.updates += 1
         self._handed = super().update(key_states, value_states)
         return self._handed
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attend to everything stored; see :class:`AttendingLayer`."""
+        """Attend to all tokens; see :class:`AttendingLayer`."""
         self.unknown |= unknown_options(call)
         new = (call.key, call.value)
-        if self._handed is None:  # another layer attends to the same
+        if self._handed is None:  # another layer attends to the same keys and values
             assert self.stored is not None
             result, _ = call.attend(*(x[:, :, self._first :] for x in self.stored))
             return result
@@ -90,12 +90,12 @@ class ExactLayer(AttendingLayer):
 
 
 class _WholeLayer(ExactLayer):
-    """Keeps keys and values as they are and gives all of them back that a query can see."""
+    """Keeps keys and values exactly, and returns all that a query can see."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values; return all."""
+        """Keep the new keys and values, and return all."""
         self.updates += 1
         _, first = self.get_mask_sizes(key_states.shape[2])
         new = (key_states, value_states)
@@ -110,10 +110,10 @@ class Serving:
     """How a packed cache serves a model.
 
     Attributes:
-        materialized: the cache gives back all keys and values of a layer, for attention that is the model's own affair.
-        single_tokens: a text in the cache is continued by one token at a time only. So do some models, with their own
-            cache too: given more, they fail, or layers that keep a state begin anew.
-        positions: the model must be told ``position_ids``, as its ``generate`` does: by itself it counts the tokens of
+        materialized: the cache returns all keys and values of a layer, and the model computes attention.
+        single_tokens: a text in the cache can only be continued by one token at a time. Some models need this with any
+            cache: with more tokens they fail, or layers with a state start again.
+        positions: the model needs ``position_ids``, which its ``generate`` passes. Without them it counts the tokens of
             each pass from 0.
     """
 
@@ -123,12 +123,12 @@ class Serving:
 
 
 def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
-    """How a packed cache serves a model, or why it cannot.
+    """Find out how a packed cache serves a model, or why it cannot.
 
     Args:
-        model: a causal language model, or the model inside one; left as it was.
-        geometry: of the model.
-        materialized: try a cache that gives back all keys and values, in place of one that attends itself.
+        model: a causal language model, or the model inside one; it is not changed.
+        geometry: geometry of the model.
+        materialized: whether to test a cache that returns all keys and values, instead of one that computes attention.
     """
     with torch.no_grad(), _evaluating(model):
         trial = _Trial(model, geometry, Serving(materialized))
@@ -149,7 +149,7 @@ def _takes_positions(model: nn.Module) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would make any two passes differ."""
+    """Evaluation mode, without dropout, with which any two passes would differ."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -168,7 +168,7 @@ class _Trial:
         serving: how it is tried.
 
     Attributes:
-        faithful: whether the model gives with its own cache what it gives without, as far as that was tried.
+        faithful: whether the model with its default cache gives the same as without, as far as tested.
     """
 
     def __init__(self, model: Any, geometry: KVGeometry, serving: Serving) -> None:
@@ -182,17 +182,17 @@ class _Trial:
         )
         ids = torch.arange(1, sum(passes) + 1) % vocabulary
         self.ids = ids[None].to(input_device(model))
-        #: The class of the model's own cache, once it was used.
+        #: The class of the model's default cache, once used.
         self.own_cache: type = DynamicCache
 
     def obstacle(self) -> str:
-        """Why a packed cache cannot serve the model; empty where it can."""
+        """Why a packed cache cannot serve the model; empty if it can."""
         wanted = _scores(self._call(0, len(self.ids[0]), use_cache=False))
         got, failure = self._through_exact()
         known = not any(layer.unknown for layer in self.layers)
         if known and got is not None and self._close(got, wanted):
             return ""
-        # Rounding may tell these passes from a single one; the model's own cache makes the same passes.
+        # These passes may differ from a single one by rounding, so the model's default cache makes the same passes.
         try:
             own = self._through(None)
         except Exception as error:
@@ -210,13 +210,13 @@ class _Trial:
         return self._reason(failure)
 
     def _decoder(self) -> str:
-        """What makes a causal model of an encoder, where its configuration has that."""
+        """Advice for an encoder that can be a causal model; empty for other models."""
         if getattr(self.model.config, "is_decoder", True):
             return ""
         return '; if it is to be one, set "is_decoder": true in its config.json'
 
     def _reason(self, failure: Exception | None) -> str:
-        """Why the exact cache did not do."""
+        """Why the exact cache did not work."""
         if self.own_cache is not DynamicCache:
             return f"it keeps what it caches in a class of its own ({self.own_cache.__name__})"
         detail = told_by(failure)
@@ -241,19 +241,19 @@ class _Trial:
         )
 
     def _through_exact(self) -> tuple[Tensor | None, Exception | None]:
-        """What the model gives with layers that attend themselves, or how it failed."""
+        """The model's result with layers that compute attention, or how it failed."""
         holds = [Hold(module) for module in attention_modules(self.model, unnumbered=True)]
         try:
             layers = cache_layers(self.model.config, self.geometry, self.layers)
             return self._through(Cache(layers=layers)), None
-        except Exception as error:  # whatever a family's forward makes of it
+        except Exception as error:  # a family's forward may raise anything
             return None, error
         finally:
             for hold in holds:
                 hold.close()
 
     def _through(self, cache: Any) -> Tensor:
-        """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the model's own for ``None``."""
+        """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the default cache for ``None``."""
         scores, start = [], 0
         for tokens in self.passes:
             output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))
@@ -272,12 +272,12 @@ class _Trial:
         return self.model(input_ids=self.ids[:, start:stop], attention_mask=mask, **arguments)
 
     def _rounding(self, scores: Tensor) -> float:
-        """What rounding can make of two results, relative to the largest number in them."""
+        """Tolerance for rounding, relative to the largest number."""
         dtypes = {scores.dtype, *(layer.stored[0].dtype for layer in self.layers if layer.stored is not None)}
         return max(1e-4, *(8 * float(torch.finfo(dtype).eps) for dtype in dtypes))
 
     def _close(self, got: Tensor, wanted: Tensor) -> bool:
-        """Whether two results agree up to rounding; what is not finite in both says nothing."""
+        """Whether two results agree up to rounding, ignoring numbers that are not finite in both."""
         known = wanted.isfinite()
         if got.shape != wanted.shape or not bool((got.isfinite() == known).all()):
             return False
@@ -285,7 +285,7 @@ class _Trial:
         return bool(error <= self._rounding(wanted) * wanted.where(known, 0).abs().max())
 
     def _alike(self, got: Tensor, wanted: Tensor) -> bool:
-        """Whether most tokens of ``[1, T, V]`` agree; a near tie between experts can fall either way for one."""
+        """Whether most tokens of ``[1, T, V]`` agree. A single token may differ by a near tie between experts."""
         error, size = (got - wanted).abs().amax(-1), wanted.abs().amax(-1)
         return not bool((error / size).median() > 2 * self._rounding(wanted))
 

@@ -1,6 +1,6 @@
-"""What a model caches, found by running it: shapes of its attention layers and their rotary embeddings.
+"""Finds by running a model what it caches: shapes of its attention layers, and their rotary embeddings.
 
-Keys and values are seen where attention is called, or where they are handed to the cache.
+Keys and values are observed where attention is called, or where they are passed to the cache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PROBE_TOKENS = 8
 _NOTHING = "{} has no layer that caches keys and values: there is nothing to quantize"
 
 
-#: What shows keys and values to a handler while a model runs.
+#: An interception that passes keys and values to a handler while a model runs.
 Interceptor = Callable[[nn.Module, Handler], AbstractContextManager[None]]
 
 
@@ -55,8 +55,8 @@ class Found:
     """What a model caches.
 
     Attributes:
-        geometry: of the model.
-        no_table: why a rotary embedding of it has no table; empty where each has one.
+        geometry: geometry of the model.
+        no_table: why a rotary embedding of it has no table; empty if all have one.
     """
 
     geometry: KVGeometry
@@ -64,14 +64,14 @@ class Found:
 
 
 def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
-    """Look at two short passes; see :func:`kvq_calib.model.inspect.inspect_model`.
+    """Observe two short passes; see :func:`kvq_calib.model.inspect.inspect_model`.
 
     Args:
         model: the model.
-        intercept: where keys and values are seen.
+        intercept: where keys and values are observed.
 
     Raises:
-        ModelError: they cannot be, in one line that says why.
+        ModelError: they cannot be observed; the message says why in one line.
     """
     name = type(model).__name__
     text: Any = _text_config(model)
@@ -80,12 +80,11 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
         raise NothingToQuantizeError(_NOTHING.format(name))
     if intercept is intercept_calls:
         for layer in own_layers(model.config):
-            if keeps_more(layer):  # which of its keys a query attends to is the model's affair
+            if keeps_more(layer):  # the model itself chooses the keys that a query attends to
                 kind = type(layer).__name__
                 raise ModelError(f"its cache layers keep more than keys and values ({kind})")
     short, far = torch.arange(_PROBE_TOKENS), _far_positions(model, text)
-    # The far pass comes first, so that a rotary module that adapts to length is left as it was for short
-    # ones.
+    # The far pass comes first, so that a rotary module that adapts to the length ends in its state for short texts.
     far_calls, _ = _probe(model, intercept, short if far is None else far, explicit=far is not None)
     short_calls, shared = _probe(model, intercept, short, explicit=False)
     if intercept is not intercept_calls:
@@ -125,13 +124,13 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
 
 
 def _check_own_cache(model: Any) -> None:
-    """Refuse a model that keeps nothing in a cache of transformers, with the reason; else do nothing."""
+    """Raise an error with the reason if a model keeps nothing in a cache of transformers."""
     name = type(model).__name__
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
     try:
         with torch.no_grad():
             output = model(input_ids=ids, use_cache=True)
-    except Exception:  # whatever was wrong before is the reason
+    except Exception:  # then an earlier check gives the reason
         return
     cache = cache_of(output)
     if cache is None and not isinstance(output, tuple):
@@ -145,7 +144,7 @@ def _check_own_cache(model: Any) -> None:
 
 
 def _missing(model: nn.Module, seen: set[int], expected: int) -> int:
-    """How many layers keep keys and values that were not seen."""
+    """Number of layers that keep keys and values but were not observed."""
     own: list[Any] = own_layers(model.config)
     return sum(
         layer not in seen and (layer >= len(own) or keeps_keys(own[layer])) for layer in range(expected)
@@ -155,13 +154,13 @@ def _missing(model: nn.Module, seen: set[int], expected: int) -> int:
 def _attends_to(
     model: nn.Module, called: list[int], shared: dict[int, int], expected: int
 ) -> tuple[int | None, ...]:
-    """See :class:`KVGeometry`; checks that layers without keys and values keep what a cache can keep for them.
+    """See :class:`KVGeometry`. Checks that a cache supports what layers without keys and values keep.
 
     Args:
-        model: of which layers ``called`` attend to keys and values of their own.
-        called: their numbers.
-        shared: by the number of each layer that attends to another's, the other's.
-        expected: layers of the model.
+        model: the model.
+        called: numbers of the layers with their own keys and values.
+        shared: for each layer that attends to another layer's keys and values, the number of the other.
+        expected: number of layers of the model.
     """
     name = type(model).__name__
     if not called:
@@ -175,7 +174,7 @@ def _attends_to(
 
 
 def _state_bytes(model: Any) -> tuple[int, int]:
-    """Bytes that layers keep of one sequence beside keys and values: whatever its length, and for each token."""
+    """Bytes of other states that layers keep for one sequence: a fixed number, and a number per token."""
     if not any(keeps_state(layer) or keeps_more(layer) for layer in own_layers(model.config)):
         return 0, 0
     held = []
@@ -191,7 +190,7 @@ def _state_bytes(model: Any) -> tuple[int, int]:
 
 
 def _text_config(model: nn.Module) -> Any:
-    """The configuration of a model whose kind can be captured."""
+    """The configuration of a model of a kind that can be captured."""
     name = type(model).__name__
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -210,7 +209,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _far_positions(model: nn.Module, text: Any) -> Tensor | None:
-    """Positions from which frequencies can be told, int64 [T]; None where the model takes no positions."""
+    """Positions from which frequencies can be determined, int64 [T]; None if the model takes no positions."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return None
     limit = int(getattr(text, "max_position_embeddings", 0) or 2048)
@@ -219,14 +218,14 @@ def _far_positions(model: nn.Module, text: Any) -> Tensor | None:
 
 
 def _index(ropes: Sequence[RopeSpec], spec: RopeSpec | str | None) -> int | None:
-    """Where a layer's rotary embedding stands; one that has no table is the last."""
+    """The index of a layer's rotary embedding. One without a table is the last."""
     if spec is None:
         return None
     return ropes.index(spec) if isinstance(spec, RopeSpec) else len(ropes) - 1
 
 
 def _query_heads(text: Any, call: AttentionCall) -> int:
-    """Heads of queries; where attention was not seen, those of the configuration if they fit."""
+    """Number of query heads. If attention was not observed, that in the configuration, if it fits."""
     heads, own = call.query.shape[1], call.key.shape[1]
     if call.query is not call.key:
         return heads
@@ -251,13 +250,13 @@ def _geometry(call: AttentionCall, rope: int | None, query_heads: int) -> LayerG
 def _probe(
     model: nn.Module, intercept: Interceptor, positions: Tensor, *, explicit: bool
 ) -> tuple[dict[int, AttentionCall], dict[int, int]]:
-    """Run one sequence through the model, every attention module seeing one hidden state at all positions.
+    """Run one sequence through the model, with the same hidden state at all positions of an attention module.
 
-    Of two cached tensors of which only the second depends on the position, it is the keys.
+    If only the second of the two cached tensors depends on the position, it is the keys.
 
     Returns:
-        By number the calls of layers with keys and values of their own; and of layers that attend to another's, the
-        other's number.
+        The calls of layers with their own keys and values, by number; and for layers that attend to another layer's
+        keys and values, the number of the other.
     """
     name = type(model).__name__
     calls: dict[int, AttentionCall] = {}
@@ -310,13 +309,13 @@ def _probe(
 
 @contextmanager
 def _level(model: nn.Module) -> Iterator[None]:
-    """Give every attention module one and the same hidden state at all positions."""
+    """Give every attention module the same hidden state at all positions."""
 
     def level(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = call_argument(module, "hidden_states", args, kwargs)
         if not (isinstance(hidden, Tensor) and hidden.ndim == 3):
             return None
-        # Noise of unit variance, as after a norm; a token's own state can be zero (padding tokens are).
+        # Noise of unit variance, as after a norm. The state of a token may be zero, as for padding.
         state = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
         hidden = state.to(hidden.device, hidden.dtype).expand_as(hidden)
         if "hidden_states" in kwargs:
@@ -332,9 +331,9 @@ def _level(model: nn.Module) -> Iterator[None]:
 
 
 def _check_layer(name: str, call: AttentionCall) -> bool:
-    """Check shapes of one layer; return whether its keys were rotated, in a way that can be undone.
+    """Check the shapes of one layer. Return whether its keys were rotated in a way that can be undone.
 
-    Positions that are encoded otherwise stay in the keys, which are then quantized as they are.
+    Keys with positions encoded in another way are quantized as they are.
     """
     layer, key, value = call.layer, call.key, call.value
     if key.ndim != 4 or key.shape[:3] != value.shape[:3]:
@@ -352,7 +351,7 @@ def _check_layer(name: str, call: AttentionCall) -> bool:
 
 
 def _only_values_turn(call: AttentionCall) -> bool:
-    """Whether the second of two cached tensors depends on the position, and the first does not."""
+    """Whether the second of the two cached tensors depends on the position, and the first does not."""
     turns = [_spread(x) > _tolerance(x) for x in (call.key, call.value)]
     return turns == [False, True]
 
@@ -380,18 +379,18 @@ def _can_be_undone(call: AttentionCall) -> bool:
 
 
 def _spread(keys: Tensor) -> float:
-    """Largest difference between positions of the latter half: a convolution sees nothing before the first."""
+    """Largest difference between positions in the second half, because a convolution has no input before the first."""
     half = keys[:, :, keys.shape[2] // 2 :]
     return float((half - half[:, :, :1]).abs().max())
 
 
 @dataclass(frozen=True, eq=False)
 class _Passes:
-    """The two passes that tell a rotary embedding.
+    """The two passes that determine a rotary embedding.
 
     Attributes:
         far, short: positions of each, int64 [T].
-        candidates: one-dimensional tensors of the model, its frequencies perhaps among them.
+        candidates: one-dimensional tensors of the model, which may include its frequencies.
     """
 
     far: Tensor
@@ -399,7 +398,7 @@ class _Passes:
     candidates: list[Tensor]
 
     def rope(self, far_call: AttentionCall, short_call: AttentionCall) -> RopeSpec | str:
-        """A layer's rotary embedding, or why it has no table."""
+        """The rotary embedding of a layer, or why it has no table."""
         rotation, near = far_call.rotation(), short_call.rotation()
         assert rotation.cos is not None
         assert near.cos is not None

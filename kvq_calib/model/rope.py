@@ -1,11 +1,11 @@
-"""Rotary position embeddings: undone and described by means of the model's own functions, and as a table.
+"""Rotary position embeddings: inverted and described with the model's functions, and as a table.
 
-transformers' attention modules rotate keys with an `apply_rotary_pos_emb(q, k, cos, sin)` that stands in the
-Python module that defines them. Its layout (half-split, interleaved, partial) and its scaling differ between
-families, but it is always linear in the vector and, channel pair by channel pair, a rotation times a scale.
-So calling the same function with other cosines and sines gives its inverse and its adjoint, with no per-model
-code. `Rotation` is what one pass did; `discover_rope` finds the numbers behind it (a `RopeSpec`, which is stored),
-and `RopeTable` is these as tensors, for code that runs without the model.
+transformers' attention modules rotate keys with a function `apply_rotary_pos_emb(q, k, cos, sin)` in the Python module
+that defines them. Its layout (half-split, interleaved, partial) and scaling differ between families. But it is always
+linear in the vector, and a rotation times a scale for each pair of channels. So calling the same function with other
+cosines and sines gives its inverse and its adjoint, without model-specific code. `Rotation` is the rotation in one
+pass. `discover_rope` finds its numbers (a `RopeSpec`, which is stored). `RopeTable` has them as tensors, for code that
+runs without the model.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = [
 ]
 
 ApplyRotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`apply(q, k, cos, sin) -> (q', k')`, heads in dimension 1, `cos` and `sin` of shape [B or 1, T, width]."""
+"""`apply(q, k, cos, sin) -> (q', k')`, with heads in dimension 1, `cos` and `sin` of shape [B or 1, T, width]."""
 
 
 class RopeLayoutError(ValueError):
-    """A rotary embedding that no fixed table of frequencies describes; the message is the reason."""
+    """No fixed table of frequencies describes the rotary embedding. The message is the reason."""
 
 
 def find_apply_rotary(attention_module: nn.Module) -> ApplyRotary | None:
-    """Return the `apply_rotary_pos_emb` that an attention module uses, or None where its family has none.
+    """Return the `apply_rotary_pos_emb` that an attention module uses, or None if its family has none.
 
-    It stands in the Python module that defines the class or one of its bases. The same function for the same family.
+    It is in the Python module that defines the class or one of its bases. It is the same function for the whole family.
     """
     for cls in type(attention_module).__mro__:
         apply: ApplyRotary | None = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
@@ -55,7 +55,7 @@ def find_apply_rotary(attention_module: nn.Module) -> ApplyRotary | None:
 
 @lru_cache(maxsize=64)
 def _for_two(apply: Callable[..., Any]) -> ApplyRotary:
-    """A function that takes queries and keys, also where a family's takes one of them, `apply(x, cos, sin)`."""
+    """A function of queries and keys, also for a family whose function takes one tensor, `apply(x, cos, sin)`."""
     if tuple(inspect.signature(apply).parameters)[1:3] != ("cos", "sin"):
         return apply
 
@@ -66,7 +66,7 @@ def _for_two(apply: Callable[..., Any]) -> ApplyRotary:
 
 
 def rope_switch(config: Any) -> int | None:
-    """Tokens of text above which a model takes other frequencies for all of it (LongRoPE); None where it never does."""
+    """Length of text above which a model uses other frequencies for all of it (LongRoPE); None if it never does."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
@@ -82,10 +82,9 @@ def rope_switch(config: Any) -> int | None:
 
 @lru_cache(maxsize=256)
 def _rotated_width(apply: ApplyRotary, head_dim: int, width: int) -> int:
-    """Return how many leading channels of a head the function takes.
+    """Return the number of leading channels of a head that the function takes.
 
-    Where only a part of a head is rotated, some families slice inside the function and some before calling
-    it.
+    If only a part of a head is rotated, some families slice inside the function, and some before the call.
     """
     table = torch.ones(1, 1, width)
     for rotated in (head_dim, width):
@@ -94,7 +93,7 @@ def _rotated_width(apply: ApplyRotary, head_dim: int, width: int) -> int:
             _, out = apply(probe, probe, table, table)
         except RuntimeError:  # shapes that do not broadcast
             continue
-        except TypeError as error:  # gptj's takes one tensor, and the sine first
+        except TypeError as error:  # gptj's function takes one tensor, and the sine first
             raise RopeLayoutError("its rotary function is not called as (q, k, cos, sin)") from error
         if out.shape == probe.shape:
             return rotated
@@ -118,14 +117,14 @@ def _turns_pairs(apply: ApplyRotary, pairs: tuple[tuple[int, int], ...], head_di
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """The rotation that one attention layer applied to the keys of one forward pass.
+    """The rotation that an attention layer applied to the keys of a forward pass.
 
-    Arguments and results have shape [B, H, T, D]; the arithmetic and the results are at least float32.
-    Without an `apply` (a layer that has no RoPE) all three maps are the identity.
+    Arguments and results have shape [B, H, T, D]. Arithmetic and results are at least float32. Without `apply` (a layer
+    without RoPE), all three maps are the identity.
 
     Attributes:
         apply: the model's `apply_rotary_pos_emb`, or None.
-        cos: [B or 1, T, width] as the model computed it, attention scaling included.
+        cos: [B or 1, T, width] as the model computed it, including attention scaling.
         sin: like `cos`.
     """
 
@@ -134,20 +133,20 @@ class Rotation:
     sin: Tensor | None = None
 
     def rotate(self, keys: Tensor) -> Tensor:
-        """Return keys as the model hands them to attention: `R k`."""
+        """Return rotated keys, as the model passes them to attention: `R k`."""
         if self.cos is None or self.sin is None:
             return keys
         return self._call(keys, self.cos, self.sin)
 
     def unrotate(self, rotated: Tensor) -> Tensor:
-        """Return pre-RoPE keys: `R⁻¹ k`, exact also where RoPE is scaled (YaRN) or rounded to bfloat16."""
+        """Return pre-RoPE keys: `R⁻¹ k`. It is exact even if RoPE is scaled (YaRN) or rounded to bfloat16."""
         if self.cos is None or self.sin is None:
             return rotated
         return self._call(rotated, *self.inverse)
 
     @cached_property
     def inverse(self) -> tuple[Tensor, Tensor]:
-        """The cosines and sines that undo it, at least float32."""
+        """The cosines and sines of the inverse, at least float32."""
         assert self.cos is not None
         assert self.sin is not None
         cos, sin = _wide(self.cos), _wide(self.sin)
@@ -155,14 +154,16 @@ class Rotation:
         return cos / norm, -sin / norm
 
     def turns(self, pairs: tuple[tuple[int, int], ...], head_dim: int) -> bool:
-        """Whether pairs are turned coordinate by coordinate, in float32 bit for bit: ``x[a] cos[a] + (-x[b]) sin[a]``
-        and ``x[b] cos[b] + x[a] sin[b]``, and nothing else is touched."""
+        """Whether it equals ``x[a] cos[a] + (-x[b]) sin[a]`` and ``x[b] cos[b] + x[a] sin[b]`` in float32, bit for bit.
+
+        All other coordinates must be unchanged.
+        """
         if self.apply is None or self.cos is None:
             return False
         return _turns_pairs(self.apply, pairs, head_dim, self.cos.shape[-1])
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        """Return the gradient with respect to pre-RoPE keys from that with respect to rotated keys: `Rᵀ g`.
+        """Return the gradient with respect to pre-RoPE keys, from that with respect to rotated keys: `Rᵀ g`.
 
         For scaled RoPE this is not the inverse.
         """
@@ -176,7 +177,7 @@ class Rotation:
         cos, sin = cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
         width = _rotated_width(self.apply, x.shape[-1], cos.shape[-1])
         head = x[..., :width]
-        # The function rotates queries as well; one head of keys in their place costs least.
+        # The function also rotates queries. One head of keys in their place costs least.
         _, out = self.apply(head[:, :1], head, cos, sin)
         return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)
 
@@ -186,14 +187,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class RopeTable:
-    """A rotary embedding as tensors: all that attention without the model's own code needs.
+    """A rotary embedding as tensors, for attention without the model's code.
 
-    Angles are the float32 product of position and frequency, which is what models compute: far into a text
-    its rounding is larger than that of any other step here.
+    Angles are the float32 product of position and frequency, as in models. Far into a text, its rounding error is
+    larger than that of all other steps.
 
     Args:
         rope: the rotary embedding.
-        device: of the tensors.
+        device: device of the tensors.
     """
 
     def __init__(self, rope: RopeSpec, device: torch.device) -> None:
@@ -203,12 +204,12 @@ class RopeTable:
         self._second = _as_slice([pair[1] for pair in rope.pairs], device)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of int32 ``[B, S]`` positions, each float32 ``[B, 1, P, S]``, without scaling."""
+        """Cosines and sines of positions int32 ``[B, S]``, each float32 ``[B, 1, P, S]``, without scaling."""
         angle = positions[:, None, None].float() * self.inv_freq[:, None]
         return angle.cos(), angle.sin()
 
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn ``x [..., D, S]`` in place by angles given as broadcastable ``[..., P, S]``; no scaling."""
+        """Rotate ``x [..., D, S]`` in place by angles broadcastable to ``[..., P, S]``, without scaling."""
         a, b = x[..., self._first, :], x[..., self._second, :]
         a_sin = a * sin
         a.mul_(cos).addcmul_(b, sin, value=-1)
@@ -227,12 +228,12 @@ class RopeTable:
         return x
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """All tensors."""
         return [t for t in (self.inv_freq, self._first, self._second) if isinstance(t, Tensor)]
 
 
 def _as_slice(channels: list[int], device: torch.device) -> slice | Tensor:
-    """Channel numbers as a slice where they are evenly spaced: slices are views."""
+    """Channel numbers as a slice if they are evenly spaced, because slices are views."""
     step = channels[1] - channels[0] if len(channels) > 1 else 1
     if channels and step > 0 and channels == list(range(channels[0], channels[-1] + 1, step)):
         return slice(channels[0], channels[-1] + 1, step)
@@ -246,31 +247,31 @@ def discover_rope(
     *,
     candidates: Iterable[Tensor] = (),
 ) -> RopeSpec:
-    """Derive a layer's `RopeSpec` from the rotation that its model applied at known positions.
+    """Derive a layer's `RopeSpec` from its rotation at known positions.
 
     Args:
-        rotation: of a forward pass over one sequence; `cos` and `sin` are [1, T, width].
-        positions: int64 [T], holding 0 and powers of two from 1 on without a gap. Each doubling halves the
-            error of the frequencies, and adds none: a product with a power of two is exact.
-        head_dim: channels of a head.
-        candidates: one-dimensional tensors of the model; one that agrees with the frequencies found replaces
-            them, which makes them exact where `cos` and `sin` are rounded to half precision.
+        rotation: rotation of a forward pass over one sequence; `cos` and `sin` are [1, T, width].
+        positions: int64 [T], with 0 and all powers of two from 1 up to some number. Each doubling halves the error of
+            the frequencies and adds none, because a product with a power of two is exact.
+        head_dim: number of channels of a head.
+        candidates: one-dimensional tensors of the model. One that agrees with the frequencies found replaces them.
+            That makes them exact if `cos` and `sin` are rounded to half precision.
 
     Raises:
-        RopeLayoutError: the rotation is not a fixed table; the message is the reason.
+        RopeLayoutError: no fixed table describes the rotation; the message is the reason.
     """
     if rotation.apply is None or rotation.cos is None or rotation.sin is None:
         raise RopeLayoutError("the layer has no rotary embedding")
     positions = positions.cpu()
     rounding = float(torch.finfo(rotation.cos.dtype).eps)
     pairs = _rotated_pairs(rotation, head_dim)
-    x, y, scaling = _turned(rotation, pairs, positions, head_dim)  # scaled cosine and sine of every angle
+    x, y, scaling = _turned(rotation, pairs, positions, head_dim)  # scaled cosines and sines of all angles
     slack = 4 * max(rounding, 1e-7) * scaling
-    # The factor is 1 for unscaled RoPE; snapping removes the rounding of cos² + sin².
+    # The factor is 1 for unscaled RoPE. Snapping to 1 removes the rounding of cos² + sin².
     scaling = 1.0 if abs(scaling - 1.0) <= slack else scaling
     inv_freq = _frequencies(torch.atan2(y, x), positions, rounding, candidates)
     angle = positions.double()[:, None] * inv_freq
-    # The model rounds angle = position * inv_freq to float32 before it takes cosines.
+    # The model rounds angle = position * inv_freq to float32 before it computes cosines.
     allowed = slack + scaling * positions.double()[:, None] * inv_freq.abs() * 2.4e-7
     if bool(((x - scaling * angle.cos()).abs() > allowed).any()) or bool(
         ((y - scaling * angle.sin()).abs() > allowed).any()
@@ -284,16 +285,16 @@ def discover_rope(
 
 
 def _images(rotation: Rotation, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    """What every unit vector becomes, float32 [D, D], at one token's `cos` and `sin` [1, 1, width]."""
-    unit = torch.eye(head_dim)[None, None]  # token i holds the i-th unit vector
+    """Images of all unit vectors, float32 [D, D], for one token's `cos` and `sin` [1, 1, width]."""
+    unit = torch.eye(head_dim)[None, None]  # token i is the i-th unit vector
     cos, sin = cos.expand(1, head_dim, -1), sin.expand(1, head_dim, -1)
     return Rotation(rotation.apply, cos, sin).rotate(unit)[0, 0]
 
 
 def _rotated_pairs(rotation: Rotation, head_dim: int) -> Tensor:
-    """Channels that are turned together, int64 [P, 2]."""
+    """Pairs of channels that are rotated together, int64 [P, 2]."""
     assert rotation.cos is not None
-    # A quarter turn everywhere maps x[a] to +x[b] and x[b] to -x[a], and leaves the unrotated channels alone.
+    # A quarter turn maps x[a] to +x[b] and x[b] to -x[a], and does not change unrotated channels.
     table = torch.zeros(1, 1, rotation.cos.shape[-1])
     quarter = _images(rotation, table, torch.ones_like(table), head_dim)
     rotated = ~torch.isclose(quarter, torch.eye(head_dim)).all(dim=1)
@@ -333,7 +334,7 @@ def _turned(
 
 
 def _frequencies(angle: Tensor, positions: Tensor, rounding: float, candidates: Iterable[Tensor]) -> Tensor:
-    """Radians per position, float64 [P], from `angle` [T, P] modulo a turn; `rounding` is that of the cosines."""
+    """Radians per position, float64 [P], from `angle` [T, P] modulo a turn. `rounding` is the error of the cosines."""
     index = {int(p): t for t, p in enumerate(positions)}
     power = 1
     if power not in index:
@@ -343,7 +344,7 @@ def _frequencies(angle: Tensor, positions: Tensor, rounding: float, candidates: 
         error = torch.remainder(angle[index[power]] - power * inv_freq + math.pi, 2 * math.pi) - math.pi
         inv_freq = inv_freq + error / power
     if rounding <= torch.finfo(torch.float32).eps:
-        inv_freq = inv_freq.float().double()  # the models hold frequencies in float32
+        inv_freq = inv_freq.float().double()  # models have frequencies in float32
     for candidate in candidates:
         exact = candidate.detach().cpu().double()
         if exact.shape == inv_freq.shape and torch.allclose(

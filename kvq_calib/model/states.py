@@ -32,13 +32,12 @@ __all__ = ["States", "cache_layers", "held_bytes", "with_state"]
 
 
 def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[AttendingLayer]) -> list[Any]:
-    """The layers of a cache for a model: those that attend themselves, and transformers' own for all others.
+    """The layers of a cache for a model: those that compute attention, and transformers' cache layers for the others.
 
     Args:
-        config: of the model.
-        geometry: of the model.
-        attending: one for each of ``geometry.layers``; a layer that keeps a state beside keys and values becomes one
-            that has both.
+        config: configuration of the model.
+        geometry: geometry of the model.
+        attending: one layer for each of ``geometry.layers``. For a layer with keys, values and a state, it gets both.
     """
     layers = own_layers(config)
     for number, layer in zip(geometry.numbers, attending, strict=True):
@@ -59,7 +58,7 @@ def _kind_with_state(kind: Any, is_common: bool) -> Any:
     """
 
     def attribute(layer: Any, name: str) -> Any:
-        if name == "state" or name.startswith("__"):  # not there yet while it is copied
+        if name == "state" or name.startswith("__"):  # does not exist yet during a copy
             raise AttributeError(name)
         return getattr(layer.state, name)
 
@@ -68,7 +67,7 @@ def _kind_with_state(kind: Any, is_common: bool) -> Any:
         its_own = name in layer.__dict__ or state is None or not hasattr(state, name)
         object.__setattr__(layer if its_own else state, name, value)
 
-    # To transformers, what can be cropped is what the state says.
+    # For transformers, the state decides whether the layer can be cropped.
     croppable = property(lambda layer: layer.state.is_croppable)
     attributes = {"__getattr__": attribute, "__setattr__": assign, "is_croppable": croppable}
     made = type(f"{kind.__name__}WithState", (kind,), attributes)
@@ -106,11 +105,11 @@ class States:
     """The states in a cache.
 
     Args:
-        config: of the model.
-        layers: of the cache; layers that are only a state are replaced in it when it is emptied.
+        config: configuration of the model.
+        layers: layers of the cache. Layers that are only a state are replaced when the cache is reset.
 
     Attributes:
-        spoiled: whether a forward pass failed midway, so that states have taken up what keys and values have not.
+        spoiled: whether a forward pass failed midway, so that states include tokens that keys and values do not.
     """
 
     def __init__(self, config: Any, layers: list[Any]) -> None:
@@ -120,7 +119,7 @@ class States:
         self._recording = False
 
     def _held(self) -> Iterator[tuple[int, Any]]:
-        """The state of each layer that has one, by its number."""
+        """The states, by number of the layer."""
         for number, layer in enumerate(self.layers):
             if (state := _state_of(layer)) is not None:
                 yield number, state
@@ -130,7 +129,7 @@ class States:
         return any(True for _ in self._held())
 
     def reset(self) -> None:
-        """Forget everything; the next tokens may be those of another number of sequences."""
+        """Drop everything. The next tokens may have another number of sequences."""
         self.spoiled = False
         numbers = [number for number, _ in self._held()]
         if not numbers:
@@ -145,7 +144,7 @@ class States:
             self.record()
 
     def record(self) -> None:
-        """Keep from now on what it takes to take tokens back, where a state has that."""
+        """Record from now on what is needed to remove tokens, if states support that."""
         self._recording = True
         for _, state in self._held():
             if hasattr(state, "activate_past_recording"):
@@ -157,10 +156,10 @@ class States:
             state.reorder_cache(rows)
 
     def crop(self, count: int) -> None:
-        """Take the newest ``count`` tokens from every state.
+        """Remove the newest ``count`` tokens from every state.
 
         Raises:
-            RuntimeMismatchError: one cannot give them back; none has then.
+            RuntimeMismatchError: a state does not support it; then no state is changed.
         """
         held = list(self._held())
         for number, state in held:
@@ -173,17 +172,17 @@ class States:
             state.crop(-count)
 
     def settle(self) -> None:
-        """Keep no more of the past than the next pass needs."""
+        """Drop what the next pass does not need."""
         if self._recording:
             for _, state in self._held():
                 if keeps_state(state) and can_crop(state):
                     state.crop(0)
 
     def check(self) -> None:
-        """Refuse to go on after a pass that failed midway.
+        """Refuse to continue after a pass that failed midway.
 
         Raises:
-            RuntimeMismatchError: one has.
+            RuntimeMismatchError: a pass failed midway.
         """
         if self.spoiled:
             raise RuntimeMismatchError(
@@ -220,5 +219,5 @@ class States:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Number of bytes."""
         return sum(tensor.nbytes for _, state in self._held() for tensor in state_tensors(state).values())

@@ -1,8 +1,8 @@
-"""Interception where a model hands keys and values to its cache.
+"""Interception where a model passes keys and values to its cache.
 
-Not every model calls transformers' attention interface with what it caches: some have attention of their own, some
-change keys or values on the way, and multi-head latent attention expands them. Every model that can generate calls
-`update` of its cache, so that is where these are seen. A cache that keeps nothing is given to each pass for it.
+Some models do not call transformers' attention interface with what they cache: they have custom attention code, change
+keys or values on the way, or expand them (multi-head latent attention). But every model that can generate calls
+`update` of its cache. So each pass gets a cache that keeps nothing and observes these calls.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["intercept_updates", "update_call"]
 
 
 def update_call(layer: int, keys: Tensor, values: Tensor, window: int | None = None) -> AttentionCall:
-    """What a layer hands to its cache, in the shape of a call of attention; it has no queries of its own.
+    """A layer's update of its cache in the form of an attention call, without queries.
 
     Args:
-        layer: its number.
+        layer: number of the layer.
         keys, values: the two tensors, in the model's order.
-        window: tokens that a query sees, or ``None`` for all.
+        window: number of tokens that a query sees, or ``None`` for all.
 
     Raises:
         ModelError: no module of the layer is held.
@@ -53,11 +53,11 @@ def update_call(layer: int, keys: Tensor, values: Tensor, window: int | None = N
 
 
 def _no_function(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("attention of this model is its own affair")
+    raise NotImplementedError("this model computes attention itself")
 
 
 class _SeenLayer(AttendingLayer):
-    """Shows what comes to a handler, hands on what it makes of it, and keeps nothing."""
+    """Passes updates to a handler, returns its result, and keeps nothing."""
 
     def __init__(self, number: int, sliding_window: int | None, handler: Handler) -> None:
         super().__init__(sliding_window)
@@ -65,17 +65,17 @@ class _SeenLayer(AttendingLayer):
 
     @property
     def length(self) -> int:
-        """Nothing is held."""
+        """0, because nothing is kept."""
         return 0
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Never called: nothing is marked."""
+        """Never called, because no keys are marked."""
         raise NotImplementedError
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Show the new keys and values."""
+        """Pass the new keys and values to the handler."""
         call = update_call(self.number, key_states, value_states, self.sliding_window)
         return self.handler(call) or (key_states, value_states)
 
@@ -92,9 +92,9 @@ def _seen_layers(config: Any, handler: Handler) -> list[Any]:
 
 @contextmanager
 def intercept_updates(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Show what `model` hands to its cache in this thread to `handler`, which may return other keys and values.
+    """Pass all cache updates of `model` in this thread to `handler`, which may return other keys and values.
 
-    Call the model without a cache: each pass is given one that keeps nothing.
+    Call the model without a cache: each pass gets one that keeps nothing.
     """
     whole: Any = model
     ((name, _),) = with_cache(None).items()

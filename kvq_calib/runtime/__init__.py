@@ -1,4 +1,4 @@
-"""The packed key-value cache and attention over it."""
+"""The packed key-value cache, and attention over it."""
 
 from kvq_calib.runtime.attention import attach, attached, detach
 from kvq_calib.runtime.cache import KVQCache

@@ -1,9 +1,9 @@
-"""Which models' attention modules may use packed caches: :func:`attach`, :func:`attached` and :func:`detach`.
+"""Lets the attention modules of models use packed caches: :func:`attach`, :func:`attached` and :func:`detach`.
 
-An attached module's attention calls are watched (:class:`kvq_calib.model.intercept.Hold`): over keys that a cache
-layer marked, the layer attends itself; every other call goes where it went before. So an attached model works as
-before without a :class:`~kvq_calib.runtime.cache.KVQCache`. Modules are attached, not models or configurations: a
-wrapper around a model and a model inside another are attached together with it, a copy is not.
+The attention calls of an attached module are intercepted (:class:`kvq_calib.model.intercept.Hold`). If a cache layer
+marked the keys, that layer computes attention; all other calls go to the original function. So without a
+:class:`~kvq_calib.runtime.cache.KVQCache`, an attached model works as before. Modules are attached, not models or
+configurations. So a wrapper around a model and a model inside another are attached together with it, but a copy is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["attach", "attached", "detach", "is_attached", "readable_mask"]
 
-#: Masks of these implementations are understood; others have block masks or none.
+#: Attention implementations whose masks are supported; others have block masks or none.
 _SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 _LOCK = threading.Lock()
@@ -38,18 +38,18 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
-    """Let a model use packed caches; done by ``KVQCache(artifact, model)``. A second call changes nothing.
+    """Let a model use packed caches. ``KVQCache(artifact, model)`` calls this. A second call changes nothing.
 
     Args:
         model: a model, a wrapper around one, or the model inside one.
-        geometry: of the model; where given, a few tokens are tried (:mod:`kvq_calib.model.probe`).
+        geometry: geometry of the model; if given, a few tokens are run as a test (:mod:`kvq_calib.model.probe`).
 
     Returns:
-        What was found of the model, where tokens were tried.
+        The result of the test, if one was run.
 
     Raises:
         ModelError: a packed cache cannot serve the model.
-        RuntimeMismatchError: the model uses an attention implementation whose masks cannot be read.
+        RuntimeMismatchError: the model uses an attention implementation whose masks are not supported.
     """
     modules = attention_modules(model, unnumbered=True)
     for module in modules:
@@ -68,10 +68,10 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
 
 
 def readable_mask(call: AttentionCall) -> Tensor | None:
-    """The mask of a call; the implementation can have been changed since the model was attached.
+    """The mask of a call. The implementation may have changed since the model was attached.
 
     Raises:
-        RuntimeMismatchError: it is no tensor.
+        RuntimeMismatchError: the mask is not a tensor.
     """
     mask = call.mask
     if mask is None or isinstance(mask, Tensor):
@@ -83,7 +83,7 @@ def readable_mask(call: AttentionCall) -> Tensor | None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo :func:`attach`; packed caches of this model cannot be used until it is attached again."""
+    """Undo :func:`attach`. Packed caches of this model cannot be used until it is attached again."""
     with _LOCK:
         for module in attention_modules(model, unnumbered=True):
             hold = _HOLDS.pop(module, None)
@@ -93,7 +93,7 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def attached(model: nn.Module) -> Iterator[None]:
-    """Attach a model for a while; one that was attached before stays so."""
+    """Attach a model, and detach it on leaving, unless it was attached before."""
     before = is_attached(model)
     attach(model)
     try:

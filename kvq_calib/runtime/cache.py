@@ -1,4 +1,4 @@
-"""``KVQCache``: a transformers cache that holds packed keys and values."""
+"""``KVQCache``: a transformers cache with packed keys and values."""
 
 from __future__ import annotations
 
@@ -38,27 +38,26 @@ _log = logging.getLogger("kvq_calib.runtime")
 class KVQCache(Cache):  # type: ignore[misc]
     """A packed key-value cache for one model.
 
-    Use it like any cache of transformers: ``model.generate(**inputs, cache=KVQCache(artifact, model))`` (before 5.24
-    the argument is ``past_key_values``). The constructor switches the model's attention implementation to one that
-    reads packed storage and otherwise calls the one the model had; :func:`kvq_calib.runtime.detach` switches back.
+    Use it like any transformers cache: ``model.generate(**inputs, cache=KVQCache(artifact, model))`` (before 5.24 the
+    argument is ``past_key_values``). The constructor attaches the model, so that its attention can read packed storage;
+    calls without a packed cache are unchanged. :func:`kvq_calib.runtime.detach` undoes that.
 
     Args:
-        artifact: calibrated for this model; or where it lies, as :meth:`KVArtifact.from_pretrained` takes it.
-        model: a causal language model of transformers, all on one device.
-        recent_tokens: newest tokens kept exact; the artifact's by default.
-        max_tokens: tokens after which the cache refuses more; the model's ``max_position_embeddings`` by
-            default.
-        backend: ``"torch"``, ``"native"`` or ``"cuda"``, or ``"auto"``: the kernels of the device where they can run,
-            else torch. By default what the environment variable ``KVQ_CALIB_OPS`` says, or ``"auto"``.
+        artifact: an artifact for this model; or its path or hub id, as in :meth:`KVArtifact.from_pretrained`.
+        model: a transformers causal language model, on one device.
+        recent_tokens: number of newest tokens that stay exact; by default the artifact's.
+        max_tokens: largest number of tokens; by default the model's ``max_position_embeddings``.
+        backend: ``"torch"``, ``"native"``, ``"cuda"`` or ``"auto"``. ``"auto"`` uses the kernels for the device if they
+            can run, else torch. The default is the environment variable ``KVQ_CALIB_OPS``, or ``"auto"``.
 
     Attributes:
-        artifact: as given, or as read.
-        backend: the operations in use.
+        artifact: the artifact.
+        backend: name of the backend in use.
 
     Raises:
-        RuntimeMismatchError: model and artifact do not fit, the recipe cannot be streamed, or the backend named cannot
-            be used here.
-        ArtifactModelError: the artifact is for another model; names the field that differs.
+        RuntimeMismatchError: model and artifact do not fit, the recipe cannot be streamed, or the backend cannot be
+            used here.
+        ArtifactModelError: the artifact is for another model; the message names the field that differs.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             last_number=geometry.last_number,
             single_tokens=serving.single_tokens,
         )
-        # One layer of each rotary embedding checks in every pass that its angles are those of the artifact.
+        # For each rotary embedding, one layer checks in every pass that the angles are those of the artifact.
         ropes = [layer.rope for layer in geometry.layers]
         checking = {ropes.index(rope) for rope in set(ropes) if rope is not None}
         layers += cache_layers(
@@ -129,7 +128,7 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     @property
     def packed(self) -> list[KVQCacheLayer]:
-        """The layers that hold packed keys and values, in order; ``layers`` has the model's other layers too."""
+        """The layers with packed keys and values, in order; ``layers`` also has the model's other layers."""
         return [layer for layer in self.layers if isinstance(layer, KVQCacheLayer)]
 
     @property
@@ -139,34 +138,34 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     @property
     def single_tokens(self) -> bool:
-        """Whether the model continues a text by one token at a time only."""
+        """Whether the model can continue a text only by single tokens."""
         return self.forward_pass.single_tokens
 
     @property
     def recent_tokens(self) -> int:
-        """Newest tokens kept exact."""
+        """Number of newest tokens that stay exact."""
         return self.contents.recent_tokens
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens after which the cache refuses more."""
+        """Largest number of tokens."""
         return self.forward_pass.max_tokens
 
     def __bool__(self) -> bool:
-        """False for a model that switches its frequencies, else true.
+        """False for a model that switches its RoPE frequencies, else true.
 
-        ``generate`` of Phi-3 asks for no more than truth before it replaces a cache by an unquantized one, where a
-        text passes the switch or is longer from the start. This cache serves the latter and refuses the former.
+        ``generate`` of Phi-3 replaces a cache that is true by an unquantized one, if a text passes the switch or is
+        longer from the start. This cache serves the latter, and refuses the former.
         """
         return self.forward_pass.rope_switch is None
 
     def __repr__(self) -> str:
-        """Short: what is held."""
+        """A short description of the contents."""
         held = f"{len(self.packed)} layers, {self.get_seq_length()} tokens, {self.nbytes} bytes"
         return f"KVQCache({held}, {self.backend})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQCache:
-        """Copy what is stored; artifact, tables and model are shared."""
+        """Copy the contents. Artifact, tables and model are shared."""
         shared: list[Any] = [self.artifact, self.quantizers, self.contents.stored, self.forward_pass.modules]
         shared += [self.states.config, *(layer.ops for layer in self.packed)]
         shared += [quantizer.layout for pair in self.quantizers for quantizer in pair.values()]
@@ -177,15 +176,15 @@ class KVQCache(Cache):  # type: ignore[misc]
         return made
 
     def append(self, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Store tokens without a forward pass, at the positions after those held.
+        """Store tokens without a forward pass, at the next positions.
 
         Args:
-            layers: for each packed layer in order its keys and values, ``[B, H, T, D]`` each; keys before rotary
-                embedding where the recipe quantizes them so, else as attention uses them.
+            layers: keys and values of each packed layer in order, ``[B, H, T, D]`` each. Keys are before RoPE if the
+                recipe quantizes them so, else as attention uses them.
 
         Raises:
-            RuntimeMismatchError: they do not fit the cache, which stays as it was, or the model has layers that keep
-                something else.
+            RuntimeMismatchError: they do not fit the cache, which is unchanged; or the model has layers with other
+                states.
         """
         forward_pass = self.forward_pass
         if self.states:
@@ -201,15 +200,15 @@ class KVQCache(Cache):  # type: ignore[misc]
                 layer.store(storage, keys, values, table)
             forward_pass.end()
 
-    # ------------------------------------------------------- the rest of Cache
+    # ------------------------------------------------------- other methods of Cache
 
     @property
     def is_initialized(self) -> bool:
-        """Whether tokens are stored."""
+        """Whether there are tokens."""
         return self.table is not None
 
     def crop(self, count: int) -> None:
-        """Forget the newest tokens. Nothing is re-quantized: exact tokens that were packed stay packed.
+        """Drop the newest tokens. Packed tokens stay packed.
 
         Args:
             count: a length to keep where positive, minus the number of tokens to forget where negative. 0
@@ -217,8 +216,8 @@ class KVQCache(Cache):  # type: ignore[misc]
                 what it means in the transformers in use: keep all (newer), forget all (older).
 
         Raises:
-            RuntimeMismatchError: a sliding window has freed tokens that would be visible again, or another layer of the
-                model keeps a state that tokens cannot be taken from.
+            RuntimeMismatchError: a sliding window has freed tokens that would be visible again; or another layer of the
+                model has a state from which tokens cannot be removed.
         """
         self.forward_pass.roll_back()
         length = self.contents.length
@@ -239,7 +238,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             self.contents.crop(kept)
 
     def reset(self) -> None:
-        """Free everything; the cache can be used again, also for another batch size."""
+        """Free everything. The cache can then be used again, also with another batch size."""
         self.contents.reset()
         self.states.reset()
         self.forward_pass.forget()
@@ -253,7 +252,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             self.states.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row ``i`` become what row ``beam_idx[i]`` is (beam search)."""
+        """Replace row ``i`` by row ``beam_idx[i]`` (beam search)."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -267,13 +266,13 @@ class KVQCache(Cache):  # type: ignore[misc]
             self._select(torch.arange(self.table.batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Let states of convolutions keep what :meth:`crop` needs; keys and values can be taken back anyway."""
+        """Let states of convolutions record what :meth:`crop` needs. Keys and values do not need that."""
         self.states.record()
 
     # ------------------------------------------------------------------ memory
 
     def _fixed_memory(self) -> dict[str, int]:
-        """Bytes besides what is stored: the artifact's numbers and what the operations derive."""
+        """Bytes that do not depend on the tokens: the artifact's parameters, and derived tables."""
         counted: set[int] = set()
 
         def count(tensors: list[Tensor]) -> int:
@@ -297,20 +296,20 @@ class KVQCache(Cache):  # type: ignore[misc]
         return sizes
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind; the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``.
+        """Bytes in use by kind: the kinds of :meth:`kvq_calib.artifact.artifact.KVArtifact.storage`, and ``tables``.
 
-        ``states`` are what layers keep beside keys and values, unquantized; only where the model has such layers.
+        ``states`` are unquantized states of layers beside keys and values, if the model has such layers.
         """
         states = {"states": self.states.nbytes} if self.states else {}
         return {**self._fixed_memory(), **self.contents.memory(), **states}
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, everything counted."""
+        """All bytes in use."""
         return sum(self.memory().values())
 
     def outliers(self) -> dict[str, list[int]]:
-        """Outlier entries held, per kind and layer."""
+        """Number of outlier entries, per kind and layer."""
         return {
             kind: [
                 0 if layer.storage is None else getattr(layer.storage, kind).outlier_entries
@@ -322,7 +321,7 @@ class KVQCache(Cache):  # type: ignore[misc]
     # ------------------------------------------------------------ save and load
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what is stored to one safetensors file: whole, or not at all.
+        """Write the contents to one safetensors file, atomically.
 
         Raises:
             RuntimeMismatchError: the cache is empty.
@@ -338,11 +337,11 @@ class KVQCache(Cache):  # type: ignore[misc]
         model: nn.Module,
         **options: Any,
     ) -> KVQCache:
-        """Make a cache that holds what :meth:`save` wrote.
+        """Make a cache from a file that :meth:`save` wrote.
 
         Args:
             path: the file.
-            artifact, model: the ones the cache was filled with.
+            artifact, model: the artifact and model with which the cache was filled.
             options: further arguments of the constructor.
 
         Raises:
@@ -354,10 +353,10 @@ class KVQCache(Cache):  # type: ignore[misc]
 
 
 def _artifact(artifact: Any, model: Any) -> KVArtifact:
-    """The artifact that is meant.
+    """The artifact from the constructor's arguments.
 
     Raises:
-        RuntimeMismatchError: the arguments are swapped, or no artifact and model at all.
+        RuntimeMismatchError: the arguments are swapped, or are not an artifact and a model.
         ArtifactError: it cannot be read.
     """
     if isinstance(artifact, nn.Module):

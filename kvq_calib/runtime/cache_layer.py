@@ -1,4 +1,4 @@
-"""One layer of a packed cache, as transformers sees it."""
+"""One layer of a packed cache, with transformers' interface."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class KVQCacheLayer(AttendingLayer):
     """One layer of a :class:`~kvq_calib.runtime.cache.KVQCache`.
 
     Args:
-        index: its number among layers that hold keys and values.
-        number: of the layer of the model whose keys and values it holds; other layers may attend to them too.
-        ops: what packs and attends.
-        forward_pass: of the cache; it knows what the cache holds.
-        checks_rope: compare the model's angles with the artifact's in every pass.
+        index: number among the layers with keys and values.
+        number: number of the model's layer with these keys and values; other layers may attend to them, too.
+        ops: operations that pack and attend.
+        forward_pass: forward pass of the cache, which has the contents.
+        checks_rope: whether to compare the model's angles with the artifact's in every pass.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class KVQCacheLayer(AttendingLayer):
         self.ops = ops
         self.forward_pass = forward_pass
         self.checks_rope = checks_rope
-        #: Whether the angles of tokens were wrong that nobody has asked about yet; ``None``: there are none.
+        #: Whether angles of new tokens were wrong, on the device and not checked yet; ``None`` without such tokens.
         self._wrong_rope: Tensor | None = None
 
     @property
     def storage(self) -> LayerStorage | None:
-        """What is stored; ``None`` while the cache is empty."""
+        """The storage; ``None`` while the cache is empty."""
         storages = self.forward_pass.contents.storages
         return storages[self.index] if storages else None
 
@@ -58,12 +58,12 @@ class KVQCacheLayer(AttendingLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values on to attention, once that of the layer before has come."""
+        """Pass the new keys and values on to attention. Attention of the layer before must have been called."""
         self.forward_pass.announce(self.index)
         return super().update(key_states, value_states)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Store the new tokens, where they are this layer's, and attend to all; called by the attention function.
+        """Store the new tokens, if they are this layer's, and attend to all. Called by the attention function.
 
         Args:
             call: queries ``[B, Hq, T, D]``, keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, queries and keys
@@ -73,14 +73,13 @@ class KVQCacheLayer(AttendingLayer):
             ``[B, T, Hq, Dv]``.
 
         Raises:
-            RuntimeMismatchError: the call does not fit the cache; every layer is as it was before this forward
-                pass.
+            RuntimeMismatchError: the call does not fit the cache. All layers are then in their state before this pass.
         """
         attend = self._attend if call.layer == self.number else self._attend_again
         return self.forward_pass.attention(call, lambda: attend(call))
 
     def _attend_again(self, call: AttentionCall) -> Tensor:
-        """Attend for another layer of the model to what this one has stored in this pass."""
+        """Attend for another layer of the model, after this layer has stored its tokens in this pass."""
         contents = self.forward_pass.contents
         assert contents.table is not None
         visibility = self._visibility(call, self.length)
@@ -105,23 +104,23 @@ class KVQCacheLayer(AttendingLayer):
         positions = call.kwargs.get("position_ids")
         storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
         if rotation is not None and self.checks_rope:
-            if table.length == tokens:  # what was noted is of a text that is gone
+            if table.length == tokens:  # the recorded result is for an earlier text
                 self._wrong_rope = None
             newest = table.positions(table.length - tokens, table.length)
             self._compare_rope(rotation.unrotate(call.key), call.key, newest)
-            # To look at the result a host must wait for its GPU, so steps of one token leave that to the next block.
+            # Reading the result makes the host wait for the GPU, so steps of one token leave it to the next block.
             if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
                 self._check_rope()
         self.store_call(storage, call, rotation, table)
         return storage, table
 
     def store(self, storage: LayerStorage, keys: Tensor, values: Tensor, table: SlotTable) -> None:
-        """Store the newest tokens, which have their slots already, and free what a sliding window has passed.
+        """Store the newest tokens, which already have slots, and free pages that a sliding window has passed.
 
         Args:
-            storage: of this layer.
-            keys, values: ``[B, H, T, D]``, keys un-rotated where they are turned on every read.
-            table: of the cache.
+            storage: storage of this layer.
+            keys, values: ``[B, H, T, D]``, with keys un-rotated if they are rotated on every read.
+            table: slot table of the cache.
         """
         self._drop_passed(storage, table)
         storage.append(keys, values, table, self.ops.pack)
@@ -129,7 +128,7 @@ class KVQCacheLayer(AttendingLayer):
     def store_call(
         self, storage: LayerStorage, call: AttentionCall, rotation: Rotation | None, table: SlotTable
     ) -> None:
-        """Store the keys and values of a call, un-rotated on the way where the operations can."""
+        """Store the keys and values of a call. The operations un-rotate them if they can."""
         joined = self.ops.join(storage, call.key, call.value, rotation)
         if joined is None:
             keys = call.key if rotation is None else rotation.unrotate(call.key)
@@ -139,7 +138,7 @@ class KVQCacheLayer(AttendingLayer):
         storage.hold(*joined, table, self.ops.pack)
 
     def _drop_passed(self, storage: LayerStorage, table: SlotTable) -> None:
-        """Free what a sliding window has passed."""
+        """Free pages that a sliding window has passed."""
         if self.sliding_window is not None:
             storage.drop_before(storage.length + 1 - self.sliding_window, table)
 
@@ -156,7 +155,7 @@ class KVQCacheLayer(AttendingLayer):
         return self.forward_pass.rotation(call.module, cos, sin)
 
     def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
-        """Note whether angles are other than those of the artifact: they would be wrong on every later read."""
+        """Record whether angles differ from the artifact's. If so, every later read would be wrong."""
         rope = self.ops.rope
         assert rope is not None
         again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))
@@ -166,7 +165,7 @@ class KVQCacheLayer(AttendingLayer):
         self._wrong_rope = wrong if self._wrong_rope is None else self._wrong_rope | wrong
 
     def _check_rope(self) -> None:
-        """Refuse what was noted since the last call."""
+        """Raise an error if a difference was recorded since the last call."""
         wrong, self._wrong_rope = self._wrong_rope, None
         if wrong is not None and bool(wrong):
             raise RuntimeMismatchError(
@@ -175,15 +174,15 @@ class KVQCacheLayer(AttendingLayer):
             )
 
     def crop(self, *args: Any) -> None:
-        """Layers share their slots, so only the cache can be cropped."""
+        """Raise an error: layers share slots, so only the cache can be cropped."""
         raise NotImplementedError("crop the cache, not one layer of it")
 
     def reset(self) -> None:
-        """Layers share their slots, so only the cache can be reset."""
+        """Raise an error: layers share slots, so only the cache can be reset."""
         raise NotImplementedError("reset the cache, not one layer of it")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Layers share their slots, so only the cache can be reordered."""
+        """Raise an error: layers share slots, so only the cache can be reordered."""
         raise NotImplementedError("reorder the cache, not one layer of it")
 
 

@@ -1,8 +1,8 @@
-"""A filled cache as one safetensors file.
+"""Saves and loads a filled cache as one safetensors file.
 
-Tensors are named after the storage they come from; one metadata entry, ``kvq_cache``, holds the rest as JSON, and a
-digest of everything. A reader derives the shape and dtype of every tensor from the artifact and that entry, and checks
-before it uses any.
+Tensors are named after their storage. One metadata entry, ``kvq_cache``, has the rest as JSON, and a digest of
+everything. A reader derives the shape and dtype of every tensor from the artifact and that entry, and checks them
+before use.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _artifact_digest(artifact: KVArtifact) -> str:
 def save_contents(
     contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str], states: Mapping[str, Tensor]
 ) -> None:
-    """Write what a cache of ``artifact`` holds to one file: whole, or not at all.
+    """Write the contents of a cache to one file, atomically.
 
     Args:
-        contents: of the cache.
-        artifact: what the cache was made with.
+        contents: contents of the cache.
+        artifact: artifact of the cache.
         path: the file.
-        states: what other layers of the model keep, by name.
+        states: states of other layers of the model, by name.
 
     Raises:
         RuntimeMismatchError: the cache is empty.
@@ -82,7 +82,7 @@ def save_contents(
 
 
 class _Reader:
-    """Hands out tensors by name, each checked and each once."""
+    """Returns tensors by name, checked, and each only once."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
@@ -125,16 +125,16 @@ class _Reader:
 def load_contents(
     contents: CacheContents, artifact: KVArtifact, path: str | os.PathLike[str], max_tokens: int | None
 ) -> dict[str, Tensor]:
-    """Fill an empty cache of ``artifact`` with what a file holds. On an error it stays empty.
+    """Fill an empty cache from a file. After an error it is still empty.
 
     Args:
-        contents: of the cache.
-        artifact: what the cache was made with.
+        contents: contents of the cache.
+        artifact: artifact of the cache.
         path: the file.
         max_tokens: most tokens that the cache takes.
 
     Returns:
-        What other layers of the model kept, by name.
+        States of other layers of the model, by name.
 
     Raises:
         RuntimeMismatchError: the file is damaged, belongs to another artifact, or holds too many tokens.
@@ -155,9 +155,9 @@ def load_contents(
 
 
 def _read_states(reader: _Reader, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """States of other layers; their shapes are the model's affair, but for the number of sequences.
+    """States of other layers. Of their shapes only the number of sequences is checked.
 
-    What a state counts or notes is an integer without dimensions.
+    Counters in a state are integers without dimensions.
     """
     found = {}
     for name in [name for name in reader.tensors if name.startswith(_STATE)]:
@@ -184,7 +184,7 @@ def _read_table(reader: _Reader, contents: CacheContents, max_tokens: int | None
         expected += count
     if expected > length:
         raise reader.problem("its block table is longer than the text")
-    # Before anything is allocated: a batch or a length that has no positions in the file ends here.
+    # Before anything is allocated, this refuses a batch or a length without positions in the file.
     pages = [
         reader.take(f"positions.{number}", (batch, PAGE_TOKENS), torch.int32)
         for number in range(-(-length // PAGE_TOKENS))

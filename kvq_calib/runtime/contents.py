@@ -1,4 +1,4 @@
-"""What a cache holds: slots shared by all layers, and the storage of each."""
+"""The contents of a cache: slots, which all layers share, and the storage of each layer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class CacheContents:
     """Slots and storages of a cache.
 
     Args:
-        stored: keys and values of each layer, as far as a storage knows them.
-        windows: tokens that a query of each layer sees, or ``None`` for all.
-        sink_tokens: first real tokens of every sequence that stay exact.
-        recent_tokens: newest slots that stay exact.
-        device: of the tensors.
+        stored: layouts of the keys and values of each layer.
+        windows: number of tokens that a query of each layer sees, or ``None`` for all.
+        sink_tokens: number of first real tokens of every sequence that stay exact.
+        recent_tokens: number of newest slots that stay exact.
+        device: device of the tensors.
 
     Attributes:
         table: ``None`` while empty.
-        storages: of the layers in order; none while empty.
+        storages: storages of the layers in order; empty while the cache is.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class CacheContents:
 
     @property
     def length(self) -> int:
-        """Slots in use."""
+        """Number of slots in use."""
         return 0 if self.table is None else self.table.length
 
     def length_of(self, layer: int) -> int:
-        """Slots that a layer holds: fewer than all while a forward pass has not come to it yet."""
+        """Number of slots of a layer. During a forward pass, later layers still have fewer."""
         return self.storages[layer].length if self.storages else 0
 
     def new_storage(self, layer: int, batch: int) -> LayerStorage:
@@ -60,7 +60,7 @@ class CacheContents:
         return LayerStorage(*self.stored[layer], batch, self.sink_tokens, self.device)
 
     def start(self, batch: int) -> SlotTable:
-        """Become ready for the first tokens of ``batch`` sequences."""
+        """Allocate for the first tokens of ``batch`` sequences."""
         self.table = SlotTable(batch, self.sink_tokens, self.recent_tokens, self.device)
         self.storages = [self.new_storage(layer, batch) for layer in range(len(self.stored))]
         return self.table
@@ -89,10 +89,10 @@ class CacheContents:
                 )
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` slots, at least one and not all of them. Nothing is quantized again.
+        """Keep the first ``length`` slots, at least one but not all. Nothing is quantized again.
 
         Args:
-            length: one that :meth:`check_crop` lets pass.
+            length: a length that :meth:`check_crop` accepts.
         """
         assert self.table is not None
         self.table.crop(length)
@@ -100,7 +100,7 @@ class CacheContents:
             storage.crop(self.table)
 
     def select(self, rows: Tensor) -> None:
-        """Let sequence ``i`` become what sequence ``rows[i]`` is."""
+        """Replace sequence ``i`` by sequence ``rows[i]``."""
         table = self.table
         if table is None:
             return
@@ -112,7 +112,7 @@ class CacheContents:
             storage.select(rows)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind."""
+        """Bytes in use, by kind."""
         if self.table is None:
             return {}
         sizes = self.table.memory()

@@ -1,4 +1,4 @@
-"""One forward pass of a model through a cache: whether it fits, and what it takes to undo it."""
+"""One forward pass of a model through a cache: checks that it fits, and undoes it after an error."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ X = TypeVar("X")
 
 
 class ForwardPass:
-    """The forward pass that a cache is in, if it is in one; shared by its layers, which come in order.
+    """The current forward pass of a cache, if any. Its layers share it, and are called in order.
 
     Args:
-        contents: of the cache.
-        modules: the attention modules of its model.
-        max_tokens: tokens after which a pass is refused, or ``None``.
-        rope_switch: of the model, see :func:`kvq_calib.model.rope.rope_switch`.
-        states: of the layers that keep something beside keys and values.
-        last_number: of the last layer of the model that attends to what the cache holds.
-        single_tokens: a text is continued by one token at a time only.
+        contents: contents of the cache.
+        modules: the attention modules of the model.
+        max_tokens: largest number of tokens, or ``None``.
+        rope_switch: see :func:`kvq_calib.model.rope.rope_switch`.
+        states: states of layers beside keys and values.
+        last_number: number of the last layer of the model that attends to the cache.
+        single_tokens: whether a text can only be continued by single tokens.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class ForwardPass:
         self.modules = modules
         self.max_tokens = max_tokens
         self.rope_switch = rope_switch
-        #: The layer whose attention is to come.
+        #: The layer whose attention must be called next.
         self._announced: int | None = None
         #: Slots and packed blocks before the pass; ``None`` outside one.
         self._before: tuple[int, int] | None = None
-        #: Rotations of the pass under way: layers share them.
+        #: Rotations of the current pass, which layers share.
         self._rotations: list[tuple[type[nn.Module], Rotation]] = []
-        #: Storages that have tokens of the pass, and where they stood.
+        #: Storages that have tokens of the pass, with their marks before.
         self._marks: list[tuple[LayerStorage, StorageMark]] = []
 
     def announce(self, layer: int) -> None:
-        """The model hands keys and values to ``layer``, whose attention comes next.
+        """Record that the model passed keys and values to ``layer``. Its attention must be called next.
 
         Raises:
-            RuntimeMismatchError: attention of the layer announced before never came.
+            RuntimeMismatchError: attention of the layer announced before was never called.
         """
         missing, self._announced = self._announced, None
         if missing is not None:
@@ -78,7 +78,7 @@ class ForwardPass:
         self._announced = layer
 
     def rotation(self, module: nn.Module, cos: Tensor, sin: Tensor) -> Rotation:
-        """What an attention module did to keys, given its cosines and sines."""
+        """The rotation that an attention module applied to keys, from its cosines and sines."""
         for kind, known in self._rotations:
             if kind is type(module) and known.cos is cos and known.sin is sin:
                 return known
@@ -87,14 +87,14 @@ class ForwardPass:
         return made
 
     def attention(self, call: AttentionCall, attend: Callable[[], X]) -> X:
-        """Run what a layer does: where it fails, the cache becomes what it was before the pass.
+        """Run attention of a layer. If it fails, the cache returns to its state before the pass.
 
         Args:
             call: of the layer.
             attend: its attention, or what stores and reads for it.
 
         Raises:
-            RuntimeMismatchError: the module is not one of the cache's model.
+            RuntimeMismatchError: the module does not belong to the cache's model.
         """
         self._announced = None
         with self.undone_on_failure():
@@ -109,7 +109,7 @@ class ForwardPass:
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
-        """Become what the cache was before the pass, should anything be raised."""
+        """A context manager that restores the state before the pass if anything is raised."""
         try:
             yield
         except BaseException:
@@ -118,7 +118,7 @@ class ForwardPass:
             raise
 
     def _states_are_ahead(self) -> None:
-        """Layers without keys and values took up a pass that is undone now."""
+        """Whether states of other layers include tokens of a pass that was undone."""
         if self.contents.table is None:
             self.states.reset()
         else:
@@ -127,16 +127,16 @@ class ForwardPass:
     def enter(
         self, layer: int, batch: int, visibility: Visibility, position_ids: Tensor | None = None
     ) -> tuple[LayerStorage, SlotTable]:
-        """Make room for the new tokens of a layer; the first layer of a pass gives them their slots.
+        """Prepare for the new tokens of a layer. The first layer of a pass gives them slots.
 
         Args:
-            layer: its number.
-            batch: sequences ``B``.
-            visibility: of the new tokens.
-            position_ids: integer ``[B or 1, T]``; they follow the slots in use by default.
+            layer: number of the layer.
+            batch: number of sequences ``B``.
+            visibility: visibility of the new tokens.
+            position_ids: integer ``[B or 1, T]``; by default they follow the slots in use.
 
         Returns:
-            The layer's storage, and the table that knows the new tokens.
+            The layer's storage, and the slot table with the new tokens.
 
         Raises:
             RuntimeMismatchError: the pass does not fit the cache.
@@ -156,7 +156,7 @@ class ForwardPass:
         return storage, contents.table
 
     def _begins(self, layer: int, batch: int, tokens: int) -> bool:
-        """Whether ``layer`` is the first of a pass; checks that the pass fits."""
+        """Whether ``layer`` is the first of a pass. Checks that the pass fits."""
         self.states.check()
         table, held = self.contents.table, self.contents.length_of(layer)
         known = self.contents.length
@@ -167,7 +167,7 @@ class ForwardPass:
             )
         if table is not None and held + tokens == known:
             return False
-        # A pass that ended early left layers behind; one that begins after it finds its record.
+        # If a pass ended early, later layers have fewer tokens. The next pass finds its record here.
         if held != known or self._marks:
             raise RuntimeMismatchError(
                 "the layers of the cache hold different numbers of tokens (a forward pass failed midway); "
@@ -186,7 +186,7 @@ class ForwardPass:
         return True
 
     def _check_switch(self, positions: Tensor) -> None:
-        """Refuse new tokens for which the model turns queries and keys by other angles than it did before."""
+        """Refuse new tokens for which the model uses other RoPE frequencies than before."""
         table, switch = self.contents.table, self.rope_switch
         if table is None or switch is None:
             return
@@ -198,13 +198,13 @@ class ForwardPass:
             )
 
     def end(self) -> None:
-        """The last layer is done: from now on the pass stays."""
+        """End the pass after its last layer. It is no longer undone."""
         if self.contents.table is not None:
             self.contents.table.angles.clear()
         self._before, self._marks, self._rotations = None, [], []
 
     def roll_back(self) -> None:
-        """Become what the cache was before the pass under way, if there is one."""
+        """Restore the state before the current pass, if there is one."""
         before, marks = self._before, self._marks
         self._before, self._marks = None, []
         table = self.contents.table
@@ -221,7 +221,7 @@ class ForwardPass:
         self._states_are_ahead()
 
     def forget(self) -> None:
-        """No pass is under way: the cache is empty."""
+        """Drop the current pass, because the cache is empty."""
         self._announced, self._before, self._marks = None, None, []
 
 

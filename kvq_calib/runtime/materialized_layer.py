@@ -1,4 +1,4 @@
-"""A layer of a packed cache that gives back everything it holds as numbers, for attention that is the model's own."""
+"""A layer of a packed cache that returns dequantized keys and values, for models with custom attention code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["MaterializedLayer"]
 
 
 class MaterializedLayer(KVQCacheLayer):
-    """Stores as :class:`KVQCacheLayer` does; ``update`` returns all keys and values, keys rotated again.
+    """Stores like :class:`KVQCacheLayer`. ``update`` returns all keys and values dequantized, with keys rotated again.
 
     Args:
         args: as for :class:`KVQCacheLayer`.
-        quantizers: of keys and values.
+        quantizers: quantizers of keys and values.
         swapped: see :class:`kvq_calib.schema.geometry.LayerGeometry`.
     """
 
@@ -37,28 +37,28 @@ class MaterializedLayer(KVQCacheLayer):
 
     @cached_property
     def readers(self) -> tuple[PageReader, PageReader]:
-        """Decoders of keys and values."""
+        """Readers of packed keys and values."""
         key, value = self.quantizers
         return PageReader(key), PageReader(value)
 
     def tables(self) -> list[Tensor]:
-        """Tensors held beside the artifact's parameters and those of the operations."""
+        """Tensors beside the artifact's parameters and those of the operations."""
         return [tensor for reader in self.readers for tensor in reader.tensors()]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values and return all that a query of this pass can see.
+        """Store the new keys and values, and return all that a query of this pass can see.
 
         Args:
             key_states, value_states: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, as the model caches them.
             args, kwargs: not used.
 
         Returns:
-            The two for all slots from the first that is seen on, in the model's dtype and order.
+            Both for all slots from the first visible one on, in the model's dtype and order.
 
         Raises:
-            RuntimeMismatchError: they do not fit the cache, which is as it was before this forward pass.
+            RuntimeMismatchError: they do not fit the cache, which is then in its state before this pass.
         """
         inputs = (key_states, value_states)
         try:
@@ -92,7 +92,7 @@ class MaterializedLayer(KVQCacheLayer):
         return keys, values
 
     def _read(self, packed: PackedTensor, sinks: Tensor, tail: Tensor, side: int, table: SlotTable) -> Tensor:
-        """All slots of pages held, sinks in their places, then the tail: float32 ``[B, H, S, D]``."""
+        """All slots in pages, with sinks in their places, then the tail: float32 ``[B, H, S, D]``."""
         if not packed.pages:
             return tail.float()
         first = packed.dropped_pages * PAGE_BLOCKS

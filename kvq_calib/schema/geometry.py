@@ -134,7 +134,7 @@ class KVGeometry(Frozen):
             values, the first of them caches them. Empty where layer ``i`` of the model is ``layers[i]``.
         state_bytes: bytes that layers keep for a sequence beside keys and values, at any length of the sequence, in the
             dtypes of the calibrated model.
-        state_bytes_per_token: bytes that they keep besides for each token (the keys of an indexer).
+        state_bytes_per_token: further bytes that they keep for each token (the keys of an indexer).
     """
 
     layers: tuple[LayerGeometry, ...] = Field(min_length=1)

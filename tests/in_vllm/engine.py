@@ -1,4 +1,4 @@
-"""A model folder and texts for the tests inside vLLM, and what they measure: negative log likelihoods."""
+"""A model folder, texts, and negative log likelihoods for the tests inside vLLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What vLLM computes on the packed cache is what ``KVQCache`` computes, and more tokens fit.
+"""vLLM with the packed cache gives the results of ``KVQCache``, and more tokens fit.
 
-Single tokens are never compared: recipes with error compensation are chaotic, and a change of 1e-6 in the input moves
-the likelihood of single tokens by a tenth. Means over a text hardly move.
+Single tokens are not compared. Recipes with error compensation amplify rounding: a change of 1e-6 in the input changes
+the log likelihood of single tokens by a tenth. Means over a text hardly change.
 """
 
 from __future__ import annotations

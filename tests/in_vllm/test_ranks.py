@@ -1,4 +1,4 @@
-"""Two ranks that divide key-value heads give what one gives, in an engine with two processes."""
+"""Two ranks that divide key-value heads give the result of one, in an engine with two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAI server on the packed cache, started with what ``kvq-artifact vllm-args`` prints."""
+"""The OpenAI server with the packed cache, started with the options that ``kvq-artifact vllm-args`` prints."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A machine with a GPU that is not there: torch's CUDA device, the driver's Python packages, and nvcc.
+"""A simulated machine with a GPU: torch's CUDA device, the driver's Python packages, and nvcc.
 
-Tensors "on cuda:0" hold ordinary memory, kernels run as C++ (``tests/shim``), and nothing is fast. What would fail on a
-GPU because of where a tensor is, fails here; what would make the host wait for the device is written down.
+Tensors "on cuda:0" have ordinary memory, kernels run as C++ (``tests/shim``), and nothing is fast. Operations that
+would fail on a GPU because of a tensor's device also fail here. Operations that would make the host wait for the device
+are recorded.
 """

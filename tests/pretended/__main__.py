@@ -1,4 +1,4 @@
-"""``python -m pretended SCRIPT|-m MODULE|-c CODE ARGUMENTS...``: runs it on a machine with a pretended GPU."""
+"""``python -m pretended SCRIPT|-m MODULE|-c CODE ARGUMENTS...``: runs it on a machine with a simulated GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts a pretended machine for the whole life of a process."""
+"""Starts a simulated machine for the lifetime of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pytest plugin (``-p ptx.plugin``): tests of kernels run what nvcc makes of them, and fail at a race."""
+"""A pytest plugin (``-p ptx.plugin``): tests of kernels run the PTX from nvcc, and fail at a race."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PTX to C++: a statement for an instruction, a variable for a register. What instructions do is in ``semantics.h``."""
+"""Translates PTX to C++: a statement per instruction, a variable per register. ``semantics.h`` has the instructions."""
 
 from __future__ import annotations
 
