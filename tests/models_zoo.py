@@ -200,7 +200,8 @@ DECODING: dict[str, dict[str, object]] = {
 """Encoders that are causal language models by their configuration."""
 
 FAMILIES_OF_ALL_KINDS = {
-    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD, **DECODING,
+    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD,
+    **DECODING,
 }  # fmt: skip
 
 
