@@ -1,8 +1,8 @@
-"""What layers of a model keep beside keys and values: states of linear attention and of convolutions, and the like.
+"""States: all that layers of a model keep beside keys and values, such as states of linear attention and convolutions.
 
-They are transformers' own cache layers, as it makes them for the model, in one cache with layers that attend
-themselves. Most states have no tokens: they take them up as they come, and seldom can one be taken back. What else
-layers keep, as the keys of an indexer, is called a state too, and can have an entry for each token.
+They are cache layers of transformers, in one cache with layers that compute attention. Most states have a fixed size:
+they include tokens as they come, and few can remove one again. Some states, such as the keys of an indexer, have an
+entry for each token.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[Attendin
 
 @cache
 def _kind_with_state(kind: Any, is_common: bool) -> Any:
-    """A subclass whose further attributes are those of its ``state``.
+    """A subclass that takes further attributes from its ``state``.
 
     Args:
-        kind: of a layer.
-        is_common: the state is one of linear attention or of convolutions, which caches ask for.
+        kind: class of a layer.
+        is_common: whether the state is of linear attention or of convolutions; caches check for this.
     """
 
     def attribute(layer: Any, name: str) -> Any:
@@ -77,7 +77,7 @@ def _kind_with_state(kind: Any, is_common: bool) -> Any:
 
 
 def with_state(layer: AttendingLayer, own: Any) -> AttendingLayer:
-    """The same layer with a state beside it, where one of transformers' own has it; else the layer."""
+    """The layer with a state, if transformers' cache layer has one; otherwise the layer unchanged."""
     if not (keeps_state(own) or keeps_more(own)):
         return layer
     kind: Any = type(layer)
@@ -87,7 +87,7 @@ def with_state(layer: AttendingLayer, own: Any) -> AttendingLayer:
 
 
 def _state_of(layer: Any) -> Any:
-    """What a layer of a cache keeps beside keys and values; ``None`` where that is nothing."""
+    """The state of a cache layer, or ``None``."""
     if "state" in vars(layer):
         return layer.state
     return (
@@ -151,7 +151,7 @@ class States:
                 state.activate_past_recording()
 
     def select(self, rows: Tensor) -> None:
-        """Let sequence ``i`` become what sequence ``rows[i]`` is."""
+        """Replace sequence ``i`` by sequence ``rows[i]``."""
         for _, state in self._held():
             state.reorder_cache(rows)
 
@@ -165,14 +165,14 @@ class States:
         for number, state in held:
             if not can_crop(state):
                 raise RuntimeMismatchError(
-                    f"layer {number} keeps a state that tokens cannot be taken from again (convolutions can, after "
-                    "activate_past_recording()); reset() the cache and give it the text anew"
+                    f"layer {number} keeps a state from which tokens cannot be removed (from a convolution they can, "
+                    "after activate_past_recording()); reset() the cache and pass the text again"
                 )
         for _, state in held:
             state.crop(-count)
 
     def settle(self) -> None:
-        """Drop what the next pass does not need."""
+        """Drop tensors that the next pass does not need."""
         if self._recording:
             for _, state in self._held():
                 if keeps_state(state) and can_crop(state):
@@ -186,12 +186,12 @@ class States:
         """
         if self.spoiled:
             raise RuntimeMismatchError(
-                "a forward pass failed midway, and what the states of other layers had taken up of it cannot be taken "
-                "back; reset() the cache and give it the text anew"
+                "a forward pass failed midway, and states of layers include part of its tokens; reset() the cache and "
+                "pass the text again"
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is held, by the number of the layer and a name: ``3.conv.0``, ``3.indexer_keys``."""
+        """All tensors, by the number of the layer and a name: ``3.conv.0``, ``3.indexer_keys``."""
         return {
             f"{number}.{name}": tensor
             for number, state in self._held()
@@ -199,10 +199,10 @@ class States:
         }
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`tensors` gave; the states are empty.
+        """Fill empty states with the result of :meth:`tensors`.
 
         Raises:
-            RuntimeMismatchError: there is no such state.
+            RuntimeMismatchError: the model has no such state.
         """
         rest = dict(tensors)
         for number, state in self._held():

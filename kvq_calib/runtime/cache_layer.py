@@ -108,7 +108,7 @@ class KVQCacheLayer(AttendingLayer):
                 self._wrong_rope = None
             newest = table.positions(table.length - tokens, table.length)
             self._compare_rope(rotation.unrotate(call.key), call.key, newest)
-            # Reading the result makes the host wait for the GPU, so steps of one token leave it to the next block.
+            # To look at the result a host must wait for its GPU, so steps of one token leave that to the next block.
             if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
                 self._check_rope()
         self.store_call(storage, call, rotation, table)
@@ -155,7 +155,7 @@ class KVQCacheLayer(AttendingLayer):
         return self.forward_pass.rotation(call.module, cos, sin)
 
     def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
-        """Record whether angles differ from the artifact's. If so, every later read would be wrong."""
+        """Note whether angles are other than those of the artifact: they would be wrong on every later read."""
         rope = self.ops.rope
         assert rope is not None
         again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))

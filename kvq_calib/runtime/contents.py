@@ -100,7 +100,7 @@ class CacheContents:
             storage.crop(self.table)
 
     def select(self, rows: Tensor) -> None:
-        """Replace sequence ``i`` by sequence ``rows[i]``."""
+        """Let sequence ``i`` become what sequence ``rows[i]`` is."""
         table = self.table
         if table is None:
             return
@@ -112,7 +112,7 @@ class CacheContents:
             storage.select(rows)
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use, by kind."""
+        """Bytes held, by kind."""
         if self.table is None:
             return {}
         sizes = self.table.memory()

@@ -90,8 +90,8 @@ class ForwardPass:
         """Run attention of a layer. If it fails, the cache returns to its state before the pass.
 
         Args:
-            call: of the layer.
-            attend: its attention, or what stores and reads for it.
+            call: call of the layer.
+            attend: computes attention, or stores and reads for it.
 
         Raises:
             RuntimeMismatchError: the module does not belong to the cache's model.

@@ -106,7 +106,7 @@ def _point(result: Result, subject: Subject | None) -> Point:
 
 
 def _along_windows(rows: Sequence[Result], points: Sequence[Point]) -> str | None:
-    """The chart of divergence by position in a window, of results that have it; ``None`` where none has."""
+    """The chart of KL divergence by position in a window, for results that have it; ``None`` if none has."""
     series = [
         Series(
             result.name,
@@ -125,7 +125,7 @@ def _along_windows(rows: Sequence[Result], points: Sequence[Point]) -> str | Non
     labels = Labels(
         "KL divergence by position in the text",
         "tokens before the predicted one",
-        "KL divergence, nats per token (logarithmic)",
+        "KL, nats per token (logarithmic)",
     )
     x = Scale([float(at) for at in range(0, int(end) + 1, step)], _tokens, (0.0, end), log=False)
     return lines(series, labels, x, Scale(log_ticks(low, high), plain, (low, high)), height=260.0).inline()
@@ -265,7 +265,7 @@ def outlier_figures(subject: Subject, measured: Measured, tokenizer: Any) -> dic
         "layer_chart": by_layer.inline(),
         "spread_chart": _spread(subject, measured, kinds),
         **_along_the_text(subject, measured, kinds, tokenizer),
-        "caps": [f"{caps[kind]} of {channels} {plural(kind)}" for kind in kinds],
+        "caps": [f"{caps[kind]} of {channels} {kind} elements" for kind in kinds],
         "means": [{"kind": plural(kind), "mean": sum(means[kind]) / len(means[kind])} for kind in kinds],
         "rows": [{"layer": index, "means": [means[kind][index] for kind in kinds]} for index in layers],
         "kinds": [plural(kind) for kind in kinds],
