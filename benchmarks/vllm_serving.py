@@ -55,6 +55,7 @@ def make_engine(row: dict[str, Any], memory: float) -> tuple[Any, str]:
     llm = LLM(
         row["model"],
         dtype=row["dtype"],
+        skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=row["tokens"] + row["new"] + 64,
         max_num_seqs=row["requests"],
@@ -112,16 +113,25 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
-    if row["scenario"] == "pressed":
-        llm, line = make_engine(row, row["memory"])
-        prompts = prompts_of(row["requests"], row["tokens"])
-        seconds_of(llm, prompts_of(1, 33), 2)
-        wall, cpu = seconds_of(llm, prompts, row["new"])
-        made = row["requests"] * row["new"]
-        found = {"s": round(wall, 1), "cpu_s": round(cpu, 1), "tokens_per_s": round(made / wall, 2)}
-        return {"line": line, "pressed": {**found, "preemptions": preemptions(llm)}}
     llm, line = make_engine(row, row["memory"])
-    return {"line": line, "one": decode(llm, 1, row), "many": decode(llm, row["requests"], row)}
+    try:
+        if row["scenario"] == "pressed":
+            return {"line": line, "pressed": pressed(llm, row)}
+        return {"line": line, "one": decode(llm, 1, row), "many": decode(llm, row["requests"], row)}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def pressed(llm: Any, row: dict[str, Any]) -> dict[str, float]:
+    """The whole of all requests."""
+    seconds_of(llm, prompts_of(1, 33), 2)
+    wall, cpu = seconds_of(llm, prompts_of(row["requests"], row["tokens"]), row["new"])
+    return {
+        "s": round(wall, 1),
+        "cpu_s": round(cpu, 1),
+        "tokens_per_s": round(row["requests"] * row["new"] / wall, 2),
+        "preemptions": preemptions(llm),
+    }
 
 
 def fit_of(line: str) -> int:

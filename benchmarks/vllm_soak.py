@@ -29,6 +29,7 @@ def make_engine(options: argparse.Namespace) -> Any:
     arguments = EngineArgs(
         model=options.model,
         dtype=options.dtype,
+        skip_tokenizer_init=True,
         attention_backend="CUSTOM",
         additional_config={"kvq_artifact": options.artifact},
         enforce_eager=True,
@@ -111,6 +112,7 @@ def main() -> int:
     preemptions = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
     found |= {"seconds": round(time.perf_counter() - start), "free_pages": free, "pages": pages}
     found |= {"preemptions": preemptions[0] if preemptions else None}
+    engine.engine_core.shutdown()
     print(json.dumps(found, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps({"config": environment(), **found}, indent=2) + "\n")

@@ -16,6 +16,7 @@ import pytest
 from engine import Own, engine, generated, prompt_nll, texts
 
 from kvq_calib.errors import KVQError
+from kvq_calib.native.loader import library
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -92,7 +93,11 @@ def test_preempted_sequences_go_on(folder, own, artifact):
     with engine(folder, artifact, num_gpu_blocks_override=10, max_model_len=768, max_num_seqs=4) as llm:
         found = generated(llm, prompts, 120)
         counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        modules = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        native = [module.impl._layer._native is not None for module in modules]
     assert counts["vllm:num_preemptions"] > 0
+    assert len(native) == 30
+    assert all(native) == any(native) == (library() is not None)
     assert differences(own, artifact, prompts, found) < SLACK
 
 
