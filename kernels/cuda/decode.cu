@@ -58,13 +58,16 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     const uint4 *key_levels = plain_levels(p.key_levels, KVQ_KEY_BITS, head);
     const uint4 *value_levels = plain_levels(p.value_levels, KVQ_VALUE_BITS, head);
 
-    const int begin = p.first_page + int(int64_t(p.pages) * blockIdx.x / p.packed_splits);
-    const int end = p.first_page + int(int64_t(p.pages) * (blockIdx.x + 1) / p.packed_splits);
+    const int first_token = p.state ? p.state->first_token : p.first_token;
+    const int first_page = p.state ? first_token / kPageTokens : p.first_page;
+    const int pages = p.state ? max(p.state->pages - first_page, 0) : p.pages;
+    const int begin = first_page + int(int64_t(pages) * blockIdx.x / p.packed_splits);
+    const int end = first_page + int(int64_t(pages) * (blockIdx.x + 1) / p.packed_splits);
     for (int page = begin + warp_id(); page < end; page += kWarps) {
         const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + page * kPageBlocks + group);
         const int base = block.x;
         uint32_t keep = uint32_t(block.y);
-        const int hidden = p.first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
+        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
         if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
         if (!__any_sync(kAll, keep != 0)) continue;
         const SequencePage keys(p, false, row, page);

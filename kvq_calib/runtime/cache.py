@@ -166,6 +166,7 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQCache:
         """Copy the contents. Artifact, tables and model are shared."""
+        self.contents.settle()
         shared: list[Any] = [self.artifact, self.quantizers, self.contents.stored, self.forward_pass.modules]
         shared += [self.states.config, *(layer.ops for layer in self.packed)]
         shared += [quantizer.layout for pair in self.quantizers for quantizer in pair.values()]
@@ -310,6 +311,7 @@ class KVQCache(Cache):  # type: ignore[misc]
 
     def outliers(self) -> dict[str, list[int]]:
         """Number of outlier entries, per kind and layer."""
+        self.contents.settle()
         return {
             kind: [
                 0 if layer.storage is None else getattr(layer.storage, kind).outlier_entries
@@ -327,6 +329,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             RuntimeMismatchError: the cache is empty.
         """
         self.states.check()
+        self.contents.settle()
         save_contents(self.contents, self.artifact, path, self.states.tensors())
 
     @classmethod

@@ -18,6 +18,7 @@ KERNELS = {
     "append.cu": {"append_blocks": "AppendParams", "place_outliers": "PlaceParams"},
     "decode.cu": {"decode_attention": "DecodeParams", "reduce_splits": "ReduceParams"},
     "dequantize.cu": {"dequantize_blocks": "DequantizeParams"},
+    "step.cu": {"advance_step": "StepParams"},
 }
 BUILDS = Path(tempfile.gettempdir()) / f"kvq-calib-shim-{os.getuid()}"
 

@@ -65,6 +65,8 @@ class DecodeStep:
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
         pool: takes the place of ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
+        state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), which then says how many of the pages
+            hold blocks, and which have left the window.
     """
 
     query: Tensor
@@ -77,6 +79,7 @@ class DecodeStep:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     pool: PagePool | None = None
+    state: Tensor | None = None
 
     @property
     def page_count(self) -> int:
@@ -285,6 +288,7 @@ class DecodeKernel:
     def _params(self, step: DecodeStep, division: _Division, partial: tuple[int, int]) -> DecodeParams:
         params = DecodeParams.from_buffer_copy(self._fixed)
         params.query = step.query.data_ptr()
+        params.state = pointer(step.state)
         params.key_pages, params.value_pages = pointer(step.key_pages), pointer(step.value_pages)
         params.blocks = pointer(step.context.blocks)
         params.exact_positions = pointer(step.context.exact_positions)

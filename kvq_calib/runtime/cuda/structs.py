@@ -20,7 +20,10 @@ __all__ = [
     "DecodeParams",
     "DequantizeParams",
     "PlaceParams",
+    "PlaceSide",
     "ReduceParams",
+    "StepParams",
+    "StepState",
     "check",
     "pointer",
 ]
@@ -50,7 +53,7 @@ class DecodeParams(ctypes.Structure):
         ("pool_offset", _L * 3),
         *(
             (name, _P)
-            for name in ("exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
+            for name in ("state", "exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
         ),
         ("exact_stride", _L * 4),
         *((name, _I) for name in ("key_words", "value_words", "kv_heads", "query_heads", "subgroups")),
@@ -83,14 +86,28 @@ class AppendSide(ctypes.Structure):
     _fields_ = (
         *(
             (name, _P)
-            for name in ("x", "pages", "cosine", "sine", "partner", "scale", "reciprocal", "zero_point")
+            for name in (
+                "x",
+                "token",
+                "pages",
+                "cosine",
+                "sine",
+                "partner",
+                "scale",
+                "reciprocal",
+                "zero_point",
+            )
         ),
         *((name, _P) for name in ("levels", "boundaries", "coefficients", "bits", "word_offset")),
         *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge", "feedback")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
-        *((name, _I) for name in ("type", "words", "token", "channel_normalized")),
-        *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat", "paths", "refinements")),
+        ("token_stride", _L * 2),
+        *((name, _I) for name in ("type", "words", "per_token", "channel_normalized", "per_side", "cap")),
+        *(
+            (name, _I)
+            for name in ("capacity", "storage_bfloat", "paths", "refinements", "token_type", "padding")
+        ),
     )
 
 
@@ -99,7 +116,17 @@ class AppendParams(ctypes.Structure):
 
     _fields_ = (
         ("side", AppendSide * 2),
-        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "head_warps", "padding")),
+        ("state", _P),
+        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "head_warps", "tail")),
+    )
+
+
+class PlaceSide(ctypes.Structure):
+    """Keys or values in :class:`PlaceParams`."""
+
+    _fields_ = (
+        *((name, _P) for name in ("index", "residual", "count", "pages")),
+        *((name, _I) for name in ("capacity", "padding")),
     )
 
 
@@ -107,8 +134,28 @@ class PlaceParams(ctypes.Structure):
     """Of ``place_outliers``."""
 
     _fields_ = (
-        *((name, _P) for name in ("index", "residual", "count", "page_index", "page_residual", "page_start")),
-        *((name, _I) for name in ("capacity", "heads", "blocks", "first_block", "batch", "start_bytes")),
+        ("side", PlaceSide * 2),
+        ("state", _P),
+        *((name, _I) for name in ("heads", "blocks", "first_block", "batch")),
+    )
+
+
+class StepParams(ctypes.Structure):
+    """Of ``advance_step``."""
+
+    _fields_ = (
+        *((name, _P) for name in ("state", "position", "exact", "sink", "sink_slot", "blocks", "seen")),
+        *((name, _I) for name in ("batch", "sinks", "capacity", "block_stride", "window", "padding")),
+    )
+
+
+class StepState(ctypes.Structure):
+    """Where a cache stands, on the device; see ``step.cuh``."""
+
+    _fields_ = (
+        *((name, _I) for name in ("length", "held", "packed", "blocks", "place", "closes")),
+        *((name, _I) for name in ("pages", "first_token")),
+        ("faults", _I * 4),
     )
 
 
