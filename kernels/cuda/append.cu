@@ -273,7 +273,8 @@ KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kv
 // Puts the new token of a sequence behind its exact ones, in the storage dtype.
 KVQ_DEVICE void store_token(const AppendParams &p, const AppendSide &s) {
     const int row = blockIdx.y;
-    uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x)) + s.stride[0] * row + s.stride[2] * p.state->place;
+    uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x));
+    exact += s.stride[0] * row + s.stride[2] * p.state->place;
     const uint16_t infinite = s.storage_bfloat ? 0x7f80 : 0x7c00;
     for (int i = threadIdx.x; i < p.heads * p.head_dim; i += kThreads) {
         const int head = i / p.head_dim, coordinate = i % p.head_dim;
@@ -360,7 +361,8 @@ KVQ_DEVICE void place_outliers_of(const PlaceParams &p, const PlaceSide &s, cons
     const int end = (kPageBlocks - from) * p.batch * p.heads;
     for (int list = lists + int(threadIdx.x); list <= end; list += kThreads) start[list] = Start(total);
     __syncthreads();
-    uint16_t *index = const_cast<uint16_t *>(page.outlier_index), *residual = const_cast<uint16_t *>(page.outlier_residual);
+    uint16_t *index = const_cast<uint16_t *>(page.outlier_index);
+    uint16_t *residual = const_cast<uint16_t *>(page.outlier_residual);
     for (int row = warp_id(); row < rows; row += kWarps) {
         const int64_t source = (int64_t(block) * p.batch + row) * s.capacity;
         const int first = start[row * p.heads], entries = int(start[(row + 1) * p.heads]) - first;

@@ -67,12 +67,15 @@ struct DecodeParams {
     const uint16_t *const *pool_exact;  // [B, 4] where a sequence's keys of sinks and of the tail, and values, stand
     int64_t pool_bytes;               // of a page
     int64_t pool_offset[3];           // in a page: codes of keys, codes of values, scales of values' tokens
-    const StepState *state;           // of a step that can be captured: how many pages there are, and first_token; or null
+    const StepState *state;           // of a step that can be captured: pages and first_token; or null
     const int *exact_positions;       // [B, n0 + n1], kMasked where not attended
     const uint32_t *exact_angles;     // [D / 2]: turns per token
     const uint32_t *exact_pairs;      // [D / 2]: coordinates of a pair, first | second << 16
     float *partial;                   // [B, Hq, splits, D], not divided by the sum
     float2 *partial_sum;              // [B, Hq, splits]: maximum (log2), sum
+    int *arrived;                     // [B, H x subgroups] splits that are there, 0 before and after
+    const float *sink_logits;         // [Hq], natural units, or null: a logit that takes probability, no value
+    uint16_t *out;                    // [B, Hq, D] in the queries' dtype
     int64_t exact_stride[2][2];       // elements from sequence to sequence, from head to head
     int key_words, value_words;       // 32-bit words of a sequence in a page
     int kv_heads, query_heads, subgroups;
@@ -150,6 +153,7 @@ struct Shared {
     uint8_t key_kinds[kKinds], value_kinds[kKinds];
     float query_scale[8];
     float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
+    int last;  // of the splits to arrive
 };
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));

@@ -21,7 +21,6 @@ __all__ = [
     "DequantizeParams",
     "PlaceParams",
     "PlaceSide",
-    "ReduceParams",
     "StepParams",
     "StepState",
     "check",
@@ -55,6 +54,7 @@ class DecodeParams(ctypes.Structure):
             (name, _P)
             for name in ("state", "exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
         ),
+        *((name, _P) for name in ("arrived", "sink_logits", "out")),
         ("exact_stride", _L * 4),
         *((name, _I) for name in ("key_words", "value_words", "kv_heads", "query_heads", "subgroups")),
         *((name, _I) for name in ("first_page", "pages", "packed_splits", "splits")),
@@ -68,15 +68,6 @@ class DecodeParams(ctypes.Structure):
         ("pool_stride", _I),
         ("group", _I),
         ("padding", _I),
-    )
-
-
-class ReduceParams(ctypes.Structure):
-    """Of ``reduce_splits``."""
-
-    _fields_ = (
-        *((name, _P) for name in ("partial", "partial_sum", "sink_logits", "out")),
-        *((name, _I) for name in ("packed_splits", "splits")),
     )
 
 
