@@ -176,7 +176,7 @@ class DecodeKernel:
         #: By what distinguishes the steps of a layer: query heads of a thread block, whether there is a softcap, dtype.
         self._compiled: dict[tuple[int, bool, torch.dtype], _Compiled] = {}
         #: The division of the last step, what it was made for, and the one that the parameters were set for.
-        self._division_of: tuple[tuple[int, int, int, int, int], _Division] | None = None
+        self._division_of: tuple[tuple[int, ...], _Division] | None = None
         self._divided: _Division | None = None
         #: Splits that have arrived, of each share of heads: 0 between launches.
         self._arrived = torch.zeros(0, dtype=torch.int32, device=key.device)
