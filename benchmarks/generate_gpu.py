@@ -1,10 +1,11 @@
 """Tokens per second and peak memory of decoding with a float16 cache and with KVQCache, on one GPU.
 
 A model with random weights in the shape of Llama-3-8B; caches are filled with random keys and values, then single
-tokens are decoded, without a CUDA graph in either case. The float16 cache is allocated whole beforehand and hands out
-views, so that nothing is copied for a new token and attention may take torch's fastest way. Each context length runs
-with every cache; with ``--longest`` the longest that fits is searched by doubling. The file is written anew after every
-row, and no row is begun when the budget is spent.
+tokens are decoded, without a CUDA graph and as one. The float16 cache is allocated whole beforehand and hands out
+views, so that nothing is copied for a new token and attention may take torch's fastest way; as a graph it replays the
+step of one length, which is the least that a static cache can cost. Each context length runs with every cache; with
+``--longest`` the longest that fits is searched by doubling. The file is written anew after every row, and no row is
+begun when the budget is spent.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from kvq_calib.files import write_atomically
 from kvq_calib.model.compat import with_cache
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.inspect import inspect_model
-from kvq_calib.runtime import KVQCache
+from kvq_calib.runtime import KVQCache, captured_steps
 from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
 LENGTHS = (131072, 32768, 8192, 4096)
@@ -147,18 +148,45 @@ def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device)
                 cache.update(keys, values, index)
 
 
-def decode(model: LlamaForCausalLM, cache: Any, device: torch.device) -> float:
-    """Tokens per second of single-token steps."""
+def rate(step: Callable[[Tensor], Tensor], device: torch.device) -> float:
+    """Tokens per second of a step from tokens ``[1, 1]`` to logits."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     begun = 0.0
-    for step in range(WARM_UP + TOKENS):
-        if step == WARM_UP:
+    for number in range(WARM_UP + TOKENS):
+        if number == WARM_UP:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        logits = model(token, **with_cache(cache), use_cache=True).logits
-        token = logits[:, -1:].argmax(-1)
+        token = step(token)[:, -1:].argmax(-1)
     torch.cuda.synchronize()
     return TOKENS / (time.perf_counter() - begun)
+
+
+def rates(model: LlamaForCausalLM, cache: Any, device: torch.device) -> dict[str, float]:
+    """Tokens per second without a CUDA graph and as one."""
+
+    def step(token: Tensor) -> Tensor:
+        logits: Tensor = model(token, **with_cache(cache), use_cache=True).logits
+        return logits
+
+    found = {"tokens_per_second": rate(step, device)}
+    if isinstance(cache, KVQCache):
+        with captured_steps(model, cache):
+            return {**found, "captured_tokens_per_second": rate(step, device)}
+    taken = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(taken)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        logits = step(taken)
+
+    def replay(token: Tensor) -> Tensor:
+        taken.copy_(token)
+        graph.replay()
+        return logits
+
+    return {**found, "captured_tokens_per_second": rate(replay, device)}
 
 
 def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -167,14 +195,14 @@ def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.devic
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        cache = make(tokens + WARM_UP + TOKENS)
+        cache = make(tokens + 2 * (WARM_UP + TOKENS))
         with torch.no_grad():
             fill(cache, model, tokens, device)
-            rate = decode(model, cache, device)
+            found = rates(model, cache, device)
     except torch.OutOfMemoryError:
         return {"left_out": "memory"}
     return {
-        "tokens_per_second": rate,
+        **found,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         **({"backend": cache.backend, "cache_bytes": cache.nbytes} if isinstance(cache, KVQCache) else {}),
     }

@@ -104,7 +104,7 @@ def main() -> int:
         "--full", action="store_true", help="flags and mixed pairs at every head size and group"
     )
     arguments = parser.parse_args()
-    work = [(source, {}) for source in ("append.cu", "dequantize.cu")]
+    work = [(source, {}) for source in ("append.cu", "dequantize.cu", "step.cu")]
     work += [("decode.cu", defines) for defines in decode_variants(arguments.full)]
     failed = most = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:

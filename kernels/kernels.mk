@@ -32,7 +32,8 @@ kernel-counts: install
 	  --json benchmarks/results/kernel_instructions.json
 
 ptx: install
-	PYTHONPATH=tests $(BIN)/python -m pytest -q -p ptx.plugin --timeout 1200 tests/test_kernels.py tests/test_kernels_cache.py tests/test_ptx.py
+	PYTHONPATH=tests $(BIN)/python -m pytest -q -p ptx.plugin --timeout 1200 \
+	  tests/test_kernels.py tests/test_kernels_steps.py tests/test_kernels_cache.py tests/test_ptx.py
 
 cubins: install
 	$(BIN)/python kernels/make_cubins.py .gpu/cubins --arch $(GPU_ARCH) --nvcc $(NVCC) --jobs $(KERNEL_JOBS)

@@ -598,14 +598,13 @@ def test_what_is_not_a_number_is_not_hidden(machine: Machine, where: str, tail: 
 
 
 def test_work_is_divided_so_that_all_of_it_runs_at_once() -> None:
-    """Two thread blocks a multiprocessor, those for exact tokens counted."""
-    launcher = HostLauncher(132)
+    """Those for exact tokens are counted."""
     for heads, batch, pages, exact in [(8, 1, 512, 40), (8, 1, 512, 0), (8, 8, 512, 130), (32, 1, 64, 33)]:
-        made = divide(launcher, heads, batch, 32, pages, exact)
+        made = divide(2 * 132, heads, batch, 32, pages, exact)
         assert made.exact == -(-exact // 64)
         assert heads * batch * made.splits <= 2 * 132
         assert heads * batch * (made.splits + 1) > 2 * 132 or made.packed == -(-pages // 4)
-    assert divide(launcher, 32, 64, 32, 512, 40).packed == 1
+    assert divide(2 * 132, 32, 64, 32, 512, 40).packed == 1
 
 
 # ---- the operations of a cache -------------------------------------------------------------------------------
@@ -795,7 +794,7 @@ def test_wrong_tensors_are_refused_before_a_launch(call, change, message) -> Non
 def test_what_would_work_does(call) -> None:
     launcher, tables, step = call
     assert DecodeKernel(launcher, *tables).attend(step).shape == step.query.shape
-    assert launcher.launches == ["decode_attention", "reduce_splits"]
+    assert launcher.launches == ["decode_attention"]
 
 
 def test_layers_without_a_kernel_say_so_once() -> None:

@@ -168,6 +168,6 @@ def test_the_cache_folder(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", ["append.cu", "dequantize.cu"])
+@pytest.mark.parametrize("source", ["append.cu", "dequantize.cu", "step.cu"])
 def test_nvcc_takes_the_sources(source, tmp_path) -> None:
     assert build.compile_cubin(source, (), "sm_90", tmp_path).startswith(b"\x7fELF")

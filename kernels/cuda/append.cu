@@ -83,7 +83,7 @@ KVQ_DEVICE Element examine(const Token &t, float y) {
 }
 
 KVQ_DEVICE Token of_channel(const AppendSide &s, Token t, int channel) {
-    if (s.token) return t;
+    if (s.per_token) return t;
     t.scale = s.scale[channel], t.reciprocal = s.reciprocal[channel], t.zero_point = s.zero_point[channel];
     return t;
 }
@@ -148,15 +148,12 @@ template <class Code> KVQ_DEVICE void pack_codes(const Code &code, uint32_t *low
         }
 }
 
-// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or HeadWork's for
-// head_warps warps where that is more.
-KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
-    KVQ_SHARED;
-    const AppendSide &s = p.side[blockIdx.z];
+// Codes block blockIdx.x of the new ones, of sequence blockIdx.y; `number` is its place, counted from the first page.
+KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kvq_shared, int number) {
     const Work work(kvq_shared, p.heads, p.head_dim);
     const int block = blockIdx.x, row = blockIdx.y, lane = lane_id();
-    const int place = (p.first_block + block) % kPageBlocks;
-    const PagePointers &page = s.pages[(p.first_block + block) / kPageBlocks];
+    const int place = number % kPageBlocks;
+    const PagePointers &page = s.pages[number / kPageBlocks];
     const int64_t first = s.stride[0] * row + s.stride[2] * block * kBlockTokens;
     uint32_t *codes = page.codes + int64_t(row) * s.words;
     if (s.compensation) {
@@ -173,7 +170,7 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
         token.cut = 0;
         token.last_channel = p.heads * p.head_dim;
         const int64_t start = first + s.stride[2] * t;
-        if (s.token) {
+        if (s.per_token) {
             uint16_t scale, zero_point;
             token_thresholds(s, start, p.heads, p.head_dim, &scale, &zero_point);
             token.scale = from_storage(s, scale);
@@ -273,13 +270,58 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
     }
 }
 
+// Puts the new token of a sequence behind its exact ones, in the storage dtype.
+KVQ_DEVICE void store_token(const AppendParams &p, const AppendSide &s) {
+    const int row = blockIdx.y;
+    uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x));
+    exact += s.stride[0] * row + s.stride[2] * p.state->place;
+    const uint16_t infinite = s.storage_bfloat ? 0x7f80 : 0x7c00;
+    for (int i = threadIdx.x; i < p.heads * p.head_dim; i += kThreads) {
+        const int head = i / p.head_dim, coordinate = i % p.head_dim;
+        const int64_t from = s.token_stride[0] * row + s.token_stride[1] * head + coordinate;
+        const uint16_t bits = to_storage(s, load_number(s.token, s.token_type, from));
+        if ((bits & infinite) == infinite) p.state->not_finite = 1;
+        exact[s.stride[1] * head + coordinate] = bits;
+    }
+}
+
+// Moves the exact tokens behind those of a closed block to its place: a thread has coordinates for itself.
+KVQ_DEVICE void move_tail(const AppendParams &p, const AppendSide &s) {
+    uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x)) + s.stride[0] * blockIdx.y;
+    for (int i = threadIdx.x; i < p.heads * p.head_dim; i += kThreads) {
+        uint16_t *own = exact + s.stride[1] * (i / p.head_dim) + i % p.head_dim;
+        for (int t = 0; t < p.tail; ++t) own[s.stride[2] * t] = own[s.stride[2] * (t + kBlockTokens)];
+    }
+}
+
+// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or HeadWork's for
+// head_warps warps where that is more. With a state, one block or none.
+KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
+    KVQ_SHARED;
+    const AppendSide &s = p.side[blockIdx.z];
+    if (!p.state) {
+        code_block(p, s, kvq_shared, p.first_block + int(blockIdx.x));
+        return;
+    }
+    store_token(p, s);
+    if (!p.state->closes) return;
+    __syncthreads();
+    code_block(p, s, kvq_shared, p.state->blocks - 1);
+    __syncthreads();
+    move_tail(p, s);
+}
+
+struct PlaceSide {
+    const uint16_t *index, *residual;  // the work space of append_blocks, or null: no outliers
+    const int *count;                  // [blocks, B, H]
+    const PagePointers *pages;         // with room for all entries
+    int capacity, padding;
+};
+
 struct PlaceParams {
-    const uint16_t *index, *residual;       // the work space of append_blocks
-    const int *count;                       // [blocks, B, H]
-    uint16_t *const *page_index;            // [pages] outlier_index of the pages, as large as needed
-    uint16_t *const *page_residual;
-    void *const *page_start;                // [pages] outlier_start, [8 B H + 1] of start_bytes each
-    int capacity, heads, blocks, first_block, batch, start_bytes;
+    PlaceSide side[2];
+    const StepState *state;  // as append_blocks has it
+    int heads, blocks, first_block, batch;
 };
 
 // The sum of `value` over the threads before this one; `all`: over all of the block. `of_warps`: kWarps words.
@@ -301,13 +343,13 @@ KVQ_DEVICE int sum_before(int value, int *of_warps, int &all) {
     return before;
 }
 
-template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p, int *of_warps) {
-    const int page = blockIdx.x;
-    const int from = page == 0 ? p.first_block : 0;  // places of this page that are new
-    const int block = page * kPageBlocks + from - p.first_block;
+// The outliers of the new blocks in one page, whose first new place is `from`; they are those from `block` on.
+template <typename Start>
+KVQ_DEVICE void place_outliers_of(const PlaceParams &p, const PlaceSide &s, const PagePointers &page, int from,
+                                  int block, int *of_warps) {
     const int rows = min(kPageBlocks - from, p.blocks - block) * p.batch, lists = rows * p.heads;
-    const int *count = p.count + int64_t(block) * p.batch * p.heads;
-    Start *start = static_cast<Start *>(p.page_start[page]) + from * p.batch * p.heads;
+    const int *count = s.count + int64_t(block) * p.batch * p.heads;
+    Start *start = static_cast<Start *>(const_cast<void *>(page.outlier_start)) + from * p.batch * p.heads;
     int total = from ? int(start[0]) : 0;
     for (int base = 0; base < lists; base += kThreads) {
         const int list = base + int(threadIdx.x);
@@ -319,23 +361,31 @@ template <typename Start> KVQ_DEVICE void place_outliers_of(const PlaceParams &p
     const int end = (kPageBlocks - from) * p.batch * p.heads;
     for (int list = lists + int(threadIdx.x); list <= end; list += kThreads) start[list] = Start(total);
     __syncthreads();
+    uint16_t *index = const_cast<uint16_t *>(page.outlier_index);
+    uint16_t *residual = const_cast<uint16_t *>(page.outlier_residual);
     for (int row = warp_id(); row < rows; row += kWarps) {
-        const int64_t source = (int64_t(block) * p.batch + row) * p.capacity;
+        const int64_t source = (int64_t(block) * p.batch + row) * s.capacity;
         const int first = start[row * p.heads], entries = int(start[(row + 1) * p.heads]) - first;
         for (int i = lane_id(); i < entries; i += kWarp) {
-            p.page_index[page][first + i] = p.index[source + i];
-            p.page_residual[page][first + i] = p.residual[source + i];
+            index[first + i] = s.index[source + i];
+            residual[first + i] = s.residual[source + i];
         }
     }
 }
 
-// Grid: pages touched; 512 threads; 64 bytes of shared memory. Writes the starts of a page's new lists, those of
-// blocks still to come, and the entries.
+// Grid: pages touched, 2 (keys, values); 512 threads; 64 bytes of shared memory. Writes the starts of a page's new
+// lists, those of blocks still to come, and the entries.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
     KVQ_SHARED;
     int *of_warps = reinterpret_cast<int *>(kvq_shared);
-    if (p.start_bytes == 2)
-        place_outliers_of<uint16_t>(p, of_warps);
+    const PlaceSide &s = p.side[blockIdx.y];
+    if (!s.index || (p.state && !p.state->closes)) return;
+    const int first = p.state ? p.state->blocks - 1 : p.first_block;  // of the new blocks
+    const int number = p.state ? first / kPageBlocks : int(blockIdx.x);
+    const int from = max(first - number * kPageBlocks, 0), block = number * kPageBlocks + from - first;
+    const PagePointers &page = s.pages[number];
+    if (page.start_bytes == 2)
+        place_outliers_of<uint16_t>(p, s, page, from, block, of_warps);
     else
-        place_outliers_of<int>(p, of_warps);
+        place_outliers_of<int>(p, s, page, from, block, of_warps);
 }

@@ -1,7 +1,7 @@
 // What the kernels that quantize are given, and its elements.
 #pragma once
 
-#include "common.cuh"
+#include "step.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
@@ -10,7 +10,9 @@ enum ElementType { kHalf = 0, kBFloat = 1, kFloat = 2 };
 
 // Keys or values of one layer.
 struct AppendSide {
-    const void *x;               // [B, H, T, D], T = 32 * blocks, elements of `type`; innermost stride 1
+    const void *x;               // [B, H, T, D], T = 32 * blocks, elements of `type`; innermost stride 1. With a state:
+                                 // the exact tokens behind the blocks in storage dtype, T as many as there is room for
+    const void *token;           // with a state: the new token [B, H, D], elements of `token_type`
     const PagePointers *pages;   // pages of the new blocks; the first may be partly filled
     const float *cosine;         // [H, P] of the angles by which pairs are turned before quantization, or null
     const float *sine;
@@ -32,27 +34,34 @@ struct AppendSide {
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]
     int64_t stride[3];           // elements per sequence, head, token
+    int64_t token_stride[2];     // of the new token
     int type, words;             // words of a sequence in a page
-    int token, channel_normalized;
+    int per_token, channel_normalized;  // per_token: thresholds are a token's
     int per_side;                // elements trimmed at each end of a token
     int cap;                     // outliers kept per token; 0: none are stored
     int capacity;                // 32 * cap
     int storage_bfloat;
     int paths;                   // codes are of a trellis
     int refinements;             // refinement passes: times that coordinates are coded again
+    int token_type;
 };
 
 struct AppendParams {
     AppendSide side[2];
-    int batch, heads, head_dim, first_block;  // first_block: place of the first new block in its page
-    int head_warps;                           // heads coded side by side where errors are compensated
+    StepState *state;  // of a step of one token: where it goes, and whether a block closes; or null
+    int batch, heads, head_dim;
+    int first_block;   // place of the first new block in the first of the pages; with a state it says the block
+    int head_warps;    // heads coded side by side where errors are compensated
+    int tail;          // with a state: exact tokens that stay when a block has closed
 };
 
-KVQ_DEVICE float load_element(const AppendSide &s, int64_t place) {
-    if (s.type == kFloat) return static_cast<const float *>(s.x)[place];
-    const uint16_t bits = static_cast<const uint16_t *>(s.x)[place];
-    return s.type == kHalf ? Half::to_float(bits) : BFloat::to_float(bits);
+KVQ_DEVICE float load_number(const void *x, int type, int64_t place) {
+    if (type == kFloat) return static_cast<const float *>(x)[place];
+    const uint16_t bits = static_cast<const uint16_t *>(x)[place];
+    return type == kHalf ? Half::to_float(bits) : BFloat::to_float(bits);
 }
+
+KVQ_DEVICE float load_element(const AppendSide &s, int64_t place) { return load_number(s.x, s.type, place); }
 
 KVQ_DEVICE float from_storage(const AppendSide &s, uint16_t bits) {
     return s.storage_bfloat ? BFloat::to_float(bits) : Half::to_float(bits);

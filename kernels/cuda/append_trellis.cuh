@@ -126,7 +126,7 @@ KVQ_DEVICE Path shaped_path(const ChannelLevels &c, const Element &y, float feed
             const bool high = total[last + 2][free ^ 1] < total[last][free];
             cost[after] = high ? total[last + 2][free ^ 1] : total[last][free];
             error[after] = high ? made[last + 2][free ^ 1] : made[last][free];
-            next[after] = path[high ? last + 2 : last] | uint32_t(free) << t;
+            next[after] = (high ? path[last + 2] : path[last]) | uint32_t(free) << t;  // no index at run time
         }
 #pragma unroll
         for (int after = 0; after < 4; ++after) path[after] = next[after];

@@ -1,5 +1,5 @@
 // Attention of one new token per sequence, straight from the packed cache: key scores with RoPE on the fly, online
-// softmax, value mix and outliers in one pass; split over the context, with a small reduction behind.
+// softmax, value mix and outliers in one pass; split over the context, and joined by the last block to arrive.
 // docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
 //
 // Compile-time constants:
@@ -58,13 +58,16 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     const uint4 *key_levels = plain_levels(p.key_levels, KVQ_KEY_BITS, head);
     const uint4 *value_levels = plain_levels(p.value_levels, KVQ_VALUE_BITS, head);
 
-    const int begin = p.first_page + int(int64_t(p.pages) * blockIdx.x / p.packed_splits);
-    const int end = p.first_page + int(int64_t(p.pages) * (blockIdx.x + 1) / p.packed_splits);
+    const int first_token = p.state ? p.state->first_token : p.first_token;
+    const int first_page = p.state ? first_token / kPageTokens : p.first_page;
+    const int pages = p.state ? max(p.state->pages - first_page, 0) : p.pages;
+    const int begin = first_page + int(int64_t(pages) * blockIdx.x / p.packed_splits);
+    const int end = first_page + int(int64_t(pages) * (blockIdx.x + 1) / p.packed_splits);
     for (int page = begin + warp_id(); page < end; page += kWarps) {
         const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + page * kPageBlocks + group);
         const int base = block.x;
         uint32_t keep = uint32_t(block.y);
-        const int hidden = p.first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
+        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
         if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
         if (!__any_sync(kAll, keep != 0)) continue;
         const SequencePage keys(p, false, row, page);
@@ -138,45 +141,5 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 2) decode_attention(const __grid_con
         attend_packed(p, s, share.head, share.first, share.heads);
     else
         attend_exact(p, s, share.head, share.first, share.heads);
-}
-
-// ---- reduction -----------------------------------------------------------------------------------------------
-
-struct ReduceParams {
-    const float *partial;
-    const float2 *partial_sum;
-    const float *sink_logits;  // [Hq], natural units, or null: a logit per head that takes probability, no value
-    uint16_t *out;             // [B, Hq, D] in the queries' dtype
-    int packed_splits, splits;
-};
-
-// Grid: query heads, sequences; 128 threads; 4 * splits bytes of shared memory.
-KVQ_KERNEL void __launch_bounds__(kThreads) reduce_splits(const __grid_constant__ ReduceParams p) {
-    KVQ_SHARED;
-    float *weight = reinterpret_cast<float *>(kvq_shared);
-    const int64_t head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-    const float2 *sums = p.partial_sum + head * p.splits;
-    const float own = p.sink_logits ? p.sink_logits[blockIdx.x] * kLog2e : kMinusInfinity;
-    // Every warp computes the same sum: no exchange between warps, and few splits.
-    float maximum = own;
-    for (int i = lane_id(); i < p.splits; i += kWarp) maximum = fmaxf(maximum, sums[i].x);
-    for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
-    float sum = 0.0f;
-    for (int i = lane_id(); i < p.splits; i += kWarp) {
-        const float w = sums[i].y == 0.0f ? 0.0f : power_of_two(sums[i].x - maximum);
-        sum += w * sums[i].y;
-        if (warp_id() == 0) weight[i] = w;
-    }
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
-    if (own > kMinusInfinity) sum += power_of_two(own - maximum);
-    __syncthreads();
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (int d = threadIdx.x; d < kDim; d += kThreads) {
-        const float *column = p.partial + head * p.splits * kDim + d;
-        float packed = 0.0f, exact = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < p.packed_splits; ++i) packed += weight[i] * column[int64_t(i) * kDim];
-        for (int i = p.packed_splits; i < p.splits; ++i) exact += weight[i] * column[int64_t(i) * kDim];
-        p.out[head * kDim + d] = Query::from_float((packed + exact) * inverse);
-    }
+    join_splits(p, s);
 }

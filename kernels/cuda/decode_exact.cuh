@@ -1,4 +1,4 @@
-// Attention to exact tokens, and what the warps of a thread block found as one partial result.
+// Attention to exact tokens, what the warps of a thread block found as one partial result, and all of these as one.
 #pragma once
 
 #include "decode_params.cuh"
@@ -24,6 +24,68 @@ KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
         const int64_t split = (int64_t(row) * p.query_heads + share.first + h) * p.splits + blockIdx.x;
         p.partial[split * kDim + coordinate] = channel.y * sum + channel.x * (offset + mixed);
         if (coordinate == 0) p.partial_sum[split] = make_float2(maximum, sum);
+    }
+}
+
+// Joins the splits of a query head, a warp for each.
+KVQ_DEVICE void join_head(const DecodeParams &p, int64_t head, float own) {
+    const float2 *sums = p.partial_sum + head * p.splits;
+    float maximum = own, sum = 0.0f;
+    for (int i = lane_id(); i < p.splits; i += kWarp) maximum = fmaxf(maximum, __ldcg(sums + i).x);
+    for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kAll, maximum, step));
+    auto weight_of = [&](int i, float2 &found) {
+        found = i < p.splits ? __ldcg(sums + i) : make_float2(0.0f, 0.0f);
+        return found.y == 0.0f ? 0.0f : power_of_two(found.x - maximum);
+    };
+    float2 found;
+    for (int i = lane_id(); i < p.splits; i += kWarp) {
+        const float weight = weight_of(i, found);
+        sum += weight * found.y;
+    }
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+    if (own > kMinusInfinity) sum += power_of_two(own - maximum);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (int base = 0; base < kDim; base += 4 * kWarp) {
+        const int coordinate = base + 4 * lane_id();
+        const bool inside = coordinate < kDim;
+        const float4 *column = reinterpret_cast<const float4 *>(p.partial + head * p.splits * kDim + coordinate);
+        float4 mixed = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int first = 0; first < p.splits; first += kWarp) {
+            const float own_weight = weight_of(first + lane_id(), found);
+            const int count = min(kWarp, p.splits - first);
+#pragma unroll 8
+            for (int i = 0; i < count; ++i) {
+                const float weight = __shfl_sync(kAll, own_weight, i);
+                if (!inside || weight == 0.0f) continue;
+                const float4 part = __ldcg(column + int64_t(first + i) * (kDim / 4));
+                mixed.x += weight * part.x, mixed.y += weight * part.y;
+                mixed.z += weight * part.z, mixed.w += weight * part.w;
+            }
+        }
+        if (!inside) continue;
+        uint16_t *out = p.out + head * kDim + coordinate;
+        out[0] = Query::from_float(mixed.x * inverse), out[1] = Query::from_float(mixed.y * inverse);
+        out[2] = Query::from_float(mixed.z * inverse), out[3] = Query::from_float(mixed.w * inverse);
+    }
+}
+
+// The last thread block of a share of heads to arrive joins what all of them found.
+KVQ_DEVICE void join_splits(const DecodeParams &p, Shared &s) {
+    __threadfence();
+    __syncthreads();
+    const int row = blockIdx.z, number = block_y_anew();
+    if (thread_anew() == 0) {
+        int *arrived = p.arrived + row * int(gridDim.y) + number;
+        s.last = atomicAdd(arrived, 1) == p.splits - 1;
+        if (s.last) *arrived = 0;
+    }
+    __syncthreads();
+    if (!s.last) return;
+    __threadfence();
+    const Share share(p, number);
+    for (int h = warp_id(); h < share.heads; h += kWarps) {
+        const float own = p.sink_logits ? p.sink_logits[share.first + h] * kLog2e : kMinusInfinity;
+        join_head(p, int64_t(row) * p.query_heads + share.first + h, own);
     }
 }
 

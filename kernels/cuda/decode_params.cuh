@@ -2,7 +2,7 @@
 // decode.cu, docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
 #pragma once
 
-#include "common.cuh"
+#include "step.cuh"
 
 constexpr int kDim = KVQ_HEAD_DIM;
 constexpr int kGroup = KVQ_GROUP;
@@ -17,7 +17,6 @@ static_assert(kDim % 16 == 0 && kGroup >= 1 && kGroup <= 8, "no such variant");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
-constexpr int kMasked = -2147483647 - 1;  // position of an exact token that is not attended
 constexpr int kWeightExponent = 12;       // probabilities are scaled by 2^12, clear of half's subnormals
 
 // ---- which tokens and heads a lane serves --------------------------------------------------------------------
@@ -68,15 +67,19 @@ struct DecodeParams {
     const uint16_t *const *pool_exact;  // [B, 4] where a sequence's keys of sinks and of the tail, and values, stand
     int64_t pool_bytes;               // of a page
     int64_t pool_offset[3];           // in a page: codes of keys, codes of values, scales of values' tokens
+    const StepState *state;           // of a step that can be captured: pages and first_token; or null
     const int *exact_positions;       // [B, n0 + n1], kMasked where not attended
     const uint32_t *exact_angles;     // [D / 2]: turns per token
     const uint32_t *exact_pairs;      // [D / 2]: coordinates of a pair, first | second << 16
     float *partial;                   // [B, Hq, splits, D], not divided by the sum
     float2 *partial_sum;              // [B, Hq, splits]: maximum (log2), sum
+    int *arrived;                     // [B, H x subgroups] splits that are there, 0 before and after
+    const float *sink_logits;         // [Hq], natural units, or null: a logit that takes probability, no value
+    uint16_t *out;                    // [B, Hq, D] in the queries' dtype
     int64_t exact_stride[2][2];       // elements from sequence to sequence, from head to head
     int key_words, value_words;       // 32-bit words of a sequence in a page
     int kv_heads, query_heads, subgroups;
-    int first_page, pages;            // pages to read
+    int first_page, pages;            // pages to read; with a state the first is 0, and there is room for more
     int packed_splits, splits;
     int exact_count[2];
     int first_token;                  // tokens of blocks before it, counted from block 0, are not attended
@@ -150,6 +153,7 @@ struct Shared {
     uint8_t key_kinds[kKinds], value_kinds[kKinds];
     float query_scale[8];
     float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
+    int last;  // of the splits to arrive
 };
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));

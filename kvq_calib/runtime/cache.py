@@ -165,7 +165,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         return f"KVQCache({held}, {self.backend})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQCache:
-        """Copy what is stored; artifact, tables and model are shared."""
+        """Copy the contents. Artifact, tables and model are shared."""
+        self.contents.settle()
         shared: list[Any] = [self.artifact, self.quantizers, self.contents.stored, self.forward_pass.modules]
         shared += [self.states.config, *(layer.ops for layer in self.packed)]
         shared += [quantizer.layout for pair in self.quantizers for quantizer in pair.values()]
@@ -309,7 +310,8 @@ class KVQCache(Cache):  # type: ignore[misc]
         return sum(self.memory().values())
 
     def outliers(self) -> dict[str, list[int]]:
-        """Outlier entries held, per kind and layer."""
+        """Number of outlier entries, per kind and layer."""
+        self.contents.settle()
         return {
             kind: [
                 0 if layer.storage is None else getattr(layer.storage, kind).outlier_entries
@@ -327,6 +329,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             RuntimeMismatchError: the cache is empty.
         """
         self.states.check()
+        self.contents.settle()
         save_contents(self.contents, self.artifact, path, self.states.tensors())
 
     @classmethod

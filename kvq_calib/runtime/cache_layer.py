@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 
-__all__ = ["KVQCacheLayer"]
+__all__ = ["KVQCacheLayer", "request_of"]
 
 
 class KVQCacheLayer(AttendingLayer):
@@ -43,6 +44,8 @@ class KVQCacheLayer(AttendingLayer):
         self.checks_rope = checks_rope
         #: Whether angles of new tokens were wrong, on the device and not checked yet; ``None`` without such tokens.
         self._wrong_rope: Tensor | None = None
+        #: Takes the place of :meth:`attend` in a step that is captured (:mod:`kvq_calib.runtime.step_cache`).
+        self.step: Callable[[AttentionCall], Tensor] | None = None
 
     @property
     def storage(self) -> LayerStorage | None:
@@ -75,7 +78,7 @@ class KVQCacheLayer(AttendingLayer):
         Raises:
             RuntimeMismatchError: the call does not fit the cache. All layers are then in their state before this pass.
         """
-        attend = self._attend if call.layer == self.number else self._attend_again
+        attend = self.step or (self._attend if call.layer == self.number else self._attend_again)
         return self.forward_pass.attention(call, lambda: attend(call))
 
     def _attend_again(self, call: AttentionCall) -> Tensor:
@@ -83,7 +86,7 @@ class KVQCacheLayer(AttendingLayer):
         contents = self.forward_pass.contents
         assert contents.table is not None
         visibility = self._visibility(call, self.length)
-        return self.ops.attend(_request(call, visibility), contents.storages[self.index], contents.table)
+        return self.ops.attend(request_of(call, visibility), contents.storages[self.index], contents.table)
 
     def _visibility(self, call: AttentionCall, length: int) -> Visibility:
         return Visibility(readable_mask(call), length, call.query.shape[2], call.kwargs.get("sliding_window"))
@@ -95,20 +98,21 @@ class KVQCacheLayer(AttendingLayer):
             )
         visibility = self._visibility(call, self.length + call.query.shape[2])
         storage, table = self._take(call, visibility)
-        return self.ops.attend(_request(call, visibility), storage, table)
+        return self.ops.attend(request_of(call, visibility), storage, table)
 
     def _take(self, call: AttentionCall, visibility: Visibility) -> tuple[LayerStorage, SlotTable]:
         """Store the new tokens of a call."""
         batch, _, tokens, _ = call.query.shape
-        rotation = None if self.ops.rope is None else self._rotation(call)
+        rotation = None if self.ops.rope is None else self.rotation_of(call)
         positions = call.kwargs.get("position_ids")
         storage, table = self.forward_pass.enter(self.index, batch, visibility, positions)
         if rotation is not None and self.checks_rope:
             if table.length == tokens:  # the recorded result is for an earlier text
                 self._wrong_rope = None
             newest = table.positions(table.length - tokens, table.length)
-            self._compare_rope(rotation.unrotate(call.key), call.key, newest)
-            # To look at the result a host must wait for its GPU, so steps of one token leave that to the next block.
+            wrong = self.wrong_rope(rotation.unrotate(call.key), call.key, newest)
+            self._wrong_rope = wrong if self._wrong_rope is None else self._wrong_rope | wrong
+            # Reading the result makes the host wait for the GPU, so steps of one token leave it to the next block.
             if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
                 self._check_rope()
         self.store_call(storage, call, rotation, table)
@@ -142,7 +146,8 @@ class KVQCacheLayer(AttendingLayer):
         if self.sliding_window is not None:
             storage.drop_before(storage.length + 1 - self.sliding_window, table)
 
-    def _rotation(self, call: AttentionCall) -> Rotation:
+    def rotation_of(self, call: AttentionCall) -> Rotation:
+        """What the model did to the keys of a call."""
         if call.position_embeddings is None:
             raise RuntimeMismatchError(
                 f"layer {self.index} was called without position_embeddings; "
@@ -154,15 +159,22 @@ class KVQCacheLayer(AttendingLayer):
             cos, sin = cos[..., -tokens:, :], sin[..., -tokens:, :]
         return self.forward_pass.rotation(call.module, cos, sin)
 
-    def _compare_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> None:
-        """Note whether angles are other than those of the artifact: they would be wrong on every later read."""
+    def wrong_rope(self, keys: Tensor, rotated: Tensor, positions: Tensor) -> Tensor:
+        """Whether angles are other than those of the artifact: they would be wrong on every later read.
+
+        Args:
+            keys, rotated: ``[B, H, T, D]``, as they were before the model turned them, and after.
+            positions: integer ``[B, T]``.
+
+        Returns:
+            bool, no dimension.
+        """
         rope = self.ops.rope
         assert rope is not None
         again = rope.rotate_(keys.mT.to(torch.float32, copy=True), *rope.cos_sin(positions))
         error = (rope.scale_(again).mT - rotated).abs().amax()
         slack = max(1e-3, 8 * torch.finfo(rotated.dtype).eps)
-        wrong = ~(error <= slack * rotated.abs().amax())
-        self._wrong_rope = wrong if self._wrong_rope is None else self._wrong_rope | wrong
+        return ~(error <= slack * rotated.abs().amax())
 
     def _check_rope(self) -> None:
         """Raise an error if a difference was recorded since the last call."""
@@ -186,7 +198,8 @@ class KVQCacheLayer(AttendingLayer):
         raise NotImplementedError("reorder the cache, not one layer of it")
 
 
-def _request(call: AttentionCall, visibility: Visibility) -> AttentionRequest:
+def request_of(call: AttentionCall, visibility: Visibility) -> AttentionRequest:
+    """What a call of the attention function asks for."""
     scaling = call.kwargs.get("scaling")
     return AttentionRequest(
         call.query,

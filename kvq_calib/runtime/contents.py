@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class CacheContents:
         self.device = device
         self.table: SlotTable | None = None
         self.storages: list[LayerStorage] = []
+        #: Lets the storages have what captured steps keep elsewhere (:mod:`kvq_calib.runtime.step_cache`); called
+        #: before anybody else reads or changes them.
+        self.settle: Callable[[], None] = self.nothing_to_settle
+
+    @staticmethod
+    def nothing_to_settle() -> None:
+        """The storages have everything."""
 
     @property
     def length(self) -> int:
@@ -67,6 +74,7 @@ class CacheContents:
 
     def reset(self) -> None:
         """Free everything."""
+        self.settle = self.nothing_to_settle
         self.table = None
         self.storages = []
 
@@ -76,6 +84,7 @@ class CacheContents:
         Raises:
             RuntimeMismatchError: a sliding window has freed slots that would be visible again.
         """
+        self.settle()
         table = self.table
         assert table is not None
         for layer, (storage, window) in enumerate(zip(self.storages, self.windows, strict=True)):
@@ -94,13 +103,15 @@ class CacheContents:
         Args:
             length: a length that :meth:`check_crop` accepts.
         """
+        self.settle()
         assert self.table is not None
         self.table.crop(length)
         for storage in self.storages:
             storage.crop(self.table)
 
     def select(self, rows: Tensor) -> None:
-        """Let sequence ``i`` become what sequence ``rows[i]`` is."""
+        """Replace sequence ``i`` by sequence ``rows[i]``."""
+        self.settle()
         table = self.table
         if table is None:
             return
@@ -112,7 +123,8 @@ class CacheContents:
             storage.select(rows)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, by kind."""
+        """Bytes in use, by kind."""
+        self.settle()
         if self.table is None:
             return {}
         sizes = self.table.memory()

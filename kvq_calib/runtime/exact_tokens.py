@@ -32,7 +32,9 @@ class ExactTokens:
 
     def parts(self, storage: LayerStorage) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Keys and values of sinks, then of the tail, in the storage dtype: ``[B, H, t, D]`` each."""
-        sinks = storage.sink_key[:, :, : self.sinks], storage.sink_value[:, :, : self.sinks]
+        sinks = storage.sink_key, storage.sink_value
+        if not self.sinks:
+            sinks = storage.sink_key[:, :, :0], storage.sink_value[:, :, :0]
         return sinks, (storage.tail_key, storage.tail_value)
 
     @cached_property

@@ -158,6 +158,7 @@ class ForwardPass:
     def _begins(self, layer: int, batch: int, tokens: int) -> bool:
         """Whether ``layer`` is the first of a pass. Checks that the pass fits."""
         self.states.check()
+        self.contents.settle()
         table, held = self.contents.table, self.contents.length_of(layer)
         known = self.contents.length
         if table is not None and batch != table.batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -53,6 +54,10 @@ class OnDevice(Tensor):
 
 #: Names of functions by which the host read numbers from the device, since :func:`watched`.
 waits: list[str] = []
+#: While a graph is captured: how to do again what was done since.
+capturing: list[Callable[[], None]] | None = None
+#: What functions in place have written since, and what stood there.
+_written: list[tuple[Tensor, Tensor]] = []
 
 
 def _is_cuda(device: Any) -> bool:
@@ -82,8 +87,39 @@ def _wanted(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.d
 
 
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function of torch, on memory of the host, with the rules of a device."""
+    """A function of torch, on memory of the host, with the rules of a device; captured, where a graph is."""
+    if capturing is None:
+        return _run(func, args, kwargs)
     name = getattr(func, "__name__", "")
+    target = kwargs.get("out", args[0] if args and _in_place(name) else None)
+    if isinstance(target, OnDevice):
+        with torch._C.DisableTorchFunctionSubclass():
+            _written.append((target.as_subclass(Tensor), target.as_subclass(Tensor).clone()))
+    result = _run(func, args, kwargs)
+    if target is not None or any(isinstance(x, OnDevice) for x in tree_flatten(result)[0]):
+        capturing.append(functools.partial(_again, func, args, kwargs, result))
+    return result
+
+
+def _in_place(name: str) -> bool:
+    own = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    return own or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _again(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    """Run a captured function once more; what it makes comes to the memory that it was given then."""
+    after = tree_flatten(_run(func, args, kwargs))[0]
+    with torch._C.DisableTorchFunctionSubclass():
+        for old, new in zip(tree_flatten(before)[0], after, strict=True):
+            if isinstance(old, OnDevice) and old.data_ptr() != new.data_ptr() and old.numel():
+                old.as_subclass(Tensor).copy_(new.as_subclass(Tensor))
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = getattr(func, "__name__", "")
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if name == "pin_memory":
+        return args[0]
     if func is torch.device or name == "_parse_to":
         return func(*args, **kwargs)
     if name == "_has_compatible_shallow_copy_type":
@@ -101,7 +137,12 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         generator = kwargs.get("generator")
         if generator is not None and (_is_cuda(wanted) or ours):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        _note(name, args, ours, wanted)
+        if capturing is not None and (
+            (name in ("to", "cuda", "tensor", "as_tensor") and not ours and _is_cuda(wanted))
+            or (name in ("__getitem__", "__setitem__") and ours and any(x.ndim for x in others))
+        ):
+            raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+        _note(name, args, kwargs, ours, wanted)
         if ours and name in _OF_OBJECT:
             return func(*args, **kwargs)
         if ours and name == "__get__":  # of the object itself: an alias would have a history
@@ -144,7 +185,9 @@ def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         return tree_map(replaced, result)
 
 
-def _note(name: str, args: tuple[Any, ...], ours: list[Tensor], wanted: torch.device | None) -> None:
+def _note(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], ours: list[Tensor], wanted: torch.device | None
+) -> None:
     """Write down what makes the host wait."""
     if not ours:
         return
@@ -154,7 +197,15 @@ def _note(name: str, args: tuple[Any, ...], ours: list[Tensor], wanted: torch.de
         by_mask = any(
             isinstance(each, OnDevice) and each.dtype in (torch.bool, torch.uint8) for each in index
         )
-    if name in _READS or by_mask or (name == "to" and wanted is not None and wanted.type == "cpu"):
+    waiting = kwargs.get("non_blocking") is not True and name in ("to", "copy_")
+    to_host = name == "to" and wanted is not None and wanted.type == "cpu"
+    to_host |= name == "copy_" and waiting and not isinstance(args[0], OnDevice)
+    from_host = (
+        name == "copy_" and waiting and isinstance(args[0], OnDevice) and not isinstance(args[1], OnDevice)
+    )
+    if capturing is not None and (name in _READS or by_mask or to_host or from_host):
+        raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+    if name in _READS or by_mask or to_host:
         waits.append(name)
 
 
@@ -176,6 +227,13 @@ class Stream:
         pass
 
 
+class SideStream(Stream):
+    """One that is not the default."""
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(44)
+
+
 class Event:
     """As torch's, on the host's clock."""
 
@@ -190,6 +248,43 @@ class Event:
 
     def elapsed_time(self, other: Event) -> float:
         return (other.time - self.time) * 1e3
+
+
+class CUDAGraph:
+    """As torch's: what was captured is not run then, but whenever it is replayed."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for each in self.work:
+            each()
+
+
+@contextlib.contextmanager
+def graph(made: CUDAGraph, **options: Any) -> Iterator[None]:
+    """Capture into a graph. Functions of torch do run, for what they return; what they wrote is put back."""
+    global capturing
+    before, capturing = capturing, made.work
+    stream, State.stream = State.stream, Stream(55)
+    try:
+        yield
+    finally:
+        capturing, State.stream = before, stream
+        with torch._C.DisableTorchFunctionSubclass():
+            while _written:
+                x, value = _written.pop()
+                x.copy_(value)
+
+
+@contextlib.contextmanager
+def stream(other: Stream) -> Iterator[None]:
+    """As torch's."""
+    before, State.stream = State.stream, other
+    try:
+        yield
+    finally:
+        State.stream = before
 
 
 class State:
@@ -222,6 +317,10 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "get_device_name": lambda device=None: PROPERTIES.name,
     "get_device_properties": lambda device=None: PROPERTIES,
     "current_stream": lambda device=None: State.stream,
+    "Stream": SideStream,
+    "stream": stream,
+    "CUDAGraph": CUDAGraph,
+    "graph": graph,
     "ExternalStream": lambda handle, device=None: Stream(handle),
     "device": _Device,
     "Event": Event,

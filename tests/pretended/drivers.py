@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import functools
 import json
 import stat
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from shim import host
 
+from pretended import device
 from pretended.device import State
 
 NVCC = """#!{python}
@@ -60,6 +62,8 @@ class Machine:
 
     def load(self, code: bytes) -> Module:
         self.need_context()
+        if device.capturing is not None:
+            raise Refused("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
         self.notes.append(("load",))
         try:
             source, defines = json.loads(bytes(code))
@@ -78,7 +82,13 @@ class Machine:
         if len(params) != function.size:
             raise Refused(f"{len(params)} bytes of parameters where {function.name} takes {function.size}")
         self.notes.append(("launch", function.name, grid, threads, shared, stream))
-        function.run(ctypes.c_char_p(params), *grid, threads, shared)
+        run = functools.partial(function.run, ctypes.c_char_p(params), *grid, threads, shared)
+        if device.capturing is None:
+            run()
+            return
+        if stream == 0:
+            raise Refused("CUDA_ERROR_STREAM_CAPTURE_IMPLICIT")
+        device.capturing.append(run)
 
 
 class Module:

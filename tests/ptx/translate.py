@@ -33,6 +33,7 @@ IGNORED = {
     "aligned",
     "uni",
     "L1::evict_first",
+    "cg",
     "to",
 }
 SPACES = {"global", "shared", "param", "const", "local"}
@@ -197,6 +198,8 @@ class _Kernel:
                 if "warp" in rest
                 else "ptx::barrier();"
             )
+        if base in ("membar", "fence"):  # thread blocks follow each other
+            return ""
         if base in ("ld", "st", "atom", "red"):
             return self._memory(base, rest, types[-1], operands)
         if base == "mov" and (operands[0][0] == "{" or operands[1][0] == "{"):

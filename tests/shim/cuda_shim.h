@@ -255,7 +255,15 @@ inline float atomicAdd(float *target, float value) {  // fibers are not interrup
     return before;
 }
 
+inline int atomicAdd(int *target, int value) {
+    const int before = *target;
+    *target = before + value;
+    return before;
+}
+inline void __threadfence() {}  // thread blocks follow each other
+
 template <class T> inline T __ldg(const T *source) { return *source; }
+template <class T> inline T __ldcg(const T *source) { return *source; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int shift) {

@@ -16,8 +16,9 @@ from kvq_calib.runtime.cuda.build import kernel_folder
 SHIM = Path(__file__).parent
 KERNELS = {
     "append.cu": {"append_blocks": "AppendParams", "place_outliers": "PlaceParams"},
-    "decode.cu": {"decode_attention": "DecodeParams", "reduce_splits": "ReduceParams"},
+    "decode.cu": {"decode_attention": "DecodeParams"},
     "dequantize.cu": {"dequantize_blocks": "DequantizeParams"},
+    "step.cu": {"advance_step": "StepParams"},
 }
 BUILDS = Path(tempfile.gettempdir()) / f"kvq-calib-shim-{os.getuid()}"
 

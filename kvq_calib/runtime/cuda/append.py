@@ -11,11 +11,19 @@ from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.launcher import Launcher
 from kvq_calib.runtime.cuda.pages import page_rows
-from kvq_calib.runtime.cuda.structs import MAX_GRID, TYPES, AppendParams, AppendSide, PlaceParams, pointer
+from kvq_calib.runtime.cuda.structs import (
+    MAX_GRID,
+    TYPES,
+    AppendParams,
+    AppendSide,
+    PlaceParams,
+    PlaceSide,
+    pointer,
+)
 from kvq_calib.runtime.cuda.tables import QuantizerTables
-from kvq_calib.runtime.storage import LayerStorage, PackedTensor
+from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
-__all__ = ["append_blocks", "launch_append", "side_params"]
+__all__ = ["Outliers", "append_blocks", "launch_append", "launch_place", "place_side", "side_params"]
 
 #: Pages that one launch of the append kernel fills: bounds its work space.
 APPEND_PAGES = 64
@@ -56,13 +64,34 @@ def append_blocks(
         done += count
 
 
-class _Side:
-    """New blocks of keys or of values, on their way into pages.
+@dataclass(frozen=True)
+class Outliers:
+    """The work space of a launch, with room for as many outliers as there may be.
 
     Attributes:
-        outliers: the work space: indices ``[n, B, 32 * cap]``, residuals, and how many of each list, ``[n, B, H]``;
-            or ``None``.
+        index, residual: int16 and storage dtype ``[n, B, 32 * cap]``.
+        count: how many of each list, int32 ``[n, B, H]``.
     """
+
+    index: Tensor
+    residual: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, table: QuantizerTables, blocks: int, batch: int) -> Outliers | None:
+        """For new blocks; ``None`` where there are no outliers."""
+        if not table.cap:
+            return None
+        shape = (blocks, batch, BLOCK_TOKENS * table.cap)
+        return cls(
+            torch.empty(shape, dtype=torch.int16, device=table.device),
+            torch.empty(shape, dtype=table.storage, device=table.device),
+            torch.empty(*shape[:2], table.heads, dtype=torch.int32, device=table.device),
+        )
+
+
+class _Side:
+    """New blocks of keys or of values, on their way into pages."""
 
     def __init__(self, table: QuantizerTables, packed: PackedTensor, x: Tensor) -> None:
         self.table, self.packed, self.x = table, packed, x
@@ -70,9 +99,8 @@ class _Side:
         self._check()
         #: Place of the first new block in its page, and pages that get some.
         self.place = packed.blocks % PAGE_BLOCKS
-        self.pages = -(-(self.place + self.blocks) // PAGE_BLOCKS)
-        self.outliers: _Outliers | None = None
-        self.rows = torch.empty(0)
+        self.page_count = -(-(self.place + self.blocks) // PAGE_BLOCKS)
+        self.outliers: Outliers | None = None
 
     def _check(self) -> None:
         table, x = self.table, self.x
@@ -92,29 +120,34 @@ class _Side:
 
     def open_pages(self) -> None:
         """Make the pages that the blocks need, and the work space of their outliers."""
-        packed, table = self.packed, self.table
-        new = self.pages if self.place == 0 else self.pages - 1
-        packed.pages.extend(packed.new_page() for _ in range(new))
-        self.rows = page_rows(packed.pages[len(packed.pages) - self.pages :]).to(table.device)
-        if table.cap:
-            shape = (self.blocks, self.batch, BLOCK_TOKENS * table.cap)
-            self.outliers = _Outliers(
-                torch.empty(shape, dtype=torch.int16, device=table.device),
-                torch.empty(shape, dtype=table.storage, device=table.device),
-                torch.empty(*shape[:2], table.heads, dtype=torch.int32, device=table.device),
+        new = self.page_count if self.place == 0 else self.page_count - 1
+        self.packed.pages.extend(self.packed.new_page() for _ in range(new))
+        self.outliers = Outliers.of(self.table, self.blocks, self.batch)
+
+    @property
+    def pages(self) -> list[Page]:
+        """Those that get blocks."""
+        return self.packed.pages[len(self.packed.pages) - self.page_count :]
+
+    def rows(self) -> Tensor:
+        """Their addresses on the device."""
+        return page_rows(self.pages).to(self.table.device)
+
+    def make_room(self, totals: list[int]) -> None:
+        """Give the pages room for the outliers of new blocks, whose numbers are ``totals``."""
+        for number, page in enumerate(self.pages):
+            first = max(number * PAGE_BLOCKS - self.place, 0)
+            entries = sum(totals[first : (number + 1) * PAGE_BLOCKS - self.place])
+            assert page.outlier_index is not None
+            assert page.outlier_residual is not None
+            # At most the seven blocks before are copied: bounded by the page, not by the cache.
+            page.outlier_index = torch.cat((page.outlier_index, page.outlier_index.new_empty(entries)))
+            page.outlier_residual = torch.cat(
+                (page.outlier_residual, page.outlier_residual.new_empty(entries))
             )
 
 
-@dataclass(frozen=True)
-class _Outliers:
-    """The work space of a launch; see :class:`_Side`."""
-
-    index: Tensor
-    residual: Tensor
-    count: Tensor
-
-
-def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: _Outliers | None) -> AppendSide:
+def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: Outliers | None) -> AppendSide:
     """Keys or values ``[B, H, T, D]`` on their way into the pages whose addresses are ``rows``, for the kernel."""
     side = AppendSide(
         x=x.data_ptr(),
@@ -135,7 +168,7 @@ def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: _Outl
         refinements=table.refinements,
         type=TYPES[x.dtype],
         words=table.words,
-        token=int(table.token),
+        per_token=int(table.token),
         channel_normalized=int(table.channel_normalized),
         per_side=table.per_side,
         cap=table.cap,
@@ -153,20 +186,41 @@ def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: _Outl
     return side
 
 
+def place_side(table: QuantizerTables, rows: Tensor, outliers: Outliers) -> PlaceSide:
+    """Outliers on their way from the work space to the pages whose addresses are ``rows``, for the kernel."""
+    return PlaceSide(
+        index=outliers.index.data_ptr(),
+        residual=outliers.residual.data_ptr(),
+        count=outliers.count.data_ptr(),
+        pages=rows.data_ptr(),
+        capacity=BLOCK_TOKENS * table.cap,
+    )
+
+
 def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
-    """One launch, and one for the outliers of each side."""
+    """One launch, and one for the outliers."""
     key = sides[0]
     for side in sides:
         side.open_pages()
     table = key.table
     params = AppendParams(batch=key.batch, heads=table.heads, head_dim=table.head_dim, first_block=key.place)
-    params.side[:] = [side_params(side.table, side.x, side.rows, side.outliers) for side in sides]
-    launch_append(launcher, (table, sides[1].table), params, key.blocks)
-    counts = [(side, side.outliers) for side in sides if side.outliers is not None]
+    rows = [side.rows() for side in sides]
+    params.side[:] = [
+        side_params(side.table, side.x, addresses, side.outliers)
+        for side, addresses in zip(sides, rows, strict=True)
+    ]
+    launch_append(launcher, (key.table, sides[1].table), params, key.blocks)
+    counts = [(number, side, side.outliers) for number, side in enumerate(sides) if side.outliers is not None]
     if counts:
-        totals = torch.stack([outliers.count.flatten(1).sum(1) for _, outliers in counts])
-        for (side, outliers), of_blocks in zip(counts, totals.tolist(), strict=True):  # the host reads
-            _place_outliers(launcher, side, outliers, of_blocks)
+        totals = torch.stack([outliers.count.flatten(1).sum(1) for _, _, outliers in counts])
+        place = PlaceParams(heads=table.heads, blocks=key.blocks, first_block=key.place, batch=key.batch)
+        for (number, side, outliers), of_blocks in zip(
+            counts, totals.tolist(), strict=True
+        ):  # the host reads
+            side.make_room(of_blocks)
+            rows[number] = side.rows()
+            place.side[number] = place_side(side.table, rows[number], outliers)
+        launch_place(launcher, place, key.page_count)
     for side in sides:
         side.packed.blocks += side.blocks
 
@@ -180,6 +234,11 @@ def launch_append(
     kernel((blocks, params.batch, 2), _THREADS, shared, params)
 
 
+def launch_place(launcher: Launcher, params: PlaceParams, pages: int) -> None:
+    """Move the outliers of keys and values to so many pages."""
+    launcher.kernel(_SOURCE, (), "place_outliers", PlaceParams)((pages, 2, 1), _THREADS, 4 * _WARPS, params)
+
+
 def _shared_memory(launcher: Launcher, tables: tuple[QuantizerTables, QuantizerTables]) -> tuple[int, int]:
     """Heads whose errors are compensated side by side, and bytes of a thread block: ``Work`` and ``HeadWork`` there."""
     heads, size = tables[0].heads, tables[0].head_dim
@@ -190,35 +249,3 @@ def _shared_memory(launcher: Launcher, tables: tuple[QuantizerTables, QuantizerT
     of_head = 4 * (size * (BLOCK_TOKENS + 1) + BLOCK_TOKENS * 4) + 32 * (BLOCK_TOKENS + 4)
     head_warps = min(heads, _WARPS, max(launcher.shared_limit // of_head, 1))
     return head_warps, max(shared, head_warps * of_head)
-
-
-def _place_outliers(launcher: Launcher, side: _Side, outliers: _Outliers, totals: list[int]) -> None:
-    """Give the pages room for the outliers of new blocks, whose numbers are ``totals``, and move them there."""
-    packed, rows = side.packed, []
-    for number, page in enumerate(packed.pages[len(packed.pages) - side.pages :]):
-        first = max(number * PAGE_BLOCKS - side.place, 0)
-        entries = sum(totals[first : (number + 1) * PAGE_BLOCKS - side.place])
-        assert page.outlier_index is not None
-        assert page.outlier_residual is not None
-        # At most the seven blocks before are copied: bounded by the page, not by the cache.
-        page.outlier_index = torch.cat((page.outlier_index, page.outlier_index.new_empty(entries)))
-        page.outlier_residual = torch.cat((page.outlier_residual, page.outlier_residual.new_empty(entries)))
-        buffers = (page.outlier_index, page.outlier_residual, page.outlier_start)
-        rows.append([pointer(buffer) or 0 for buffer in buffers])
-    pointers = torch.tensor(rows, dtype=torch.int64).mT.contiguous().to(packed.device)
-    params = PlaceParams(
-        index=outliers.index.data_ptr(),
-        residual=outliers.residual.data_ptr(),
-        count=outliers.count.data_ptr(),
-        page_index=pointers[0].data_ptr(),
-        page_residual=pointers[1].data_ptr(),
-        page_start=pointers[2].data_ptr(),
-        capacity=BLOCK_TOKENS * side.table.cap,
-        heads=side.table.heads,
-        blocks=side.blocks,
-        first_block=side.place,
-        batch=side.batch,
-        start_bytes=packed.layout.start_dtype(side.batch).itemsize,
-    )
-    place = launcher.kernel(_SOURCE, (), "place_outliers", PlaceParams)
-    place((side.pages, 1, 1), _THREADS, 4 * _WARPS, params)

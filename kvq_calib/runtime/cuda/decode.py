@@ -13,7 +13,7 @@ from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda.decode_tables import KernelTables, unsupported
 from kvq_calib.runtime.cuda.launcher import Kernel, Launcher
-from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, ReduceParams, check, pointer
+from kvq_calib.runtime.cuda.structs import MAX_GRID, DecodeParams, check, pointer
 from kvq_calib.runtime.slot_view import DecodeContext
 
 __all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
@@ -22,6 +22,8 @@ __all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 MAX_GROUP = 8
 #: Exact tokens (sinks and tail) one thread block attends to.
 EXACT_TOKENS = 64
+#: Thread blocks that share a multiprocessor, by the kernel's launch bounds.
+RESIDENT = 2
 _THREADS = 128
 _SOURCE = "decode.cu"
 
@@ -65,6 +67,8 @@ class DecodeStep:
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
         pool: takes the place of ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
+        state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), which then says how many of the pages
+            hold blocks, and which have left the window.
     """
 
     query: Tensor
@@ -77,8 +81,9 @@ class DecodeStep:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     pool: PagePool | None = None
+    state: Tensor | None = None
 
-    @property
+    @cached_property
     def page_count(self) -> int:
         """Pages that are read of each sequence."""
         if self.pool is not None:
@@ -91,6 +96,11 @@ class DecodeStep:
         if self.pool is not None:
             return list(self.pool.exact_counts)
         return [keys.shape[2] for keys, _ in self.exact]
+
+    @cached_property
+    def exact_total(self) -> int:
+        """Of both."""
+        return sum(self.exact_counts)
 
 
 @dataclass(frozen=True)
@@ -138,18 +148,12 @@ class _Division:
         """Partial results to be joined."""
         return self.packed + self.exact
 
-    @property
-    def group_of_block(self) -> int:
-        """Query heads of a thread block."""
-        return -(-self.group // self.subgroups)
-
 
 @dataclass(frozen=True)
 class _Compiled:
-    """The kernels of a variant, and the shared memory of a thread block of the first."""
+    """The kernel of a variant, and the shared memory of a thread block."""
 
     attention: Kernel
-    reduce: Kernel
     shared_bytes: int
 
 
@@ -171,9 +175,13 @@ class DecodeKernel:
         self.launcher, self.key, self.value = launcher, key, value
         #: By what distinguishes the steps of a layer: query heads of a thread block, whether there is a softcap, dtype.
         self._compiled: dict[tuple[int, bool, torch.dtype], _Compiled] = {}
-        self._divisions: dict[tuple[int, int, int, int], _Division] = {}
-        #: With the pointers that are the same in every step; copied for each.
-        self._fixed = DecodeParams(
+        #: The division of the last step, what it was made for, and the one that the parameters were set for.
+        self._division_of: tuple[tuple[int, ...], _Division] | None = None
+        self._divided: _Division | None = None
+        #: Splits that have arrived, of each share of heads: 0 between launches.
+        self._arrived = torch.zeros(0, dtype=torch.int32, device=key.device)
+        #: What the last launch was given; the driver copies it. What is the same in every step is set here.
+        self._launch = DecodeParams(
             key_channels=key.decode.channels.data_ptr(),
             value_channels=value.decode.channels.data_ptr(),
             key_levels=key.decode.levels.data_ptr(),
@@ -211,44 +219,43 @@ class DecodeKernel:
             _check_exact(key, step)
         else:
             self._check_pool(step, step.pool)
-        division = self._division(step)
-        if division.splits == 0:
-            return torch.zeros_like(step.query)
-        compiled = self._variant(step, division)
         batch, query_heads, size = step.query.shape
+        if step.page_count + step.exact_total == 0:
+            return torch.zeros_like(step.query)
+        compiled = self._variant(step)
+        division = self._division(step)
+        shares = key.heads * division.subgroups
+        if self._arrived.numel() < batch * shares:
+            self._arrived = torch.zeros(batch * shares, dtype=torch.int32, device=key.device)
         # One allocation: partial results, then maximum and sum of each.
         partials = batch * query_heads * division.splits
         partial = torch.empty(partials * (size + 2), dtype=torch.float32, device=key.device)
-        sums = partial.data_ptr() + 4 * partials * size
-        params = self._params(step, division, (partial.data_ptr(), sums))
-        grid = (division.splits, key.heads * division.subgroups, batch)
-        compiled.attention(grid, _THREADS, compiled.shared_bytes, params)
         out = torch.empty_like(step.query)
         logits = step.sink_logits
         if logits is not None:
             logits = logits.to(out.device, torch.float32).contiguous()
-        reduce = ReduceParams(
-            partial=partial.data_ptr(),
-            partial_sum=sums,
-            sink_logits=pointer(logits),
-            out=out.data_ptr(),
-            packed_splits=division.packed,
-            splits=division.splits,
+        params = self._params(step, division)
+        params.partial, params.partial_sum = partial.data_ptr(), partial.data_ptr() + 4 * partials * size
+        params.arrived, params.out, params.sink_logits = (
+            self._arrived.data_ptr(),
+            out.data_ptr(),
+            pointer(logits),
         )
-        compiled.reduce((query_heads, batch, 1), _THREADS, 4 * division.splits, reduce)
+        compiled.attention((division.splits, shares, batch), _THREADS, compiled.shared_bytes, params)
         return out
 
     def _division(self, step: DecodeStep) -> _Division:
         batch, query_heads, _ = step.query.shape
-        known = batch, query_heads, step.page_count, sum(step.exact_counts)
-        found = self._divisions.get(known)
-        if found is None:
-            self._divisions.clear()  # steps of one length follow each other, and lengths do not come back
-            found = self._divisions[known] = _divide(self.launcher, self.key.heads, *known)
-        return found
+        known = batch, query_heads, step.page_count, *step.exact_counts
+        if self._division_of is None or self._division_of[0] != known:
+            blocks = RESIDENT * self.launcher.multiprocessors
+            shape = self.key.heads, batch, query_heads, step.page_count, step.exact_total
+            self._division_of = known, _divide(blocks, *shape)
+        return self._division_of[1]
 
-    def _variant(self, step: DecodeStep, division: _Division) -> _Compiled:
-        known = division.group_of_block, step.softcap is not None, step.query.dtype
+    def _variant(self, step: DecodeStep) -> _Compiled:
+        group = step.query.shape[1] // self.key.heads
+        known = -(-group // _subgroups(group)), step.softcap is not None, step.query.dtype
         if known not in self._compiled:
             self._compiled[known] = self._compile(*known)
         return self._compiled[known]
@@ -276,39 +283,39 @@ class DecodeKernel:
                 f"{group} queries of {key.head_dim} channels per head need {shared} bytes of shared memory, "
                 f"this GPU has {launcher.shared_limit}"
             )
-        return _Compiled(
-            launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams),
-            launcher.kernel(_SOURCE, variant.defines, "reduce_splits", ReduceParams),
-            shared,
-        )
+        return _Compiled(launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams), shared)
 
-    def _params(self, step: DecodeStep, division: _Division, partial: tuple[int, int]) -> DecodeParams:
-        params = DecodeParams.from_buffer_copy(self._fixed)
+    def _params(self, step: DecodeStep, division: _Division) -> DecodeParams:
+        """The structure of the launch: one for the kernel, of which only what changes from step to step is set."""
+        params, query_heads, context = self._launch, step.query.shape[1], step.context
+        if division is not self._divided:
+            self._divided = division
+            params.query_heads, params.group, params.subgroups = (
+                query_heads,
+                division.group,
+                division.subgroups,
+            )
+            params.pages, params.packed_splits = step.page_count, division.packed
+            params.splits = division.splits
+            for number, count in enumerate(step.exact_counts):
+                params.exact_count[number] = count
         params.query = step.query.data_ptr()
-        params.key_pages, params.value_pages = pointer(step.key_pages), pointer(step.value_pages)
-        params.blocks = pointer(step.context.blocks)
-        params.exact_positions = pointer(step.context.exact_positions)
-        params.partial, params.partial_sum = partial
-        params.query_heads = step.query.shape[1]
-        params.subgroups = division.subgroups
-        params.group = division.group
-        params.first_page = step.first_page
-        params.pages = step.page_count
-        params.packed_splits = division.packed
-        params.splits = division.splits
-        params.first_token = step.context.first_token
-        params.scaling = step.scaling
-        params.softcap = step.softcap or 0.0
-        params.block_stride = step.context.blocks.shape[1]
+        params.state = pointer(step.state)
+        params.blocks, params.exact_positions = context.blocks.data_ptr(), context.exact_positions.data_ptr()
+        params.first_page, params.first_token = step.first_page, context.first_token
+        params.scaling, params.softcap = step.scaling, step.softcap or 0.0
+        params.block_stride = context.blocks.shape[1]
         if step.pool is not None:
             self._point_to_pool(params, step.pool)
             return params
-        for number, (keys, values) in enumerate(step.exact):
-            if step.exact_counts[number] == 0:
-                continue
-            params.exact_key[number], params.exact_value[number] = keys.data_ptr(), values.data_ptr()
-            params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = keys.stride()[:2]
-            params.exact_count[number] = step.exact_counts[number]
+        assert step.key_pages is not None
+        assert step.value_pages is not None
+        params.pool_table = None
+        params.key_pages, params.value_pages = step.key_pages.data_ptr(), step.value_pages.data_ptr()
+        (sink_keys, sink_values), (tail_keys, tail_values) = step.exact
+        params.exact_key[0], params.exact_key[1] = sink_keys.data_ptr(), tail_keys.data_ptr()
+        params.exact_value[0], params.exact_value[1] = sink_values.data_ptr(), tail_values.data_ptr()
+        params.exact_stride[:] = *sink_keys.stride()[:2], *tail_keys.stride()[:2]
         return params
 
     def _check_pool(self, step: DecodeStep, pool: PagePool) -> None:
@@ -341,12 +348,8 @@ class DecodeKernel:
         params.pool_bytes = pool.pages.stride(0)
         params.pool_offset[:] = pool.key_codes, pool.value_codes, pool.value_token
         params.pool_stride = pool.table.shape[1]
-        for number, count in enumerate(pool.exact_counts):
-            params.exact_count[number] = count
-            params.exact_stride[2 * number], params.exact_stride[2 * number + 1] = (
-                0,
-                count * self.key.head_dim,
-            )
+        size = self.key.head_dim
+        params.exact_stride[:] = 0, pool.exact_counts[0] * size, 0, pool.exact_counts[1] * size
 
 
 def _check_pages(key: KernelTables, step: DecodeStep) -> None:
@@ -375,7 +378,7 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
     # Their dtypes and strides were looked at when the context was made, once for all layers.
     for name, tensor, shape in (
         ("blocks", context.blocks, (batch, blocks, 2)),
-        ("exact_positions", context.exact_positions, (batch, sum(step.exact_counts))),
+        ("exact_positions", context.exact_positions, (batch, step.exact_total)),
     ):
         if tensor.device != device or tensor.shape != shape:
             raise RuntimeMismatchError(
@@ -399,16 +402,21 @@ def _check_exact(key: KernelTables, step: DecodeStep) -> None:
                 raise RuntimeMismatchError(f"{name} have strides {own}; make them contiguous")
 
 
+def _subgroups(group: int) -> int:
+    """Thread blocks that share the query heads of a key-value head."""
+    return -(-group // MAX_GROUP)
+
+
 def _divide(
-    launcher: Launcher, heads: int, batch: int, query_heads: int, pages: int, exact_tokens: int
+    resident: int, heads: int, batch: int, query_heads: int, pages: int, exact_tokens: int
 ) -> _Division:
+    """How the work of a step is divided where so many thread blocks run at once."""
     group = query_heads // heads
-    subgroups = -(-group // MAX_GROUP)
+    subgroups = _subgroups(group)
     blocks = heads * subgroups * batch
     if heads * subgroups > MAX_GRID or batch > MAX_GRID:
         raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch takes")
-    # Two thread blocks share a multiprocessor, and all are to run at once, those for exact tokens too. A block has four
-    # warps, which take a page each.
+    # All thread blocks are to run at once, those for exact tokens too. A block has four warps, which take a page each.
     exact = -(-exact_tokens // EXACT_TOKENS)
-    packed = min(max(2 * launcher.multiprocessors // blocks - exact, 1), -(-pages // 4))
+    packed = min(max(resident // blocks - exact, 1), -(-pages // 4))
     return _Division(group, subgroups, packed, exact)

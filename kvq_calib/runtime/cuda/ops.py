@@ -89,7 +89,8 @@ class CudaOps:
         return self._torch.attend(request, storage, table)
 
     @cached_property
-    def _kernel(self) -> DecodeKernel:
+    def kernel(self) -> DecodeKernel:
+        """What attends; of a layer without a :attr:`reason`."""
         return DecodeKernel(self.launcher, self.key_tables, self.value_tables)
 
     def _page_tables(self, storage: LayerStorage) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ class CudaOps:
             softcap=request.softcap,
             sink_logits=request.sinks,
         )
-        return self._kernel.attend(step)[:, None]
+        return self.kernel.attend(step)[:, None]
 
     def _attend_dense(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
         batch, dtype = request.query.shape[0], request.query.dtype

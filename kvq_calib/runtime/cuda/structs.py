@@ -20,7 +20,9 @@ __all__ = [
     "DecodeParams",
     "DequantizeParams",
     "PlaceParams",
-    "ReduceParams",
+    "PlaceSide",
+    "StepParams",
+    "StepState",
     "check",
     "pointer",
 ]
@@ -50,8 +52,9 @@ class DecodeParams(ctypes.Structure):
         ("pool_offset", _L * 3),
         *(
             (name, _P)
-            for name in ("exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
+            for name in ("state", "exact_positions", "exact_angles", "exact_pairs", "partial", "partial_sum")
         ),
+        *((name, _P) for name in ("arrived", "sink_logits", "out")),
         ("exact_stride", _L * 4),
         *((name, _I) for name in ("key_words", "value_words", "kv_heads", "query_heads", "subgroups")),
         *((name, _I) for name in ("first_page", "pages", "packed_splits", "splits")),
@@ -68,29 +71,34 @@ class DecodeParams(ctypes.Structure):
     )
 
 
-class ReduceParams(ctypes.Structure):
-    """Of ``reduce_splits``."""
-
-    _fields_ = (
-        *((name, _P) for name in ("partial", "partial_sum", "sink_logits", "out")),
-        *((name, _I) for name in ("packed_splits", "splits")),
-    )
-
-
 class AppendSide(ctypes.Structure):
     """Keys or values in :class:`AppendParams`."""
 
     _fields_ = (
         *(
             (name, _P)
-            for name in ("x", "pages", "cosine", "sine", "partner", "scale", "reciprocal", "zero_point")
+            for name in (
+                "x",
+                "token",
+                "pages",
+                "cosine",
+                "sine",
+                "partner",
+                "scale",
+                "reciprocal",
+                "zero_point",
+            )
         ),
         *((name, _P) for name in ("levels", "boundaries", "coefficients", "bits", "word_offset")),
         *((name, _P) for name in ("compensation", "refinement", "token_weight", "weight_edge", "feedback")),
         *((name, _P) for name in ("outlier_index", "outlier_residual", "outlier_count")),
         ("stride", _L * 3),
-        *((name, _I) for name in ("type", "words", "token", "channel_normalized")),
-        *((name, _I) for name in ("per_side", "cap", "capacity", "storage_bfloat", "paths", "refinements")),
+        ("token_stride", _L * 2),
+        *((name, _I) for name in ("type", "words", "per_token", "channel_normalized", "per_side", "cap")),
+        *(
+            (name, _I)
+            for name in ("capacity", "storage_bfloat", "paths", "refinements", "token_type", "padding")
+        ),
     )
 
 
@@ -99,7 +107,17 @@ class AppendParams(ctypes.Structure):
 
     _fields_ = (
         ("side", AppendSide * 2),
-        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "head_warps", "padding")),
+        ("state", _P),
+        *((name, _I) for name in ("batch", "heads", "head_dim", "first_block", "head_warps", "tail")),
+    )
+
+
+class PlaceSide(ctypes.Structure):
+    """Keys or values in :class:`PlaceParams`."""
+
+    _fields_ = (
+        *((name, _P) for name in ("index", "residual", "count", "pages")),
+        *((name, _I) for name in ("capacity", "padding")),
     )
 
 
@@ -107,8 +125,28 @@ class PlaceParams(ctypes.Structure):
     """Of ``place_outliers``."""
 
     _fields_ = (
-        *((name, _P) for name in ("index", "residual", "count", "page_index", "page_residual", "page_start")),
-        *((name, _I) for name in ("capacity", "heads", "blocks", "first_block", "batch", "start_bytes")),
+        ("side", PlaceSide * 2),
+        ("state", _P),
+        *((name, _I) for name in ("heads", "blocks", "first_block", "batch")),
+    )
+
+
+class StepParams(ctypes.Structure):
+    """Of ``advance_step``."""
+
+    _fields_ = (
+        *((name, _P) for name in ("state", "position", "exact", "sink", "sink_slot", "blocks", "seen")),
+        *((name, _I) for name in ("batch", "sinks", "capacity", "block_stride", "window", "padding")),
+    )
+
+
+class StepState(ctypes.Structure):
+    """Where a cache stands, on the device; see ``step.cuh``."""
+
+    _fields_ = (
+        *((name, _I) for name in ("length", "held", "packed", "blocks", "place", "closes")),
+        *((name, _I) for name in ("pages", "first_token")),
+        ("faults", _I * 4),
     )
 
 
