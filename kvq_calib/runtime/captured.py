@@ -1,8 +1,8 @@
 """Decode steps as a CUDA graph: a step is captured once and replayed for every further token.
 
-Everything that changes from token to token stands on the device (:mod:`kvq_calib.runtime.cuda.step`), so the host does
-nothing for a layer. It copies the inputs, replays the graph, and keeps count; it never waits, and a step that packs a
-block is a step like any other. What a step found wrong is therefore noticed only a block or two later.
+Everything that changes from token to token is on the device (:mod:`kvq_calib.runtime.cuda.step`), so the host has no
+work per layer. It copies the inputs, replays the graph, and counts. It never waits, not even for a step that packs a
+block. Therefore, errors in a step are noticed only a block or two later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvq_calib.runtime.step_cache import StepCache
 
 __all__ = ["CapturedSteps", "captured_steps"]
 
-#: Blocks for which room is made at least, when steps begin.
+#: Smallest number of blocks to allocate when steps begin.
 ROOM = 128
 #: Options of a forward pass that make its results more than logits.
 _MORE = ("labels", "output_attentions", "output_hidden_states")
@@ -34,21 +34,22 @@ _MORE = ("labels", "output_attentions", "output_hidden_states")
 
 @contextmanager
 def captured_steps(model: nn.Module, cache: KVQCache) -> Iterator[CapturedSteps]:
-    """Let a model's steps of one token over a cache run as a CUDA graph, those of ``model.generate`` too::
+    """Run a model's steps of one token over a cache as a CUDA graph, also in ``model.generate``::
 
         with captured_steps(model, cache):
             model.generate(**inputs, cache=cache)
 
-    The prompt, and whatever is not a step of one token, runs as without it. A step stores and attends to the same
-    numbers either way. Where the cache cannot be used so, a warning says why, and all steps run as without it.
+    The prompt, and everything else that is not a step of one token, runs as usual. A step stores and attends to the
+    same numbers with or without a graph. If the cache does not support graphs, a warning says why, and all steps run as
+    usual.
 
     Args:
-        model: the cache's.
-        cache: with the backend ``"cuda"``.
+        model: the model of the cache.
+        cache: a cache with the backend ``"cuda"``.
 
     Raises:
-        RuntimeMismatchError: of what a step found: numbers that are not finite in the storage dtype, positions that do
-            not follow each other, other angles than at calibration, a mask that changed. The cache is empty then.
+        RuntimeMismatchError: a step found an error: numbers that are not finite in the storage dtype, positions that do
+            not follow each other, other angles than at calibration, or a changed mask. Then the cache is empty.
     """
     steps = CapturedSteps(model, cache)
     reason = _cannot(steps.signature, cache)
@@ -100,8 +101,8 @@ class CapturedSteps:
         cache: its cache.
 
     Attributes:
-        replayed: steps that ran as a graph.
-        captured: times that a graph was made.
+        replayed: number of steps that ran as a graph.
+        captured: number of graphs that were captured.
     """
 
     def __init__(self, model: nn.Module, cache: KVQCache) -> None:
@@ -117,7 +118,7 @@ class CapturedSteps:
         self._can_capture = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, but for steps of one token over the cache."""
+        """The model's forward; steps of one token over the cache run as a graph."""
         given = {**self.signature.bind_partial(*args, **kwargs).arguments}
         given.update(given.pop(self._rest, {}))
         if not self._serves(given):
@@ -139,7 +140,7 @@ class CapturedSteps:
 
     @functools.cached_property
     def _rest(self) -> str:
-        """The name of the parameter that takes what has no other."""
+        """The name of the forward's parameter for other keyword arguments."""
         kinds = self.signature.parameters.values()
         return next((each.name for each in kinds if each.kind is each.VAR_KEYWORD), "")
 
@@ -162,7 +163,7 @@ class CapturedSteps:
         return cache.max_tokens is None or table.length < cache.max_tokens
 
     def _opened(self, mask: Tensor | None) -> StepCache | None:
-        """What the steps of the cache as it stands run on; ``None`` where they cannot."""
+        """The storage for steps of the current cache, or ``None`` if they cannot be captured."""
         cache = self.cache
         if self._steps is None or not self._steps.goes_on(mask):
             cache.contents.settle()
@@ -175,7 +176,7 @@ class CapturedSteps:
         return self._steps
 
     def _take(self, given: dict[str, Any], steps: StepCache) -> None:
-        """Copy the inputs to where the graph reads them."""
+        """Copy the inputs to the tensors that the graph reads."""
         table = self.cache.table
         assert table is not None
         device = given["input_ids"].device
@@ -194,14 +195,16 @@ class CapturedSteps:
             self._tensors[name].copy_(x)
 
     def _run(self, steps: StepCache) -> Any:
-        """The step: the first one as it is, so that everything is loaded; then captured and replayed."""
+        """Run a step. The first one runs uncaptured, so that everything is loaded; later ones are captured and
+        replayed.
+        """
 
         def step() -> Any:
             with steps.in_place():
                 return self._forward(**self._tensors, **self._options)
 
         if steps.taken == 0 or not self._can_capture:
-            # On another stream, as it will be captured: what is made for a stream is there then.
+            # On another stream, as in the capture, so that all objects of a stream exist.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""A cache whose steps of one token run by themselves: its state on the device, and the host's count of it."""
+"""A cache for captured steps of one token: its state on the device, and the host's counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvq_calib.runtime.visibility import Visibility
 __all__ = ["StepCache"]
 
 _FIRST_FAULT = StepState.faults.offset // 4
-#: What steps find wrong, in the order of ``StepState.faults``; the last two are found by the host's own operations.
+#: Errors in steps, in the order of ``StepState.faults``. The last two are found by torch operations in the graph.
 _FAULTS = (
     "positions of new tokens do not follow each other, which steps that are captured cannot express",
     "keys or values are not finite in the storage dtype; check the model's dtype, or calibrate with "
@@ -39,17 +39,17 @@ _MASK, _ROPE = _FIRST_FAULT + 2, _FIRST_FAULT + 3
 class StepCache:
     """The storage of a cache while its steps are captured; made by :meth:`of`.
 
-    While it is in use the cache's own storages lag behind: what is stored comes to them by
-    :meth:`~kvq_calib.runtime.contents.CacheContents.settle`, after which this is not to be used any more.
+    While it is in use, the cache's storages lack the newest tokens. They get them by
+    :meth:`~kvq_calib.runtime.contents.CacheContents.settle`, after which this object must not be used.
 
     Args:
-        cache: with CUDA operations, and tokens.
-        mask: bool ``[B, S]`` of the slots held, false where one is hidden; ``None``: none is.
-        context: of the slots held.
-        room: blocks for which there is room, a multiple of 8.
+        cache: a cache with CUDA operations that has tokens.
+        mask: bool ``[B, S]`` of the slots, false for hidden ones, or ``None`` if none is hidden.
+        context: context of the slots.
+        room: number of allocated blocks, a multiple of 8.
 
     Attributes:
-        taken: steps since it was made.
+        taken: number of steps so far.
     """
 
     def __init__(self, cache: KVQCache, mask: Tensor | None, context: DecodeContext, room: int) -> None:
@@ -83,9 +83,10 @@ class StepCache:
 
     @classmethod
     def of(cls, cache: KVQCache, mask: Tensor | None, room: int) -> StepCache | None:
-        """Of a cache as it stands, for a step with a mask ``[B, S + 1]``; ``None`` where its slots cannot be expressed.
+        """Make one from a cache, for a step with a mask ``[B, S + 1]``. Returns ``None`` if its slots are not
+        supported.
 
-        Reads the mask, so it waits for the device.
+        It reads the mask, and so waits for the device.
         """
         table = cache.table
         assert table is not None
@@ -105,10 +106,10 @@ class StepCache:
         return current and self.table.blocks < self.room and (mask is not None or self._mask is None)
 
     def before(self, positions: Tensor, mask: Tensor | None) -> None:
-        """Be ready for a step; does not wait for the device, but for what it found 32 steps ago.
+        """Prepare a step. It waits for no work of the device except the errors of 32 steps ago.
 
         Args:
-            positions: int64 ``[B, 1]``, of the new tokens.
+            positions: positions of the new tokens, int64 ``[B, 1]``.
             mask: ``[B, S + 1]``, or ``None``.
         """
         table = self.table
@@ -132,7 +133,7 @@ class StepCache:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let attention of a forward pass store and read here; what it launches is the same in every step."""
+        """Let attention of a forward pass store and read here. Its launches are the same in every step."""
         for context in self._contexts.values():
             context.advance()
         for layer, own in zip(self.cache.packed, self._layers, strict=True):
@@ -158,7 +159,7 @@ class StepCache:
         return own.attend(request_of(call, Visibility(None, self.table.length + 1, 1, None)))
 
     def after(self) -> None:
-        """Count the step that was taken."""
+        """Count a finished step."""
         self.table.append(self._positions[:, None], None)
         if self._closes:
             self._pages.after_block()
@@ -168,7 +169,7 @@ class StepCache:
         self.taken += 1
 
     def abandon(self) -> None:
-        """A step failed. The first changes nothing that the cache held; after others the cache is emptied."""
+        """Handle a failed step. If it was the first, the cache is unchanged; otherwise it is emptied."""
         contents = self.cache.contents
         if contents.settle is not self._settle:
             return
@@ -179,7 +180,7 @@ class StepCache:
             self._pages.close()
 
     def _settled(self) -> None:
-        """Let the cache's storages have everything."""
+        """Copy everything to the cache's storages."""
         contents = self.cache.contents
         contents.settle = contents.nothing_to_settle
         self._pages.close()

@@ -1,1 +1,1 @@
-"""Packing and attention by CUDA kernels; ``docs/reference/kernels.md`` says what they do and how."""
+"""Packing and attention by CUDA kernels; ``docs/reference/kernels.md`` describes them."""

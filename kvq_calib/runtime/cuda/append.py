@@ -25,7 +25,7 @@ from kvq_calib.runtime.storage import LayerStorage, PackedTensor, Page
 
 __all__ = ["Outliers", "append_blocks", "launch_append", "launch_place", "place_side", "side_params"]
 
-#: Pages that one launch of the append kernel fills: bounds its work space.
+#: Largest number of pages per launch of the append kernel, which limits its work space.
 APPEND_PAGES = 64
 _THREADS, _WARPS = 512, 16
 _SOURCE = "append.cu"
@@ -41,8 +41,8 @@ def append_blocks(
 ) -> None:
     """Quantize and pack whole blocks, keys and values in one launch.
 
-    The outliers go to a work space first. One small read by the host then tells how many each page holds, once
-    per 32 tokens; their place is allocated exactly and a second kernel moves them there.
+    The outliers go to a work space first. Once per 32 tokens, the host reads how many each page has. Memory for them is
+    allocated exactly, and a second kernel moves them there.
 
     Args:
         launcher: runs the kernels.
@@ -79,7 +79,7 @@ class Outliers:
 
     @classmethod
     def of(cls, table: QuantizerTables, blocks: int, batch: int) -> Outliers | None:
-        """For new blocks; ``None`` where there are no outliers."""
+        """The work space for new blocks; ``None`` without outliers."""
         if not table.cap:
             return None
         shape = (blocks, batch, BLOCK_TOKENS * table.cap)
@@ -126,7 +126,7 @@ class _Side:
 
     @property
     def pages(self) -> list[Page]:
-        """Those that get blocks."""
+        """The pages that get blocks."""
         return self.packed.pages[len(self.packed.pages) - self.page_count :]
 
     def rows(self) -> Tensor:
@@ -134,13 +134,13 @@ class _Side:
         return page_rows(self.pages).to(self.table.device)
 
     def make_room(self, totals: list[int]) -> None:
-        """Give the pages room for the outliers of new blocks, whose numbers are ``totals``."""
+        """Allocate memory in the pages for the outliers of new blocks; ``totals`` are their numbers."""
         for number, page in enumerate(self.pages):
             first = max(number * PAGE_BLOCKS - self.place, 0)
             entries = sum(totals[first : (number + 1) * PAGE_BLOCKS - self.place])
             assert page.outlier_index is not None
             assert page.outlier_residual is not None
-            # At most the seven blocks before are copied: bounded by the page, not by the cache.
+            # At most the seven blocks before are copied, so the cost does not grow with the cache.
             page.outlier_index = torch.cat((page.outlier_index, page.outlier_index.new_empty(entries)))
             page.outlier_residual = torch.cat(
                 (page.outlier_residual, page.outlier_residual.new_empty(entries))

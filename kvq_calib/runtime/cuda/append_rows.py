@@ -1,4 +1,4 @@
-"""Packing into pages of which the device alone knows where they stand."""
+"""Packing into pages whose addresses only the device knows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def append_to_rows(
     place: int,
     tokens: tuple[Tensor, Tensor],
 ) -> None:
-    """Quantize and pack whole blocks of one sequence into pages that are there already; the host reads nothing.
+    """Quantize and pack whole blocks of one sequence into existing pages. The host reads nothing.
 
     Args:
         launcher: runs the kernel.
-        tables: of the layer's keys and values, which have no outliers; heads are of one size.
+        tables: tables of the layer's keys and values, without outliers, with heads of one size.
         rows: where the pages of the blocks stand, of keys and of values: int64 ``[n, 6]`` on the device, as
             :func:`~kvq_calib.runtime.cuda.pages.page_rows` makes them.
-        place: of the first block in the first of the pages.
+        place: place of the first block in the first page.
         tokens: storage dtype ``[1, H, 32 * m, D]`` each, contiguous.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Kernel sources to machine code: nvcc, and the folder where its results are kept."""
+"""Compiles kernel sources with nvcc, and keeps the results in a folder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _log = logging.getLogger("kvq_calib.runtime")
 
 
 def kernel_folder() -> Path:
-    """Where the sources stand: inside the wheel, or beside the package in a checkout."""
+    """The folder of the sources: inside the wheel, or beside the package in a checkout."""
     return shipped_folder("kernels") / "cuda"
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: ``$KVQ_CALIB_CACHE``, or the user's cache folder; ``None`` without a home."""
+    """The folder of compiled kernels: ``$KVQ_CALIB_CACHE``, or the user's cache folder; ``None`` without a home."""
     named = os.environ.get("KVQ_CALIB_CACHE")
     if named:
         return Path(named)
@@ -46,20 +46,20 @@ def compile_cubin(
 ) -> bytes:
     """Machine code of ``kernels/cuda/<source>``, from the cache or from ``nvcc``.
 
-    The name of a file in the cache says everything that changes the result: all sources and options, and the compiler's
-    version. Where there is no compiler, what any version made of the same sources serves, so a cache that was filled on
-    another machine does. Nobody ever reads half of a file. A folder that cannot be read or written costs time, no more.
+    The name of a file in the cache depends on everything that changes the result: all sources and options, and the
+    compiler's version. Without a compiler, a file from any version of the compiler is used, so the cache may come from
+    another machine. Files are written atomically. If the folder cannot be read or written, this only costs time.
 
     Args:
         source: name of the file.
-        defines: of the preprocessor, ``NAME=VALUE`` each.
+        defines: preprocessor definitions, each ``NAME=VALUE``.
         arch: such as ``sm_90``.
-        cache: folder of the results, or ``None``: none is kept.
+        cache: folder for results, or ``None`` to keep none.
         nvcc: the compiler.
-        fresh: compile also what the cache has.
+        fresh: whether to compile even if the cache has the result.
 
     Raises:
-        RuntimeMismatchError: there is no compiler, or it refuses.
+        RuntimeMismatchError: there is no compiler, or it fails.
     """
     folder = kernel_folder()
     options = ["-std=c++17", "-arch", arch, "-cubin", *(f"-D{define}" for define in defines)]
@@ -86,7 +86,7 @@ def compile_cubin(
 
 
 def _newest(cache: Path, name: str) -> bytes | None:
-    """What any compiler made of these sources and options; the latest, where there are several."""
+    """The latest result of any compiler version for these sources and options."""
     try:
         files = sorted(cache.glob(f"{name}-*.cubin"), key=lambda file: file.stat().st_mtime)
     except OSError:

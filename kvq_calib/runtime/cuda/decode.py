@@ -18,9 +18,9 @@ from kvq_calib.runtime.slot_view import DecodeContext
 
 __all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 
-#: Query heads one thread block serves; larger groups are divided.
+#: Largest number of query heads per thread block; larger groups are divided.
 MAX_GROUP = 8
-#: Exact tokens (sinks and tail) one thread block attends to.
+#: Number of exact tokens (sinks and tail) per thread block.
 EXACT_TOKENS = 64
 #: Thread blocks that share a multiprocessor, by the kernel's launch bounds.
 RESIDENT = 2
@@ -30,12 +30,12 @@ _SOURCE = "decode.cu"
 
 @dataclass(frozen=True)
 class PagePool:
-    """Pages that an engine hands out, each of 256 tokens of one sequence: nothing of a sequence stands elsewhere.
+    """Pages that an engine allocates, each for 256 tokens of one sequence. They have all data of a sequence.
 
     Attributes:
         pages: uint8 ``[N, page bytes]``, pages contiguous and a multiple of 16 bytes.
-        table: int32 ``[B, n]``, contiguous: which page holds tokens ``256 i`` to ``256 i + 255`` of a sequence. Of a
-            page that the context shows no token of, the number is not read.
+        table: int32 ``[B, n]``, contiguous: the number of the page with tokens ``256 i`` to ``256 i + 255`` of a
+            sequence. Numbers of pages without a visible token are not read.
         key_codes, value_codes, value_token: bytes of a page before the codes and before the scales of values' tokens;
             multiples of 16. Codes stand as in a page of :class:`~kvq_calib.runtime.storage.PackedTensor` of batch 1.
         exact: int64 ``[B, 4]``, contiguous: addresses of keys of sinks, keys of the tail, values of both, ``[H, t, D]``
@@ -54,19 +54,19 @@ class PagePool:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One new token of every sequence, and what it attends to in one layer.
+    """One new token of every sequence, and the tokens it attends to in one layer.
 
     Attributes:
         query: float16 or bfloat16 ``[B, Hq, D]``, contiguous, rotated by the model.
         key_pages, value_pages: int64 ``[n, 6]``, see :class:`~kvq_calib.runtime.cuda.pages.PageTable`.
         exact: two pairs of keys (un-rotated where they are rotated on read) and values: sinks, then tail;
             storage dtype ``[B, H, t, D]`` with contiguous ``D`` and ``t``.
-        context: which tokens are attended, and where they stand.
+        context: the visible tokens, and their places.
         scaling: factor on the scores.
         first_page: number of the first page in ``context.blocks``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
-        pool: takes the place of ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
+        pool: replaces ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
         state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), which then says how many of the pages
             hold blocks, and which have left the window.
     """
@@ -85,27 +85,27 @@ class DecodeStep:
 
     @cached_property
     def page_count(self) -> int:
-        """Pages that are read of each sequence."""
+        """Number of pages that are read for each sequence."""
         if self.pool is not None:
             return self.pool.table.shape[1]
         return 0 if self.key_pages is None else self.key_pages.shape[0]
 
     @cached_property
     def exact_counts(self) -> list[int]:
-        """Sinks, and tokens of the tail."""
+        """Numbers of sinks and of tokens in the tail."""
         if self.pool is not None:
             return list(self.pool.exact_counts)
         return [keys.shape[2] for keys, _ in self.exact]
 
     @cached_property
     def exact_total(self) -> int:
-        """Of both."""
+        """Number of sinks and tail tokens together."""
         return sum(self.exact_counts)
 
 
 @dataclass(frozen=True)
 class DecodeVariant:
-    """The compile-time constants of ``decode.cu``, see there."""
+    """The compile-time constants of ``decode.cu``, which explains them."""
 
     head_dim: int
     group: int
@@ -123,13 +123,13 @@ class DecodeVariant:
 
     @cached_property
     def defines(self) -> tuple[str, ...]:
-        """As the compiler takes them."""
+        """Definitions for the compiler."""
         return tuple(f"KVQ_{field.name.upper()}={int(getattr(self, field.name))}" for field in fields(self))
 
 
 @dataclass(frozen=True)
 class _Division:
-    """How the work of a step is divided.
+    """The division of a step's work.
 
     Attributes:
         group: query heads of a key-value head.
@@ -145,7 +145,7 @@ class _Division:
 
     @property
     def splits(self) -> int:
-        """Partial results to be joined."""
+        """Number of partial results to join."""
         return self.packed + self.exact
 
 
@@ -319,7 +319,7 @@ class DecodeKernel:
         return params
 
     def _check_pool(self, step: DecodeStep, pool: PagePool) -> None:
-        """Pages of a pool are as the kernel takes them."""
+        """Check that pages of a pool have the kernel's format."""
         key, value, batch = self.key, self.value, step.query.shape[0]
         if key.cap or value.cap:
             raise RuntimeMismatchError("pages of a pool have no room for outliers; use a recipe without")
@@ -353,7 +353,7 @@ class DecodeKernel:
 
 
 def _check_pages(key: KernelTables, step: DecodeStep) -> None:
-    """Both tables of pages are as the kernel takes them."""
+    """Check that both tables of pages have the kernel's format."""
     for name, table in (("key_pages", step.key_pages), ("value_pages", step.value_pages)):
         if table is None:
             raise RuntimeMismatchError(f"{name} are missing")
@@ -361,7 +361,7 @@ def _check_pages(key: KernelTables, step: DecodeStep) -> None:
 
 
 def _check_layer(key: KernelTables, step: DecodeStep) -> None:
-    """Queries, pages and context are as the kernel takes them."""
+    """Check that queries, pages and context have the kernel's format."""
     query, device = step.query, key.device
     batch, query_heads = query.shape[:2]
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -375,7 +375,7 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
     blocks = context.blocks.shape[1]
     if blocks < (step.first_page + pages) * PAGE_BLOCKS:
         raise RuntimeMismatchError(f"the block table lists {blocks} blocks, the pages hold more")
-    # Their dtypes and strides were looked at when the context was made, once for all layers.
+    # Their dtypes and strides were checked when the context was made, once for all layers.
     for name, tensor, shape in (
         ("blocks", context.blocks, (batch, blocks, 2)),
         ("exact_positions", context.exact_positions, (batch, step.exact_total)),
@@ -387,7 +387,7 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
 
 
 def _check_exact(key: KernelTables, step: DecodeStep) -> None:
-    """Sinks and tail are as the kernel takes them."""
+    """Check that sinks and tail have the kernel's format."""
     size, device, storage = key.head_dim, key.device, key.storage
     for keys, values in step.exact:
         shape, strides = keys.shape, keys.stride()
@@ -410,7 +410,7 @@ def _subgroups(group: int) -> int:
 def _divide(
     resident: int, heads: int, batch: int, query_heads: int, pages: int, exact_tokens: int
 ) -> _Division:
-    """How the work of a step is divided where so many thread blocks run at once."""
+    """Divide the work of a step, for this number of concurrent thread blocks."""
     group = query_heads // heads
     subgroups = _subgroups(group)
     blocks = heads * subgroups * batch

@@ -1,8 +1,8 @@
-"""A decode step whose launches stay the same from token to token: what changes stands on the device.
+"""A decode step with the same launches for every token. Everything that changes is on the device.
 
-:class:`StepContext` says which tokens are seen, and where the new ones go (``step.cu``); :class:`StepLayer` stores them,
-packs a block when one is full, and attends. Nothing here waits for the device, so a step can be captured in a CUDA
-graph, one that closes a block like any other.
+:class:`StepContext` holds the visible tokens and the places of new ones (``step.cu``). :class:`StepLayer` stores them,
+packs a block when it is full, and attends. Nothing here waits for the device, so every step, even one that closes a
+block, can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
