@@ -83,7 +83,7 @@ def _cannot(signature: inspect.Signature, cache: KVQCache) -> str:
     if reasons:
         return reasons[0]
     if any(type(layer) is not KVQCacheLayer for layer in cache.packed):
-        return "this model must get keys and values back as numbers"
+        return "this model needs dequantized keys and values"
     if cache.states:
         return "other layers of this model keep a state of their own"
     if cache.forward_pass.rope_switch is not None:
