@@ -25,6 +25,7 @@ __all__ = [
     "can_crop",
     "count_layers",
     "crop_takes_removed",
+    "decoding_hint",
     "fill_state",
     "in_backward",
     "keeps_keys",
@@ -102,6 +103,13 @@ def count_layers(config: Any) -> int:
             "what the model caches cannot be told"
         )
     return count
+
+
+def decoding_hint(config: Any) -> str:
+    """What makes a causal model of an encoder, as the end of a sentence, where its configuration has that."""
+    if getattr(config, "is_decoder", True):
+        return ""
+    return '; if it is to be one, set "is_decoder": true in its config.json'
 
 
 def states_are_common() -> bool:

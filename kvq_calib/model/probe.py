@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvq_calib.errors import told_by
 from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
-from kvq_calib.model.compat import cache_of, with_cache
+from kvq_calib.model.compat import cache_of, decoding_hint, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, parameters_of
 from kvq_calib.model.placement import input_device
 from kvq_calib.model.states import cache_layers
@@ -203,17 +203,11 @@ class _Trial:
             if self._alike(_scores(self._call(0, first, use_cache=False)), wanted[:, :first]):
                 self.faithful = False
                 return "it gives other output with its own cache than without"
-            return f"what it computes for a token depends on later tokens, so it is no causal model{self._decoder()}"
+            return f"what it computes for a token depends on later tokens, so it is no causal model{decoding_hint(self.model.config)}"
         self.faithful = self._alike(own[:, first:], wanted[:, first:])
         if self.faithful and known and got is not None and self._close(got, own):
             return ""
         return self._reason(failure)
-
-    def _decoder(self) -> str:
-        """Advice for an encoder that can be a causal model; empty for other models."""
-        if getattr(self.model.config, "is_decoder", True):
-            return ""
-        return '; if it is to be one, set "is_decoder": true in its config.json'
 
     def _reason(self, failure: Exception | None) -> str:
         """Why the exact cache did not work."""

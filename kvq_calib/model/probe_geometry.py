@@ -20,6 +20,7 @@ from kvq_calib.errors import ModelError, NothingToQuantizeError, told_by
 from kvq_calib.model.compat import (
     cache_of,
     count_layers,
+    decoding_hint,
     keeps_keys,
     keeps_more,
     keeps_state,
@@ -135,7 +136,7 @@ def _check_own_cache(model: Any) -> None:
     cache = cache_of(output)
     if cache is None and not isinstance(output, tuple):
         raise NothingToQuantizeError(
-            f"{name} keeps no keys and values in a cache: there is nothing to quantize"
+            f"{name} keeps no keys and values in a cache: there is nothing to quantize{decoding_hint(model.config)}"
         )
     if cache is not None and not isinstance(cache, DynamicCache | EncoderDecoderCache):
         raise ModelError(
