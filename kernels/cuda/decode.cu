@@ -133,7 +133,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
 }
 
 // Grid: splits, key-value heads x subgroups of query heads, sequences; 128 threads; sizeof(Shared) bytes.
-KVQ_KERNEL void __launch_bounds__(kThreads, 2) decode_attention(const __grid_constant__ DecodeParams p) {
+KVQ_KERNEL void __launch_bounds__(kThreads, kResidentBlocks) decode_attention(const __grid_constant__ DecodeParams p) {
     KVQ_SHARED;
     Shared &s = *reinterpret_cast<Shared *>(kvq_shared);
     const Share share(p, blockIdx.y);

@@ -158,6 +158,12 @@ struct Shared {
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));
 
+// Thread blocks that share a multiprocessor: 168 registers let three do. More take more query heads in two sets of
+// scores, five bits and more from tables, and heads of which no three would find shared memory.
+constexpr bool kFewRegisters = kFold && KVQ_KEY_BITS <= 4 && KVQ_VALUE_BITS <= 4 && sizeof(Shared) <= 75 * 1024;
+constexpr int kResidentBlocks = kFewRegisters ? 3 : 2;
+KVQ_CONSTANT(decode_resident_blocks, kResidentBlocks);
+
 KVQ_DEVICE int query_index(int m, int step, int lane) { return (m * kKeySteps + step) * kWarp + lane; }
 KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kGroup + head; }
 

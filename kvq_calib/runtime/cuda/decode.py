@@ -22,8 +22,6 @@ __all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 MAX_GROUP = 8
 #: Number of exact tokens (sinks and tail) per thread block.
 EXACT_TOKENS = 64
-#: Thread blocks that share a multiprocessor, by the kernel's launch bounds.
-RESIDENT = 2
 _THREADS = 128
 _SOURCE = "decode.cu"
 
@@ -151,10 +149,11 @@ class _Division:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """The kernel of a variant, and the shared memory of a thread block."""
+    """The kernel of a variant, shared memory of a thread block, and how many of these share a multiprocessor."""
 
     attention: Kernel
     shared_bytes: int
+    resident: int
 
 
 class DecodeKernel:
@@ -223,7 +222,7 @@ class DecodeKernel:
         if step.page_count + step.exact_total == 0:
             return torch.zeros_like(step.query)
         compiled = self._variant(step)
-        division = self._division(step)
+        division = self._division(step, compiled.resident)
         shares = key.heads * division.subgroups
         if self._arrived.numel() < batch * shares:
             self._arrived = torch.zeros(batch * shares, dtype=torch.int32, device=key.device)
@@ -244,11 +243,11 @@ class DecodeKernel:
         compiled.attention((division.splits, shares, batch), _THREADS, compiled.shared_bytes, params)
         return out
 
-    def _division(self, step: DecodeStep) -> _Division:
+    def _division(self, step: DecodeStep, resident: int) -> _Division:
         batch, query_heads, _ = step.query.shape
         known = batch, query_heads, step.page_count, *step.exact_counts
         if self._division_of is None or self._division_of[0] != known:
-            blocks = RESIDENT * self.launcher.multiprocessors
+            blocks = resident * self.launcher.multiprocessors
             shape = self.key.heads, batch, query_heads, step.page_count, step.exact_total
             self._division_of = known, _divide(blocks, *shape)
         return self._division_of[1]
@@ -283,7 +282,13 @@ class DecodeKernel:
                 f"{group} queries of {key.head_dim} channels per head need {shared} bytes of shared memory, "
                 f"this GPU has {launcher.shared_limit}"
             )
-        return _Compiled(launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams), shared)
+        resident = launcher.constant(_SOURCE, variant.defines, "decode_resident_blocks")
+        return _Compiled(
+            launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams),
+            shared,
+            # A multiprocessor keeps a KiB for each thread block and has one more than a block can ask for.
+            min(resident, (launcher.shared_limit + 1024) // (shared + 1024)),
+        )
 
     def _params(self, step: DecodeStep, division: _Division) -> DecodeParams:
         """The structure of the launch: one for the kernel, of which only what changes from step to step is set."""
