@@ -61,6 +61,12 @@ def test_pairs_that_agree_tell_more_than_trials_that_do_not():
     assert same[1] - same[0] < 0.6 * (mixed[1] - mixed[0])
 
 
+def test_few_pairs_that_all_agree_prove_nothing():
+    _, (low, high) = paired_difference([True, True, False, False], [True, True, False, False])
+    assert low < -0.3
+    assert high > 0.3
+
+
 def test_mean_and_its_error():
     assert mean_and_error([3.0]) == (3.0, None)
     mean, error = mean_and_error([1.0, 2.0, 3.0, 4.0])

@@ -12,7 +12,7 @@ from models_zoo import tiny_model
 
 from kvq_calib.cli.evaluate import recall as command
 from kvq_calib.errors import ConfigError
-from kvq_calib.evaluate import recall
+from kvq_calib.evaluate import decode, recall
 from kvq_calib.evaluate.recall import RecallCell, answered, measure_recall
 from kvq_calib.evaluate.recall_texts import TASKS, RecallConfig, make_text
 
@@ -86,6 +86,13 @@ def test_the_shortest_text_is_named_and_works(tokenizer):
     make_text(tokenizer, shortest, 0, RecallConfig())
 
 
+class Held(list):
+    """A cache: the tokens."""
+
+    def get_seq_length(self):
+        return len(self)
+
+
 class Parrot:
     """A model that has read the text once, and knows the answers to some questions."""
 
@@ -109,10 +116,13 @@ class Parrot:
 
 
 @pytest.mark.parametrize("knows", [set(), {0, 3}, {0, 1, 2, 3, 4}])
-def test_a_text_is_read_once_and_every_question_sees_the_text_alone(tokenizer, knows):
+def test_a_text_is_read_once_and_every_question_sees_the_text_alone(tokenizer, knows, monkeypatch):
+    monkeypatch.setattr(
+        decode, "next_pass", lambda model, ids, cache, length: {"input_ids": ids, "cache": cache}
+    )
     text = make_text(tokenizer, 700, 0, RecallConfig(tasks=("passkey", "key-value"), needles=4))
     model = Parrot(text, knows)
-    assert answered(model, [], text, chunk=256) == [place in knows for place in range(5)]
+    assert answered(model, Held(), text, chunk=256) == [place in knows for place in range(5)]
     tokens = text.ids.shape[1]
     assert model.calls[:3] == [256, 256, tokens - 512]
     assert len(model.calls) == 8
