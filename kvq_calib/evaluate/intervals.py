@@ -44,7 +44,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     shares = (sum(after) / n, sum(before) / n)
     (low_a, high_a), (low_b, high_b) = wilson(sum(after), n), wilson(sum(before), n)
     product = math.prod((both + lost, gained + neither, both + gained, lost + neither))
-    agreeing = both * neither - lost * gained
+    agreeing = float(both * neither - lost * gained)
     if agreeing > 0:
         agreeing = max(agreeing - n / 2, 0.0)
     phi = agreeing / math.sqrt(product) if product else 0.0
