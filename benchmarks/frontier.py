@@ -68,6 +68,7 @@ def variants() -> list[Variant]:
         ),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
         "and repeats in what the model writes": ("allocation.repeats=false",),
+        "and noise shaping of values": ("cache.value.noise_shaping=false",),
     }
 
     def step(number: int, text: str, *more: str) -> Variant:

@@ -161,7 +161,7 @@ def test_every_step_of_the_frontier_changes_the_one_before_and_the_last_is_the_r
     steps = [
         row for row in frontier.variants() if row.name.startswith("step-") or row.name == frontier.THREE_BITS
     ]
-    assert [row.name for row in steps] == [*(f"step-{number}" for number in range(14)), frontier.THREE_BITS]
+    assert [row.name for row in steps] == [*(f"step-{number}" for number in range(15)), frontier.THREE_BITS]
     configs = [row.config() for row in steps]
     for before, after in pairwise(configs):
         assert before.model_dump(exclude={"description"}) != after.model_dump(exclude={"description"})

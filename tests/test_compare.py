@@ -346,7 +346,18 @@ def _tensors(part, backend):
 
 def result(name, bits, divergence):
     return PerplexityResult(
-        name, "prefill", bits, 1.0, 1.0, divergence, 1.0, (divergence,), 1.0, tokens=10, seconds=0.0
+        name,
+        "prefill",
+        bits,
+        1.0,
+        1.0,
+        divergence,
+        1.0,
+        ((0, 9, divergence),),
+        (divergence,),
+        1.0,
+        tokens=10,
+        seconds=0.0,
     )
 
 

@@ -51,6 +51,7 @@ ELSEWHERE = {
 RUN_BY = {
     "import lm_eval": "tests/test_lm_eval.py",
     "def measure_amax": "tests/test_fp8.py",
+    "captured_steps": "tests/test_captured.py",
 }
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) if i % 6 else " " for i in range(9000))
 

@@ -162,7 +162,7 @@ def test_fingerprint_of_configurations_that_differ_by_layer():
                 raise ValueError("ambiguous")
             return getattr(tiny_model("llama").config, name)
 
-        def get_text_config(self):
+        def get_text_config(self, decoder=None):
             return self
 
     model.config = Differing()

@@ -72,7 +72,7 @@ def test_recomputed_layers_that_share_give_the_same_artifact(family):
     once, again = (calibrated(model, "nuq3-1p", settings) for settings in ((), ("recompute=true",)))
     for layer, other in zip(once.layers, again.layers, strict=True):
         for kind in ("key", "value"):
-            tensors, others = layer[kind].tensors(), other[kind].tensors()
+            tensors, others = getattr(layer, kind).tensors(), getattr(other, kind).tensors()
             assert tensors.keys() == others.keys()
             assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 

@@ -129,7 +129,9 @@ def test_a_state_that_cannot_be_taken_back_is_not_cropped(hybrid):
     cache = KVQCache(artifact, model, recent_tokens=EVERYTHING)
     logits_after(model, cache, ids)
     fork = copy.deepcopy(cache)
-    with pytest.raises(RuntimeMismatchError, match="layer 0 keeps a state that tokens cannot be taken from"):
+    with pytest.raises(
+        RuntimeMismatchError, match="layer 0 keeps a state from which tokens cannot be removed"
+    ):
         cache.crop(-3)
     assert cache.get_seq_length() == 40
     assert torch.equal(logits_after(model, cache, ids[:, :2]), logits_after(model, fork, ids[:, :2]))

@@ -67,7 +67,7 @@ def test_recipes_that_ask_for_the_same_share_it(model, one, other):
         ("cache.sink_tokens=4",),
         ("cache.key.pair_rotation=false",),
         ("fit.weights=uniform", "cache.key.error_compensation=null",
-         "cache.key.token_weighting=false", "cache.value.token_weighting=false"),
+         "cache.key.token_weighting=false", "cache.value.token_weighting=false", "cache.value.noise_shaping=false"),
         ("allocation.self_generated=1",),
         ("allocation.repeats=false",),
     ],

@@ -51,7 +51,7 @@ def assert_modes_agree(model, artifact: KVArtifact) -> None:
     A model that takes single tokens sees up to 31 exact neighbours of each in the cache. So it is compared where there
     are none: at the last token of each block.
     """
-    ids = token_ids(6, 96, seed=5)
+    ids = token_ids(16, 96, seed=5)
     if takes_single_tokens(model, artifact):
         prefill, decode = _divergences_at_block_ends(model, artifact, ids)
     else:

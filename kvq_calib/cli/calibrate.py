@@ -188,6 +188,39 @@ class _Job:
         return self.first.with_name(f"{self.first.name}.checkpoint")
 
 
+@dataclass(frozen=True)
+class OutputOptions:
+    """What a run writes and reports.
+
+    Attributes:
+        output: file to write, with ``{recipe}`` for the recipe's name; ``None`` if not given.
+        resume: continue from the checkpoint of an interrupted run.
+        profile: report where time and memory went.
+    """
+
+    output: str | None
+    resume: bool
+    profile: bool
+
+
+_output_options = collected(
+    OutputOptions,
+    "output",
+    section(
+        "Output",
+        click.option(
+            "-o",
+            "--output",
+            type=FilePath(),
+            metavar="ARTIFACT",
+            help="File to write; {recipe} stands for the recipe's name.  [required, but for --check]",
+        ),
+        click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted run."),
+        click.option("--profile", is_flag=True, help="Show where time and memory went."),
+    ),
+)
+
+
 @click.command(
     "kvq-calibrate",
     cls=Command,
@@ -199,18 +232,7 @@ class _Job:
         "kvq-calibrate MODEL --check",
     ),
 )
-@section(
-    "Output",
-    click.option(
-        "-o",
-        "--output",
-        type=FilePath(),
-        metavar="ARTIFACT",
-        help="File to write; {recipe} stands for the recipe's name.  [required, but for --check]",
-    ),
-    click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted run."),
-    click.option("--profile", is_flag=True, help="Show where time and memory went."),
-)
+@_output_options
 @_changes
 @target_options
 @section(
@@ -231,12 +253,10 @@ class _Job:
 @debug_option
 def calibrate_command(
     model: ModelOptions,
-    output: str | None,
+    output: OutputOptions,
     changes: RecipeChanges,
     target: TargetOptions,
     check: bool,
-    resume: bool,
-    profile: bool,
     max_memory: str | None,
 ) -> None:
     """Calibrate MODEL and write one artifact for each recipe.
@@ -246,16 +266,16 @@ def calibrate_command(
     if check:
         _check(model)
         return
-    if output is None:
+    if output.output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from kvq_calib.files import check_writable
 
     limits = _max_memory(max_memory)
     if target.target_kl is None:
-        outputs = _outputs(output, changes.names)
+        outputs = _outputs(output.output, changes.names)
         configs = {name: changes.config(recipe) for name, recipe in zip(outputs, changes.names, strict=True)}
     else:
-        outputs, configs = _outputs(output, (target.name,)), _planned(changes)
+        outputs, configs = _outputs(output.output, (target.name,)), _planned(changes)
     for file in outputs.values():
         check_writable(file)
 
@@ -270,7 +290,7 @@ def calibrate_command(
     check_dataset(run["dataset"], run["text_field"], run["seqlen"])
     if target.target_kl is not None:
         check_dataset(**target.dataset(run), seqlen=run["seqlen"])
-    job = _Job(outputs, configs, run, resume, changes, target)
+    job = _Job(outputs, configs, run, output.resume, changes, target)
     with process_group() as (rank, ranks), ProgressReporter(quiet=rank > 0) as progress:
         if ranks > 1:
             progress.say(f"{ranks} ranks; progress and --profile are those of rank 0")
@@ -284,7 +304,7 @@ def calibrate_command(
     for file, artifact in zip(outputs.values(), result.artifacts.values(), strict=True):
         bits = artifact.bits_per_element(4096)
         click.echo(f"{file}: {bits:.3f} bits per element at 4096 tokens of context")
-    if profile:
+    if output.profile:
         from kvq_calib.calibrate.profiling import profile_lines
 
         click.echo("\n".join(profile_lines(loaded.model, before, result)), err=True)
