@@ -1,18 +1,18 @@
-// Quantizes whole blocks of new tokens into pages: normalise, code, pack, collect outliers; keys and values in one
-// launch. The arithmetic is that of kvq_calib/codec, operation by operation: separately rounded float32, no fused
-// multiply-add, so codes, token scales and residuals agree bit for bit. Then `place_outliers` moves the outliers to
-// where they stay, once the host knows how many there are. Where levels are computed there are no outliers and no
-// thresholds.
+// Quantizes whole blocks of new tokens into pages, keys and values in one launch: normalizes, codes and packs them, and
+// collects outliers. The arithmetic is that of kvq_calib/codec, operation by operation: each is rounded to float32, and
+// none is a fused multiply-add. So codes, token scales and residuals are equal bit for bit. When the host knows the
+// number of outliers, `place_outliers` moves them to their final place. With computed levels there are no outliers and
+// no thresholds.
 #include "append_trellis.cuh"
 
-struct Token {  // thresholds and, where outliers are too many, the cut
+struct Token {  // thresholds, and the cut if there are too many outliers
     float scale, reciprocal, zero_point;
-    uint32_t cut;      // bits of |u|: what is above is kept,
-    int last_channel;  // and what is equal up to this channel
+    uint32_t cut;      // bits of |u|: elements above are kept,
+    int last_channel;  // and equal ones up to this channel
 };
 
-// Shared memory: Token [32], counts [H, 32] of a head's outliers per token, or weights [H, 32] of its tokens, then
-// masks [32, H, chunks] of 32 coordinates each.
+// Shared memory: Token [32]; outliers per head and token [H, 32], or token weights [H, 32]; masks [32, H, chunks] of 32
+// coordinates each.
 struct Work {
     Token *token;
     int *count;
@@ -23,20 +23,20 @@ struct Work {
     KVQ_DEVICE Work(void *memory, int heads, int head_dim) {
         token = static_cast<Token *>(memory);
         count = reinterpret_cast<int *>(token + kBlockTokens);
-        token_weight = reinterpret_cast<float *>(count);  // a trellis has no outliers
+        token_weight = reinterpret_cast<float *>(count);  // there are no outliers with a trellis
         mask = reinterpret_cast<uint32_t *>(count + heads * (kBlockTokens + 1));
         chunks = (head_dim + kWarp - 1) / kWarp;
     }
 };
 
-// Order-preserving bits of a float: -0 and 0 are told apart, which changes no threshold.
+// Bits of a float as an integer of the same order. -0 and 0 differ, which changes no threshold.
 KVQ_DEVICE uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(x);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 KVQ_DEVICE float from_ordered(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// The element of rank `rank` (0: the largest, or the smallest with `smallest`) of a token, duplicates counted.
+// The element of a token at place `rank`, with duplicates counted. 0 is the largest, or with `smallest` the smallest.
 KVQ_DEVICE float ranked(const AppendSide &s, int64_t token, int heads, int head_dim, int rank, bool smallest) {
     uint32_t previous = kAll;
     int seen = 0;
@@ -57,7 +57,8 @@ KVQ_DEVICE float ranked(const AppendSide &s, int64_t token, int heads, int head_
     }
 }
 
-// Thresholds from the data: the middle of what is left after trimming, rounded to storage; the distance, rounded up.
+// Thresholds from the data: zero point and scale are the middle and half the range of the trimmed token. The first is
+// rounded to the storage dtype, the second is rounded up.
 KVQ_DEVICE void token_thresholds(const AppendSide &s, int64_t token, int heads, int head_dim, uint16_t *scale,
                                  uint16_t *zero_point) {
     const float high = ranked(s, token, heads, head_dim, s.per_side, false);
@@ -66,7 +67,7 @@ KVQ_DEVICE void token_thresholds(const AppendSide &s, int64_t token, int heads, 
     const float middle = from_storage(s, *zero_point);
     const float exact = __fadd_rn(fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low)), 0.0f);
     *scale = to_storage(s, exact);
-    if (from_storage(s, *scale) < exact) ++*scale;  // the next storage number: scales are not negative
+    if (from_storage(s, *scale) < exact) ++*scale;  // the next number in storage: scales are not negative
 }
 
 struct Element {
@@ -88,11 +89,11 @@ KVQ_DEVICE Token of_channel(const AppendSide &s, Token t, int channel) {
     return t;
 }
 
-// Keeps the `cap` outliers of largest |u|, ties to the lower channel: finds the bits of the last one kept, from the
-// top bit down, and the channel of the last tie.
+// Keeps the `cap` outliers with the largest |u|; of equal ones, those in lower channels. Finds the bits of the last one
+// kept, from the top bit down, and the last channel kept among equal ones.
 KVQ_DEVICE void cut_outliers(const AppendSide &s, int64_t token, int heads, int head_dim, Token *t) {
     const int channels = heads * head_dim;
-    auto magnitude = [&](int c) {  // bits of |u| plus 1, 0 where there is no outlier
+    auto magnitude = [&](int c) {  // bits of |u| plus 1; 0 if not an outlier
         const Element e = examine(of_channel(s, *t, c), element(s, token, c / head_dim, head_dim, c % head_dim));
         return e.outlier ? (__float_as_uint(e.normalised) & 0x7fffffffu) + 1u : 0u;
     };
@@ -136,7 +137,7 @@ KVQ_DEVICE int encode(const float *boundaries, int bits, float u) {
     return code;
 }
 
-// The codes of 32 tokens as nibbles of low and of high bits.
+// The codes of 32 tokens as nibbles: low bits and high bits.
 template <class Code> KVQ_DEVICE void pack_codes(const Code &code, uint32_t *low, uint32_t *high) {
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice)
@@ -148,7 +149,7 @@ template <class Code> KVQ_DEVICE void pack_codes(const Code &code, uint32_t *low
         }
 }
 
-// Codes block blockIdx.x of the new ones, of sequence blockIdx.y; `number` is its place, counted from the first page.
+// Codes new block blockIdx.x of sequence blockIdx.y. `number` is its place, counted from the first page.
 KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kvq_shared, int number) {
     const Work work(kvq_shared, p.heads, p.head_dim);
     const int block = blockIdx.x, row = blockIdx.y, lane = lane_id();
@@ -189,7 +190,7 @@ KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kv
                 token_weight_of(s, first + s.stride[2] * (i % kBlockTokens), i / kBlockTokens, p.head_dim);
     __syncthreads();
 
-    // A warp takes 32 coordinates of a head, a lane the 32 codes of one.
+    // A warp takes 32 coordinates of a head, and each lane codes the 32 tokens of one.
     for (int task = warp_id(); task < p.heads * work.chunks; task += kWarps) {
         const int head = task / work.chunks, coordinate = task % work.chunks * kWarp + lane;
         const bool inside = coordinate < p.head_dim;
@@ -206,7 +207,7 @@ KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kv
             Path path = {0};
             if (s.paths) path = s.feedback ? shaped_path(c, y, feedback, weight) : best_path(c, y, weight);
             float error = 0.0f;
-            auto code = [&](int t) {  // of all tokens in order
+            auto code = [&](int t) {  // for all tokens in order
                 if (!s.paths) return uint32_t(c.nearest(y(t)));
                 float x = y(t);
                 if (s.feedback) x = __fadd_rn(x, __fmul_rn(gain_of(feedback, weight, t), error));
@@ -232,7 +233,7 @@ KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kv
     if (!s.cap) return;
     __syncthreads();
 
-    // Where each token's outliers of a head begin: after those of the heads before, and of the tokens before.
+    // Where the outliers of each token and head begin: after those of earlier heads and tokens.
     for (int head = warp_id(); head < p.heads; head += kWarps) {
         int count = 0;
         for (int i = 0; i < work.chunks; ++i) count += __popc(work.mask[(lane * p.heads + head) * work.chunks + i]);
@@ -270,7 +271,7 @@ KVQ_DEVICE void code_block(const AppendParams &p, const AppendSide &s, uint4 *kv
     }
 }
 
-// Puts the new token of a sequence behind its exact ones, in the storage dtype.
+// Appends the new token of a sequence to its exact tokens, in the storage dtype.
 KVQ_DEVICE void store_token(const AppendParams &p, const AppendSide &s) {
     const int row = blockIdx.y;
     uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x));
@@ -285,7 +286,7 @@ KVQ_DEVICE void store_token(const AppendParams &p, const AppendSide &s) {
     }
 }
 
-// Moves the exact tokens behind those of a closed block to its place: a thread has coordinates for itself.
+// Moves the exact tokens behind a closed block to where the block's tokens were. Threads share no coordinates.
 KVQ_DEVICE void move_tail(const AppendParams &p, const AppendSide &s) {
     uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x)) + s.stride[0] * blockIdx.y;
     for (int i = threadIdx.x; i < p.heads * p.head_dim; i += kThreads) {
@@ -294,8 +295,8 @@ KVQ_DEVICE void move_tail(const AppendParams &p, const AppendSide &s) {
     }
 }
 
-// Grid: new blocks, sequences, 2 (keys, values); 512 threads; Work's bytes of shared memory, or HeadWork's for
-// head_warps warps where that is more. With a state, one block or none.
+// Grid: new blocks, sequences, 2 (keys, values). 512 threads. Shared memory: the bytes of Work, or of HeadWork for
+// head_warps warps if that is more. With a state, there is one new block or none.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
     KVQ_SHARED;
     const AppendSide &s = p.side[blockIdx.z];
@@ -312,19 +313,20 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
 }
 
 struct PlaceSide {
-    const uint16_t *index, *residual;  // the work space of append_blocks, or null: no outliers
+    const uint16_t *index, *residual;  // work space of append_blocks; null: no outliers
     const int *count;                  // [blocks, B, H]
-    const PagePointers *pages;         // with room for all entries
+    const PagePointers *pages;         // which have room for all entries
     int capacity, padding;
 };
 
 struct PlaceParams {
     PlaceSide side[2];
-    const StepState *state;  // as append_blocks has it
+    const StepState *state;  // as in AppendParams
     int heads, blocks, first_block, batch;
 };
 
-// The sum of `value` over the threads before this one; `all`: over all of the block. `of_warps`: kWarps words.
+// The sum of `value` over the threads before this one. `all` is the sum over the thread block. `of_warps` has kWarps
+// words.
 KVQ_DEVICE int sum_before(int value, int *of_warps, int &all) {
     int end = value;
     for (int step = 1; step < kWarp; step *= 2) {
@@ -343,7 +345,8 @@ KVQ_DEVICE int sum_before(int value, int *of_warps, int &all) {
     return before;
 }
 
-// The outliers of the new blocks in one page, whose first new place is `from`; they are those from `block` on.
+// Moves the outliers of the new blocks of one page. `block` is the first of these blocks, and `from` its place in the
+// page.
 template <typename Start>
 KVQ_DEVICE void place_outliers_of(const PlaceParams &p, const PlaceSide &s, const PagePointers &page, int from,
                                   int block, int *of_warps) {
@@ -373,14 +376,14 @@ KVQ_DEVICE void place_outliers_of(const PlaceParams &p, const PlaceSide &s, cons
     }
 }
 
-// Grid: pages touched, 2 (keys, values); 512 threads; 64 bytes of shared memory. Writes the starts of a page's new
-// lists, those of blocks still to come, and the entries.
+// Grid: pages with new blocks, 2 (keys, values). 512 threads, 64 bytes of shared memory. Writes the entries, and where
+// the lists of new blocks and of blocks still to come start.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) place_outliers(const __grid_constant__ PlaceParams p) {
     KVQ_SHARED;
     int *of_warps = reinterpret_cast<int *>(kvq_shared);
     const PlaceSide &s = p.side[blockIdx.y];
     if (!s.index || (p.state && !p.state->closes)) return;
-    const int first = p.state ? p.state->blocks - 1 : p.first_block;  // of the new blocks
+    const int first = p.state ? p.state->blocks - 1 : p.first_block;  // new block
     const int number = p.state ? first / kPageBlocks : int(blockIdx.x);
     const int from = max(first - number * kPageBlocks, 0), block = number * kPageBlocks + from - first;
     const PagePointers &page = s.pages[number];

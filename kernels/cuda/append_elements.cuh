@@ -1,4 +1,4 @@
-// What the kernels that quantize are given, and its elements.
+// Parameters of the kernels that quantize, and access to their elements.
 #pragma once
 
 #include "step.cuh"
@@ -11,48 +11,48 @@ enum ElementType { kHalf = 0, kBFloat = 1, kFloat = 2 };
 // Keys or values of one layer.
 struct AppendSide {
     const void *x;               // [B, H, T, D], T = 32 * blocks, elements of `type`; innermost stride 1. With a state:
-                                 // the exact tokens behind the blocks in storage dtype, T as many as there is room for
-    const void *token;           // with a state: the new token [B, H, D], elements of `token_type`
+                                 // exact tokens behind the blocks in the storage dtype, with room for T
+    const void *token;           // with a state: new tokens [B, H, D], elements of `token_type`
     const PagePointers *pages;   // pages of the new blocks; the first may be partly filled
-    const float *cosine;         // [H, P] of the angles by which pairs are turned before quantization, or null
+    const float *cosine;         // [H, P] of the angles by which pairs are rotated before quantization; or null
     const float *sine;
-    const uint32_t *partner;     // [D]: partner | pair << 16, bit 15: the second of its pair; 0xffffffff: none
-    const float *scale;          // [C] of the channels, or null
+    const uint32_t *partner;     // [D]: partner | pair << 16; bit 15: second of its pair; 0xffffffff: no pair
+    const float *scale;          // [C], or null
     const float *reciprocal;     // [C], 1 / scale
     const float *zero_point;     // [C]
-    const float *levels;         // of every channel, sorted, or null: they are computed
-    const float *boundaries;     // between these
-    const float *coefficients;   // [C, 6] of computed levels, which have no scale and no zero point
+    const float *levels;         // shared by all channels, sorted; null: levels are computed
+    const float *boundaries;     // between levels
+    const float *coefficients;   // [C, 6] of computed levels; these have no scale and no zero point
     const uint8_t *bits;         // [C]
-    const int *word_offset;      // [C], sum of the widths before
-    const float *compensation;   // [H, D, D], shares of the errors of the coordinates before, or null: none
-    const float *refinement;     // [H, D, D], shares of the errors of all others in a refinement pass, or null: none
-    const float *token_weight;   // [H, 32] of a token by the class of its size, or null: all count alike
-    const float *weight_edge;    // [H, 31]
-    const float *feedback;       // [H], what of a token's rounding error the next one takes up, or null: nothing
+    const int *word_offset;      // [C], sum of the widths of earlier channels
+    const float *compensation;   // [H, D, D], weights of the errors of earlier coordinates; or null
+    const float *refinement;     // [H, D, D], weights of the errors of all others, in refinement passes; or null
+    const float *token_weight;   // [H, 32] by size class of a token; null: all tokens have equal weight
+    const float *weight_edge;    // [H, 31], between size classes
+    const float *feedback;       // [H], share of a token's error that is added to the next; null: no noise shaping
     uint16_t *outlier_index;     // [blocks, B, capacity] work space, or null
     uint16_t *outlier_residual;
     int *outlier_count;          // [blocks, B, H]
     int64_t stride[3];           // elements per sequence, head, token
     int64_t token_stride[2];     // of the new token
     int type, words;             // words of a sequence in a page
-    int per_token, channel_normalized;  // per_token: thresholds are a token's
-    int per_side;                // elements trimmed at each end of a token
-    int cap;                     // outliers kept per token; 0: none are stored
+    int per_token, channel_normalized;  // per_token: each token has thresholds
+    int per_side;                // number of elements trimmed at each end of a token
+    int cap;                     // largest number of outliers per token; 0: none are stored
     int capacity;                // 32 * cap
     int storage_bfloat;
-    int paths;                   // codes are of a trellis
-    int refinements;             // refinement passes: times that coordinates are coded again
+    int paths;                   // codes follow a trellis
+    int refinements;             // number of refinement passes
     int token_type;
 };
 
 struct AppendParams {
     AppendSide side[2];
-    StepState *state;  // of a step of one token: where it goes, and whether a block closes; or null
+    StepState *state;  // in a step of one token: its place, and whether a block closes; or null
     int batch, heads, head_dim;
-    int first_block;   // place of the first new block in the first of the pages; with a state it says the block
-    int head_warps;    // heads coded side by side where errors are compensated
-    int tail;          // with a state: exact tokens that stay when a block has closed
+    int first_block;   // place of the first new block in the first page; not used with a state
+    int head_warps;    // number of heads coded at once, with error compensation
+    int tail;          // with a state: number of exact tokens that stay when a block closes
 };
 
 KVQ_DEVICE float load_number(const void *x, int type, int64_t place) {
@@ -71,7 +71,7 @@ KVQ_DEVICE uint16_t to_storage(const AppendSide &s, float x) {
     return s.storage_bfloat ? BFloat::from_float(x) : Half::from_float(x);
 }
 
-// Element (head, coordinate) of a token as it is to be quantized: turned with its partner, normalised by its channel.
+// Element (head, coordinate) of a token for quantization: rotated with its partner, normalized by its channel.
 KVQ_DEVICE float element(const AppendSide &s, int64_t token, int head, int head_dim, int coordinate) {
     const int64_t row = token + s.stride[1] * head;
     float y = load_element(s, row + coordinate);
@@ -92,7 +92,7 @@ KVQ_DEVICE float element(const AppendSide &s, int64_t token, int head, int head_
     return y;
 }
 
-// Packs the codes of a channel's block into its unit.
+// Packs the codes of a channel in a block into a unit.
 KVQ_DEVICE void store_unit(const AppendSide &s, uint32_t *codes, int channel, int bits, int place, const uint32_t *low,
                            const uint32_t *high) {
     uint32_t words[8];

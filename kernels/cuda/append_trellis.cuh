@@ -10,7 +10,7 @@
 constexpr int kSizeClasses = 32;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Weights of the errors of a head's token in the choice of a path.
+// The weight of a token's errors in a head, for the choice of a path.
 KVQ_DEVICE float token_weight_of(const AppendSide &s, int64_t token, int head, int head_dim) {
     float size = 0.0f;
     for (int i = 0; i < head_dim; ++i) {
@@ -23,7 +23,7 @@ KVQ_DEVICE float token_weight_of(const AppendSide &s, int64_t token, int head, i
     return s.token_weight[head * kSizeClasses + place];
 }
 
-// The lowest bits of the codes of a block, bit t for token t, and the subsets they lead through.
+// The path of a block: the lowest bits of its codes, bit t for token t. They determine the subsets.
 struct Path {
     uint32_t free;
 
@@ -35,7 +35,7 @@ struct Path {
 // Inputs of the two tokens that lead into state `after`, as bits.
 KVQ_DEVICE uint32_t inputs_of(int after) { return uint32_t(after >> 1 | (after & 1) << 1); }
 
-// The survivor of least cost.
+// The path of least cost.
 KVQ_DEVICE Path cheapest(const float (&cost)[4], const uint32_t (&path)[4]) {
     Path best = {path[0]};
     float least = cost[0];
@@ -70,7 +70,7 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &y, const float 
         for (int after = 0; after < 4; ++after) {
             const int now = after & 1, between = after >> 1;
 #pragma unroll
-            for (int before = 0; before < 4; ++before) {  // ties go to the lower one
+            for (int before = 0; before < 4; ++before) {  // if equal, the lower one
                 const int last = before & 1, long_ago = before >> 1;
                 const float pair = __fadd_rn(distance[0][2 * (between ^ long_ago) + last],
                                              distance[1][2 * (now ^ last) + between]);
@@ -89,7 +89,7 @@ KVQ_DEVICE Path best_path(const ChannelLevels &c, const Element &y, const float 
 
 constexpr float kMostGain = 4.0f;
 
-// The share of the previous token's rounding error that is added to token t (kvq_calib/codec/noise_shaping.py).
+// The share of the previous token's rounding error that is added to token t, as in kvq_calib/codec/noise_shaping.py.
 KVQ_DEVICE float gain_of(float feedback, const float *token_weight, int t) {
     if (t == 0) return 0.0f;
     if (!token_weight) return feedback;
@@ -121,12 +121,12 @@ KVQ_DEVICE Path shaped_path(const ChannelLevels &c, const Element &y, float feed
         }
         uint32_t next[4];
 #pragma unroll
-        for (int after = 0; after < 4; ++after) {  // from states last and last + 2; ties go to the lower one
+        for (int after = 0; after < 4; ++after) {  // from states last and last + 2; if equal, the lower one
             const int last = after >> 1, free = after & 1;
             const bool high = total[last + 2][free ^ 1] < total[last][free];
             cost[after] = high ? total[last + 2][free ^ 1] : total[last][free];
             error[after] = high ? made[last + 2][free ^ 1] : made[last][free];
-            next[after] = (high ? path[last + 2] : path[last]) | uint32_t(free) << t;  // no index at run time
+            next[after] = (high ? path[last + 2] : path[last]) | uint32_t(free) << t;  // no indexing at run time
         }
 #pragma unroll
         for (int after = 0; after < 4; ++after) path[after] = next[after];

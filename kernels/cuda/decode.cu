@@ -1,21 +1,21 @@
-// Attention of one new token per sequence, straight from the packed cache: key scores with RoPE on the fly, online
-// softmax, value mix and outliers in one pass; split over the context, and joined by the last block to arrive.
-// docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
+// Attention of one new token per sequence over the packed cache. One pass rotates keys, computes scores and an online
+// softmax, sums values, and adds outliers. Thread blocks share the context, and the last one to finish joins the
+// results. docs/reference/kernels.md explains the mapping of tokens and channels to lanes.
 //
 // Compile-time constants:
 //   KVQ_HEAD_DIM         multiple of 16
 //   KVQ_GROUP            query heads that share a key-value head, 1 to 8
-//   KVQ_KEY_BITS, KVQ_VALUE_BITS    1 to 8: every channel has this width, and a table of levels; 0: each channel has
-//                        its own width, and levels that are computed
-//   KVQ_KEY_PATHS, KVQ_VALUE_PATHS  with computed levels: codes are of a trellis
+//   KVQ_KEY_BITS, KVQ_VALUE_BITS    1 to 8: all channels have this width, and tables of levels; 0: each channel has
+//                        its own width, and levels are computed
+//   KVQ_KEY_PATHS, KVQ_VALUE_PATHS  with computed levels: codes follow a trellis
 //   KVQ_KEY_OUTLIERS, KVQ_VALUE_OUTLIERS, KVQ_VALUE_TOKEN (scales per token), KVQ_ROPE, KVQ_SOFTCAP
-//   KVQ_QUERY_BFLOAT, KVQ_STORAGE_BFLOAT  bfloat16 rather than float16 queries and results, storage dtype
+//   KVQ_QUERY_BFLOAT, KVQ_STORAGE_BFLOAT  bfloat16 instead of float16: queries and results; storage
 #include "decode_exact.cuh"
 #include "decode_softmax.cuh"
 
 // ---- packed tokens -------------------------------------------------------------------------------------------
 
-// The tables of a head to shared memory.
+// Copies the tables of a head to shared memory.
 KVQ_DEVICE void load_tables(const DecodeParams &p, Shared &s, int head) {
     Channel *key_channels = &s.key_channels[0].first;
     for (int i = threadIdx.x; i < kDim; i += kThreads) {
@@ -32,13 +32,13 @@ KVQ_DEVICE void load_tables(const DecodeParams &p, Shared &s, int head) {
     if (kValueComputed && threadIdx.x < kKinds) s.value_kinds[threadIdx.x] = p.value_kinds[head * kKinds + threadIdx.x];
     for (int i = threadIdx.x; KVQ_KEY_OUTLIERS && i < kDim; i += kThreads) {
         const uint2 angle = p.key_angles[head * (kDim / 2) + i / 2];
-        // The second channel of a pair is the first, a quarter turn on.
+        // The second channel of a pair is the first, rotated by a quarter turn.
         s.places[p.key_channels[head * kDim + i].coordinate] = {
             angle.x, angle.y + (i % 2 ? 0x40000000u : 0u), i / 2, p.key_pair_scale[head * (kDim / 2) + i / 2].y};
     }
 }
 
-// Where a head's plain table of levels begins; others are in shared memory.
+// The start of a head's plain table of levels. Other tables are in shared memory.
 KVQ_DEVICE const uint4 *plain_levels(const uint4 *levels, int bits, int head) {
     return bits > 5 ? levels + ((int64_t(head) * kDim << bits) >> 3) : levels;
 }
@@ -67,7 +67,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + page * kPageBlocks + group);
         const int base = block.x;
         uint32_t keep = uint32_t(block.y);
-        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;  // left the window
+        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;  // tokens that have left the window
         if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
         if (!__any_sync(kAll, keep != 0)) continue;
         const SequencePage keys(p, false, row, page);
@@ -105,7 +105,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         __syncwarp();
     }
 
-    __syncthreads();  // Shared::out takes the place of the queries
+    __syncthreads();  // Shared::out overwrites the queries
     const int thread = thread_anew(), warp = thread / kWarp, lane = thread % kWarp;
     const int row_group = lane / 4, head_column = 2 * (lane % 4);
     const float undo = __uint_as_float(uint32_t(127 + softmax.exponent - kWeightExponent) << 23);
@@ -132,7 +132,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     write_split(p, s, true);
 }
 
-// Grid: splits, key-value heads x subgroups of query heads, sequences; 128 threads; sizeof(Shared) bytes.
+// Grid: splits, key-value heads x subgroups of query heads, sequences. 128 threads, sizeof(Shared) bytes.
 KVQ_KERNEL void __launch_bounds__(kThreads, kResidentBlocks) decode_attention(const __grid_constant__ DecodeParams p) {
     KVQ_SHARED;
     Shared &s = *reinterpret_cast<Shared *>(kvq_shared);

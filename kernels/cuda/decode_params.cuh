@@ -1,5 +1,5 @@
-// What the decode kernel is given, and how it lays out shared memory. The compile-time constants are listed in
-// decode.cu, docs/reference/kernels.md derives the mapping of tokens and channels to lanes.
+// Parameters of the decode kernel, and its layout of shared memory. decode.cu lists the compile-time constants.
+// docs/reference/kernels.md explains the mapping of tokens and channels to lanes.
 #pragma once
 
 #include "step.cuh"
@@ -17,78 +17,79 @@ static_assert(kDim % 16 == 0 && kGroup >= 1 && kGroup <= 8, "no such variant");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
-constexpr int kWeightExponent = 12;       // probabilities are scaled by 2^12, clear of half's subnormals
+constexpr int kWeightExponent = 12;       // probabilities are scaled by 2^12, to avoid subnormal halves
 
-// ---- which tokens and heads a lane serves --------------------------------------------------------------------
+// ---- tokens and heads of a lane -----------------------------------------------------------------------------
 
-// Of 16 tokens, product m of 8 takes two, in slots 0 and 1: neighbours where levels are looked up, t and t + 4 where
-// they are computed.
+// Product m of 8 takes two of 16 tokens, in slots 0 and 1. They are neighbours if levels are looked up, and t and t + 4
+// if levels are computed.
 constexpr bool kNeighbours = !kKeyComputed && !kValueComputed;
 constexpr int kSlotStep = kNeighbours ? 1 : 4;
 KVQ_DEVICE constexpr int token_of(int m, int slot) {
     return (kNeighbours ? 2 * m : 8 * (m / 4) + m % 4) + kSlotStep * slot;
 }
 
-// Up to four query heads, the eight columns of a product are two slots of four heads; else one slot a product.
+// For up to four query heads, the eight columns of a product are two slots of four heads. For more, each slot has a
+// product.
 constexpr bool kFold = kGroup <= 4;
-constexpr int kSets = kFold ? 1 : 2;  // of scores, one for each slot that lanes do not share
+constexpr int kSets = kFold ? 1 : 2;  // of scores; two if each slot has a product
 KVQ_DEVICE int lane_slot() { return kFold ? lane_id() % 4 / 2 : 0; }
 KVQ_DEVICE int lane_head(int i) { return 2 * (kFold ? lane_id() % 2 : lane_id() % 4) + i; }
 
 // ---- parameters ----------------------------------------------------------------------------------------------
 
-// Channels of computed levels are sorted so that a step of four pairs, or a tile of 16 value channels, is of one kind:
-// the widths of its pairs' first and second channels, or of its first and second eight channels. Negative ones are
-// kNarrow, kMedium and kAnyWidth. kvq_calib/runtime/cuda/kinds.py lists the same.
+// With computed levels, channels are sorted so that a step of four pairs, or a tile of 16 value channels, has one kind:
+// the widths of its pairs' first and second channels, or of its first and second eight channels. Negative widths are
+// kNarrow, kMedium and kAnyWidth. kvq_calib/runtime/cuda/kinds.py has the same lists.
 #define KVQ_KEY_KINDS \
     0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -1, -1, -2, -2, -3, -3
 #define KVQ_VALUE_KINDS \
     0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 2, 4, 3, 3, 3, 4, 3, 5, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -2, -2, -3, -3
-constexpr int kKinds = 16;  // room for their number
+constexpr int kKinds = 16;  // room for this many
 
 struct DecodeParams {
-    const uint16_t *query;            // [B, Hq, D] as the model rotated it
-    const PagePointers *key_pages;    // [pages], the first is page first_page of the blocks
+    const uint16_t *query;            // [B, Hq, D], rotated by the model
+    const PagePointers *key_pages;    // [pages]; the first is page first_page of the blocks
     const PagePointers *value_pages;  // [pages]
     const int2 *blocks;               // [B, block_stride]: position of the first token, bits of attended tokens
-    const Channel *key_channels;      // [H, D]: RoPE pairs (2 i, 2 i + 1), of like widths side by side
+    const Channel *key_channels;      // [H, D]: RoPE pairs (2 i, 2 i + 1), sorted by widths
     const Channel *value_channels;    // [H, D]
-    const uint4 *key_levels;          // [H, D, entries] halves in the order of key_channels, planes up to 32 entries:
-    const uint4 *value_levels;        // or [H, D] ChannelNumbers, of values without c0, which is in value_affine
-    const uint8_t *key_kinds;         // [H, kKinds] where the steps of each kind end, with computed levels
-    const uint8_t *value_kinds;       // [H, kKinds] where the tiles of each kind end
+    const uint4 *key_levels;          // [H, D, entries] halves in the order of key_channels, in planes up to 32;
+    const uint4 *value_levels;        // or [H, D] ChannelNumbers; those of values without c0, see value_affine
+    const uint8_t *key_kinds;         // [H, kKinds] ends of the steps of each kind, with computed levels
+    const uint8_t *value_kinds;       // [H, kKinds] ends of the tiles of each kind
     const uint2 *key_angles;          // [H, D / 2]: turns per token, turns at position 0
-    const float2 *key_pair_scale;     // [H, D / 2]: factor of the levels of a pair, its reciprocal
-    const float2 *value_affine;       // [H, D]: factor and offset of a channel of the mixed output
+    const float2 *key_pair_scale;     // [H, D / 2]: factor of a pair's levels, and its reciprocal
+    const float2 *value_affine;       // [H, D]: factor and offset of a channel of the result
     const uint16_t *exact_key[2];     // sinks and tail, [B, H, n, D]
     const uint16_t *exact_value[2];
-    const int *pool_table;            // [B, pool_stride] numbers of pages in a pool, or null: the addresses above serve
-    const char *pool;                 // page 0; a page holds kPageTokens of one sequence, and no outliers
-    const uint16_t *const *pool_exact;  // [B, 4] where a sequence's keys of sinks and of the tail, and values, stand
-    int64_t pool_bytes;               // of a page
-    int64_t pool_offset[3];           // in a page: codes of keys, codes of values, scales of values' tokens
-    const StepState *state;           // of a step that can be captured: pages and first_token; or null
-    const int *exact_positions;       // [B, n0 + n1], kMasked where not attended
+    const int *pool_table;            // [B, pool_stride] numbers of pages in a pool; null: no pool
+    const char *pool;                 // page 0; a page has kPageTokens of one sequence, and no outliers
+    const uint16_t *const *pool_exact;  // [B, 4] addresses: keys of sinks and tail, then values
+    int64_t pool_bytes;               // bytes of a page
+    int64_t pool_offset[3];           // in a page: codes of keys, codes of values, token scales of values
+    const StepState *state;           // of a captured step, with pages and first_token; or null
+    const int *exact_positions;       // [B, n0 + n1]; kMasked: not attended
     const uint32_t *exact_angles;     // [D / 2]: turns per token
     const uint32_t *exact_pairs;      // [D / 2]: coordinates of a pair, first | second << 16
     float *partial;                   // [B, Hq, splits, D], not divided by the sum
     float2 *partial_sum;              // [B, Hq, splits]: maximum (log2), sum
-    int *arrived;                     // [B, H x subgroups] splits that are there, 0 before and after
-    const float *sink_logits;         // [Hq], natural units, or null: a logit that takes probability, no value
-    uint16_t *out;                    // [B, Hq, D] in the queries' dtype
-    int64_t exact_stride[2][2];       // elements from sequence to sequence, from head to head
+    int *arrived;                     // [B, H x subgroups] number of finished splits; 0 before and after
+    const float *sink_logits;         // [Hq] logits without a value, natural units; or null
+    uint16_t *out;                    // [B, Hq, D] in the dtype of the queries
+    int64_t exact_stride[2][2];       // elements per sequence and head, of sinks and tail
     int key_words, value_words;       // 32-bit words of a sequence in a page
     int kv_heads, query_heads, subgroups;
-    int first_page, pages;            // pages to read; with a state the first is 0, and there is room for more
+    int first_page, pages;            // pages to read; with a state, 0 and the room for pages
     int packed_splits, splits;
     int exact_count[2];
-    int first_token;                  // tokens of blocks before it, counted from block 0, are not attended
+    int first_token;                  // first attended token of the blocks, counted from block 0
     float scaling, softcap;           // of the scores
-    float rope_scaling;               // on rotated pairs of exact keys
-    int key_rope;                     // exact keys are rotated on read
+    float rope_scaling;               // factor on rotated pairs of exact keys
+    int key_rope;                     // whether exact keys are rotated when read
     int block_stride;
     int pool_stride;
-    int group;  // query heads that share a key-value head; given, because a quotient takes a register throughout
+    int group;  // query heads of a key-value head; a quotient computed here would take a register throughout
 };
 
 // ---- shared memory -------------------------------------------------------------------------------------------
@@ -96,10 +97,10 @@ struct DecodeParams {
 // 16-byte rows of a channel's levels: coefficients, or byte planes; tables of more than 32 levels stay outside.
 constexpr int level_rows(int bits) { return bits == 0 ? 2 : bits <= 3 ? 1 : bits <= 5 ? 1 << bits >> 3 : 0; }
 constexpr int kKeyRows = level_rows(KVQ_KEY_BITS), kValueRows = level_rows(KVQ_VALUE_BITS);
-constexpr int kTokenRow = 33;  // a block of 32 tokens and one column against bank conflicts
+constexpr int kTokenRow = 33;  // a block of 32 tokens, and one more against bank conflicts
 constexpr int kScores = KVQ_KEY_OUTLIERS || KVQ_VALUE_OUTLIERS ? kPageBlocks * kTokenRow * kGroup : 0;
 
-// The column operands of a product: queries of a pair's two channels for the tokens of both slots.
+// The column operands of a product: queries of a pair's two channels for both slots.
 template <bool Twice> struct QueryOperand {
     uint2 both;
 
@@ -112,7 +113,7 @@ template <bool Twice> struct QueryOperand {
         return make_uint2(both.x & mask, both.y & mask);
     }
 };
-// The same with each slot by itself, so that nothing is left to be masked.
+// The same with separate slots, so that no masks are needed.
 template <> struct QueryOperand<true> {
     uint4 slots;
 
@@ -125,9 +126,9 @@ template <> struct QueryOperand<true> {
         return slot ? make_uint2(slots.z, slots.w) : make_uint2(slots.x, slots.y);
     }
 };
-typedef QueryOperand<!kFold && kDim <= 128> Queries;  // twice where there is room
+typedef QueryOperand<!kFold && kDim <= 128> Queries;  // separate slots if there is room
 
-struct KeyPlace {  // where outliers of a coordinate find their query and angle
+struct KeyPlace {  // query and angle for outliers of a coordinate
     uint32_t frequency, turn;
     int pair;
     float scale;
@@ -148,18 +149,18 @@ struct Shared {
     uint2 key_angles[kDim / 2];
     KeyPlace places[KVQ_KEY_OUTLIERS ? kDim : 1];
     float scores[kWarps][kScores + 1];
-    float4 tiles[kWarps][kTiles][kWarp];  // mixed values, as matrix accumulators: see mix_page
-    uint16_t value_place[KVQ_VALUE_OUTLIERS ? kDim : 1];  // of a coordinate in the order of value_channels
+    float4 tiles[kWarps][kTiles][kWarp];  // sums of values, as matrix accumulators: see mix_page
+    uint16_t value_place[KVQ_VALUE_OUTLIERS ? kDim : 1];  // place of a coordinate in the order of value_channels
     uint8_t key_kinds[kKinds], value_kinds[kKinds];
     float query_scale[8];
     float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
-    int last;  // of the splits to arrive
+    int last;  // whether this thread block finished last
 };
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));
 
-// Thread blocks that share a multiprocessor: 168 registers let three do. More take more query heads in two sets of
-// scores, five bits and more from tables, and heads of which no three would find shared memory.
+// Number of thread blocks per multiprocessor: three with up to 168 registers. Two for variants that need more registers
+// (more than four query heads, tables of five and more bits) or too much shared memory for three.
 constexpr bool kFewRegisters = kFold && KVQ_KEY_BITS <= 4 && KVQ_VALUE_BITS <= 4 && sizeof(Shared) <= 75 * 1024;
 constexpr int kResidentBlocks = kFewRegisters ? 3 : 2;
 KVQ_CONSTANT(decode_resident_blocks, kResidentBlocks);
@@ -167,8 +168,8 @@ KVQ_CONSTANT(decode_resident_blocks, kResidentBlocks);
 KVQ_DEVICE int query_index(int m, int step, int lane) { return (m * kKeySteps + step) * kWarp + lane; }
 KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kGroup + head; }
 
-struct Share {  // the query heads of a thread block
-    int head;   // their key-value head
+struct Share {  // query heads of a thread block
+    int head;   // key-value head
     int first, heads;
 
     KVQ_DEVICE Share(const DecodeParams &p, int block) {
@@ -179,11 +180,11 @@ struct Share {  // the query heads of a thread block
     }
 };
 
-// Where the codes and the token scales of one sequence stand in a page.
+// The codes and token scales of one sequence in a page.
 struct SequencePage {
     const uint32_t *codes;
     const uint16_t *token_params;
-    const PagePointers *lists;  // of outliers
+    const PagePointers *lists;  // outliers
 
     KVQ_DEVICE SequencePage(const DecodeParams &p, bool values, int row, int page) : lists(nullptr) {
         if (p.pool_table) {
@@ -199,7 +200,7 @@ struct SequencePage {
     }
 };
 
-// A quarter of the outlier list of the block that four lanes share: entries are sorted by token, so lanes rarely meet.
+// A quarter of a block's outlier list, which four lanes share. Entries are sorted by token, so lanes rarely collide.
 struct OutlierRange {
     int begin, end;
 

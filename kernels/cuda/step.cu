@@ -1,23 +1,23 @@
-// Begins a decode step whose launches stay the same from token to token: gives the new token of every sequence its
-// place, and says which tokens are seen. What follows from that on the host, for steps that are not captured, stands in
-// kvq_calib/runtime/slots.py and slot_view.py; the numbers are the same.
+// Begins a decode step whose launches are the same for every token. It gives the new token of each sequence its place,
+// and finds the visible tokens. For steps that are not captured, kvq_calib/runtime/slots.py and slot_view.py do this on
+// the host, with the same results.
 #include "step.cuh"
 
 struct StepParams {
     StepState *state;
-    const int64_t *position;    // [B] of the new tokens
-    int *exact;                 // [B, capacity] positions of the exact tokens behind the blocks, kMasked: hidden
-    int *sink;                  // [B, sinks] positions of sinks whose slot is in a block, kMasked: it is not
-    const int *sink_slot;       // [B, sinks]
-    int2 *blocks;               // [B, block_stride] positions of first tokens, bits of attended tokens
-    int *seen;                  // [B, sinks + capacity] positions of sinks and of exact tokens, kMasked: not seen
+    const int64_t *position;    // [B] positions of the new tokens
+    int *exact;                 // [B, capacity] positions of the exact tokens behind the blocks; kMasked: hidden
+    int *sink;                  // [B, sinks] positions of sinks whose slots are in blocks; kMasked: in none
+    const int *sink_slot;       // [B, sinks] slots of sinks
+    int2 *blocks;               // [B, block_stride] position of the first token, bits of attended tokens
+    int *seen;                  // [B, sinks + capacity] positions of sinks and exact tokens; kMasked: not visible
     int batch, sinks, capacity; // capacity: recent + 32
     int block_stride;
-    int window;                 // slots a query sees, 0: all
+    int window;                 // number of slots that a query sees; 0: all
     int padding;
 };
 
-// The first 32 exact tokens of a sequence become a block; those behind them move up.
+// Makes a block of the first 32 exact tokens of a sequence, and moves the others up.
 KVQ_DEVICE void close_block(const StepParams &p, int row, int block, int first_slot) {
     const int lane = lane_id();
     int *exact = p.exact + row * p.capacity;
@@ -25,7 +25,7 @@ KVQ_DEVICE void close_block(const StepParams &p, int row, int block, int first_s
     bool keep = position != kMasked;
     for (int i = 0; i < p.sinks; ++i)
         if (keep && p.sink_slot[row * p.sinks + i] == first_slot + lane) {
-            p.sink[row * p.sinks + i] = position;  // attended exactly, not as packed
+            p.sink[row * p.sinks + i] = position;  // attended exactly, not in packed form
             keep = false;
         }
     const unsigned bits = __ballot_sync(kAll, keep);
@@ -42,7 +42,7 @@ KVQ_DEVICE void close_block(const StepParams &p, int row, int block, int first_s
     }
 }
 
-// Grid: 1; a multiple of 32 threads, a warp for each sequence in turn.
+// Grid: 1. A multiple of 32 threads; each warp takes sequences in turn.
 KVQ_KERNEL void __launch_bounds__(256) advance_step(const __grid_constant__ StepParams p) {
     StepState s = *p.state;
     __syncthreads();
@@ -54,7 +54,7 @@ KVQ_KERNEL void __launch_bounds__(256) advance_step(const __grid_constant__ Step
     s.packed += s.closes ? kBlockTokens : 0;
     s.blocks += s.closes;
     s.pages = (s.blocks + kPageBlocks - 1) / kPageBlocks;
-    const int left = p.window ? max(s.length - p.window, 0) : 0;  // slots that nobody sees any more
+    const int left = p.window ? max(s.length - p.window, 0) : 0;  // slots that have left the window
     s.first_token = left;
     for (int row = warp_id(); row < p.batch; row += int(blockDim.x) / kWarp) {
         int *exact = p.exact + row * p.capacity;

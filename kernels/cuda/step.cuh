@@ -1,4 +1,4 @@
-// Where a cache stands in a decode step, on the device: so that a step that was captured once (a CUDA graph) can be
+// The state of a cache in a decode step, on the device. With it, a step that was captured as a CUDA graph can be
 // replayed for the next token.
 #pragma once
 
@@ -6,17 +6,17 @@
 
 constexpr int kMasked = -2147483647 - 1;  // position of an exact token that is not attended
 
-// One for all layers whose queries see as many tokens. `advance_step` writes it before the layers of a step read it.
+// One per window, shared by all layers with this window. `advance_step` writes it before the layers read it.
 struct StepState {
-    int length;       // slots held, the new one among them
-    int held;         // exact tokens behind the blocks, after the step
-    int packed;       // slots in blocks, after the step
-    int blocks;       // blocks, after the step
-    int place;        // of the new token among the exact ones
-    int closes;       // the first 32 of these become block `blocks - 1` in this step
-    int pages;        // that hold blocks, after the step
-    int first_token;  // tokens of blocks before it, counted from block 0 with 32 to a block, are not seen
-    int jumps;        // some block's positions do not run on: set, and never cleared
-    int not_finite;   // some number does not fit the storage dtype: likewise
-    int others[2];    // what the host notes
+    int length;       // number of slots, including the new one
+    int held;         // number of exact tokens behind the blocks, after the step
+    int packed;       // number of slots in blocks, after the step
+    int blocks;       // number of blocks, after the step
+    int place;        // place of the new token among the exact tokens
+    int closes;       // whether the first 32 exact tokens become block `blocks - 1` in this step
+    int pages;        // number of pages with blocks, after the step
+    int first_token;  // first visible token of the blocks, counted from block 0 with 32 to a block
+    int jumps;        // whether positions in any block were not consecutive; never cleared
+    int not_finite;   // whether any number was not finite in the storage dtype; never cleared
+    int others[2];    // set by torch operations in the graph
 };
