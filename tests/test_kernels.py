@@ -808,8 +808,8 @@ def test_layers_without_a_kernel_say_so_once() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         ops = ops_with(pairs, machine.launcher)
     assert [str(w.message) for w in caught] == [
-        "layer 2: heads of 72 channels have no kernel; multiples of 16 up to 256 do; torch decodes it",
-        "layer 0: keys with a scale per token have no kernel; torch decodes it",
+        "layer 2: there is no kernel for heads of 72 channels, only for multiples of 16 up to 256; torch decodes it",
+        "layer 0: there is no kernel for keys with a scale per token; torch decodes it",
     ] or len(caught) == 2
     assert all(isinstance(op, CudaOps) and op.reason for op in ops)
 

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_read_or_written_costs_time_only(toolchain, capl
         assert build.compile_cubin("append.cu", (), "sm_90", toolchain.cache, nvcc)
         assert toolchain.runs() == runs
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "compiled anew in every process" in caplog.text
+    assert "compiled again in every process" in caplog.text
     assert build.compile_cubin("append.cu", (), "sm_90", None, nvcc)
     assert toolchain.runs() == 3
 

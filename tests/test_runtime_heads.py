@@ -134,5 +134,5 @@ def test_the_kernels_refuse_such_layers_by_number():
     with pytest.raises(RuntimeMismatchError) as caught:
         ops_with([same, {"key": key, "value": value}], HostLauncher())
     assert str(caught.value) == (
-        "layer 1 has heads of 12 channels in keys and 8 in values; the kernels take one size for both"
+        "layer 1 has heads of 12 channels in keys and 8 in values; the kernels need the same size for both"
     )

@@ -1,4 +1,4 @@
-"""Quantizing and packing of whole blocks: the kernels of ``append.cu``."""
+"""Quantize and pack whole blocks: the kernels of ``append.cu``."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def append_blocks(
 ) -> None:
     """Quantize and pack whole blocks, keys and values in one launch.
 
-    The outliers go to a work space first. Once per 32 tokens, the host reads how many each page has. Memory for them is
-    allocated exactly, and a second kernel moves them there.
+    Outliers go to a work space first. Once per 32 tokens, the host reads how many there are in each page, and allocates
+    exactly as much memory. A second kernel moves them there.
 
     Args:
         launcher: runs the kernels.
-        key, value: the layer's tables; heads are of one size.
-        storage: gets the blocks.
-        keys, values: storage dtype ``[B, H, 32 * n, D]`` with contiguous ``D``; as the quantizers take them.
+        key, value: the layer's tables, for heads of the same size.
+        storage: storage for the blocks.
+        keys, values: input of the quantizers, storage dtype ``[B, H, 32 * n, D]`` with contiguous ``D``.
 
     Raises:
-        RuntimeMismatchError: a shape, dtype, stride or device is not as promised.
+        RuntimeMismatchError: a shape, dtype, stride or device is wrong.
     """
     blocks = keys.shape[2] // BLOCK_TOKENS
     done = 0
@@ -66,11 +66,11 @@ def append_blocks(
 
 @dataclass(frozen=True)
 class Outliers:
-    """The work space of a launch, with room for as many outliers as there may be.
+    """The work space of a launch, with room for the largest number of outliers.
 
     Attributes:
         index, residual: int16 and storage dtype ``[n, B, 32 * cap]``.
-        count: how many of each list, int32 ``[n, B, H]``.
+        count: number in each list, int32 ``[n, B, H]``.
     """
 
     index: Tensor
@@ -79,7 +79,7 @@ class Outliers:
 
     @classmethod
     def of(cls, table: QuantizerTables, blocks: int, batch: int) -> Outliers | None:
-        """The work space for new blocks; ``None`` without outliers."""
+        """Allocate the work space for new blocks. Returns ``None`` without outliers."""
         if not table.cap:
             return None
         shape = (blocks, batch, BLOCK_TOKENS * table.cap)
@@ -91,13 +91,13 @@ class Outliers:
 
 
 class _Side:
-    """New blocks of keys or of values, on their way into pages."""
+    """New blocks of keys or values that are packed into pages."""
 
     def __init__(self, table: QuantizerTables, packed: PackedTensor, x: Tensor) -> None:
         self.table, self.packed, self.x = table, packed, x
         self.batch, self.blocks = x.shape[0], x.shape[2] // BLOCK_TOKENS
         self._check()
-        #: Place of the first new block in its page, and pages that get some.
+        #: Place of the first new block in its page, and number of pages with new blocks.
         self.place = packed.blocks % PAGE_BLOCKS
         self.page_count = -(-(self.place + self.blocks) // PAGE_BLOCKS)
         self.outliers: Outliers | None = None
@@ -107,7 +107,7 @@ class _Side:
         expected = (self.batch, table.heads, self.blocks * BLOCK_TOKENS, table.head_dim)
         if self.batch > MAX_GRID:
             raise RuntimeMismatchError(
-                f"{self.batch} sequences are more than one launch takes; use smaller batches"
+                f"{self.batch} sequences are more than one launch can handle; use smaller batches"
             )
         if x.device != table.device or x.shape != expected:
             raise RuntimeMismatchError(
@@ -119,22 +119,22 @@ class _Side:
             )
 
     def open_pages(self) -> None:
-        """Make the pages that the blocks need, and the work space of their outliers."""
+        """Allocate the pages that the blocks need, and a work space for their outliers."""
         new = self.page_count if self.place == 0 else self.page_count - 1
         self.packed.pages.extend(self.packed.new_page() for _ in range(new))
         self.outliers = Outliers.of(self.table, self.blocks, self.batch)
 
     @property
     def pages(self) -> list[Page]:
-        """The pages that get blocks."""
+        """The pages with new blocks."""
         return self.packed.pages[len(self.packed.pages) - self.page_count :]
 
     def rows(self) -> Tensor:
-        """Their addresses on the device."""
+        """Addresses of these pages, on the device."""
         return page_rows(self.pages).to(self.table.device)
 
     def make_room(self, totals: list[int]) -> None:
-        """Allocate memory in the pages for the outliers of new blocks; ``totals`` are their numbers."""
+        """Allocate memory in the pages for the outliers of new blocks. ``totals`` has the number in each block."""
         for number, page in enumerate(self.pages):
             first = max(number * PAGE_BLOCKS - self.place, 0)
             entries = sum(totals[first : (number + 1) * PAGE_BLOCKS - self.place])
@@ -148,7 +148,7 @@ class _Side:
 
 
 def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: Outliers | None) -> AppendSide:
-    """Keys or values ``[B, H, T, D]`` on their way into the pages whose addresses are ``rows``, for the kernel."""
+    """The kernel's parameters to pack keys or values ``[B, H, T, D]`` into the pages with the addresses ``rows``."""
     side = AppendSide(
         x=x.data_ptr(),
         pages=rows.data_ptr(),
@@ -187,7 +187,7 @@ def side_params(table: QuantizerTables, x: Tensor, rows: Tensor, outliers: Outli
 
 
 def place_side(table: QuantizerTables, rows: Tensor, outliers: Outliers) -> PlaceSide:
-    """Outliers on their way from the work space to the pages whose addresses are ``rows``, for the kernel."""
+    """The kernel's parameters to move outliers from the work space to the pages with the addresses ``rows``."""
     return PlaceSide(
         index=outliers.index.data_ptr(),
         residual=outliers.residual.data_ptr(),
@@ -198,7 +198,7 @@ def place_side(table: QuantizerTables, rows: Tensor, outliers: Outliers) -> Plac
 
 
 def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
-    """One launch, and one for the outliers."""
+    """Pack both sides with one launch, and move their outliers with another."""
     key = sides[0]
     for side in sides:
         side.open_pages()
@@ -228,19 +228,19 @@ def _append(launcher: Launcher, sides: tuple[_Side, _Side]) -> None:
 def launch_append(
     launcher: Launcher, tables: tuple[QuantizerTables, QuantizerTables], params: AppendParams, blocks: int
 ) -> None:
-    """Code blocks of keys and values."""
+    """Code and pack blocks of keys and values."""
     params.head_warps, shared = _shared_memory(launcher, tables)
     kernel = launcher.kernel(_SOURCE, (), "append_blocks", AppendParams)
     kernel((blocks, params.batch, 2), _THREADS, shared, params)
 
 
 def launch_place(launcher: Launcher, params: PlaceParams, pages: int) -> None:
-    """Move the outliers of keys and values to so many pages."""
+    """Move the outliers of keys and values to this number of pages."""
     launcher.kernel(_SOURCE, (), "place_outliers", PlaceParams)((pages, 2, 1), _THREADS, 4 * _WARPS, params)
 
 
 def _shared_memory(launcher: Launcher, tables: tuple[QuantizerTables, QuantizerTables]) -> tuple[int, int]:
-    """Heads whose errors are compensated side by side, and bytes of a thread block: ``Work`` and ``HeadWork`` there."""
+    """Number of heads coded at once with error compensation, and bytes of shared memory (``Work``, ``HeadWork``)."""
     heads, size = tables[0].heads, tables[0].head_dim
     chunks = -(-size // 32)
     shared = 4 * 5 * BLOCK_TOKENS + 4 * heads * (BLOCK_TOKENS + 1) + 4 * BLOCK_TOKENS * heads * chunks

@@ -1,4 +1,4 @@
-"""Packing into pages whose addresses only the device knows."""
+"""Pack blocks into pages whose addresses only the device knows."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def append_to_rows(
 
     Args:
         launcher: runs the kernel.
-        tables: tables of the layer's keys and values, without outliers, with heads of one size.
-        rows: where the pages of the blocks stand, of keys and of values: int64 ``[n, 6]`` on the device, as
-            :func:`~kvq_calib.runtime.cuda.pages.page_rows` makes them.
+        tables: tables of the layer's keys and values, without outliers, for heads of the same size.
+        rows: addresses of the blocks' pages, for keys and for values: int64 ``[n, 6]`` on the device, as from
+            :func:`~kvq_calib.runtime.cuda.pages.page_rows`.
         place: place of the first block in the first page.
         tokens: storage dtype ``[1, H, 32 * m, D]`` each, contiguous.
 
     Raises:
-        RuntimeMismatchError: a shape, dtype, stride or device is not as promised, or there are outliers.
+        RuntimeMismatchError: a shape, dtype, stride or device is wrong, or there are outliers.
     """
     blocks = tokens[0].shape[2] // BLOCK_TOKENS
     pages = -(-(place + blocks) // PAGE_BLOCKS)
     for table, own, x in zip(tables, rows, tokens, strict=True):
         if table.cap:
-            raise RuntimeMismatchError("pages that are there already have no room for outliers")
+            raise RuntimeMismatchError("existing pages have no room for outliers")
         shape = 1, table.heads, BLOCK_TOKENS * blocks, table.head_dim
         check(f"new {table.kind}s", x, shape, table.storage, table.device)
         check("rows of pages", own, (pages, 6), torch.int64, table.device)

@@ -1,4 +1,4 @@
-"""Compiles kernel sources with nvcc, and keeps the results in a folder."""
+"""Compile kernel sources with nvcc, and cache the results in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger("kvq_calib.runtime")
 
 
 def kernel_folder() -> Path:
-    """The folder of the sources: inside the wheel, or beside the package in a checkout."""
+    """The folder of the sources: in the wheel, or next to the package in a checkout."""
     return shipped_folder("kernels") / "cuda"
 
 
@@ -44,7 +44,7 @@ def compile_cubin(
     nvcc: str = "nvcc",
     fresh: bool = False,
 ) -> bytes:
-    """Machine code of ``kernels/cuda/<source>``, from the cache or from ``nvcc``.
+    """Compile ``kernels/cuda/<source>`` to machine code, or read it from the cache.
 
     The name of a file in the cache depends on everything that changes the result: all sources and options, and the
     compiler's version. Without a compiler, a file from any version of the compiler is used, so the cache may come from
@@ -54,9 +54,9 @@ def compile_cubin(
         source: name of the file.
         defines: preprocessor definitions, each ``NAME=VALUE``.
         arch: such as ``sm_90``.
-        cache: folder for results, or ``None`` to keep none.
-        nvcc: the compiler.
-        fresh: whether to compile even if the cache has the result.
+        cache: folder of the cache, or ``None``.
+        nvcc: name or path of the compiler.
+        fresh: compile even if the result is in the cache.
 
     Raises:
         RuntimeMismatchError: there is no compiler, or it fails.
@@ -86,7 +86,7 @@ def compile_cubin(
 
 
 def _newest(cache: Path, name: str) -> bytes | None:
-    """The latest result of any compiler version for these sources and options."""
+    """The newest result for these sources and options, from any version of the compiler."""
     try:
         files = sorted(cache.glob(f"{name}-*.cubin"), key=lambda file: file.stat().st_mtime)
     except OSError:
@@ -109,7 +109,7 @@ def _compile(command: list[str], source: Path, arch: str) -> bytes:
             code = _read(built)
     except OSError as error:
         raise RuntimeMismatchError(
-            f"nvcc has nowhere to write ({error.strerror or error}); set TMPDIR"
+            f"nvcc needs a temporary folder ({error.strerror or error}); set TMPDIR"
         ) from error
     if done.returncode or code is None:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
@@ -135,4 +135,6 @@ def _keep(target: Path, code: bytes) -> None:
 
 @lru_cache(maxsize=8)
 def _say_not_kept(folder: Path, reason: str) -> None:
-    _log.warning("kernels are compiled anew in every process: %s cannot keep them (%s)", folder, reason)
+    _log.warning(
+        "kernels are compiled again in every process: %s cannot be used as a cache (%s)", folder, reason
+    )

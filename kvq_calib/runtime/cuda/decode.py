@@ -34,11 +34,12 @@ class PagePool:
         pages: uint8 ``[N, page bytes]``, pages contiguous and a multiple of 16 bytes.
         table: int32 ``[B, n]``, contiguous: the number of the page with tokens ``256 i`` to ``256 i + 255`` of a
             sequence. Numbers of pages without a visible token are not read.
-        key_codes, value_codes, value_token: bytes of a page before the codes and before the scales of values' tokens;
-            multiples of 16. Codes stand as in a page of :class:`~kvq_calib.runtime.storage.PackedTensor` of batch 1.
-        exact: int64 ``[B, 4]``, contiguous: addresses of keys of sinks, keys of the tail, values of both, ``[H, t, D]``
-            each.
-        exact_counts: ``t`` of sinks and of the tail; the context hides what a sequence has not.
+        key_codes, value_codes, value_token: offsets in a page of the codes and of the token scales of values, in bytes;
+            multiples of 16. Codes are laid out as in a page of :class:`~kvq_calib.runtime.storage.PackedTensor` with
+            batch 1.
+        exact: int64 ``[B, 4]``, contiguous: addresses of the keys of sinks and of the tail, then of the values of both,
+            ``[H, t, D]`` each.
+        exact_counts: ``t`` of sinks and of the tail. The context masks tokens that a sequence does not have.
     """
 
     pages: Tensor
@@ -57,16 +58,16 @@ class DecodeStep:
     Attributes:
         query: float16 or bfloat16 ``[B, Hq, D]``, contiguous, rotated by the model.
         key_pages, value_pages: int64 ``[n, 6]``, see :class:`~kvq_calib.runtime.cuda.pages.PageTable`.
-        exact: two pairs of keys (un-rotated where they are rotated on read) and values: sinks, then tail;
-            storage dtype ``[B, H, t, D]`` with contiguous ``D`` and ``t``.
-        context: the visible tokens, and their places.
+        exact: keys and values of sinks, then of the tail: storage dtype ``[B, H, t, D]``, with contiguous ``D`` and
+            ``t``. Keys are un-rotated if they are rotated when read.
+        context: the visible tokens and their positions.
         scaling: factor on the scores.
         first_page: number of the first page in ``context.blocks``.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
+        softcap: replaces scores by ``softcap * tanh(score / softcap)``; or ``None``.
         sink_logits: float ``[Hq]``, a logit per head without a value; or ``None``.
-        pool: replaces ``key_pages``, ``value_pages`` and ``exact``, which are then ``None`` and empty.
-        state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), which then says how many of the pages
-            hold blocks, and which have left the window.
+        pool: replaces ``key_pages``, ``value_pages`` (then ``None``) and ``exact`` (then empty).
+        state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), with the number of pages that have
+            blocks, and the first token in the window; or ``None``.
     """
 
     query: Tensor
@@ -103,7 +104,7 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class DecodeVariant:
-    """The compile-time constants of ``decode.cu``, which explains them."""
+    """The compile-time constants of ``decode.cu``; they are explained there."""
 
     head_dim: int
     group: int
@@ -130,10 +131,10 @@ class _Division:
     """The division of a step's work.
 
     Attributes:
-        group: query heads of a key-value head.
-        subgroups: thread blocks that share them.
-        packed: thread blocks that share the pages.
-        exact: thread blocks that share sinks and tail.
+        group: number of query heads of a key-value head.
+        subgroups: number of thread blocks that share these heads.
+        packed: number of thread blocks that share the pages.
+        exact: number of thread blocks that share sinks and tail.
     """
 
     group: int
@@ -149,7 +150,7 @@ class _Division:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """The kernel of a variant, shared memory of a thread block, and how many of these share a multiprocessor."""
+    """The kernel of a variant, bytes of shared memory per thread block, and thread blocks per multiprocessor."""
 
     attention: Kernel
     shared_bytes: int
@@ -172,14 +173,14 @@ class DecodeKernel:
         if reason:
             raise RuntimeMismatchError(reason)
         self.launcher, self.key, self.value = launcher, key, value
-        #: By what distinguishes the steps of a layer: query heads of a thread block, whether there is a softcap, dtype.
+        #: By query heads of a thread block, whether there is a softcap, and dtype of the query.
         self._compiled: dict[tuple[int, bool, torch.dtype], _Compiled] = {}
-        #: The division of the last step, what it was made for, and the one that the parameters were set for.
+        #: The division of the last step with its input, and the division for which the parameters were set.
         self._division_of: tuple[tuple[int, ...], _Division] | None = None
         self._divided: _Division | None = None
-        #: Splits that have arrived, of each share of heads: 0 between launches.
+        #: Number of finished splits for each thread block of heads. 0 between launches.
         self._arrived = torch.zeros(0, dtype=torch.int32, device=key.device)
-        #: What the last launch was given; the driver copies it. What is the same in every step is set here.
+        #: Parameters of the last launch. The driver copies them. Those that never change are set here.
         self._launch = DecodeParams(
             key_channels=key.decode.channels.data_ptr(),
             value_channels=value.decode.channels.data_ptr(),
@@ -200,16 +201,16 @@ class DecodeKernel:
         )
 
     def attend(self, step: DecodeStep) -> Tensor:
-        """Attention of one token per sequence.
+        """Compute attention of one token per sequence.
 
         Args:
-            step: the token, and what it attends to.
+            step: the token, and the tokens to which it attends.
 
         Returns:
             ``[B, Hq, D]`` in the dtype of the query.
 
         Raises:
-            RuntimeMismatchError: a shape, dtype, stride or device is not as promised, or has no variant.
+            RuntimeMismatchError: a shape, dtype, stride or device is wrong, or no variant fits.
         """
         key = self.key
         _check_layer(key, step)
@@ -226,7 +227,7 @@ class DecodeKernel:
         shares = key.heads * division.subgroups
         if self._arrived.numel() < batch * shares:
             self._arrived = torch.zeros(batch * shares, dtype=torch.int32, device=key.device)
-        # One allocation: partial results, then maximum and sum of each.
+        # One allocation: partial results, then their maxima and sums.
         partials = batch * query_heads * division.splits
         partial = torch.empty(partials * (size + 2), dtype=torch.float32, device=key.device)
         out = torch.empty_like(step.query)
@@ -279,19 +280,19 @@ class DecodeKernel:
         shared = launcher.constant(_SOURCE, variant.defines, "decode_shared_bytes")
         if shared > launcher.shared_limit:
             raise RuntimeMismatchError(
-                f"{group} queries of {key.head_dim} channels per head need {shared} bytes of shared memory, "
+                f"{group} query heads of {key.head_dim} channels need {shared} bytes of shared memory, "
                 f"this GPU has {launcher.shared_limit}"
             )
         resident = launcher.constant(_SOURCE, variant.defines, "decode_resident_blocks")
         return _Compiled(
             launcher.kernel(_SOURCE, variant.defines, "decode_attention", DecodeParams),
             shared,
-            # A multiprocessor keeps a KiB for each thread block and has one more than a block can ask for.
+            # A multiprocessor reserves 1 KiB per thread block. It has 1 KiB more than one block can request.
             min(resident, (launcher.shared_limit + 1024) // (shared + 1024)),
         )
 
     def _params(self, step: DecodeStep, division: _Division) -> DecodeParams:
-        """The structure of the launch: one for the kernel, of which only what changes from step to step is set."""
+        """The parameters of the launch. The structure is reused, and only what changes between steps is set."""
         params, query_heads, context = self._launch, step.query.shape[1], step.context
         if division is not self._divided:
             self._divided = division
@@ -327,9 +328,11 @@ class DecodeKernel:
         """Check that pages of a pool have the kernel's format."""
         key, value, batch = self.key, self.value, step.query.shape[0]
         if key.cap or value.cap:
-            raise RuntimeMismatchError("pages of a pool have no room for outliers; use a recipe without")
+            raise RuntimeMismatchError(
+                "pages of a pool have no room for outliers; use a recipe without outliers"
+            )
         if step.first_page:
-            raise RuntimeMismatchError("pages of a pool are read from the first one on")
+            raise RuntimeMismatchError("pages of a pool are read from page 0, so first_page has to be 0")
         pages = pool.pages
         if (
             pages.device != key.device
@@ -342,7 +345,7 @@ class DecodeKernel:
         starts = pool.key_codes, pool.value_codes, pool.value_token, pages.stride(0), pages.data_ptr()
         if max(ends) > pages.shape[1] or any(start % 16 for start in starts):
             raise RuntimeMismatchError(
-                f"pages of {pages.shape[1]} bytes do not hold the codes, aligned to 16 bytes"
+                f"codes and scales do not fit in pages of {pages.shape[1]} bytes, or are not aligned to 16 bytes"
             )
         check("the table of pages", pool.table, (batch, pool.table.shape[1]), torch.int32, key.device)
         check("addresses of exact tokens", pool.exact, (batch, 4), torch.int64, key.device)
@@ -374,12 +377,12 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
     check("query", query, (batch, query_heads, key.head_dim), query.dtype, device)
     if query_heads % key.heads:
         raise RuntimeMismatchError(
-            f"{query_heads} query heads are no multiple of {key.heads} key-value heads"
+            f"{query_heads} query heads are not a multiple of {key.heads} key-value heads"
         )
     pages, context = step.page_count, step.context
     blocks = context.blocks.shape[1]
     if blocks < (step.first_page + pages) * PAGE_BLOCKS:
-        raise RuntimeMismatchError(f"the block table lists {blocks} blocks, the pages hold more")
+        raise RuntimeMismatchError(f"the block table has {blocks} blocks, but the pages have more")
     # Their dtypes and strides were checked when the context was made, once for all layers.
     for name, tensor, shape in (
         ("blocks", context.blocks, (batch, blocks, 2)),
@@ -408,7 +411,7 @@ def _check_exact(key: KernelTables, step: DecodeStep) -> None:
 
 
 def _subgroups(group: int) -> int:
-    """Thread blocks that share the query heads of a key-value head."""
+    """Number of thread blocks that share the query heads of a key-value head."""
     return -(-group // MAX_GROUP)
 
 
@@ -420,8 +423,8 @@ def _divide(
     subgroups = _subgroups(group)
     blocks = heads * subgroups * batch
     if heads * subgroups > MAX_GRID or batch > MAX_GRID:
-        raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch takes")
-    # All thread blocks are to run at once, those for exact tokens too. A block has four warps, which take a page each.
+        raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch can handle")
+    # All thread blocks should run at once, including those for exact tokens. Each of a block's four warps takes a page.
     exact = -(-exact_tokens // EXACT_TOKENS)
     packed = min(max(resident // blocks - exact, 1), -(-pages // 4))
     return _Division(group, subgroups, packed, exact)

@@ -1,4 +1,4 @@
-"""What of a quantizer the decode kernel reads, in the order in which it reads it."""
+"""Tables of a quantizer for the decode kernel, in the order in which it reads them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class DecodeTables:
-    """Keys or values of a layer as the decode kernel reads them.
+    """Tables for the keys or values of a layer.
 
     Attributes:
-        bits: width of every channel with levels from a table; 0: each has its own, and levels are computed.
-        paths: with computed levels, codes are of a trellis.
-        channels: int32 ``[H, D, 2]``, word offset and ``coordinate | bits << 16``, in the kernel's order.
+        bits: width of all channels, with levels from a table; 0: each channel has its own width, and levels are
+            computed.
+        paths: with computed levels, whether codes follow a trellis.
+        channels: int32 ``[H, D, 2]``: word offset and ``coordinate | bits << 16``, in the kernel's order.
         levels: uint8 ``[H, D, n]``: tables, or the coefficients of polynomials.
         kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
         angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
-        pair_scale: float32 ``[H, D / 2, 2]``: what a query is multiplied by for a pair, and the reciprocal of that of
-            its levels.
-        affine: float32 ``[H, D, 2]``: factor and offset of the mixed output's channels.
-        fits: whether half precision holds the levels.
+        pair_scale: float32 ``[H, D / 2, 2]``: factor of the query for a pair, and the reciprocal of the factor of its
+            levels.
+        affine: float32 ``[H, D, 2]``: factor and offset of the result's channels.
+        fits: whether the levels are in the range of float16.
     """
 
     bits: int
@@ -47,34 +48,34 @@ class DecodeTables:
     fits: bool = True
 
     def tensors(self) -> list[Tensor]:
-        """All that are held."""
+        """All tensors."""
         found = (getattr(self, field.name) for field in fields(self))
         return [value for value in found if isinstance(value, Tensor)]
 
 
 class KernelTables(QuantizerTables):
-    """All that the kernels read of keys or values."""
+    """All tables of the kernels for keys or values."""
 
     @cached_property
     def decode(self) -> DecodeTables:
-        """What the decode kernel reads; of heads of a multiple of 16 channels."""
+        """Tables of the decode kernel. Heads must have a multiple of 16 channels."""
         if isinstance(self.quantizer, TrellisQuantizer):
             return _computed(self, self.quantizer)
         return _looked_up(self)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held beside the quantizer's parameters."""
+        """All tensors besides the quantizer's parameters."""
         return super().tensors() + (self.decode.tensors() if "decode" in vars(self) else [])
 
 
 def unsupported(key: KernelTables, value: KernelTables) -> str:
     """Why there is no decode kernel for a layer, or an empty string."""
     if key.head_dim % 16 or key.head_dim > MAX_HEAD_DIM:
-        return f"heads of {key.head_dim} channels have no kernel; multiples of 16 up to {MAX_HEAD_DIM} do"
+        return f"there is no kernel for heads of {key.head_dim} channels, only for multiples of 16 up to {MAX_HEAD_DIM}"
     if key.token:
-        return "keys with a scale per token have no kernel"
+        return "there is no kernel for keys with a scale per token"
     if not value.decode.fits:
-        return "value thresholds beyond float16 have no kernel"
+        return "there is no kernel for value thresholds beyond the range of float16"
     return ""
 
 
@@ -91,7 +92,7 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 
 def _pair_angles(tables: QuantizerTables, order: Tensor) -> Tensor:
-    """The angles of pairs, negative where the second channel comes first."""
+    """The angles of pairs, with opposite sign if the second channel comes first."""
     number = torch.empty(tables.head_dim, dtype=torch.int64, device=tables.device)
     is_first = torch.zeros(tables.head_dim, dtype=torch.bool, device=tables.device)
     for index, (first, second) in enumerate(tables.rope_pairs[0]):
@@ -103,7 +104,7 @@ def _pair_angles(tables: QuantizerTables, order: Tensor) -> Tensor:
 
 
 def _pair_scale(tables: QuantizerTables, angles: Tensor, norm: Tensor) -> Tensor:
-    """From what the levels of each pair are divided by, float32 ``[H, D / 2]``."""
+    """Factors of pairs, given what their levels are divided by: float32 ``[H, D / 2]``."""
     factor = norm * torch.where(angles[..., 0] != 0, tables.rope_scaling, 1.0)
     return torch.stack((factor, 1.0 / norm), dim=-1).contiguous()
 
@@ -126,7 +127,7 @@ def _looked_up(tables: QuantizerTables) -> DecodeTables:
     levels = _in_order(levels, order)
     fits = float(levels.abs().max()) <= torch.finfo(torch.float16).max
     angles, norm = _pair_angles(tables, order), torch.ones(heads, size // 2, device=tables.device)
-    if tables.kind == "key":  # the largest level of a pair leaves its table in [-1, 1]
+    if tables.kind == "key":  # dividing by the largest level of a pair gives a table in [-1, 1]
         norm = levels.abs().amax(-1).unflatten(-1, (-1, 2)).amax(-1)
         norm = torch.where(norm > 0, norm, 1.0)
         levels = levels / norm.repeat_interleave(2, dim=-1)[..., None]
@@ -150,9 +151,9 @@ def _looked_up(tables: QuantizerTables) -> DecodeTables:
 
 
 def _planes(levels: Tensor, entries: int) -> Tensor:
-    """Halves ``[..., L]`` as the table the kernel reads, bytes ``[..., 2 * entries]``.
+    """Make the kernel's table, bytes ``[..., 2 * entries]``, from halves ``[..., L]``.
 
-    Up to 32 entries the low bytes of all, then the high bytes; more stand as they are.
+    Up to 32 entries, all low bytes come first, then all high bytes. Larger tables are stored as they are.
     """
     padded = torch.zeros(*levels.shape[:-1], entries, dtype=torch.float16, device=levels.device)
     padded[..., : levels.shape[-1]] = levels
@@ -160,7 +161,7 @@ def _planes(levels: Tensor, entries: int) -> Tensor:
     return (pairs.mT if entries <= 32 else pairs).flatten(-2).contiguous()
 
 
-# ---- levels that are computed ----------------------------------------------------------------------------------------
+# ---- computed levels -------------------------------------------------------------------------------------------------
 
 
 def _computed(tables: QuantizerTables, quantizer: TrellisQuantizer) -> DecodeTables:
@@ -206,12 +207,12 @@ def _arrange(tables: QuantizerTables, widths: tuple[int, ...]) -> Arrangement:
 
 
 def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: QuantizerTables) -> Tensor:
-    """Coefficients, each twice, or a table of up to eight levels where the kernel has code for the width.
+    """Coefficients, each twice. If the kernel has code for it, a table of up to eight levels instead.
 
     Args:
         polynomial: float64 ``[H, D, 6]``.
-        made: the order of each head.
-        tables: of the layer.
+        made: the order of each head's channels.
+        tables: tables of the layer.
 
     Returns:
         uint8 ``[H, D, 32]``.
@@ -232,7 +233,7 @@ def _channel_numbers(polynomial: Tensor, made: list[Arrangement], tables: Quanti
 
 
 def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
-    """The polynomials in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 6]``."""
+    """Expand the polynomials in ``v = 2 i / L - 1`` instead of ``u = v + 1 / L``: float64 ``[C, 6]``."""
     coefficients = quantizer.coefficients.double()
     step = 1.0 / level_counts(quantizer.spec, quantizer.params.bits).double()
     count = coefficients.shape[1]
@@ -247,7 +248,7 @@ def _about_lower_end(quantizer: TrellisQuantizer) -> Tensor:
 
 
 def _power_of_two(size: Tensor) -> Tensor:
-    """The least power of two that is not below, 1 for 0."""
+    """The smallest power of two not below ``size``, or 1 if that is 0."""
     mantissa, exponent = torch.frexp(size)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     return torch.where(size > 0, torch.ldexp(torch.ones_like(size), exponent), 1.0)

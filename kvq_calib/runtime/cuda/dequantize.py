@@ -1,4 +1,4 @@
-"""Packed blocks as ordinary tensors: the kernel of ``dequantize.cu``."""
+"""Dequantize packed blocks: the kernel of ``dequantize.cu``."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def dequantize(
     dtype: torch.dtype,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Keys or values of whole blocks as an ordinary tensor.
+    """Dequantize keys or values of whole blocks.
 
     Args:
         launcher: runs the kernel.
-        table: of the tensor.
+        table: tables of the keys or values.
         pages: int64 ``[n, 6]``, see :class:`~kvq_calib.runtime.cuda.pages.PageTable`.
-        batch: sequences ``B``.
-        blocks: the ``m`` blocks wanted, counted from the first of ``pages``.
-        dtype: of the result, float16, bfloat16 or float32.
-        positions: int32 ``[B, 32 * m]``: turn keys there, and undo rotations of pairs; ``None``: leave both.
+        batch: number of sequences ``B``.
+        blocks: the ``m`` blocks to dequantize, counted from the first of ``pages``.
+        dtype: dtype of the result, float16, bfloat16 or float32.
+        positions: int32 ``[B, 32 * m]``: apply RoPE at these positions, and undo pair rotation. ``None``: neither.
 
     Returns:
         ``[B, H, 32 * m, D]``.
 
     Raises:
-        RuntimeMismatchError: a shape, dtype or device is not as promised, or has no kernel.
+        RuntimeMismatchError: a shape, dtype or device is wrong, or has no kernel.
     """
     heads, size, tokens = table.heads, table.head_dim, BLOCK_TOKENS * len(blocks)
     if size % 2:
-        raise RuntimeMismatchError(f"heads of {size} channels have no kernel; even numbers do")
+        raise RuntimeMismatchError(f"there is no kernel for heads of {size} channels, only for even numbers")
     if blocks.stop > pages.shape[0] * PAGE_BLOCKS:
         raise RuntimeMismatchError(f"block {blocks.stop - 1} is beyond the {pages.shape[0]} pages")
     if heads > MAX_GRID or batch > MAX_GRID:
-        raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch takes")
+        raise RuntimeMismatchError(f"{batch} sequences of {heads} heads are more than one launch can handle")
     check("pages", pages, (pages.shape[0], 6), torch.int64, table.device)
     if positions is not None:
         check("positions", positions, (batch, tokens), torch.int32, table.device)

@@ -1,4 +1,4 @@
-"""The CUDA driver, by way of the Python packages that speak to it: PyCUDA first, else cuda-bindings."""
+"""The CUDA driver, called through PyCUDA, or else through cuda-bindings."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ class DriverError(Exception):
 
 
 class Driver(Protocol):
-    """One device in the primary context that torch uses. Every method may raise :class:`DriverError`."""
+    """A device, in the primary context that torch uses. Every method may raise :class:`DriverError`."""
 
     @property
     def name(self) -> str:
-        """Of the package, and its version where it says one."""
+        """Name of the package, and its version if known."""
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory that a thread block can ask for."""
+        """Largest shared memory of a thread block, in bytes."""
 
     def load(self, code: bytes) -> Any:
-        """A module from machine code."""
+        """Load a module from machine code."""
 
     def function(self, module: Any, name: str, params_size: int) -> Any:
-        """A kernel that takes one structure of ``params_size`` bytes."""
+        """Get a kernel that takes one structure of ``params_size`` bytes."""
 
     def integer(self, module: Any, name: str) -> int:
-        """The ``int`` that a module declares."""
+        """Read an ``int`` that a module declares."""
 
     def allow_shared(self, function: Any, shared_bytes: int) -> None:
-        """Let thread blocks of a kernel ask for more shared memory than what needs no asking."""
+        """Allow a kernel more shared memory than the default limit."""
 
     def launch(
         self,
@@ -52,23 +52,25 @@ class Driver(Protocol):
         params: ctypes.Structure,
         stream: int,
     ) -> None:
-        """Enqueue a kernel: after all work of torch's stream with the handle ``stream``, which is the current one,
-        and before what is enqueued there later."""
+        """Enqueue a kernel on torch's current stream, whose handle is ``stream``.
+
+        It runs after earlier work of this stream and before later work.
+        """
 
 
 class PyCudaDriver:
-    """By PyCUDA.
+    """The driver through PyCUDA.
 
-    It lets go of the primary context when it is freed, so a process keeps one for each device. PyCUDA cannot adopt a
-    stream of torch's, but torch can adopt one of PyCUDA's: kernels run there, between events of torch's stream, unless
-    that is the legacy default stream, which is the same for both.
+    A process keeps one object per device, because freeing it releases the primary context. PyCUDA cannot adopt a
+    stream of torch, but torch can adopt one of PyCUDA. So kernels run on a stream of PyCUDA, between events of torch's
+    stream. If torch's stream is the legacy default stream, which is the same for both, they run there.
 
     Args:
-        device: a CUDA device with an index, whose context torch has made.
+        device: a CUDA device with an index. Torch must have created its context.
 
     Raises:
-        ImportError: there is no PyCUDA, or it does not fit this driver.
-        DriverError: the driver refuses.
+        ImportError: PyCUDA is not installed, or does not work with this driver.
+        DriverError: a call of the driver fails.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -150,7 +152,7 @@ class PyCudaDriver:
             current.wait_stream(seen_by_torch)
 
     def _side_stream(self) -> tuple[Any, torch.cuda.Stream]:
-        """A stream of PyCUDA's, and the same as torch sees it."""
+        """A stream of PyCUDA, and torch's object for it."""
         if self._side is None:
             with self._current():
                 own = self._driver.Stream()
@@ -159,14 +161,14 @@ class PyCudaDriver:
 
 
 class BindingsDriver:
-    """By NVIDIA's cuda-bindings, which torch's own CUDA builds bring along; launches on torch's streams themselves.
+    """The driver through NVIDIA's cuda-bindings. It launches directly on torch's streams.
 
     Args:
-        device: a CUDA device with an index, whose context torch has made.
+        device: a CUDA device with an index. Torch must have created its context.
 
     Raises:
-        ImportError: there is no cuda-bindings of version 12.6 or newer.
-        DriverError: the driver refuses.
+        ImportError: cuda-bindings 12.6 or newer is not installed.
+        DriverError: a call of the driver fails.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -182,10 +184,10 @@ class BindingsDriver:
         self.shared_limit = int(self._call(driver.cuDeviceGetAttribute, attribute, number))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A call's results without the status."""
+        """Call a function of the driver. Returns its results without the status."""
         try:
             status, *results = function(*arguments)
-        except RuntimeError as error:  # the library or a function of it is not there
+        except RuntimeError as error:  # the library or one of its functions is missing
             raise DriverError(_line(str(error))) from error
         if int(status) != 0:
             raise DriverError(f"{function.__name__}: {getattr(status, 'name', status)}")
@@ -252,13 +254,13 @@ _DRIVERS: tuple[Callable[[torch.device], Driver], ...] = (PyCudaDriver, Bindings
 
 
 def make_driver(device: torch.device) -> Driver:
-    """The first driver that can be had.
+    """Make the first driver that works.
 
     Args:
-        device: a CUDA device with an index, whose context torch has made.
+        device: a CUDA device with an index. Torch must have created its context.
 
     Raises:
-        RuntimeMismatchError: none can; says why not, and what to install.
+        RuntimeMismatchError: none works. The message has the reasons, and what to install.
     """
     reasons = []
     for make in _DRIVERS:
@@ -267,11 +269,11 @@ def make_driver(device: torch.device) -> Driver:
         except (ImportError, DriverError) as error:
             reasons.append(_line(str(error)))
     raise RuntimeMismatchError(
-        f"neither PyCUDA ({reasons[0]}) nor cuda-bindings ({reasons[1]}) reaches the CUDA driver; "
+        f"neither PyCUDA ({reasons[0]}) nor cuda-bindings ({reasons[1]}) can use the CUDA driver; "
         "pip install cuda-bindings"
     )
 
 
 def _line(message: str) -> str:
-    """The first line of a message: the driver adds its log."""
+    """The first line of a message. The driver may append its log."""
     return (message.strip() or "no reason given").splitlines()[0]

@@ -1,9 +1,9 @@
-"""How the decode kernel takes channels whose widths differ: sorted, so that it meets few kinds of them.
+"""The order of channels with different widths in the decode kernel.
 
-The kernel reads four RoPE pairs of keys at a time (a *step*), and 16 channels of values (a *tile*). It has code of its
-own for each *kind* of them: pairs whose first channel has one width and whose second has another, and tiles whose first
-and second eight channels have these widths. What is left over goes to kinds that take any widths up to 3, up to 5, or
-all, more slowly.
+The kernel reads four RoPE pairs of keys at a time (a *step*), or 16 channels of values (a *tile*). The *kind* of a step
+is the widths of its pairs' first and second channels; the kind of a tile is the widths of its first and second eight
+channels. The kernel has a loop for each kind, so channels are sorted by width. Remaining channels go to slower kinds,
+for any widths up to 3, up to 5, or up to 8.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ __all__ = [
     "arrange_values",
 ]
 
-#: In the place of a width: channels of up to 3 bits, up to 5, any.
+#: Instead of a width: channels of up to 3 bits, up to 5, or any.
 NARROW, MEDIUM, ANY = -1, -2, -3
 _MOST = {NARROW: 3, MEDIUM: 5, ANY: 8}
 Widths = tuple[int, int]
-#: Widths of a pair's first and second channel, in the order in which their steps stand; ``decode_params.cuh`` has the
-#: same.
+#: Widths of a pair's first and second channel, in the order of their steps. ``decode_params.cuh`` has the same list.
 KEY_KINDS: tuple[Widths, ...] = (
     *((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5), (5, 6), (6, 6)),
     *((NARROW, NARROW), (MEDIUM, MEDIUM), (ANY, ANY)),
 )
-#: Widths of a tile's first and second eight channels.
+#: Widths of a tile's first and second eight channels, in the order of their tiles.
 VALUE_KINDS: tuple[Widths, ...] = (
     *((0, 0), (1, 1), (1, 2), (2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (3, 5), (4, 4), (4, 5), (5, 5)),
     *((5, 6), (6, 6), (MEDIUM, MEDIUM), (ANY, ANY)),
@@ -49,12 +48,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The channels of one head as the kernel takes them.
+    """The order of the channels of one head.
 
     Attributes:
-        order: coordinates; of keys pair after pair, the narrower channel first.
-        widths: that the kernel has code for, or :data:`NARROW`, :data:`MEDIUM`, :data:`ANY`; of each of ``order``.
-        ends: of each kind, the number of steps or tiles up to its last.
+        order: coordinates. Keys are in pairs, with the narrower channel first.
+        widths: the width that the kernel assumes for each channel in ``order``, or :data:`NARROW`, :data:`MEDIUM`,
+            :data:`ANY`.
+        ends: number of steps or tiles up to the last of each kind.
     """
 
     order: tuple[int, ...]
@@ -63,11 +63,11 @@ class Arrangement:
 
 
 def arrange_pairs(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Arrangement:
-    """Keys of one head.
+    """Arrange the keys of one head.
 
     Args:
-        widths: of its channels.
-        pairs: their coordinates, all of them, a multiple of four pairs.
+        widths: widths of its channels.
+        pairs: coordinates of all pairs, a multiple of four pairs.
     """
     by_widths: dict[Widths, list[tuple[int, int]]] = defaultdict(list)
     for pair in pairs:
@@ -89,10 +89,10 @@ def arrange_pairs(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Ar
 
 
 def arrange_values(widths: Sequence[int]) -> Arrangement:
-    """Values of one head, a multiple of 16 channels of these widths."""
+    """Arrange the values of one head, given the widths of its channels, a multiple of 16."""
     half = _TILE // 2
     tiles: dict[Widths, list[int]] = {kind: [] for kind in VALUE_KINDS}
-    eights: dict[int, list[int]] = {}  # eight channels of one width that found no others
+    eights: dict[int, list[int]] = {}  # eight channels of one width that are not in a tile yet
     left: list[int] = []
     for width in sorted(set(widths)):
         channels = [channel for channel, own in enumerate(widths) if own == width]
@@ -114,13 +114,13 @@ def arrange_values(widths: Sequence[int]) -> Arrangement:
 
 
 def _cut(items: list[Item], size: int) -> tuple[list[Item], list[Item]]:
-    """As many as fill whole groups of a size, and the others; none of size 0."""
+    """Split a list into whole groups of a size, and the rest. With size 0, all is rest."""
     whole = len(items) // size * size if size else 0
     return items[:whole], items[whole:]
 
 
 def _arranged(by_kind: Mapping[Widths, Sequence[int]], size: int, run: int) -> Arrangement:
-    """Channels by kind, in groups of ``size`` where runs of ``run`` have the first width and the second in turn."""
+    """Join channels by kind, in groups of ``size``, in which runs of ``run`` channels alternate between two widths."""
     order: list[int] = []
     widths: list[int] = []
     ends: list[int] = []

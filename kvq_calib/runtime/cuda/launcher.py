@@ -1,4 +1,4 @@
-"""Kernels on their way to a GPU; ``docs/reference/kernels.md`` says how streams and context go with torch's."""
+"""Launch kernels on a GPU. ``docs/reference/kernels.md`` describes streams and context."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kvq_calib.runtime.cuda.drivers import Driver, DriverError, make_driver
 
 __all__ = ["GpuLauncher", "Kernel", "Launcher", "launcher_for"]
 
-#: Oldest architecture the kernels run on.
+#: Oldest architecture that the kernels support.
 MIN_CAPABILITY = (8, 0)
-#: Shared memory of a thread block that need not be asked for.
+#: Default limit on the shared memory of a thread block.
 _DEFAULT_SHARED = 48 * 1024
 
-#: Runs a kernel, given its grid, threads of a block, bytes of shared memory and parameters: after all work of torch's
-#: current stream and before what is enqueued there later. May raise RuntimeMismatchError.
+#: Enqueues a kernel on torch's current stream, given its grid, threads per block, shared bytes and parameters. It may
+#: raise RuntimeMismatchError.
 Kernel = Callable[[tuple[int, int, int], int, int, ctypes.Structure], None]
 
 
@@ -31,11 +31,11 @@ class Launcher(Protocol):
 
     @property
     def multiprocessors(self) -> int:
-        """How many thread blocks run side by side, about."""
+        """Number of multiprocessors."""
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory a thread block can have."""
+        """Largest shared memory of a thread block, in bytes."""
 
     def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
         """An ``int`` that the compiled ``source`` declares."""
@@ -43,18 +43,19 @@ class Launcher(Protocol):
     def kernel(
         self, source: str, defines: tuple[str, ...], name: str, params: type[ctypes.Structure]
     ) -> Kernel:
-        """Kernel ``name`` of ``kernels/cuda/<source>``, compiled with ``-D`` ``defines``; takes ``params``."""
+        """Kernel ``name`` of ``kernels/cuda/<source>``, compiled with ``-D`` ``defines``. It takes ``params``."""
 
 
 class GpuLauncher:
-    """Runs kernels on a GPU, in the primary context that torch uses. A process has one for each device, so that modules
-    are loaded once: :func:`launcher_for`.
+    """Runs kernels on a GPU, in the primary context that torch uses.
+
+    A process has one per device (:func:`launcher_for`), so modules are loaded once.
 
     Args:
         device: a CUDA device.
 
     Raises:
-        RuntimeMismatchError: no driver, nothing that speaks to it, or a GPU that is too old.
+        RuntimeMismatchError: the driver or a package to call it is missing, or the GPU is too old.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,19 +66,19 @@ class GpuLauncher:
                 f"this GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 or newer"
             )
         self.arch = f"sm_{capability[0]}{capability[1]}"
-        torch.empty(1, device=self.device)  # torch makes the primary context first
+        torch.empty(1, device=self.device)  # torch has to create the primary context
         self.driver: Driver = make_driver(self.device)
         self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._kernels: dict[tuple[str, tuple[str, ...], str], Kernel] = {}
 
     @cached_property
     def multiprocessors(self) -> int:
-        """Of the device."""
+        """Number of multiprocessors of the device."""
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     @property
     def shared_limit(self) -> int:
-        """Of the device, for blocks that ask for more than the default."""
+        """Largest shared memory of a thread block on this device, in bytes."""
         return self.driver.shared_limit
 
     def _module(self, source: str, defines: tuple[str, ...]) -> Any:
@@ -89,18 +90,18 @@ class GpuLauncher:
     def _load(self, source: str, defines: tuple[str, ...]) -> Any:
         try:
             return self.driver.load(compile_cubin(source, defines, self.arch, cache_folder()))
-        except DriverError as error:  # a damaged file in the cache would be refused likewise
+        except DriverError as error:  # a damaged file in the cache gives this error too
             refused = error
         try:
             return self.driver.load(compile_cubin(source, defines, self.arch, cache_folder(), fresh=True))
         except DriverError as error:
             raise RuntimeMismatchError(
-                f"the driver does not take what nvcc made of {source} ({error}); "
+                f"the driver cannot load {source} as compiled by nvcc ({error}); "
                 "install a newer driver, or an older CUDA toolkit"
             ) from error
         except RuntimeMismatchError as error:
             raise RuntimeMismatchError(
-                f"the driver does not take the compiled {source} ({refused}), and {error}"
+                f"the driver cannot load the compiled {source} ({refused}), and {error}"
             ) from error
 
     def prepare(self, source: str) -> None:
@@ -157,10 +158,10 @@ _making = Lock()
 
 
 def launcher_for(device: torch.device) -> GpuLauncher:
-    """The launcher of a CUDA device: one for the process.
+    """The launcher of a CUDA device, the same for the whole process.
 
     Raises:
-        RuntimeMismatchError: no driver, nothing that speaks to it, or a GPU that is too old.
+        RuntimeMismatchError: the driver or a package to call it is missing, or the GPU is too old.
     """
     with _making:
         index = _index(device)

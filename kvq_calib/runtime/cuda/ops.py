@@ -1,4 +1,4 @@
-"""The operations of a cache on a GPU: kernels where they serve, torch on the same device where not."""
+"""The operations of a cache on a GPU, with kernels where possible, and else with torch on the same device."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = ["CudaOps", "make_cuda_ops", "ops_with"]
 
 
 class CudaOps:
-    """Packing and attention of one layer; see :class:`kvq_calib.runtime.ops.Ops`. What is stored is as with torch.
+    """Packing and attention of one layer; see :class:`kvq_calib.runtime.ops.Ops`. It stores the same bits as torch.
 
     Args:
-        key, value: quantizers of the layer, on the device of the model; heads are of one size.
+        key, value: quantizers of the layer, on the device of the model, for heads of the same size.
         launcher: runs the kernels.
-        view: shared by the layers of a cache.
+        view: view of the slots, shared by the layers of a cache.
     """
 
-    #: Of the backend.
+    #: Name of the backend.
     name = "cuda"
 
     def __init__(self, key: Quantizer, value: Quantizer, launcher: Launcher, view: SlotView) -> None:
@@ -49,7 +49,7 @@ class CudaOps:
         self.view = view
         self.key_tables = KernelTables(key, "key")
         self.value_tables = KernelTables(value, "value")
-        #: Why decode steps take torch, or empty.
+        #: Why decode steps use torch, or an empty string.
         self.reason = unsupported(self.key_tables, self.value_tables)
         self._torch = TorchOps(key, value)
         self.rope = self._torch.rope
@@ -66,21 +66,21 @@ class CudaOps:
         return [*self.key_tables.tensors(), *self.value_tables.tensors(), *pages, *rope]
 
     def join(self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None) -> None:
-        """Nothing: torch does it."""
+        """Do nothing. Torch joins tokens."""
 
     def pack(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
-        """Code whole blocks, ``[B, H, 32 * n, D]`` each, and store them."""
+        """Code and store whole blocks, ``[B, H, 32 * n, D]`` each."""
         append_blocks(self.launcher, self.key_tables, self.value_tables, storage, keys, values)
 
     def attend(self, request: AttentionRequest, storage: LayerStorage, table: SlotTable) -> Tensor:
-        """Attend to everything stored: ``[B, T, Hq, D]``, contiguous, in the dtype of the query."""
+        """Attend to all stored tokens: ``[B, T, Hq, D]``, contiguous, in the dtype of the query."""
         query = request.query
         if query.shape[2] == 1 and query.dtype in (torch.float16, torch.bfloat16) and not self.reason:
             context = self.view.context(request.visibility, table)
             if context is not None:
                 try:
                     return self._decode(request, storage, table, context)
-                except RuntimeMismatchError as error:  # nvcc fails, the GPU is too small: say so once, go on
+                except RuntimeMismatchError as error:  # nvcc fails, or the GPU is too small
                     self.reason = str(error)
                     warnings.warn(f"{error}; torch decodes from here on", RuntimeWarning, stacklevel=2)
         plain = request.softcap is None and request.sinks is None and query.dtype in TYPES
@@ -90,7 +90,7 @@ class CudaOps:
 
     @cached_property
     def kernel(self) -> DecodeKernel:
-        """What attends; of a layer without a :attr:`reason`."""
+        """The decode kernel of a layer without a :attr:`reason`."""
         return DecodeKernel(self.launcher, self.key_tables, self.value_tables)
 
     def _page_tables(self, storage: LayerStorage) -> tuple[Tensor, Tensor]:
@@ -130,26 +130,26 @@ class CudaOps:
 
 
 def make_cuda_ops(quantizers: Sequence[Mapping[Kind, Quantizer]], device: torch.device) -> list[CudaOps]:
-    """The operations of every layer of a cache on a GPU.
+    """Make the operations of all layers of a cache on a GPU.
 
     Raises:
-        RuntimeMismatchError: there is no GPU, no driver, nothing that speaks to it, no compiler, the GPU is too old,
-            or a layer has no kernels.
+        RuntimeMismatchError: a GPU, a driver, a package to call it, or a compiler is missing; the GPU is too old; or
+            there are no kernels for a layer.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeMismatchError("there is no CUDA device")
     _check_layers(quantizers)
     launcher = launcher_for(device)
-    for source in ("append.cu", "dequantize.cu"):  # shows early whether the compiler works
+    for source in ("append.cu", "dequantize.cu"):  # fails early if the compiler does not work
         launcher.prepare(source)
     return ops_with(quantizers, launcher)
 
 
 def ops_with(quantizers: Sequence[Mapping[Kind, Quantizer]], launcher: Launcher) -> list[CudaOps]:
-    """The operations of every layer, run by ``launcher``; says once which layers decode without kernels.
+    """Make the operations of all layers, run by ``launcher``. One warning per reason names a layer that torch decodes.
 
     Raises:
-        RuntimeMismatchError: a layer has no kernels.
+        RuntimeMismatchError: there are no kernels for a layer.
     """
     _check_layers(quantizers)
     view = SlotView()
@@ -164,10 +164,10 @@ def _check_layers(quantizers: Sequence[Mapping[Kind, Quantizer]]) -> None:
     for index, pair in enumerate(quantizers):
         other = [q.codec for q in pair.values() if q.codec not in CODECS]
         if other:
-            raise RuntimeMismatchError(f"layer {index}: the codec {other[0]!r} has no CUDA kernels")
+            raise RuntimeMismatchError(f"layer {index}: there are no CUDA kernels for the codec {other[0]!r}")
         sizes = [pair[kind].layout.head_dim for kind in ("key", "value")]
         if sizes[0] != sizes[1]:
             raise RuntimeMismatchError(
                 f"layer {index} has heads of {sizes[0]} channels in keys and {sizes[1]} in values; "
-                "the kernels take one size for both"
+                "the kernels need the same size for both"
             )

@@ -1,4 +1,4 @@
-"""Where a tensor's pages stand on the device."""
+"""Addresses of a tensor's pages on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PageTable", "page_rows"]
 
 
 def page_rows(pages: Sequence[Page]) -> Tensor:
-    """Buffers of pages and bytes of a list start: ``PagePointers`` in ``common.cuh``, int64 ``[n, 6]``."""
+    """Buffer addresses of pages, and bytes of a list start: ``PagePointers`` in ``common.cuh``, int64 ``[n, 6]``."""
     rows = [
         [
             *(
@@ -35,14 +35,14 @@ def page_rows(pages: Sequence[Page]) -> Tensor:
 
 
 class PageTable:
-    """Device pointers of a tensor's pages, int64 ``[n, 6]``, kept up to date page by page."""
+    """A table of the addresses of a tensor's pages, int64 ``[n, 6]``, which is updated page by page."""
 
     def __init__(self, packed: PackedTensor) -> None:
         self.packed = packed
         self._pages: list[Page] = []
         self._list: list[Page] | None = None
         self._host = torch.empty(0, 6, dtype=torch.int64)
-        #: What the table was made of: the last page, its outliers, and how many blocks and pages there were.
+        #: The state at the last update: the last page and its outliers, and numbers of pages, blocks, dropped pages.
         self._last: tuple[Page | None, Tensor | None] = None, None
         self._counts = -1, -1, -1
         self.tensor = self._host

@@ -39,20 +39,20 @@ _THREADS = 128
 
 
 class StepContext:
-    """Which tokens a step sees, on the device; the same for all layers of one window.
+    """The visible tokens of a step, on the device. All layers with the same window share it.
 
     Args:
         launcher: runs the kernel.
-        table: of the cache; its sinks have been found.
-        context: of the slots held now, whatever the window.
-        window: slots that a query sees, itself included; ``None``: all.
-        room: blocks for which there is room.
-        positions: int64 ``[B]`` on the device, of the new tokens; read at every step.
+        table: slots of the cache, after its sinks were found.
+        context: context of the current slots, for any window.
+        window: number of slots that a query sees, including its own; ``None``: all.
+        room: number of blocks to allocate.
+        positions: positions of the new tokens, int64 ``[B]`` on the device; read at every step.
         state: int32 ``[STATE_WORDS]`` on the device.
 
     Attributes:
-        capacity: exact tokens behind the blocks for which there is room.
-        decode: what the decode kernel reads.
+        capacity: room for exact tokens behind the blocks.
+        decode: context for the decode kernel.
     """
 
     def __init__(
@@ -99,19 +99,19 @@ class StepContext:
         )
 
     def advance(self) -> None:
-        """Begin a step: one more token for every sequence."""
+        """Begin a step with a new token for every sequence."""
         kernel = self.launcher.kernel("step.cu", (), "advance_step", StepParams)
         kernel((1, 1, 1), _THREADS, 0, self._params)
 
 
 class StepLayer:
-    """What a layer does in a step.
+    """Packing and attention of a layer in a step.
 
     Args:
-        kernel: of the layer.
-        context: of its window.
-        storage: of the layer; is read now and not written.
-        pages: int64 ``[P, 6]`` each, where pages of keys and of values stand.
+        kernel: decode kernel of the layer.
+        context: context of its window.
+        storage: storage of the layer. It is read here, and not changed.
+        pages: addresses of the pages of keys and of values, int64 ``[P, 6]`` each.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class StepLayer:
                     self._place.side[side] = place_side(self._tables[side], pages[side], own)
 
     def store(self, keys: Tensor, values: Tensor) -> None:
-        """Add the new tokens, ``[B, H, 1, D]`` as the quantizers take them, and pack a block where one is full.
+        """Store new tokens, input of the quantizers ``[B, H, 1, D]``, and pack a block if it is full.
 
         Raises:
-            RuntimeMismatchError: a shape, dtype, stride or device is not as promised.
+            RuntimeMismatchError: a shape, dtype, stride or device is wrong.
         """
         for number, (x, exact) in enumerate(zip((keys, values), self._exact, strict=True)):
             batch, heads, _, size = exact.shape
@@ -174,7 +174,7 @@ class StepLayer:
             launch_place(self._launcher, self._place, 1)
 
     def attend(self, request: AttentionRequest) -> Tensor:
-        """Attend to everything stored: ``[B, 1, Hq, D]``, in the dtype of the query; the context says what is seen."""
+        """Attend to the visible tokens of the context: ``[B, 1, Hq, D]``, in the dtype of the query."""
         step = DecodeStep(
             query=request.query[:, :, 0].contiguous(),
             key_pages=self._pages[0],
@@ -189,6 +189,6 @@ class StepLayer:
         return self._kernel.attend(step)[:, None]
 
     def tail(self, held: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the exact tokens behind the blocks, of which so many are held."""
+        """Copies of the keys and values of the first ``held`` exact tokens behind the blocks."""
         keys, values = self._exact
         return keys[:, :, :held].clone(), values[:, :, :held].clone()

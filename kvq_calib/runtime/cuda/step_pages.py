@@ -1,4 +1,4 @@
-"""Pages that are filled by steps which the host does not watch: opened ahead, told to the device without waiting."""
+"""Pages for captured steps. The host opens them in advance, and tells the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["HostCopy", "StepPages"]
 
 @dataclass(frozen=True)
 class _Lists:
-    """The outlier lists of a page that is being filled, with room for as many as there may be.
+    """The outlier lists of a page while it is filled, with room for the largest number of outliers.
 
     Attributes:
-        packed: whose page it is.
-        page: has the starts, and gets the entries once their number is known; until then it holds none.
-        index, residual: int16 and storage dtype, the entries.
+        packed: the tensor of the page.
+        page: has the starts of the lists. It gets the entries when their number is known, and has none until then.
+        index, residual: entries, int16 and storage dtype.
     """
 
     packed: PackedTensor
@@ -32,7 +32,7 @@ class _Lists:
 
     @classmethod
     def of(cls, packed: PackedTensor, page: Page) -> _Lists:
-        """Take over what the page has."""
+        """Take the entries of a page."""
         assert page.outlier_index is not None
         assert page.outlier_residual is not None
         room = PAGE_TOKENS * packed.batch * packed.layout.outlier_cap
@@ -47,40 +47,40 @@ class _Lists:
         return cls(packed, page, *(after for _, after in made))
 
     def roomy(self) -> Page:
-        """The page with these lists in the place of its own."""
+        """The page with these lists instead of its own."""
         page = self.page
         return Page(page.codes, page.token_params, self.index, self.residual, page.outlier_start)
 
     def entries(self, blocks: int) -> Tensor:
-        """How many there are after so many blocks of the page, on the device."""
+        """Number of entries in the first ``blocks`` blocks of the page, on the device."""
         assert self.page.outlier_start is not None
         return self.page.outlier_start[blocks * self.packed.batch * self.packed.layout.heads]
 
     def close(self, entries: int) -> None:
-        """Give the page its entries."""
+        """Copy the first ``entries`` entries to the page."""
         self.page.outlier_index = self.index[:entries].clone()
         self.page.outlier_residual = self.residual[:entries].clone()
 
 
 class StepPages:
-    """The pages of all layers while steps fill them by themselves.
+    """The pages of all layers while captured steps fill them.
 
-    A page with outliers has room for as many as there may be until the next one begins, and a block more: how many
-    there are is copied to the host meanwhile, which never waits for it.
+    A page with outliers has room for their largest number while it is filled, and for one block after that. In the
+    meantime, the actual number is copied to the host, so the host does not have to wait.
 
     Args:
-        packed: keys and values of every layer, all of them with as many blocks.
-        room: pages for which the table has room.
+        packed: keys and values of all layers, with equal numbers of blocks.
+        room: number of pages to allocate in the table.
 
     Attributes:
-        table: int64 ``[len(packed), room, 6]``: where pages stand, by their number; see :class:`PageTable`.
+        table: addresses of pages by their number, int64 ``[len(packed), room, 6]``; see :class:`PageTable`.
     """
 
     def __init__(self, packed: Sequence[PackedTensor], room: int) -> None:
         self.packed = packed
         self.table = torch.zeros(len(packed), room, 6, dtype=torch.int64, device=packed[0].device)
         self._open: list[_Lists] = []
-        #: Lists of the page before, how many entries each has, and the number of that page.
+        #: Lists of the previous page, numbers of their entries, and the number of that page.
         self._full: tuple[list[_Lists], HostCopy, int] | None = None
         for row, tensor in zip(self.table, packed, strict=True):
             first = tensor.dropped_pages
@@ -90,11 +90,11 @@ class StepPages:
 
     @property
     def blocks(self) -> int:
-        """Blocks packed."""
+        """Number of packed blocks."""
         return self.packed[0].blocks
 
     def before_block(self) -> None:
-        """Be ready for one more block; does not wait for the device."""
+        """Prepare for one more block, without waiting for the device."""
         if self._full is not None:
             lists, entries, number = self._full
             self._full = None
@@ -112,12 +112,12 @@ class StepPages:
             self._make_room(number)
 
     def after_block(self) -> None:
-        """A block has been packed."""
+        """Count a packed block."""
         for tensor in self.packed:
             tensor.blocks += 1
 
     def close(self) -> None:
-        """Give every page its own lists again, and forget a page that has got no block."""
+        """Give all pages their own lists again, and remove a page without blocks."""
         if self._full is not None:
             lists, entries, _ = self._full
             for each, count in zip(lists, entries.read(), strict=True):
@@ -136,23 +136,23 @@ class StepPages:
         self._tell(number)
 
     def _tell(self, number: int) -> None:
-        """Write where a page of every tensor stands."""
+        """Write the address of this page of every tensor to the table."""
         roomy = {id(each.page): each.roomy() for each in self._open}
         rows = torch.zeros(len(self.packed), 6, dtype=torch.int64)
         for row, tensor in zip(rows, self.packed, strict=True):
-            if number >= tensor.dropped_pages:  # else nobody reads it any more
+            if number >= tensor.dropped_pages:  # otherwise it is not read any more
                 page = tensor.pages[number - tensor.dropped_pages]
                 row.copy_(page_rows([roomy.get(id(page), page)])[0])
-        # What is copied from pinned memory is not waited for; torch frees that memory once it has been read.
+        # A copy from pinned memory does not wait. Torch frees the memory after it was read.
         on_gpu = self.table.device.type == "cuda"
         self.table[:, number].copy_(rows.pin_memory() if on_gpu else rows, non_blocking=True)
 
 
 class HostCopy:
-    """Numbers on their way from the device to the host.
+    """A copy of numbers from the device to the host that does not wait.
 
     Args:
-        numbers: integers, one-dimensional.
+        numbers: integers ``[n]``.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -164,7 +164,7 @@ class HostCopy:
             self._event.record()
 
     def read(self) -> list[int]:
-        """Waits until they are there."""
+        """Wait for the copy, and return it."""
         if self._event is not None:
             self._event.synchronize()
         found: list[int] = self._numbers.tolist()

@@ -1,6 +1,6 @@
-"""Parameters of the kernels as the sources declare them, and the checks that they all need.
+"""Parameters of the kernels, as the sources declare them, and checks of tensors.
 
-Sizes are compared with those of the sources by the tests, so a field that is missing here is found.
+Tests compare the sizes with those in the sources, to find missing fields.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = [
     "pointer",
 ]
 
-#: Second and third dimension of a grid.
+#: Largest second and third dimension of a grid.
 MAX_GRID = 65535
-#: Numbers that the kernels know dtypes by.
+#: Numbers of dtypes in the kernels.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class DecodeParams(ctypes.Structure):
-    """Of ``decode_attention``."""
+    """Parameters of ``decode_attention``."""
 
     _fields_ = (
         *(
@@ -103,7 +103,7 @@ class AppendSide(ctypes.Structure):
 
 
 class AppendParams(ctypes.Structure):
-    """Of ``append_blocks``."""
+    """Parameters of ``append_blocks``."""
 
     _fields_ = (
         ("side", AppendSide * 2),
@@ -122,7 +122,7 @@ class PlaceSide(ctypes.Structure):
 
 
 class PlaceParams(ctypes.Structure):
-    """Of ``place_outliers``."""
+    """Parameters of ``place_outliers``."""
 
     _fields_ = (
         ("side", PlaceSide * 2),
@@ -132,7 +132,7 @@ class PlaceParams(ctypes.Structure):
 
 
 class StepParams(ctypes.Structure):
-    """Of ``advance_step``."""
+    """Parameters of ``advance_step``."""
 
     _fields_ = (
         *((name, _P) for name in ("state", "position", "exact", "sink", "sink_slot", "blocks", "seen")),
@@ -141,7 +141,7 @@ class StepParams(ctypes.Structure):
 
 
 class StepState(ctypes.Structure):
-    """Where a cache stands, on the device; see ``step.cuh``."""
+    """The state of a cache, on the device; see ``step.cuh``."""
 
     _fields_ = (
         *((name, _I) for name in ("length", "held", "packed", "blocks", "place", "closes")),
@@ -151,7 +151,7 @@ class StepState(ctypes.Structure):
 
 
 class DequantizeParams(ctypes.Structure):
-    """Of ``dequantize_blocks``."""
+    """Parameters of ``dequantize_blocks``."""
 
     _fields_ = (
         *((name, _P) for name in ("pages", "levels", "scale", "zero_point", "coefficients", "bits")),
@@ -164,20 +164,22 @@ class DequantizeParams(ctypes.Structure):
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers stand; ``None`` where there are none."""
+    """The address of a tensor's numbers, or ``None`` if it has none."""
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def check(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse a tensor that is not what a kernel was promised.
+    """Check that a tensor has the device, dtype, shape and strides that a kernel expects.
 
     Raises:
-        RuntimeMismatchError: says in what it differs.
+        RuntimeMismatchError: it differs, with what differs.
     """
     if tensor.device != device:
-        raise RuntimeMismatchError(f"{name} is on {tensor.device}, the cache on {device}; move it there")
+        raise RuntimeMismatchError(
+            f"{name} is on {tensor.device}, but the cache is on {device}; move it there"
+        )
     if tensor.dtype != dtype:
         raise RuntimeMismatchError(f"{name} is {tensor.dtype}, expected {dtype}; convert it")
     if tuple(tensor.shape) != shape:

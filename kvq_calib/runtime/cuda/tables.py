@@ -1,4 +1,4 @@
-"""What of a quantizer the kernels read, in the order in which they read it."""
+"""Tables of a quantizer for the kernels, in the order in which they read them."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from kvq_calib.schema.spec import Kind
 
 __all__ = ["CODECS", "QuantizerTables"]
 
-#: Codecs that the kernels know.
+#: Codecs that the kernels support.
 CODECS = (ScalarQuantizer.codec, TrellisQuantizer.codec)
 
 
 class QuantizerTables:
-    """One quantizer's numbers as the kernels read them; made once.
+    """The tables of one quantizer. They are made once.
 
     Args:
-        quantizer: keys or values of a layer, on the device of the cache.
-        kind: which.
+        quantizer: quantizer of the keys or values of a layer, on the device of the cache.
+        kind: whether it quantizes keys or values.
 
     Attributes:
-        heads, head_dim: shape of a token; ``words`` code words of a sequence in a page.
+        heads, head_dim: shape of a token.
+        words: number of code words of a sequence in a page.
         bits, word_offset: uint8 and int32 ``[C]``.
-        levels, boundaries: float32 ``[L]`` and ``[L - 1]`` of all channels, where they share their levels; or ``None``.
-        coefficients: float32 ``[C, 6]``, of computed levels; or ``None``.
-        scale, zero_point, reciprocal: float32 ``[C]`` or ``None``.
-        compensation: float32 ``[H, D, D]``, shares of the errors of the coordinates before; or ``None``.
-        refinement: the same of all others, for ``refinements`` further passes; or ``None``.
+        levels, boundaries: float32 ``[L]`` and ``[L - 1]`` if all channels share their levels; or ``None``.
+        coefficients: coefficients of computed levels, float32 ``[C, 6]``; or ``None``.
+        scale, zero_point, reciprocal: float32 ``[C]``, or ``None``.
+        compensation: weights of the errors of earlier coordinates, float32 ``[H, D, D]``; or ``None``.
+        refinement: weights of the errors of all others, in ``refinements`` refinement passes; or ``None``.
         token_weight, weight_edges: float32 ``[H, 32]`` and ``[H, 31]``, or ``None``.
-        feedback: float32 ``[H]``, of noise shaping, or ``None``.
-        token: thresholds are a token's, leaving out ``per_side`` elements at each end.
-        cap: most outliers of a token.
+        feedback: factor of noise shaping, float32 ``[H]``; or ``None``.
+        token: whether each token has thresholds, for which ``per_side`` elements at each end are trimmed.
+        cap: largest number of outliers of a token.
     """
 
     def __init__(self, quantizer: Quantizer, kind: Kind) -> None:
@@ -85,7 +86,7 @@ class QuantizerTables:
             self._set_trellis(quantizer)
 
     def _set_trellis(self, quantizer: TrellisQuantizer) -> None:
-        """What the trellis codec has beside."""
+        """Set the tables of the trellis codec."""
         made, params = quantizer.compensation, quantizer.params
         self.coefficients = quantizer.coefficients.contiguous()
         if made is not None:
@@ -102,7 +103,7 @@ class QuantizerTables:
 
     @cached_property
     def rope_pairs(self) -> tuple[list[tuple[int, int]], list[float]]:
-        """All coordinates of a head in pairs, with radians per token: RoPE's pairs, then the others at 0."""
+        """All coordinates of a head in pairs, and their radians per token. RoPE's pairs come first; others have 0."""
         pairs = channel_pairs(self.rope, self.head_dim)
         frequencies = [] if self.rope is None else list(self.rope.inv_freq)
         return pairs, frequencies + [0.0] * (len(pairs) - len(frequencies))
@@ -114,22 +115,22 @@ class QuantizerTables:
 
     @cached_property
     def frequencies(self) -> Tensor:
-        """int32 ``[D / 2]``: turns per token of each pair, in 2^-32."""
+        """int32 ``[D / 2]``: turns per token of each pair, in units of 2^-32."""
         return turns(self._tensor(self.rope_pairs[1], torch.float64))
 
     @property
     def rope_scaling(self) -> float:
-        """The factor on pairs that turn with the position."""
+        """The factor of pairs that are rotated by position."""
         return 1.0 if self.rope is None else self.rope.attention_scaling
 
     @cached_property
     def rotates(self) -> bool:
-        """Whether any pair turns with the position."""
+        """Whether any pair is rotated by position."""
         return any(self.rope_pairs[1])
 
     @cached_property
     def angles(self) -> Tensor:
-        """int32 ``[H, D / 2, 2]``: turns per token, and at position 0, which undo the rotation of the pair."""
+        """int32 ``[H, D / 2, 2]``: turns per token, and the turn at position 0, which undoes pair rotation."""
         start = torch.zeros(self.heads, self.head_dim // 2, dtype=torch.float64, device=self.device)
         angle = self.quantizer.pair_angle
         if angle is not None:
@@ -138,7 +139,7 @@ class QuantizerTables:
 
     @cached_property
     def pair_rotation(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Cosines and sines ``[H, P]``, and per coordinate its partner and pair; then ``P``."""
+        """Cosines and sines ``[H, P]``; then int32 ``[D + 1]``, the partner and pair of each coordinate, and ``P``."""
         angle = self.quantizer.pair_angle
         if angle is None:
             return None
@@ -149,13 +150,13 @@ class QuantizerTables:
         return angle.cos().contiguous(), angle.sin().contiguous(), self._tensor([*place, angle.shape[1]])
 
     def tensors(self) -> list[Tensor]:
-        """Everything held beside the quantizer's parameters."""
+        """All tensors besides the quantizer's parameters."""
         held = [value for value in vars(self).values() if isinstance(value, Tensor)]
         own = {tensor.data_ptr() for tensor in self.quantizer.params.tensors().values()}
         return [tensor for tensor in held if tensor.data_ptr() not in own]
 
 
 def turns(radians: Tensor) -> Tensor:
-    """Angles as 32-bit fractions of a turn: float64 radians to int32 of the same shape."""
+    """Convert angles, float64 in radians, to 32-bit fractions of a turn, int32 of the same shape."""
     units = torch.round(radians.double() / (2 * math.pi) * 2.0**32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(units >= 1 << 31, units - (1 << 32), units).to(torch.int32)
