@@ -1,6 +1,6 @@
-"""llama.cpp as a peer in ``decode_speed.py``: the same GGUF file, its weights as they are, a cache of one of its types.
+"""llama.cpp for ``decode_speed.py``, with the same GGUF file and one of its cache types. Its weights are not converted.
 
-Needs ``llama-cpp-python``.
+It needs ``llama-cpp-python``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 __all__ = ["CACHE_TYPES", "LlamaCpp"]
 
-#: Types of its cache, by name.
+#: Cache types of llama.cpp, by name.
 CACHE_TYPES = {
     "f16": llama_cpp.GGML_TYPE_F16,
     "q8_0": llama_cpp.GGML_TYPE_Q8_0,
@@ -30,15 +30,15 @@ def _say_nothing(level: int, text: bytes, data: Any) -> None:
 
 
 class LlamaCpp:
-    """A model with a cache.
+    """A model with a cache, run by llama.cpp.
 
     Args:
-        path: GGUF file.
-        cache_type: of keys and values.
-        tokens: that the cache has room for.
+        path: path of the GGUF file.
+        cache_type: type of keys and values in the cache.
+        tokens: room of the cache, in tokens.
 
     Raises:
-        RuntimeError: it cannot be loaded.
+        RuntimeError: the model cannot be loaded.
     """
 
     def __init__(self, path: Path, cache_type: str, tokens: int) -> None:
@@ -57,14 +57,14 @@ class LlamaCpp:
         self.length = 0
 
     def use_threads(self, threads: int) -> None:
-        """Compute with so many."""
+        """Set the number of threads."""
         llama_cpp.llama_set_n_threads(self._context, threads, threads)
 
     def decode(self, ids: np.ndarray) -> None:
-        """Take in tokens, int32 ``[T]``; logits of the last one are computed.
+        """Process tokens, int32 ``[T]``, and compute the logits of the last one.
 
         Raises:
-            RuntimeError: there is no room for them.
+            RuntimeError: the cache has no room for them.
         """
         for first in range(0, len(ids), _BATCH):
             part = np.ascontiguousarray(ids[first : first + _BATCH], dtype=np.int32)
@@ -78,7 +78,7 @@ class LlamaCpp:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held."""
+        """Bytes of the tokens in the cache."""
         return int(llama_cpp.llama_state_seq_get_size(self._context, 0))
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Tokens per second and peak memory of decoding with a float16 cache and with KVQCache, on one GPU.
 
-A model with random weights in the shape of Llama-3-8B; caches are filled with random keys and values, then single
-tokens are decoded, without a CUDA graph and as one. The float16 cache is allocated whole beforehand and hands out
-views, so that nothing is copied for a new token and attention may take torch's fastest way; as a graph it replays the
-step of one length, which is the least that a static cache can cost. Each context length runs with every cache; with
-``--longest`` the longest that fits is searched by doubling. The file is written anew after every row, and no row is
-begun when the budget is spent.
+The model has random weights and the shape of Llama-3-8B. Caches are filled with random keys and values. Then single
+tokens are decoded, without and with a CUDA graph. The float16 cache is allocated beforehand and returns views, so that
+no tokens are copied and attention can use torch's fastest backend. Its graph replays the step of one length, which is
+the least that a static cache can cost.
+
+Each context length runs with every cache. With ``--longest``, the length is then doubled until no cache fits. The file
+is written after every row, and no row starts when the budget is spent.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from kvq_calib.schema.spec import KINDS, KVCacheSpec
 
 LENGTHS = (131072, 32768, 8192, 4096)
 CHUNK = 8192
-#: Whole blocks, so that what is done once in 32 tokens counts as often as it happens.
+#: Whole blocks of 32 tokens, so that work once per block has its share.
 WARM_UP, TOKENS = 4, 64
 
 
 class AllocatedLayer(DynamicLayer):
-    """Keys and values in memory for all tokens to come, of which attention gets views."""
+    """Memory for the keys and values of all tokens. Attention gets views of it."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self.tokens, self.length = tokens, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate everything."""
+        """Allocate memory for all tokens."""
         batch, heads, _, size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.held = torch.empty(2, batch, heads, self.tokens, size, dtype=self.dtype, device=self.device)
@@ -71,7 +72,7 @@ class AllocatedLayer(DynamicLayer):
 
 
 def float16_cache(layers: int, tokens: int) -> Cache:
-    """For so many tokens."""
+    """A float16 cache with room for this number of tokens."""
     return Cache(layers=[AllocatedLayer(tokens) for _ in range(layers)])
 
 
@@ -96,7 +97,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def build_model(shape: str, device: torch.device) -> LlamaForCausalLM:
-    """With random float16 weights."""
+    """Make a model with random float16 weights."""
     config = LlamaConfig(
         **SHAPES[shape],
         max_position_embeddings=1 << 24,
@@ -112,7 +113,7 @@ def build_model(shape: str, device: torch.device) -> LlamaForCausalLM:
 
 
 def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
-    """For keys and values of unit spread: speed needs no better."""
+    """Make an artifact for keys and values of unit spread, which is enough to measure speed."""
     specs, geometry = recipe.specs(), inspect_model(model)
     layers = tuple(
         LayerParams(
@@ -132,7 +133,7 @@ def build_artifact(model: LlamaForCausalLM, recipe: Recipe) -> KVArtifact:
 
 
 def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device) -> None:
-    """Random keys and values, a chunk at a time, without the cost of a real prompt."""
+    """Fill a cache with random keys and values, in chunks, without the cost of a prompt."""
     config = model.config
     for start in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - start)
@@ -149,7 +150,7 @@ def fill(cache: Any, model: LlamaForCausalLM, tokens: int, device: torch.device)
 
 
 def rate(step: Callable[[Tensor], Tensor], device: torch.device) -> float:
-    """Tokens per second of a step from tokens ``[1, 1]`` to logits."""
+    """Measure the tokens per second of a step from tokens ``[1, 1]`` to logits."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     begun = 0.0
     for number in range(WARM_UP + TOKENS):
@@ -162,7 +163,7 @@ def rate(step: Callable[[Tensor], Tensor], device: torch.device) -> float:
 
 
 def rates(model: LlamaForCausalLM, cache: Any, device: torch.device) -> dict[str, float]:
-    """Tokens per second without a CUDA graph and as one."""
+    """Measure tokens per second without and with a CUDA graph."""
 
     def step(token: Tensor) -> Tensor:
         logits: Tensor = model(token, **with_cache(cache), use_cache=True).logits
@@ -190,7 +191,7 @@ def rates(model: LlamaForCausalLM, cache: Any, device: torch.device) -> dict[str
 
 
 def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.device) -> dict[str, Any]:
-    """One cache at one length, or "memory" where it does not fit; ``make`` is told how many tokens it is to hold."""
+    """Measure one cache at one length, or find that it does not fit. ``make`` makes a cache for a number of tokens."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -211,7 +212,7 @@ def measure(model: LlamaForCausalLM, make: Any, tokens: int, device: torch.devic
 def rows_of(
     model: LlamaForCausalLM, arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """All lengths, with every cache."""
+    """Measure all lengths with all caches."""
     layers = model.config.num_hidden_layers
     caches: dict[str, Any] = {"float16": lambda tokens: float16_cache(layers, tokens)}
     for name in arguments.recipes:
@@ -239,10 +240,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", choices=list(SHAPES), default="Llama-3-8B")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--longest", action="store_true", help="go on to longer texts until none fits")
+    parser.add_argument("--longest", action="store_true", help="also double the length until no cache fits")
     parser.add_argument("--recipes", choices=list(RECIPES), nargs="+", default=list(RECIPES))
     parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds after which no row begins"
+        "--budget", type=float, default=float("inf"), help="seconds after which no row starts"
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""Decode steps of vLLM's attention alone: the packed cache and vLLM's own, in turns, in one process.
+"""Decode steps of vLLM's attention alone, with the packed cache and with vLLM's default cache.
 
     python benchmarks/vllm_attention.py --artifact kvq3.kvq.safetensors [--artifact ...] [--requests 8] [--tokens 4096]
         [--steps 8] [--json FILE]
 
-A step stores a new token of each request and attends, in every layer, over pages that no other layer reads, so that
-memory is cold as in a model. Pages hold random bytes: how long a step takes does not depend on what they say. What
-counts is processor seconds of the fastest step; other work on the machine stretches those of all alike.
+All caches take turns in one process. A step stores a new token of each request and computes attention in every layer.
+Layers share no pages, so memory is as cold as in a model. Pages have random bytes, because the time does not depend on
+them. The result is the processor time of the fastest step. Other load on the machine slows all caches alike.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from kvq_calib.integrations.vllm.step import Step
 from kvq_calib.runtime.ops import choose_ops
 from kvq_calib.schema.geometry import KVGeometry
 
-#: Runs a step in which every request has so many tokens, the new one included.
+#: Runs a step in which every request has this number of tokens, including the new one.
 Run = Callable[[int], None]
-#: Tokens of a page of vLLM's own cache on a CPU.
+#: Tokens in a page of vLLM's default cache on a CPU.
 OWN_PAGE = 128
 
 
 def new_tokens(requests: int, geometry: KVGeometry, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key, value, and where the result goes."""
+    """Query, key, value, and room for the result."""
     shape = geometry.layers[0]
     heads = shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_query_heads
     return [torch.randn(requests, count, shape.head_dim).to(dtype) for count in heads]
@@ -55,7 +55,7 @@ def packed(artifact: KVArtifact, requests: int, longest: int) -> Run:
     pools = []
     for layer in layers:
         pool = torch.randint(0, 256, (requests * pages, layer.pages.page_bytes), dtype=torch.uint8)
-        for areas in layer.pages.areas:  # numbers, which random bytes need not be
+        for areas in layer.pages.areas:  # random bytes may not be finite numbers
             for area in (areas.token, areas.sinks, areas.tail):
                 pool[:, area.start : area.start + area.size] = 0
         pools.append(pool)

@@ -112,7 +112,7 @@ def test_the_artifact_is_that_of_the_budget_and_says_how_it_was_found(place):
 def test_what_is_measured_is_not_what_was_calibrated_on(place):
     status, _, err = calibrate(place, "--target-kl", "0.1", text="short.txt")
     assert status == 1
-    assert_one_line(err, "no window that is not calibrated on", "--held-out")
+    assert_one_line(err, "no window that calibration does not use", "--held-out")
     status, _, err = calibrate(
         place, "--target-kl", "0.1", "--held-out", str(place / "other.txt"), text="short.txt", output="o.kvq.safetensors"
     )  # fmt: skip

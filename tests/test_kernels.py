@@ -502,7 +502,7 @@ def test_pages_of_a_pool(machine: Machine, name: str) -> None:
     step = DecodeStep(query, None, None, [(none, none)] * 2, context, scaling=0.1, pool=paged)
     assert torch.equal(kernel.attend(step), want)
     for change, message in (
-        ({"pages": pool[:, :100]}, "do not hold"),
+        ({"pages": pool[:, :100]}, "do not fit"),
         ({"key_codes": 8}, "aligned"),
         ({"table": table.to(device).long()}, "int64"),
         ({"exact": addresses.to(device)[:1]}, "shape"),
@@ -762,7 +762,7 @@ def call():
         (lambda s: {"query": s.query.float()}, "float32"),
         (lambda s: {"query": s.query.transpose(0, 1).expand(4, 4, 64).transpose(0, 1)}, "strides|shape"),
         (lambda s: {"query": s.query.to("meta")}, "meta"),
-        (lambda s: {"query": torch.zeros(1, 3, 64).half()}, "no multiple"),
+        (lambda s: {"query": torch.zeros(1, 3, 64).half()}, "not a multiple"),
         (lambda s: {"query": torch.zeros(1, 4, 32).half()}, "shape"),
         (lambda s: {"key_pages": s.key_pages.int()}, "int32"),
         (lambda s: {"first_page": 1}, "block table"),

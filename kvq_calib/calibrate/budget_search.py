@@ -1,8 +1,7 @@
-"""The smallest budget of bits whose KL divergence on held-out text is at most a target, found by measurement.
+"""Find the smallest budget of bits whose KL divergence on held-out text is at most a target.
 
-Divergence falls with bits about as fast as the squared error does, by a factor of four for each bit. So the logarithm
-of what was measured is interpolated between the budgets on both sides of the target, and a few fits are enough. All of
-them are of one set of statistics.
+KL divergence falls with bits about as fast as the squared error, by a factor of four per bit. So its logarithm is
+interpolated between budgets on both sides of the target. A few fits are enough, and all use the same statistics.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ __all__ = ["BudgetSearch", "find_budget", "planned_recipes"]
 #: Budgets are multiples of this, in bits per element.
 STEP = 0.05
 _LOWEST, _HIGHEST = (round(bits / STEP) for bits in BUDGETS)
-#: Where the search begins, and what a bit does to the logarithm of the divergence until two budgets are measured.
+#: The first budget, and the assumed change of the logarithm per bit until two budgets are measured.
 _FIRST = round(3.4 / STEP)
 _SLOPE = -math.log(4)
-#: A divergence between this share of the target and the target ends the search.
+#: The search ends at a KL divergence between this share of the target and the target.
 _CLOSE = 0.95
-#: After so many measurements the middle is tried: interpolation can come near from one side only.
+#: After this number of measurements, the middle is tried, because interpolation may approach from one side only.
 _INTERPOLATIONS = 4
 
 
 @dataclass(frozen=True)
 class BudgetSearch:
-    """What a budget is searched for, and with what.
+    """A search for a budget.
 
     Attributes:
-        target: KL divergence in nats per predicted token.
-        config: settings of the recipe of a budget in bits per element.
-        measure: KL divergence of an artifact on held-out text.
-        held_out: where that text comes from, for the artifact's record.
-        say: told in a line what was measured.
+        target: target of the KL divergence, in nats per predicted token.
+        config: returns the settings of the recipe for a budget in bits per element.
+        measure: returns the KL divergence of an artifact on held-out text.
+        held_out: source of that text, for the artifact's record.
+        say: called with one line per measurement.
     """
 
     target: float
@@ -55,10 +54,10 @@ class BudgetSearch:
             fit: makes the artifact of a recipe, given its name and settings.
 
         Returns:
-            The artifact of the budget, and what was measured, for its record.
+            The artifact of the budget, and the measurements for its record.
 
         Raises:
-            CalibrationError: no budget reaches the target; names one that does.
+            CalibrationError: no budget reaches the target. The message names a target that can be reached.
         """
         made: dict[float, KVArtifact] = {}
 
@@ -82,26 +81,26 @@ class BudgetSearch:
 
 
 def planned_recipes(config: Callable[[float], CalibrationConfig]) -> dict[str, CalibrationConfig]:
-    """Recipes that together ask for all statistics that any budget needs; ``config`` as for :class:`BudgetSearch`."""
+    """Recipes that together request all statistics for any budget. ``config`` is as for :class:`BudgetSearch`."""
     return {budget_recipe(bits): config(bits) for bits in (BUDGETS[0], round(_FIRST * STEP, 2), BUDGETS[1])}
 
 
 def find_budget(target: float, measured: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The smallest budget whose divergence is at most ``target``, as far as divergence falls with bits.
+    """Find the smallest budget with a KL divergence of at most ``target``, assuming that KL divergence falls with bits.
 
     Args:
-        target: in nats.
-        measured: the divergence of a budget in bits per element, asked for once each.
+        target: target in nats.
+        measured: returns the KL divergence of a budget in bits per element. It is called once per budget.
 
     Returns:
-        A budget that meets the target. The next smaller one does not, or its own divergence is close to the target.
-        Then all that was measured, by budget.
+        A budget that meets the target. Either the next smaller one does not, or its KL divergence is close to the
+        target. Then all measurements, by budget.
 
     Raises:
         CalibrationError: the largest budget does not meet the target.
     """
     tried: dict[int, float] = {}
-    below, above = _LOWEST - 1, _HIGHEST + 1  # the largest that fails and the smallest that meets the target
+    below, above = _LOWEST - 1, _HIGHEST + 1  # largest budget that fails, and smallest that is enough
     place = _FIRST
     while True:
         tried[place] = measured(round(place * STEP, 2))
@@ -123,7 +122,7 @@ def find_budget(target: float, measured: Callable[[float], float]) -> tuple[floa
 
 
 def _next(target: float, tried: Mapping[int, float], below: int, above: int) -> int:
-    """Where to measure next, between two places."""
+    """The next place to measure, between two places."""
     distance = {place: math.log(max(kl, 1e-12) / target) for place, kl in tried.items()}
     if below in tried and above in tried:
         if len(tried) > _INTERPOLATIONS:
@@ -131,13 +130,13 @@ def _next(target: float, tried: Mapping[int, float], below: int, above: int) -> 
         else:
             low, high = distance[below], distance[above]
             guess = below + (above - below) * low / (low - high)
-    else:  # all are on one side of the target: from the nearest on, ever further
+    else:  # all are on one side of the target: increasing steps from the nearest
         nearest = below if below in tried else above
         guess = nearest - len(tried) * distance[nearest] / (_SLOPE * STEP)
     return min(max(math.ceil(guess), below + 1), above - 1)
 
 
 def _rounded_up(value: float) -> str:
-    """Two digits, not below the value."""
+    """The value rounded up to two digits."""
     power = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{math.ceil(value / power) * power:.2g}"

@@ -23,12 +23,12 @@ __all__ = ["TargetOptions", "target_options"]
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What divergence a budget is searched for, and the text that it is measured on.
+    """The target of a search for a budget, and the text for measuring it.
 
     Attributes:
-        target_kl: in nats per predicted token; ``None`` where no budget is searched for.
-        held_out: name or path, ``None`` for the calibration's own.
-        held_out_windows: most windows of that text.
+        target_kl: target of the KL divergence in nats per predicted token; ``None``: no search.
+        held_out: name or path of the text; ``None``: that of the calibration.
+        held_out_windows: largest number of windows of that text.
     """
 
     target_kl: float | None
@@ -37,11 +37,11 @@ class TargetOptions:
 
     @property
     def name(self) -> str:
-        """What ``{recipe}`` in the output stands for."""
+        """The value of ``{recipe}`` in the name of the output."""
         return f"kvq-kl-{self.target_kl:g}"
 
     def dataset(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Name and text field of the held-out text, where ``run`` has the settings of the calibration."""
+        """Name and text field of the held-out text. ``run`` has the settings of the calibration."""
         from kvq_calib.data import DATA_SETS, DEFAULT_FIELD
 
         dataset = self.held_out or run["dataset"]
@@ -51,7 +51,7 @@ class TargetOptions:
         }
 
     def windows(self, loaded: LoadedModel, run: Mapping[str, Any], calibrated: TokenWindows) -> TokenWindows:
-        """Windows of the held-out text that are not calibrated on.
+        """Windows of the held-out text that calibration does not use.
 
         Raises:
             DataError: there are none, or the text cannot be read.
@@ -66,7 +66,7 @@ class TargetOptions:
             found,
             calibrated,
             self.held_out_windows,
-            f"{text['dataset']} has no window that is not calibrated on: name another text with --held-out, or use "
+            f"{text['dataset']} has no window that calibration does not use: name another text with --held-out, or use "
             "fewer --samples",
         )
 
@@ -77,7 +77,7 @@ class TargetOptions:
         windows: TokenWindows,
         say: Callable[[str], None],
     ) -> BudgetSearch:
-        """The search, on held-out windows of a loaded model; ``config`` has the settings of a budget."""
+        """Make the search, on held-out windows of a loaded model. ``config`` returns the settings of a budget."""
         from kvq_calib.calibrate.budget_search import BudgetSearch
         from kvq_calib.evaluate.perplexity import measure_perplexity
         from kvq_calib.schema.recipe import EvalConfig
@@ -101,13 +101,13 @@ target_options = collected(
             type=click.FloatRange(min=0, min_open=True),
             metavar="NATS",
             help="Find the smallest budget of a kvq recipe whose KL divergence on held-out text is at most this, in "
-            "nats per token, and calibrate that; in place of --config and --bits.",
+            "nats per token, and calibrate it. Replaces --config and --bits.",
         ),
         click.option(
             "--held-out",
             type=FilePath(),
             metavar="NAME|PATH",
-            help="Text to measure on.  [default: windows of --dataset that are not calibrated on]",
+            help="Text to measure on.  [default: windows of --dataset that calibration does not use]",
         ),
         click.option(
             "--held-out-windows",
@@ -115,7 +115,7 @@ target_options = collected(
             default=4,
             show_default=True,
             metavar="N",
-            help="At most this many windows of it.",
+            help="Largest number of windows of the held-out text.",
         ),
     ),
 )

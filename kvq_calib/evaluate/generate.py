@@ -1,7 +1,7 @@
-"""Greedy continuations through packed caches, beside those of the unquantized model.
+"""Greedy continuations with packed caches, compared with those of the unquantized model.
 
-What the unquantized model writes is the reference, right or wrong: quantization is to change nothing. A continuation
-ends with the first token that ends a text.
+The output of the unquantized model is the reference, right or wrong, because quantization should change nothing. A
+continuation ends with the first end-of-text token.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ __all__ = ["Deviation", "GenerateCell", "continuations", "deviation", "edit_dist
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a continuation is from the reference.
+    """The difference of a continuation from the reference.
 
     Attributes:
-        agreement: share of the reference's places where both have the same token.
-        first_difference: tokens before the first that differs; all of the reference's where none does.
-        edit_distance: insertions, deletions and replacements of tokens from one to the other, over the longer one's
-            length.
+        agreement: share of the reference's tokens that are the same at the same place.
+        first_difference: number of tokens before the first difference, or all if there is none.
+        edit_distance: insertions, deletions and replacements of tokens, divided by the length of the longer one.
         same: whether they are equal.
-        length: tokens of the reference.
+        length: number of tokens in the reference.
     """
 
     agreement: float
@@ -49,12 +48,12 @@ class Deviation:
 
 @dataclass
 class GenerateCell:
-    """What an artifact made of the beginnings of one task.
+    """Results of an artifact for the texts of one task.
 
     Attributes:
-        task: or several, joined.
-        name: of the artifact.
-        deviations: text by text.
+        task: name of the task, or ``"all"``.
+        name: name of the artifact.
+        deviations: one per text.
     """
 
     task: str
@@ -79,18 +78,20 @@ class GenerateCell:
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Levenshtein's distance: fewest insertions, deletions and replacements that make ``b`` of ``a``."""
+    """Levenshtein distance: the fewest insertions, deletions and replacements that turn ``a`` into ``b``."""
     other, places = np.asarray(b), np.arange(len(b) + 1)
     row = places
     for number, token in enumerate(a, start=1):
         kept_or_replaced = row[:-1] + (other != token)
         best = np.concatenate(([number], np.minimum(kept_or_replaced, row[1:] + 1)))
-        row = np.minimum.accumulate(best - places) + places  # insertions: from any place before, one each
+        row = (
+            np.minimum.accumulate(best - places) + places
+        )  # insertions, from any earlier place, each costs one
     return int(row[-1])
 
 
 def deviation(reference: Sequence[int], said: Sequence[int]) -> Deviation:
-    """Compare two continuations, neither of them empty."""
+    """Compare two continuations that are not empty."""
     same = [a == b for a, b in zip(reference, said, strict=False)]
     return Deviation(
         agreement=sum(same) / len(reference),
@@ -105,10 +106,10 @@ def deviation(reference: Sequence[int], said: Sequence[int]) -> Deviation:
 def continuations(
     model: Any, cache: Any, prompts: Tensor, config: GenerateConfig, ends: frozenset[int]
 ) -> list[list[int]]:
-    """Greedy continuations of ``prompts`` (int64 ``[B, T]``) through ``cache``, which is empty.
+    """Continue ``prompts`` (int64 ``[B, T]``) greedily with ``cache``, which must be empty.
 
     Returns:
-        The tokens of each, up to the first of ``ends``, which is among them.
+        The tokens of each continuation, up to and including the first one in ``ends``.
     """
     said = read_into(model, cache, prompts.to(input_device(model)), config.chunk).argmax(-1)
     steps = [said.tolist()]
@@ -126,7 +127,7 @@ def _up_to(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
 
 
 def _ends(model: Any) -> frozenset[int]:
-    """Tokens that end a text, as ``generate`` knows them."""
+    """The end-of-text tokens of ``generate``."""
     found = model.generation_config.eos_token_id
     if found is None:
         return frozenset()
@@ -141,23 +142,23 @@ def measure_generate(
     progress: Progress | None = None,
     finished: Callable[[list[GenerateCell]], None] | None = None,
 ) -> list[GenerateCell]:
-    """Continue generated beginnings through the unquantized and the packed caches.
+    """Continue generated texts with the unquantized and the packed caches.
 
     Args:
-        model: the unquantized causal language model; left as it was.
+        model: the unquantized causal language model. It is not changed.
         tokenizer: its tokenizer.
-        artifacts: by name.
-        config: what is continued, and how far.
-        progress: told after every batch and cache.
-        finished: told after every batch what the batches up to it gave.
+        artifacts: artifacts by name.
+        config: settings of texts and continuations.
+        progress: called after every batch and cache.
+        finished: called after every batch, with the results so far.
 
     Returns:
-        A cell per task and artifact, then one per artifact over all tasks where there are several.
+        A cell per task and artifact. With several tasks, also one per artifact over all tasks.
 
     Raises:
-        ConfigError: no code as long as a beginning is to be.
+        ConfigError: no module of the standard library is long enough.
         ModelError: more tokens than the model was trained for, or tokens that it does not know.
-        RuntimeMismatchError: an artifact cannot be streamed.
+        RuntimeMismatchError: an artifact cannot be used with a packed cache.
     """
     check_length(model, config.length + config.tokens)
     batches: list[tuple[str, Tensor]] = []
@@ -195,5 +196,5 @@ def measure_generate(
 
 
 def _together(config: GenerateConfig) -> tuple[str, ...]:
-    """The name under which all tasks are counted together, where there are several."""
+    """The name for the results of all tasks together, if there are several tasks."""
     return ("all",) if len(config.tasks) > 1 else ()

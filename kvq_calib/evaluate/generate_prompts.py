@@ -1,4 +1,4 @@
-"""Beginnings that a model can go on with, generated from a seed: sums, a list to copy, patterns, Python's own code."""
+"""Texts that a model can continue, generated from a seed: sums, a list to copy, patterns, and Python code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS = (
     "anchor basket bottle candle desert engine finger garden guitar hammer island jacket kettle ladder mirror needle "
     "orange pencil rabbit saddle table ticket tunnel valley violin window"
 )
-#: Modules of the standard library that are written in Python, and long enough.
+#: Long modules of the standard library that are written in Python.
 _MODULES = (
     "argparse ast bdb calendar cmd configparser csv datetime difflib doctest ftplib gettext gzip heapq imaplib locale "
     "mailbox netrc optparse pickletools plistlib poplib pprint profile pydoc queue random sched shelve shlex smtplib "
@@ -32,16 +32,16 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What is continued, and how far.
+    """Settings of texts and continuations.
 
     Attributes:
-        tasks: names, of :data:`TASKS`.
-        texts: of each task.
-        length: tokens of a beginning.
-        tokens: of a continuation, at most.
-        batch: texts that are continued side by side.
-        seed: of everything that is drawn.
-        chunk: tokens per call while a beginning is read.
+        tasks: names from :data:`TASKS`.
+        texts: number of texts of each task.
+        length: number of tokens in a text.
+        tokens: largest number of tokens in a continuation.
+        batch: number of texts per batch.
+        seed: random seed.
+        chunk: number of tokens per call while a text is read.
     """
 
     tasks: Sequence[str] = ("arithmetic", "copying", "patterns", "code")
@@ -54,7 +54,7 @@ class GenerateConfig:
 
 
 def _arithmetic(draw: random.Random, enough: Callable[[str], bool]) -> str:
-    """Sums, differences and products, a line each."""
+    """Sums, differences and products, one per line."""
 
     def lines() -> Iterator[str]:
         while True:
@@ -65,7 +65,7 @@ def _arithmetic(draw: random.Random, enough: Callable[[str], bool]) -> str:
 
 
 def _copying(draw: random.Random, enough: Callable[[str], bool]) -> str:
-    """A list of words and numbers, and again; the copy is cut off soon after it began."""
+    """A list of words and numbers, and the beginning of its copy."""
 
     def items() -> Iterator[str]:
         while True:
@@ -77,7 +77,7 @@ def _copying(draw: random.Random, enough: Callable[[str], bool]) -> str:
 
 
 def _patterns(draw: random.Random, enough: Callable[[str], bool]) -> str:
-    """Days with a word and a colour, which come back after different numbers of days."""
+    """Days with a word and a colour, which repeat with different periods."""
     things = draw.sample(_WORDS.split(), draw.choice((3, 4, 5)))
     colours = draw.sample(["red", "blue", "green", "black", "white"], draw.choice((2, 3)))
     first, step = draw.randint(1, 40), draw.choice((1, 2, 3))
@@ -102,11 +102,11 @@ def _code(draw: random.Random, enough: Callable[[str], bool]) -> str:
         text = "".join(lines[draw.randrange(len(lines) // 2) :])
         if enough(text):
             return text
-    raise ConfigError("no module of the standard library is as long; use a smaller --length")
+    raise ConfigError("no module of the standard library is long enough; use a smaller --length")
 
 
 def _until(enough: Callable[[str], bool], start: str, pieces: Iterator[str]) -> str:
-    """``start`` and pieces after it, until that is enough; whether it is, is asked ever more rarely."""
+    """Append pieces to ``start`` until the text is long enough. This is checked whenever it has grown by a tenth."""
     text, asked = start, 0
     while True:
         text += next(pieces)
@@ -122,14 +122,14 @@ TASKS: dict[str, Callable[[random.Random, Callable[[str], bool]], str]] = {
     "patterns": _patterns,
     "code": _code,
 }
-"""A text of each task: what is drawn, and whether a text is long enough, to a text that is."""
+"""Functions that make a text of each task, given a random generator and a test of its length."""
 
 
 def make_prompts(tokenizer: Any, task: str, config: GenerateConfig) -> Tensor:
-    """Beginnings of one task, int64 ``[texts, length]``.
+    """Make the texts of one task, int64 ``[texts, length]``.
 
     Raises:
-        ConfigError: a module of the standard library as long as that is not found.
+        ConfigError: no module of the standard library is long enough.
     """
     bos = bos_token_id(tokenizer)
     start = [] if bos is None else [bos]

@@ -1,7 +1,7 @@
 """Retrieval from long texts: does a packed cache find what the unquantized cache finds?
 
-A question counts as answered where greedy decoding gives the whole answer. All caches answer the same questions, so
-that they can be compared in pairs: quantization can only be blamed for what the unquantized model can do.
+A question is answered if greedy decoding gives the whole answer. All caches answer the same questions, so results can
+be compared in pairs. Only questions that the unquantized model answers can show a loss by quantization.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["RecallCell", "answered", "measure_recall"]
 
 @dataclass
 class RecallCell:
-    """What was found at one length for questions of one kind.
+    """Results for questions of one kind and texts of one length.
 
     Attributes:
         kind: the task, or a part of it.
-        length: tokens of the text with its longest question.
-        depths: where each answer stands in its text, 0 to 1; ``None`` where it is all over the text.
-        baseline: whether the unquantized model answers, question by question.
-        found: the same for each artifact.
+        length: number of tokens in a text and its longest question.
+        depths: place of each answer in its text, from 0 to 1; ``None`` if it is not in one place.
+        baseline: whether the unquantized model answers each question.
+        found: the same for each artifact, by name.
     """
 
     kind: str
@@ -46,17 +46,17 @@ class RecallCell:
     found: dict[str, list[bool]] = field(default_factory=dict)
 
     def share(self, name: str | None = None) -> tuple[float, Interval]:
-        """Share of the questions that are answered and its 95% interval; of the unquantized model by default."""
+        """Share of answered questions and its 95% interval. Without a name, for the unquantized model."""
         answers = self.baseline if name is None else self.found[name]
         return sum(answers) / len(answers), wilson(sum(answers), len(answers))
 
     def changes(self, name: str) -> tuple[int, int]:
-        """Questions that the unquantized model alone answers, and those that the artifact alone answers."""
+        """Numbers of questions that only the unquantized model answers, and that only the artifact answers."""
         pairs = list(zip(self.baseline, self.found[name], strict=True))
         return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 
     def difference(self, name: str) -> tuple[float, Interval]:
-        """Share of an artifact less that of the unquantized model on the same questions, and its 95% interval."""
+        """Share of an artifact minus that of the unquantized model for the same questions, and its 95% interval."""
         return paired_difference(self.baseline, self.found[name])
 
     def to_json(self) -> dict[str, object]:
@@ -85,10 +85,10 @@ class RecallCell:
 
 @torch.no_grad()
 def answered(model: Any, cache: Any, text: RecallText, chunk: int) -> list[bool]:
-    """Which questions of a text are answered by greedy decoding with ``cache``, which is empty.
+    """Which questions of a text are answered by greedy decoding with ``cache``, which must be empty.
 
-    The text goes in ``chunk`` tokens per call, once; each question is asked of a copy of the cache. The answer is fed
-    as if the model had said it: all its tokens being the most likely ones is what greedy decoding needs.
+    The text is read once, ``chunk`` tokens per call, and each question uses a copy of the cache. The expected answer is
+    given as input. Greedy decoding would produce it if and only if each of its tokens is the most likely one.
     """
     device = input_device(model)
     read_into(model, cache, text.ids.to(device), chunk)
@@ -110,23 +110,23 @@ def measure_recall(
     progress: Progress | None = None,
     finished: Callable[[list[RecallCell]], None] | None = None,
 ) -> list[RecallCell]:
-    """Ask for what texts hide, through the unquantized and the packed caches.
+    """Measure retrieval from texts with the unquantized and the packed caches.
 
     Args:
-        model: the unquantized causal language model; left as it was.
+        model: the unquantized causal language model. It is not changed.
         tokenizer: its tokenizer.
-        artifacts: by name; each runs on every text.
-        config: the texts.
-        progress: told after every text and cache.
-        finished: told after every text what the texts up to it gave.
+        artifacts: artifacts by name. All of them run on every text.
+        config: settings of the texts.
+        progress: called after every text and cache.
+        finished: called after every text, with the results so far.
 
     Returns:
-        One cell per length and kind of question, lengths outermost.
+        One cell per length and kind of question, ordered by length.
 
     Raises:
-        ConfigError: a length that the model does not allow or that is too short.
+        ConfigError: a length is too short, or longer than the model allows.
         ModelError: the tokenizer gives tokens that the model does not know.
-        RuntimeMismatchError: an artifact cannot be streamed.
+        RuntimeMismatchError: an artifact cannot be used with a packed cache.
     """
     texts = [(length, each) for length in config.lengths for each in _texts(model, tokenizer, length, config)]
     cells: dict[tuple[int, str], RecallCell] = {}
@@ -154,7 +154,7 @@ def measure_recall(
 
 
 def _texts(model: Any, tokenizer: Any, length: int, config: RecallConfig) -> list[RecallText]:
-    """The texts of a length, which the model can read."""
+    """Make the texts of a length, and check that the model can read them."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     texts = [make_text(tokenizer, length, number, config) for number in range(config.texts)]
     for text in texts:

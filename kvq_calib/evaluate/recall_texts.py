@@ -1,14 +1,14 @@
-"""Texts in which something is hidden, in the manner of RULER (Hsieh et al. 2024), generated from a seed.
+"""Texts with hidden facts, similar to RULER (Hsieh et al. 2024), generated from a seed.
 
-One text holds what all tasks ask for, so that a long text is read once:
+A text contains the facts of all tasks, so a long text is read only once:
 
 - ``passkey``: a number that the text says to remember.
-- ``key-value``: several numbers, each under a name of its own.
-- ``variables``: chains of assignments, ``VAR b = 48213. VAR a = VAR b.``; the value is asked for after no, one and more
-  steps along a chain.
-- ``common-words``: words of the day, one of them far more often than the others.
+- ``key-value``: several numbers, each with a name.
+- ``variables``: chains of assignments, ``VAR b = 48213. VAR a = VAR b.``. The questions ask for the value after no, one
+  and more steps of a chain.
+- ``common-words``: words of the day, one of them far more frequent than the others.
 
-What is hidden stands between repeated sentences that have nothing to do with it.
+Between the facts, the text repeats unrelated sentences.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class RecallConfig:
-    """What texts are tried.
+    """Settings of the texts.
 
     Attributes:
-        tasks: names, of :data:`TASKS`.
-        lengths: tokens of the text with its longest question.
-        texts: of each length.
-        needles: numbers of ``key-value``.
-        hops: steps of the chains of ``variables``.
-        seed: of everything that is drawn.
-        chunk: tokens per call.
+        tasks: names from :data:`TASKS`.
+        lengths: numbers of tokens in a text and its longest question.
+        texts: number of texts of each length.
+        needles: number of facts of ``key-value``.
+        hops: number of steps in a chain of ``variables``.
+        seed: random seed.
+        chunk: number of tokens per call.
     """
 
     tasks: Sequence[str] = ("passkey", "key-value", "variables", "common-words")
@@ -66,7 +66,7 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question as text; ``needle`` is the number of the sentence that has the answer."""
+    """A question as text. ``needle`` is the index of the sentence with the answer."""
 
     question: str
     answer: str
@@ -76,7 +76,7 @@ class _Asked:
 
 @dataclass
 class _Hidden:
-    """What a task hides, in order, and what it asks."""
+    """The sentences that a task hides, in order, and its questions."""
 
     needles: list[str] = field(default_factory=list)
     asked: list[_Asked] = field(default_factory=list)
@@ -105,7 +105,7 @@ def _key_value(draw: random.Random, config: RecallConfig) -> _Hidden:
 
 
 def _variables(draw: random.Random, config: RecallConfig) -> _Hidden:
-    """Two chains, their statements in turns."""
+    """Two chains, with alternating statements."""
     names = draw.sample([a + b for a in _LETTERS for b in _LETTERS], 2 * (config.hops + 1))
     chains = [(names[: config.hops + 1], _number(draw)), (names[config.hops + 1 :], _number(draw))]
     hidden = _Hidden()
@@ -119,7 +119,7 @@ def _variables(draw: random.Random, config: RecallConfig) -> _Hidden:
 
 
 def _common_words(draw: random.Random, config: RecallConfig) -> _Hidden:
-    """One word eight times among eight others that come once or twice."""
+    """One word eight times, and eight others once or twice."""
     common, *others = draw.sample(_WORDS.split(), 9)
     said = [common] * 8 + others + others[:4]
     draw.shuffle(said)
@@ -134,16 +134,16 @@ TASKS: dict[str, Callable[[random.Random, RecallConfig], _Hidden]] = {
     "variables": _variables,
     "common-words": _common_words,
 }
-"""What each task hides and asks."""
+"""Functions that draw the sentences and questions of each task."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked after a text.
+    """A question about a text.
 
     Attributes:
         kind: the task, or a part of it.
-        depth: where the answer stands, 0 at the beginning and 1 at the end; ``None`` where it is all over the text.
+        depth: place of the answer, from 0 (beginning) to 1 (end); ``None`` if it is not in one place.
         prompt: int64 ``[1, Q]``.
         answer: int64 ``[1, A]``.
     """
@@ -156,11 +156,11 @@ class Question:
 
 @dataclass(frozen=True)
 class RecallText:
-    """A text and what is asked after it.
+    """A text and its questions.
 
     Attributes:
         ids: int64 ``[1, T]``, without a question.
-        questions: each is asked of the text alone, as if no other had been.
+        questions: the questions, each to be asked separately after the text.
     """
 
     ids: Tensor
@@ -168,19 +168,19 @@ class RecallText:
 
 
 def make_text(tokenizer: Any, length: int, number: int, config: RecallConfig) -> RecallText:
-    """A text whose tokens are exactly ``length`` with its longest question.
+    """Make a text that has exactly ``length`` tokens together with its longest question.
 
-    A task's needles stand in equal parts of the text, each at a drawn place of its part. A single needle moves through
-    the text from one text to the next.
+    Each sentence of a task is at a random place in one of as many equal parts of the text. A single sentence is at a
+    different depth in each text.
 
     Args:
-        tokenizer: of the model.
-        length: in tokens.
-        number: which of the texts of this length.
-        config: of the run.
+        tokenizer: tokenizer of the model.
+        length: number of tokens.
+        number: index of the text among those of this length.
+        config: settings of the texts.
 
     Raises:
-        ConfigError: the length leaves no room for what is hidden.
+        ConfigError: the length is too small for the sentences.
     """
     draw = random.Random(f"{config.seed} {length} {number}")
 
@@ -213,7 +213,7 @@ def make_text(tokenizer: Any, length: int, number: int, config: RecallConfig) ->
 
 
 def _between(placed: Sequence[tuple[float, list[int]]], filler: list[int], room: int) -> list[int]:
-    """Needles at their places among ``room`` tokens of filler."""
+    """Insert sentences at their places in ``room`` tokens of filler."""
     rest = (filler * (room // len(filler) + 1))[:room]
     made: list[int] = []
     used = 0

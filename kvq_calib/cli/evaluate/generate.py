@@ -1,4 +1,4 @@
-"""``kvq-eval generate``: greedy continuations beside those of the unquantized model."""
+"""``kvq-eval generate``: greedy continuations, compared with those of the unquantized model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["generate_command"]
 
-#: Names of :data:`kvq_calib.evaluate.generate_prompts.TASKS`, whose module takes seconds to import.
+#: Names in :data:`kvq_calib.evaluate.generate_prompts.TASKS`, because importing that module takes seconds.
 TASKS = ("arithmetic", "copying", "patterns", "code")
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Fields of :class:`kvq_calib.evaluate.generate_prompts.GenerateConfig`."""
+    """Settings, fields of :class:`kvq_calib.evaluate.generate_prompts.GenerateConfig`."""
 
     tasks: tuple[str, ...]
     texts: int
@@ -59,14 +59,14 @@ _generate_options = collected(
             "tasks",
             type=click.Choice(TASKS),
             multiple=True,
-            help="What is continued; may be given several times.  [default: all]",
+            help="Task; may be given several times.  [default: all]",
         ),
-        _number("--texts", 4, "N", "Texts of each task."),
-        _number("--length", 512, "TOKENS", "Tokens of a text before its continuation.", 64),
-        _number("--tokens", 256, "TOKENS", "Tokens of a continuation, at most."),
-        _number("--batch", 4, "N", "Texts continued side by side."),
-        _number("--seed", 0, "N", "Of the texts.", 0),
-        _number("--chunk", 256, "TOKENS", "Tokens per call while a text is read."),
+        _number("--texts", 4, "N", "Number of texts of each task."),
+        _number("--length", 512, "TOKENS", "Number of tokens in a text before its continuation.", 64),
+        _number("--tokens", 256, "TOKENS", "Largest number of tokens in a continuation."),
+        _number("--batch", 4, "N", "Number of texts per batch."),
+        _number("--seed", 0, "N", "Random seed.", 0),
+        _number("--chunk", 256, "TOKENS", "Number of tokens per call while a text is read."),
     ),
 )
 
@@ -87,9 +87,9 @@ _generate_options = collected(
 def generate_command(
     model: ModelOptions, artifacts: tuple[str, ...], config: GenerateOptions, json_file: str | None
 ) -> None:
-    """How far greedy continuations through the packed cache follow those of the unquantized model.
+    """Compare greedy continuations with the packed cache with those of the unquantized model.
 
-    Texts are generated: sums, a list to copy, patterns, and code of Python's standard library.
+    The texts are sums, lists to copy, patterns, and code of Python's standard library.
     """
     loaded_artifacts = load_artifacts(artifacts)
     check_output(json_file)

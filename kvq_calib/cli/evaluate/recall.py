@@ -1,4 +1,4 @@
-"""``kvq-eval recall``: retrieval from long texts; ``kvq-eval passkey`` is its first task alone."""
+"""``kvq-eval recall``: retrieval from long texts. ``kvq-eval passkey`` is its first task alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["passkey_command", "recall_command"]
 
-#: Names of :data:`kvq_calib.evaluate.recall_texts.TASKS`, whose module takes seconds to import.
+#: Names in :data:`kvq_calib.evaluate.recall_texts.TASKS`, because importing that module takes seconds.
 TASKS = ("passkey", "key-value", "variables", "common-words")
 
 
 @dataclass(frozen=True)
 class RecallOptions:
-    """Texts that hide something: fields of :class:`kvq_calib.evaluate.recall_texts.RecallConfig`."""
+    """Settings of the texts, fields of :class:`kvq_calib.evaluate.recall_texts.RecallConfig`."""
 
     lengths: tuple[int, ...]
     texts: int
@@ -53,7 +53,7 @@ _text_options = collected(
             default=(512, 1024, 2048),
             show_default=True,
             metavar="TOKENS",
-            help="Tokens of a text with its question; may be given several times.",
+            help="Number of tokens in a text and its question. May be given several times.",
         ),
         click.option(
             "--texts",
@@ -61,10 +61,10 @@ _text_options = collected(
             default=5,
             show_default=True,
             metavar="N",
-            help="Texts of each length; each hides what all tasks ask for.",
+            help="Number of texts of each length. Each has the facts of all tasks.",
         ),
         click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of the texts."
+            "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Random seed."
         ),
         click.option(
             "--chunk",
@@ -72,7 +72,7 @@ _text_options = collected(
             default=256,
             show_default=True,
             metavar="TOKENS",
-            help="Tokens per call.",
+            help="Number of tokens per call.",
         ),
     ),
 )
@@ -84,7 +84,7 @@ _task_options = section(
         "tasks",
         type=click.Choice(TASKS),
         multiple=True,
-        help="What is asked for; may be given several times.  [default: all]",
+        help="Task; may be given several times.  [default: all]",
     ),
     click.option(
         "--needles",
@@ -92,7 +92,7 @@ _task_options = section(
         default=8,
         show_default=True,
         metavar="N",
-        help="Numbers that key-value hides, each under a name.",
+        help="Number of facts in the task key-value.",
     ),
     click.option(
         "--hops",
@@ -100,7 +100,7 @@ _task_options = section(
         default=2,
         show_default=True,
         metavar="N",
-        help="Assignments from one variable to the next in a chain of variables.",
+        help="Number of steps in a chain of the task variables.",
     ),
 )
 
@@ -128,9 +128,9 @@ def recall_command(
     hidden: RecallOptions,
     json_file: str | None,
 ) -> None:
-    """What the packed cache finds in long texts, beside the unquantized cache, with 95% confidence intervals.
+    """Compare retrieval from long texts with the packed and the unquantized cache, with 95% confidence intervals.
 
-    Numbers, chains of variables and frequent words are hidden in texts, in the manner of RULER, and asked for.
+    Texts contain numbers, chains of variables and frequent words to find, similar to RULER.
     """
     _recall(model, artifacts, hidden, json_file, tasks=tasks or TASKS, needles=needles, hops=hops)
 
@@ -148,7 +148,7 @@ def recall_command(
 def passkey_command(
     model: ModelOptions, artifacts: tuple[str, ...], hidden: RecallOptions, json_file: str | None
 ) -> None:
-    """Retrieval of a hidden number: recall with the task passkey alone."""
+    """Compare retrieval of a hidden number: recall with only the task passkey."""
     _recall(model, artifacts, hidden, json_file, tasks=("passkey",))
 
 
