@@ -68,17 +68,18 @@ def variants() -> list[Variant]:
         ),
         "and channels of keys without any bits": ("allocation.min_key_bits=1",),
         "and repeats in what the model writes": ("allocation.repeats=false",),
-        "and noise shaping of values": ("cache.value.noise_shaping=false",),
     }
 
+    unshaped = ("cache.value.noise_shaping=false",)
+
     def step(number: int, text: str, *more: str) -> Variant:
-        """kvq-3 without the features of later steps; after the last step, the recipe itself."""
+        """kvq-3 without the features of later steps, and without noise shaping, which the record does not have."""
         later = list(switches.values())[max(number - 3, 0) :]
         still_off = [
             setting for off in reversed(later) for setting in off
         ]  # before it, the settings inside a section
         name, end = (f"step-{number}", "") if still_off else (THREE_BITS, f" ({THREE_BITS})")
-        return Variant(name, STEPS, text + end, (*more, *still_off), THREE_BITS)
+        return Variant(name, STEPS, text + end, (*more, *still_off, *unshaped), THREE_BITS)
 
     rows += [
         Variant("step-0", STEPS, "nuq3: 3 bits, one table of levels a layer, values per token", recipe="nuq3"),
