@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from click.testing import CliRunner
-from models_zoo import HYBRIDS, tiny_config
+from models_zoo import HYBRIDS, REPEATED, UNTOLD, tiny_config
 from transformers import AutoConfig
 
 from kvq_calib.cli.calibrate import calibrate_command
-from kvq_calib.errors import ModelError
+from kvq_calib.errors import ModelError, NothingToQuantizeError
+from kvq_calib.model import check as check_module
 from kvq_calib.model.check import check_configuration
 from kvq_calib.model.compat import states_are_common
 
@@ -54,6 +55,75 @@ def test_every_kind_of_layer_is_tried():
         verdict = check_configuration(tiny_config(family))
         assert verdict.geometry.state_bytes > 0
         assert verdict.layers == tiny_config(family).num_hidden_layers
+
+
+@pytest.mark.skipif(
+    not states_are_common(), reason="states have common cache layers from transformers 5.5 on"
+)
+@pytest.mark.parametrize("family", [*UNTOLD, *REPEATED])
+def test_sizes_that_depend_on_others(family):
+    """Widths of states and of attention follow the hidden state; layers may be counted as often as they run."""
+    config = tiny_config(family)
+    verdict = check_configuration(config)
+    assert verdict.layers == config.num_hidden_layers
+    assert verdict.serving.materialized is (family in REPEATED)
+
+
+def test_sizes_in_parts_of_the_configuration():
+    config = AutoConfig.for_model(
+        "dbrx",
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    )
+    (layer, _) = check_configuration(config).geometry.layers
+    assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (2, 1, 16)
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_attention_heads": 4}])
+def test_a_model_without_attention_heads(extra):
+    config = AutoConfig.for_model("rwkv", vocab_size=128, hidden_size=64, num_hidden_layers=2, **extra)
+    with pytest.raises(NothingToQuantizeError, match="there is nothing to quantize"):
+        check_configuration(config)
+
+
+def test_blocks_under_another_name_are_fewer_too():
+    config = AutoConfig.for_model("xlstm", hidden_size=128, num_heads=2, num_hidden_layers=24)
+    assert check_module._smaller(config, True, True, True).num_blocks == 2
+    with pytest.raises(ModelError, match="keeps what it caches in a class of its own"):
+        check_configuration(config)
+
+
+def test_a_number_of_layers_that_cannot_be_set():
+    config = AutoConfig.for_model(
+        "prophetnet", hidden_size=64, num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4, decoder_ffn_dim=64, encoder_ffn_dim=64,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="ProphetNetForCausalLM cannot generate with a packed cache"):
+        check_configuration(config)
+
+
+def test_a_model_that_does_not_run_is_made_less_small(monkeypatch):
+    tried = []
+
+    def too_few_heads(text):
+        tried.append(text.num_attention_heads)
+        text.num_attention_heads = 3
+
+    monkeypatch.setattr(check_module, "_thin", too_few_heads)
+    verdict = check_configuration(tiny_config("llama"))
+    assert tried == [4, 4]
+    assert verdict.geometry.layers[0].num_query_heads == 4
+
+
+def test_a_small_model_that_would_not_be_small(monkeypatch):
+    monkeypatch.setattr(check_module, "_PARAMETERS", 1000)
+    with pytest.raises(
+        ModelError, match=r"cannot be built \(it would have [\d,]+ parameters\); calibrate to see"
+    ):
+        check_configuration(tiny_config("llama"))
 
 
 def test_a_configuration_that_nothing_can_be_built_of():

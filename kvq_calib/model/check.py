@@ -2,7 +2,8 @@
 
 The answer depends on the code of a family and on the kinds of layers in a model, not on its weights. So the checks at
 the start of a calibration are run on a model with a few layers, narrow feed-forward parts, few experts and a small
-vocabulary.
+vocabulary. Sizes in a configuration depend on each other, in other ways in every family. So it is verified that
+such a model runs; if it does not, less is made smaller.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.compat import count_layers, keeps_keys, own_layers, softcap_implementation
@@ -32,19 +32,41 @@ _SMALL = {
     "vocab_size": 128,
     "intermediate_size": 64,
     "ffn_dim": 64,
+    "ffn_hidden_size": 64,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
+    "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_top_k": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
     "n_group": 1,
     "topk_group": 1,
     "vocab_size_per_layer_input": 128,
     "pad_token_id": 0,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
 }
-#: What is made smaller: layers, widths, numbers of heads. If such a model cannot be built, less is made smaller.
-_ATTEMPTS = ((True, True, True), (True, True, False), (True, False, False), (False, True, False))
+#: Widths in proportion to that of the hidden state, and a factor on it whose product with it stays.
+_IN_PROPORTION = ("hidden_size", "attention_hidden_size")
+_FACTOR = "mamba_expand"
+#: Names of the number of key-value heads, and other names of the number of layers.
+_OWN_HEADS = ("num_key_value_heads", "kv_n_heads")
+_DEPTHS = ("num_blocks", "num_layers")
+#: What is made smaller: layers, widths, numbers of heads. If such a model does not run, less is made smaller.
+_ATTEMPTS = (
+    (True, True, True),
+    (False, True, True),
+    (True, True, False),
+    (True, False, False),
+    (False, True, False),
+)
+#: Largest number of parameters of a small model; it has float32 weights.
+_PARAMETERS = 2_000_000_000
+_TOKENS = 8
 #: Number of layers after the first one with keys and values.
 _MOST_LAYERS = 12
 
@@ -74,29 +96,63 @@ def check_configuration(config: Any) -> Verdict:
         ModelError: it cannot be calibrated, or no small model can be built; the message says why in one line.
     """
     layers = count_layers(config)
-    failure: Exception | None = None
-    for small in _smaller(config):
+    logger = logging.getLogger("kvq_calib.model.inspect")
+    model = _small_model(config)
+    logger.disabled = True
+    try:
+        geometry = inspect_model(model)
+        return Verdict(geometry, check_generation(model, geometry), layers)
+    finally:
+        logger.disabled = False
+
+
+def _small_model(config: Any) -> nn.Module:
+    """The smallest model that runs. If none does though each was built, the largest: its refusal tells why.
+
+    Raises:
+        ModelError: some could not be built, and none of the others runs.
+    """
+    model: nn.Module | None = None
+    unbuilt = failure = None
+    for attempt in _ATTEMPTS:
         try:
-            with quiet(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(
-                    small, dtype=torch.float32, attn_implementation=softcap_implementation(small)
-                )
-                fill_zeros(model)
+            model = _built(_smaller(config, *attempt))
         except Exception as error:  # a family may raise anything for these sizes
-            failure = failure or error
+            unbuilt = unbuilt or error
             continue
-        model = model.eval().requires_grad_(False)
-        logging.getLogger("kvq_calib.model.inspect").disabled = True
         try:
-            geometry = inspect_model(model)
-            return Verdict(geometry, check_generation(model, geometry), layers)
-        finally:
-            logging.getLogger("kvq_calib.model.inspect").disabled = False
-    assert failure is not None
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64), use_cache=True)
+        except Exception as error:
+            failure = error
+        else:
+            return model
+    if model is not None and unbuilt is None:
+        return model
+    does, reason = ("be built", unbuilt) if failure is None else ("run", failure)
+    assert reason is not None
     raise ModelError(
-        f"a small model of this configuration cannot be built ({one_line(failure)}); calibrate to see"
+        f"a small model of this configuration cannot {does} ({one_line(reason)}); calibrate to see"
     )
+
+
+def _built(config: Any) -> nn.Module:
+    """A model of this configuration with random weights, in eval mode.
+
+    Raises:
+        ValueError: it would be too large.
+    """
+    settings = {"dtype": torch.float32, "attn_implementation": softcap_implementation(config)}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            weights = AutoModelForCausalLM.from_config(copy.deepcopy(config), **settings).parameters()
+        count = sum(weight.numel() for weight in weights)
+        if count > _PARAMETERS:
+            raise ValueError(f"it would have {count:,} parameters")
+        torch.manual_seed(0)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **settings)
+        fill_zeros(model)
+    return model.eval().requires_grad_(False)
 
 
 def fill_zeros(model: nn.Module) -> None:
@@ -107,32 +163,45 @@ def fill_zeros(model: nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def _smaller(config: Any) -> Iterator[Any]:
-    """Configurations to try, smallest first."""
-    for shallow, narrow, thin in _ATTEMPTS:
-        small = copy.deepcopy(config)
-        text = small.get_text_config(decoder=True)
-        if narrow:
+def _smaller(config: Any, shallow: bool, narrow: bool, thin: bool) -> Any:
+    """A copy of a configuration with fewer layers, narrower feed-forward parts, fewer heads."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config(decoder=True)
+    if narrow:
+        for part in _parts(text):
             for name, size in _SMALL.items():
-                if isinstance(getattr(text, name, None), int):
-                    setattr(text, name, size)
-        if thin:
-            _thin(text)
-        if shallow:
-            _cut(text, config)
-        yield small
+                if isinstance(getattr(part, name, None), int):
+                    setattr(part, name, size)
+    if thin:
+        _thin(text)
+    if shallow:
+        _cut(text, config)
+    return small
+
+
+def _parts(text: Any) -> list[Any]:
+    """A configuration and the configurations in it."""
+    return [text, *(each for each in vars(text).values() if isinstance(each, PreTrainedConfig))]
 
 
 def _thin(text: Any) -> None:
     """Reduce the number of heads, keeping their size and the ratio of query heads to key-value heads."""
-    heads, own = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    heads, own = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if not isinstance(heads, int) or not isinstance(own, int | None):
         return
     share = math.gcd(heads, own or heads)
-    text.hidden_size = int(text.hidden_size) // heads * (heads // share)
+    hidden = text.hidden_size
+    for part in _parts(text):
+        for name in _IN_PROPORTION:
+            width = getattr(part, name, None)
+            if isinstance(width, int) and (part is text or width == hidden):
+                setattr(part, name, width // heads * (heads // share))
+        for name in _OWN_HEADS:
+            if own is not None and getattr(part, name, None) == own:
+                setattr(part, name, own // share)
+    if isinstance(factor := getattr(text, _FACTOR, None), int | float):
+        setattr(text, _FACTOR, factor * share)
     text.num_attention_heads = heads // share
-    if own is not None:
-        text.num_key_value_heads = own // share
 
 
 def _cut(text: Any, config: Any) -> None:
@@ -148,6 +217,9 @@ def _cut(text: Any, config: Any) -> None:
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == layers:
             setattr(text, name, value[:depth])
+    for name in _DEPTHS:
+        if getattr(text, name, None) == layers:
+            setattr(text, name, depth)
     text.num_hidden_layers = depth
 
 
