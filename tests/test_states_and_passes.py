@@ -41,7 +41,13 @@ def check(model):
 # ---------------------------------------------------------------------------------------- indexers
 
 
-@pytest.mark.parametrize("family", [*INDEXED, *INDEXED_HYBRIDS])
+#: Before transformers 5.5 the indexer of glm_moe_dsa saw later tokens.
+_MARKS = {"glm_moe_dsa": [needs_common_states]}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=_MARKS.get(family, ())) for family in (*INDEXED, *INDEXED_HYBRIDS)]
+)
 def test_an_indexer_keeps_its_keys_beside(family, tmp_path):
     model = model_of(family)
     whole = family in INDEXED
