@@ -94,7 +94,7 @@ def test_blocks_under_another_name_are_fewer_too():
     config = AutoConfig.for_model("xlstm", hidden_size=128, num_heads=2, num_hidden_layers=24)
     assert check_module._smaller(config, True, True, True).num_blocks == 2
     # The cache of its own shows itself in transformers 5.2 as none.
-    with pytest.raises(ModelError, match="keeps what it caches in a class of its own|nothing to quantize"):
+    with pytest.raises(ModelError, match=r"keeps what it caches in a class of its own|nothing to quantize"):
         check_configuration(config)
 
 
