@@ -71,15 +71,12 @@ def shaped_path(
         padded = torch.nn.functional.pad(x, (0, -tokens % BLOCK_TOKENS))
         return padded.reshape(channels, -1, BLOCK_TOKENS).permute(2, 0, 1).contiguous()
 
-    # States are [u[t - 1], u[t]] before a step and [u[t], u[t + 1]] after it; their number is the index.
-    n = batch * -(-tokens // BLOCK_TOKENS)
-    ranks, width = subsets.boundaries.shape[1], n
-    state = torch.arange(4, device=u.device)
-    free = torch.arange(2, device=u.device)
+    # A state is u[t - 1] + 2 u[t - 2], with u[t] the lowest bit of the code of token t.
+    state, free = torch.arange(4, device=u.device), torch.arange(2, device=u.device)
     subset = 2 * (free ^ (state >> 1)[:, None]) + (state & 1)[:, None]  # [4 states, 2 codes]
-    start = (subset * (ranks + 1))[None, :, :, None]
+    start = (subset * subsets.nearest.shape[-1])[None, :, :, None]
     nearest = subsets.nearest.flatten(1)
-    cost = torch.full((channels, 4, width), torch.inf, device=u.device)
+    cost = torch.full((channels, 4, batch * -(-tokens // BLOCK_TOKENS)), torch.inf, device=u.device)
     cost[:, 0] = 0
     error = torch.zeros_like(cost)
     steps = []
@@ -89,15 +86,26 @@ def shaped_path(
         place = start + rank[:, :, None]  # [C, 4, 2, n]
         made = target[:, :, None] - nearest.gather(1, place.flatten(1)).view(place.shape)
         total = cost[:, :, None] + made * made * counts[:, None, None]
-        low, high = total.unflatten(1, (2, 2)).unbind(1)  # [C, u[t - 1], u[t], n]: u[t - 2] is dropped
+        low, high = _predecessors(total)
         is_high = high < low
-        cost = torch.where(is_high, high, low).flatten(1, 2)
-        made_low, made_high = made.unflatten(1, (2, 2)).unbind(1)
-        error = torch.where(is_high, made_high, made_low).flatten(1, 2)
-        place_low, place_high = place.unflatten(1, (2, 2)).unbind(1)
-        steps.append((is_high.flatten(1, 2), torch.where(is_high, place_high, place_low).flatten(1, 2)))
-        # [u[t - 1], u[t]] to the number u[t] + 2 u[t - 1], which is the index.
+        cost, error, place = (_survivors(each, is_high) for each in (total, made, place))
+        steps.append((is_high.flatten(1, 2), place))
     return _traced(subsets, steps, cost.min(1, keepdim=True).indices, (batch, tokens))
+
+
+def _predecessors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``[C, 4, 2, n]``, by state and code: what leads into each state from the lower and from the higher state.
+
+    Both are ``[C, 2, 2, n]``, by ``u[t - 1]`` and ``u[t]``, which is the number of the new state.
+    """
+    low, high = x.unflatten(1, (2, 2)).unbind(1)
+    return low, high
+
+
+def _survivors(x: Tensor, is_high: Tensor) -> Tensor:
+    """Of the same, what the better predecessor of each new state gives: ``[C, 4, n]``."""
+    low, high = _predecessors(x)
+    return torch.where(is_high, high, low).flatten(1, 2)
 
 
 def _traced(
