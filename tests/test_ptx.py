@@ -233,7 +233,7 @@ def test_a_barrier_taken_out_of_the_kernel_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "cuda"
     shutil.copytree(kernel_folder(), folder)
     source = (folder / "decode.cu").read_text()
-    barrier = "__syncthreads();  // Shared::out takes the place of the queries"
+    barrier = "__syncthreads();  // Shared::out overwrites the queries"
     assert source.count(barrier) == 1
 
     def attend(text: str) -> tuple[torch.Tensor, int]:
