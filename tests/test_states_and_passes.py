@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from whole_chain import (
     ROUNDING,
     assert_crops,
-    assert_generates_alike,
     assert_modes_agree,
     assert_passes_are_exact,
     assert_the_whole_chain,
@@ -140,18 +139,16 @@ def test_a_layer_that_no_gradient_reaches_is_an_error():
 def test_positions_are_told_where_a_model_does_not_know_them(family):
     model = model_of(family)
     artifact = assert_the_whole_chain(model)
-    if check_generation(model, artifact.geometry).positions:  # a release may mend it
-        assert next_pass(model, token_ids(1, 3), None, 5)["position_ids"].tolist() == [[5, 6, 7]]
+    # A release of transformers may mend a model: then it is told nothing.
+    told = next_pass(model, token_ids(1, 3), None, 5).get("position_ids")
+    needed = check_generation(model, artifact.geometry).positions
+    assert (None if told is None else told.tolist()) == ([[5, 6, 7]] if needed else None)
 
 
 @pytest.mark.parametrize("family", DECODING)
 def test_an_encoder_that_decodes(family):
     model = model_of(family)
-    artifact = calibrated(model)
-    assert_passes_are_exact(model, artifact)
-    assert_generates_alike(model, artifact)
-    assert_generates_alike(model, artifact, num_beams=2)
-    assert_crops(model, artifact)
+    assert_crops(model, assert_the_whole_chain(model))
     with pytest.raises(ModelError, match=r'; if it is to be one, set "is_decoder": true in its config'):
         check(tiny_model(family, is_decoder=False))
 

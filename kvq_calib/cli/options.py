@@ -40,6 +40,7 @@ __all__ = [
     "load_artifacts",
     "mode_option",
     "model_options",
+    "number_option",
     "require_extra",
     "text_options",
     "write_json",
@@ -119,6 +120,23 @@ def collected(cls: type[Any], name: str, *options: Decorator) -> Decorator:
         return command
 
     return decorate
+
+
+def number_option(
+    name: str, default: int, metavar: str, text: str, *, least: int = 1, most: int | None = None
+) -> Decorator:
+    """An option for an integer from ``least`` to ``most``, with its default in the help.
+
+    Args:
+        name: name of the option.
+        default: its default.
+        metavar: unit of the number.
+        text: text of the help.
+        least, most: limits; ``None`` for no limit.
+    """
+    return click.option(
+        name, type=click.IntRange(least, most), default=default, show_default=True, metavar=metavar, help=text
+    )
 
 
 def artifact_options(required: bool = True) -> Decorator:

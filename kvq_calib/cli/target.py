@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvq_calib.cli.help import section
-from kvq_calib.cli.options import FilePath, collected
+from kvq_calib.cli.options import FilePath, collected, number_option
 
 if TYPE_CHECKING:
     from kvq_calib.artifact.artifact import KVArtifact
@@ -109,13 +109,6 @@ target_options = collected(
             metavar="NAME|PATH",
             help="Text to measure on.  [default: windows of --dataset that calibration does not use]",
         ),
-        click.option(
-            "--held-out-windows",
-            type=click.IntRange(1),
-            default=4,
-            show_default=True,
-            metavar="N",
-            help="Largest number of windows of the held-out text.",
-        ),
+        number_option("--held-out-windows", 4, "N", "At most this many windows of it."),
     ),
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,7 @@ from kvq_calib.cli.options import (
     json_option,
     load_artifacts,
     model_options,
+    number_option,
     write_json,
 )
 from kvq_calib.cli.outputs import check_output
@@ -43,12 +44,6 @@ class GenerateOptions:
     chunk: int
 
 
-def _number(name: str, default: int, metavar: str, help: str, least: int = 1) -> Callable[[Any], Any]:
-    return click.option(
-        name, type=click.IntRange(least), default=default, show_default=True, metavar=metavar, help=help
-    )
-
-
 _generate_options = collected(
     GenerateOptions,
     "config",
@@ -61,12 +56,14 @@ _generate_options = collected(
             multiple=True,
             help="Task; may be given several times.  [default: all]",
         ),
-        _number("--texts", 4, "N", "Number of texts of each task."),
-        _number("--length", 512, "TOKENS", "Number of tokens in a text before its continuation.", 64),
-        _number("--tokens", 256, "TOKENS", "Largest number of tokens in a continuation."),
-        _number("--batch", 4, "N", "Number of texts per batch."),
-        _number("--seed", 0, "N", "Random seed.", 0),
-        _number("--chunk", 256, "TOKENS", "Number of tokens per call while a text is read."),
+        number_option("--texts", 4, "N", "Number of texts of each task."),
+        number_option(
+            "--length", 512, "TOKENS", "Number of tokens in a text before its continuation.", least=64
+        ),
+        number_option("--tokens", 256, "TOKENS", "Largest number of tokens in a continuation."),
+        number_option("--batch", 4, "N", "Number of texts per batch."),
+        number_option("--seed", 0, "N", "Random seed.", least=0),
+        number_option("--chunk", 256, "TOKENS", "Number of tokens per call while a text is read."),
     ),
 )
 

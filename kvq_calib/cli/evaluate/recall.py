@@ -17,6 +17,7 @@ from kvq_calib.cli.options import (
     json_option,
     load_artifacts,
     model_options,
+    number_option,
     write_json,
 )
 from kvq_calib.cli.outputs import check_output
@@ -55,25 +56,9 @@ _text_options = collected(
             metavar="TOKENS",
             help="Number of tokens in a text and its question. May be given several times.",
         ),
-        click.option(
-            "--texts",
-            type=click.IntRange(1),
-            default=5,
-            show_default=True,
-            metavar="N",
-            help="Number of texts of each length. Each has the facts of all tasks.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Random seed."
-        ),
-        click.option(
-            "--chunk",
-            type=click.IntRange(1),
-            default=256,
-            show_default=True,
-            metavar="TOKENS",
-            help="Number of tokens per call.",
-        ),
+        number_option("--texts", 5, "N", "Number of texts of each length. Each has the facts of all tasks."),
+        number_option("--seed", 0, "N", "Random seed.", least=0),
+        number_option("--chunk", 256, "TOKENS", "Number of tokens per call."),
     ),
 )
 
@@ -86,22 +71,8 @@ _task_options = section(
         multiple=True,
         help="Task; may be given several times.  [default: all]",
     ),
-    click.option(
-        "--needles",
-        type=click.IntRange(1, 30),
-        default=8,
-        show_default=True,
-        metavar="N",
-        help="Number of facts in the task key-value.",
-    ),
-    click.option(
-        "--hops",
-        type=click.IntRange(0, 8),
-        default=2,
-        show_default=True,
-        metavar="N",
-        help="Number of steps in a chain of the task variables.",
-    ),
+    number_option("--needles", 8, "N", "Number of facts in the task key-value.", most=30),
+    number_option("--hops", 2, "N", "Number of steps in a chain of the task variables.", least=0, most=8),
 )
 
 
