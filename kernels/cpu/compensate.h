@@ -71,4 +71,24 @@ void feed_tile(Floats<L>* fed, const Group<L, V>& group, const float* shares, in
     take_up<L, V>(fed, group, own, size, rows, 0, first);
 }
 
+// code(i, what of it is to be coded) for all coordinates of a head in order; `code` notes the error of each. Without
+// `shares` it is the coordinate as it stands. `fed` has room for kTile coordinates.
+template <int L, int V, class Code>
+KVQ_INLINE void for_coordinates(const Group<L, V>& group, const float* shares, int size, bool again, Floats<L>* fed,
+                                Code code) {
+    if (shares == nullptr) {
+        for (int i = 0; i < size; i++) code(i, group.exact + i * Group<L, V>::kStride);
+        return;
+    }
+    for (int first = 0; first < size; first += kTile) {
+        const int rows = size - first < kTile ? size - first : kTile;
+        feed_tile<L, V>(fed, group, shares, size, first, rows, again);
+        for (int row = 0; row < rows; row++) {
+            const int i = first + row;
+            take_up<L, V>(fed + row * V, group, shares + i * size, size, 1, first, i);
+            code(i, fed + row * V);
+        }
+    }
+}
+
 }  // namespace kvq

@@ -69,21 +69,14 @@ inline void code_line_head(const Job& job, int head, const float* shares, bool a
     const KvqTrellis& codec = *job.codec;
     const int size = codec.head_dim;
     const Group<kWidest, V> group = {room.exact, room.error};
-    for (int first = 0; first < size; first += kTile) {
-        const int rows = size - first < kTile ? size - first : kTile;
-        if (shares != nullptr) feed_tile<kWidest, V>(room.fed, group, shares, size, first, rows, again);
-        for (int row = 0; row < rows; row++) {
-            const int i = first + row;
-            LineRoom::Vector* fed = shares != nullptr ? room.fed + row * V : room.exact + i * V;
-            if (shares != nullptr) take_up<kWidest, V>(fed, group, shares + i * size, size, 1, first, i);
-            if (job.coded != nullptr) std::memcpy(room.coded + i * V, fed, kBlock * sizeof(float));
-            code_line(job.channels[head * size + i], codec.states, reinterpret_cast<const float*>(fed), tokens,
-                      *room.line);
-            for (int v = 0; v < V; v++)
-                room.error[i * V + v] = room.exact[i * V + v] - load<LineRoom::Vector>(room.line->seen + v * kWidest);
-            std::memcpy(room.bytes + i * kBlock, room.line->code, kBlock);
-        }
-    }
+    auto code = [&](int i, const LineRoom::Vector* fed) {
+        if (job.coded != nullptr) std::memcpy(room.coded + i * V, fed, kBlock * sizeof(float));
+        code_line(job.channels[head * size + i], codec.states, reinterpret_cast<const float*>(fed), tokens, *room.line);
+        for (int v = 0; v < V; v++)
+            room.error[i * V + v] = room.exact[i * V + v] - load<LineRoom::Vector>(room.line->seen + v * kWidest);
+        std::memcpy(room.bytes + i * kBlock, room.line->code, kBlock);
+    };
+    for_coordinates<kWidest, V>(group, shares, size, again, room.fed, code);
 }
 
 inline bool encode_line(const Job& job, int head, void* memory) {

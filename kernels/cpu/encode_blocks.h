@@ -91,19 +91,12 @@ void code_coordinate(const Job& job, int channel, int i, const Floats<L>* fed, T
 // Codes all coordinates of a head once.
 template <int L>
 void code_head(const Job& job, int first_channel, const float* shares, bool again, Tokens<L> tokens, Room<L>& room) {
-    const int size = job.codec->head_dim;
     const Group<L, kBlock> group = {room.exact, room.error};
-    for (int first = 0; first < size; first += kTile) {
-        const int rows = size - first < kTile ? size - first : kTile;
-        if (shares != nullptr) feed_tile<L, kBlock>(room.fed, group, shares, size, first, rows, again);
-        for (int row = 0; row < rows; row++) {
-            const int i = first + row;
-            Floats<L>* fed = shares != nullptr ? room.fed + row * kBlock : room.exact + i * kPlane;
-            if (shares != nullptr) take_up<L, kBlock>(fed, group, shares + i * size, size, 1, first, i);
-            if (job.coded != nullptr) std::memcpy(room.coded + i * kPlane, fed, kBlock * sizeof(Floats<L>));
-            code_coordinate<L>(job, first_channel + i, i, fed, tokens, room);
-        }
-    }
+    auto code = [&](int i, const Floats<L>* fed) {
+        if (job.coded != nullptr) std::memcpy(room.coded + i * kPlane, fed, kBlock * sizeof(Floats<L>));
+        code_coordinate<L>(job, first_channel + i, i, fed, tokens, room);
+    };
+    for_coordinates<L, kBlock>(group, shares, job.codec->head_dim, again, room.fed, code);
 }
 
 template <int L>
