@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from common import RESULTS, environment, environment_lines, markdown, markdown_table, write_results
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.run import calibrate
@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = calibrated(loaded, calibration, configs, options.work, progress)
         progress.say(f"artifacts after {time.monotonic() - started:.0f} s")
         keep(evaluated(loaded, evaluation, files, known, options.group, progress, keep))
-    print("\n".join(report(rows, content)))
+    print(markdown(report(rows, content)))
 
 
 if __name__ == "__main__":

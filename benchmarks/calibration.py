@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from calibration_memory import Peak
-from common import RESULTS, environment, environment_lines, markdown_table, timed, write_results
+from common import RESULTS, environment, environment_lines, markdown, markdown_table, timed, write_results
 from fit import fit_all_values
 from torch import Tensor
 
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "distortion": measured["distortion"],
     }
     write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
+from common import (
+    RESULTS,
+    Seconds,
+    environment,
+    environment_lines,
+    markdown,
+    markdown_table,
+    timed,
+    write_results,
+)
 from torch import Tensor, nn
 
 from kvq_calib.calibrate.run import calibrate
@@ -259,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, model, windows, config = load(options.time_samples, options.time_seqlen)
         content["time"] = overhead(model, windows, config, options.rounds)
         write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,17 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
+def markdown(lines: Sequence[str]) -> str:
+    """Lines of a report as text, with paragraphs wrapped at 120 characters; tables and code stay as they are."""
+    wrapped: list[str] = []
+    for line in lines:
+        is_prose = bool(line) and not line.startswith(("|", "#", " "))
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        wrapped += textwrap.wrap(line, 120, **options) if is_prose else [line]
+    return "\n".join(wrapped)
+
+
 def write_results(output: Path, content: dict[str, Any], lines: Sequence[str]) -> None:
     """Write ``output`` (JSON) and the Markdown beside it, each atomically."""
     write_atomically(output, (json.dumps(content, indent=1) + "\n").encode())
-    write_atomically(output.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
+    write_atomically(output.with_suffix(".md"), (markdown(lines) + "\n").encode())

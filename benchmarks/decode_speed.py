@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
+from common import (
+    RESULTS,
+    Seconds,
+    environment,
+    environment_lines,
+    markdown,
+    markdown_table,
+    timed,
+    write_results,
+)
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, QuantizedCache
 
@@ -318,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             content["rows"] += measure(model, caches, peers, layers, context, options.steps)
             write_results(options.output, content, report(content))
             gc.collect()
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 def _is_installed(package: str) -> bool:

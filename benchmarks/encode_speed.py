@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
+from common import (
+    RESULTS,
+    Seconds,
+    environment,
+    environment_lines,
+    markdown,
+    markdown_table,
+    timed,
+    write_results,
+)
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
@@ -146,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row = compare(quantizers[kind], kind, tokens, isas, options.repeats)
                 content["rows"].append(row)
     write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

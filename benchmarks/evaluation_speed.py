@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
+from common import (
+    RESULTS,
+    Seconds,
+    environment,
+    environment_lines,
+    markdown,
+    markdown_table,
+    timed,
+    write_results,
+)
 
 from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.data import load_windows
@@ -107,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
     }
     write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

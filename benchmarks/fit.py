@@ -19,7 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Seconds, environment, environment_lines, markdown_table, timed, write_results
+from common import (
+    RESULTS,
+    Seconds,
+    environment,
+    environment_lines,
+    markdown,
+    markdown_table,
+    timed,
+    write_results,
+)
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -315,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress.say(f"{size:,} values, {levels} levels")
                 content["comparisons"].append(compare("keys, drawn", values, weights, levels, threads))
                 write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ablation import CONTEXT, Variant, calibrated, chosen, evaluated
-from common import RESULTS, environment, environment_lines, markdown_table, write_results
+from common import RESULTS, environment, environment_lines, markdown, markdown_table, write_results
 from torch import Tensor
 
 from kvq_calib.data import TokenWindows, load_windows
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, row in measure_rivals(loaded, evaluation, names).items():
         others[name] = {**row, "inputs": ["", evaluation.source["sha256"]]}
     keep(results)
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from calibration_memory import Peak, resident_bytes
-from common import RESULTS, environment, environment_lines, markdown_table, timed, write_results
+from common import RESULTS, environment, environment_lines, markdown, markdown_table, timed, write_results
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 }
             )
             write_results(options.output, content, report(content))
-    print("\n".join(report(content)))
+    print(markdown(report(content)))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def test_the_frontier_measures_recipes_and_rivals(
 
 
 def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
+    import common
     import frontier
 
     results = BENCHMARKS / "results"
@@ -203,7 +204,7 @@ def test_the_frontiers_record_is_of_the_rows_that_stand() -> None:
     for row in frontier.variants():
         found = [rows[row.name][key] for key in ("switch", "text", "recipe", "changes")]
         assert found == [row.switch, row.text, row.recipe, list(row.assignments)]
-    report = "\n".join(frontier.report(content))
+    report = common.markdown(frontier.report(content))
     assert report.strip() == (results / "frontier.md").read_text(encoding="utf-8").strip()
 
 
