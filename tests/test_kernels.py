@@ -807,10 +807,10 @@ def test_layers_without_a_kernel_say_so_once() -> None:
     pairs = [{"key": layer.key, "value": layer.value} for layer in layers]
     with pytest.warns(RuntimeWarning) as caught:
         ops = ops_with(pairs, machine.launcher)
-    assert [str(w.message) for w in caught] == [
-        "layer 2: there is no kernel for heads of 72 channels, only for multiples of 16 up to 256; torch decodes it",
+    assert sorted(str(w.message) for w in caught) == [
         "layer 0: there is no kernel for keys with a scale per token; torch decodes it",
-    ] or len(caught) == 2
+        "layer 2: there is no kernel for heads of 72 channels, only for multiples of 16 up to 256; torch decodes it",
+    ]
     assert all(isinstance(op, CudaOps) and op.reason for op in ops)
 
 
