@@ -8,51 +8,16 @@ written as they are measured. After an interruption, the same command continues.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common import RESULTS, environment, environment_lines, markdown, markdown_table, write_results
+from common import environment_lines, markdown, markdown_table, write_results
+from variants import BASE, CONTEXT, Variant, calibrated, chosen, evaluated, make_parser, prepare
 
-from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.calibrate.run import calibrate
-from kvq_calib.data import TokenWindows, load_windows
-from kvq_calib.evaluate.perplexity import measure_perplexity
-from kvq_calib.model.fingerprint import model_fingerprint
-from kvq_calib.model.load import LoadedModel, load_model
 from kvq_calib.progress import ProgressReporter
-from kvq_calib.schema.recipe import CalibrationConfig, EvalConfig, calibration_config
-
-BASE = "nuq3-1p"
-CONTEXT = 4096
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: a recipe with changes.
-
-    Attributes:
-        name: short name, also the artifact's file name.
-        switch: the part of the method that it changes.
-        text: the row's text in the table.
-        assignments: ``--set`` assignments.
-        recipe: the recipe to which they are applied.
-    """
-
-    name: str
-    switch: str
-    text: str
-    assignments: tuple[str, ...] = ()
-    recipe: str = BASE
-
-    def config(self, **command_line: Any) -> CalibrationConfig:
-        """The settings of the recipe with its changes. The settings of the run override both."""
-        return calibration_config(self.recipe, command_line=command_line, assignments=self.assignments)
+from kvq_calib.schema.recipe import calibration_config
 
 
 def _both(path: str, value: object) -> tuple[str, str]:
@@ -137,101 +102,6 @@ def variants() -> list[Variant]:
     return rows
 
 
-def chosen(
-    parser: argparse.ArgumentParser,
-    only: Sequence[str] | None,
-    rows: Sequence[Variant],
-    others: Iterable[str] = (),
-) -> list[Variant]:
-    """The rows that ``--only`` names; all by default. Any name but theirs and ``others`` is an error."""
-    names = [*(row.name for row in rows), *others]
-    if only and not set(only) <= set(names):
-        parser.error(f"the rows are {', '.join(names)}")
-    return [row for row in rows if not only or row.name in only]
-
-
-def calibrated(
-    loaded: LoadedModel,
-    windows: TokenWindows,
-    configs: Mapping[str, CalibrationConfig],
-    work: Path,
-    progress: Any,
-) -> dict[str, Path]:
-    """Artifacts of all recipes, in ``work``. Existing ones are kept; the others are made in one run."""
-    files = {name: work / f"{name}.kvq.safetensors" for name in configs}
-    missing = {name: config for name, config in configs.items() if not _stands(files[name], config, windows)}
-    if missing:
-        result = calibrate(
-            loaded.model,
-            windows,
-            missing,
-            model_id=loaded.name,
-            model_config=model_fingerprint(loaded.model),
-            checkpoint=work / "calibration.checkpoint",
-            resume=True,
-            progress=progress,
-        )
-        for name, artifact in result.artifacts.items():
-            artifact.save(files[name])
-    return files
-
-
-def _stands(file: Path, config: CalibrationConfig, windows: TokenWindows) -> bool:
-    """Whether ``file`` was made from this recipe and this text."""
-    if not file.exists():
-        return False
-    artifact = KVArtifact.load(file)
-    settings = json.loads(json.dumps(config.record()))
-    made, spec = artifact.calibration, artifact.spec
-    if config.allocation is not None:
-        # Calibration only decides, for each layer, the form of error compensation.
-        count, decided = len(artifact.geometry.layers), {"error_compensation"}
-        for found, asked in zip(spec.resolved(count), config.cache.resolved(count), strict=True):
-            keys = [each.key.model_dump(exclude=decided) for each in (found, asked)]
-            if keys[0] != keys[1] or found.value != asked.value:
-                return False
-        spec = spec.model_copy(update={"layers": config.cache.layers})
-    return spec == config.cache and (made["settings"], made["data"]) == (settings, windows.source)
-
-
-def evaluated(
-    loaded: LoadedModel,
-    windows: TokenWindows,
-    files: Mapping[str, Path],
-    known: Mapping[str, dict[str, Any]],
-    group: int,
-    progress: Any,
-    keep: Any,
-) -> dict[str, dict[str, Any]]:
-    """Results by name. Results in ``known`` for the same artifact and text are kept. ``keep`` is called after each
-    group.
-
-    A group shares one pass of the unquantized model.
-    """
-    results: dict[str, dict[str, Any]] = {}
-    todo: dict[str, str] = {}
-    fingerprint = model_fingerprint(loaded.model)
-    for name, file in files.items():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if name in known and known[name]["inputs"] == [digest, windows.source["sha256"]]:
-            results[name] = known[name]
-        else:
-            todo[name] = digest
-    names = list(todo)
-    for start in range(0, len(names), group):
-        artifacts = {name: KVArtifact.load(files[name]) for name in names[start : start + group]}
-        for artifact in artifacts.values():
-            artifact.check_model(fingerprint)
-        config = EvalConfig(windows=len(windows.ids), seqlen=windows.ids.shape[1], context=CONTEXT)
-        for result in measure_perplexity(loaded.model, artifacts, windows, config, progress):
-            results[result.name] = {
-                **result.to_json(),
-                "inputs": [todo[result.name], windows.source["sha256"]],
-            }
-        keep(results)
-    return results
-
-
 def report(rows: Sequence[Variant], content: Mapping[str, Any]) -> list[str]:
     """The table in Markdown."""
     results = {row["name"]: row for row in content["rows"]}
@@ -274,77 +144,24 @@ def report(rows: Sequence[Variant], content: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, metavar="NAME|FILE")
-    parser.add_argument("--evaluation", required=True, metavar="NAME|FILE")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--windows", type=int, default=2, help="evaluation windows")
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows; all by default")
+    parser = make_parser(__doc__.partition("\n")[0], "ablation", windows=2)
     parser.add_argument(
         "--group", type=int, default=7, help="rows that share one pass of the unquantized model"
     )
-    parser.add_argument("--work", type=Path, default=Path("build/ablation"), help="folder for the artifacts")
-    parser.add_argument("--output", type=Path, default=RESULTS / "ablation.json")
-    parser.add_argument("--note", default="", help="about the machine, for the record")
     options = parser.parse_args(arguments)
-
-    rows = chosen(parser, options.only, variants())
-    facts = environment(options.note)
-    options.work.mkdir(parents=True, exist_ok=True)
-    configs = {
-        row.name: row.config(dataset=options.calibration, samples=options.samples, seqlen=options.seqlen)
-        for row in rows
-    }
-    loaded = load_model(options.model, dtype="float32")
-    calibration = load_windows(
-        options.calibration,
-        loaded.tokenizer,
-        samples=options.samples,
-        seqlen=options.seqlen,
-        split="calibration",
-    )
-    evaluation = load_windows(
-        options.evaluation,
-        loaded.tokenizer,
-        samples=options.windows,
-        seqlen=options.seqlen,
-        split="evaluation",
-    )
-    content: dict[str, Any] = {
-        "settings": {
-            "model": loaded.name,
-            "calibration": calibration.source,
-            "evaluation": evaluation.source,
-        },
-        "environment": facts,
-        "rows": [],
-    }
-    known: dict[str, dict[str, Any]] = {}
-    if options.output.exists():
-        known = {row["name"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
+    study = prepare(options, chosen(parser, options.only, variants()))
+    content = study.content
 
     def keep(results: Mapping[str, dict[str, Any]]) -> None:
-        content["rows"] = [
-            {
-                "switch": row.switch,
-                "text": row.text,
-                "recipe": row.recipe,
-                "changes": row.assignments,
-                **results[row.name],
-            }
-            for row in rows
-            if row.name in results
-        ]
-        write_results(options.output, content, report(rows, content))
+        content["rows"] = study.described(results)
+        write_results(options.output, content, report(study.rows, content))
 
     with ProgressReporter() as progress:
         started = time.monotonic()
-        files = calibrated(loaded, calibration, configs, options.work, progress)
+        files = calibrated(study, study.configs(options), progress)
         progress.say(f"artifacts after {time.monotonic() - started:.0f} s")
-        keep(evaluated(loaded, evaluation, files, known, options.group, progress, keep))
-    print(markdown(report(rows, content)))
+        keep(evaluated(study, files, options.group, progress, keep))
+    print(markdown(report(study.rows, content)))
 
 
 if __name__ == "__main__":

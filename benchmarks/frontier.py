@@ -9,23 +9,21 @@ their papers, in their simplest form. Their bits count codes and scales.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CONTEXT, Variant, calibrated, chosen, evaluated
-from common import RESULTS, environment, environment_lines, markdown, markdown_table, write_results
+from common import environment_lines, markdown, markdown_table, write_results
 from torch import Tensor
+from variants import CONTEXT, Variant, calibrated, chosen, evaluated, make_parser, prepare
 
-from kvq_calib.data import TokenWindows, load_windows
+from kvq_calib.data import TokenWindows
 from kvq_calib.evaluate.perplexity import measure
 from kvq_calib.evaluate.text_pass import Mode
 from kvq_calib.fit.density import lloyd
 from kvq_calib.model.capture import LayerKV, intercept
-from kvq_calib.model.load import LoadedModel, load_model
+from kvq_calib.model.load import LoadedModel
 from kvq_calib.progress import ProgressReporter
 
 Transform = Callable[[LayerKV], tuple[Tensor, Tensor]]
@@ -267,73 +265,28 @@ def report(content: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, metavar="NAME|FILE")
-    parser.add_argument("--evaluation", required=True, metavar="NAME|FILE")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--windows", type=int, default=3, help="evaluation windows")
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows; all by default")
-    parser.add_argument("--work", type=Path, default=Path("build/frontier"), help="folder for the artifacts")
-    parser.add_argument("--output", type=Path, default=RESULTS / "frontier.json")
-    parser.add_argument("--note", default="", help="about the machine, for the record")
+    parser = make_parser(__doc__.partition("\n")[0], "frontier", windows=3)
     options = parser.parse_args(arguments)
-
-    rows = chosen(parser, options.only, variants(), rivals(64))
-    facts = environment(options.note)
-    options.work.mkdir(parents=True, exist_ok=True)
-    run = {"dataset": options.calibration, "samples": options.samples, "seqlen": options.seqlen}
-    configs = {row.name: row.config(**run) for row in rows}
-    loaded = load_model(options.model, dtype="float32")
-    calibration = load_windows(
-        options.calibration,
-        loaded.tokenizer,
-        samples=options.samples,
-        seqlen=options.seqlen,
-        split="calibration",
-    )
-    evaluation = load_windows(
-        options.evaluation,
-        loaded.tokenizer,
-        samples=options.windows,
-        seqlen=options.seqlen,
-        split="evaluation",
-    )
-    content: dict[str, Any] = {
-        "settings": {
-            "model": loaded.name,
-            "calibration": calibration.source,
-            "evaluation": evaluation.source,
-        },
-        "environment": facts,
-        "rows": [],
-    }
-    known: dict[str, dict[str, Any]] = {}
-    if options.output.exists():
-        known = {row["name"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
+    study = prepare(options, chosen(parser, options.only, variants(), rivals(64)))
+    content, text = study.content, study.evaluation.source["sha256"]
     others = {
         name: row
-        for name, row in known.items()
-        if row["switch"] == RIVALS and row["inputs"] == ["", evaluation.source["sha256"]]
+        for name, row in study.known.items()
+        if row["switch"] == RIVALS and row["inputs"] == ["", text]
     }
 
     def keep(results: Mapping[str, dict[str, Any]]) -> None:
-        content["rows"] = [
-            {"switch": row.switch, "text": row.text, "recipe": row.recipe, "changes": row.assignments, **results[row.name]}
-            for row in rows
-            if row.name in results
-        ] + list(others.values())  # fmt: skip
+        content["rows"] = study.described(results) + list(others.values())
         write_results(options.output, content, report(content))
-        caption = f"{loaded.name}, {len(evaluation.ids)} windows of {options.seqlen}"
+        caption = f"{study.loaded.name}, {len(study.evaluation.ids)} windows of {options.seqlen}"
         plot({row["name"]: row for row in content["rows"]}, options.output.with_suffix(".png"), caption)
 
     with ProgressReporter() as progress:
-        files = calibrated(loaded, calibration, configs, options.work, progress)
-        results = evaluated(loaded, evaluation, files, known, max(len(rows), 1), progress, keep)
+        files = calibrated(study, study.configs(options), progress)
+        results = evaluated(study, files, max(len(study.rows), 1), progress, keep)
     names = [name for name in rivals(64) if name not in others and (not options.only or name in options.only)]
-    for name, row in measure_rivals(loaded, evaluation, names).items():
-        others[name] = {**row, "inputs": ["", evaluation.source["sha256"]]}
+    for name, row in measure_rivals(study.loaded, study.evaluation, names).items():
+        others[name] = {**row, "inputs": ["", text]}
     keep(results)
     print(markdown(report(content)))
 

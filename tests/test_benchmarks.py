@@ -243,7 +243,7 @@ def test_fit_captures_what_calibration_fits(
 def test_an_artifact_stands_whatever_calibration_decided_layer_by_layer(
     loaded: LoadedModel, text: Path, tmp_path: Path
 ) -> None:
-    import ablation
+    import variants
 
     config = calibration_config("kvq3")
     windows = load_windows(str(text), loaded.tokenizer, samples=2, seqlen=48, split="calibration")
@@ -253,13 +253,13 @@ def test_an_artifact_stands_whatever_calibration_decided_layer_by_layer(
     made = {"settings": config.record(), "data": windows.source}
     file = tmp_path / "kvq3.kvq.safetensors"
     replace(artifact_for(loaded.model, spec), calibration=made).save(file)
-    assert ablation._stands(file, config, windows)
+    assert variants.stands(file, config, windows)
     for other in (
         "allocation.bits_per_element=3",
         "cache.key.error_compensation.refinement_passes=0",
         "cache.layers.0.key.max_bits=4",
     ):
-        assert not ablation._stands(file, calibration_config("kvq3", assignments=(other,)), windows)
+        assert not variants.stands(file, calibration_config("kvq3", assignments=(other,)), windows)
 
 
 def test_fit_compares_and_draws() -> None:
