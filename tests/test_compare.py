@@ -23,6 +23,7 @@ from kvq_calib.evaluate.rivals.base import Rival, _WindowLayer, hadamard, unifor
 from kvq_calib.evaluate.rivals.fp8 import FP8
 from kvq_calib.evaluate.rivals.ggml import GGML
 from kvq_calib.evaluate.rivals.kivi import KIVI
+from kvq_calib.evaluate.rivals.kvarn import KVarN, balanced
 from kvq_calib.evaluate.rivals.oscar import OscarStyle, attention_moments, calibrated_rotation
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
 from kvq_calib.evaluate.rivals.turboquant import TurboQuant, lloyd_max
@@ -66,6 +67,13 @@ def assert_nearest(actual, x, levels):
     actual, x = actual.double().numpy(), x.double().numpy()
     assert np.abs(np.abs(actual - x) - np.abs(nearest(x, levels) - x)).max() < 1e-5
     assert np.abs(nearest(actual, levels) - actual).max() < 1e-5
+
+
+def assert_nearest_within(actual, x, levels):
+    """Every number went to a nearest level, but for the rounding of scales to float16."""
+    step = levels[1] - levels[0] if len(levels) > 1 else 0
+    assert np.abs(actual - x).max() <= step * 0.52 + 2e-3 * np.abs(x).max()
+    assert np.abs(nearest(actual, levels) - actual).max() <= 2e-3 * np.abs(x).max()
 
 
 # ------------------------------------------------------------------------------------------- numerics
@@ -129,9 +137,70 @@ def test_cache_types_of_llama_cpp_round_blocks_of_32_channels(bits):
             assert found[start + np.abs(block).argmax()] == pytest.approx(top, rel=1e-3)
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(8, 8.5), (5, 5.5), (4, 4.5)])
-def test_cache_types_of_llama_cpp_take_a_half_for_each_block(bits, stored):
-    assert GGML(bits).bits_per_element(geometry(), 512) == stored
+@pytest.mark.parametrize("bits", [4, 5])
+def test_cache_types_with_a_minimum_round_between_the_ends_of_a_block(bits):
+    x = sample(1, 2, 3, 48) * 5
+    x[0, :, 2] = 0.75  # a token of equal numbers
+    done = GGML(bits, offset=True).roundtrip(x, "key", 0)
+    for token in range(3):
+        row, found = (each[0, :, token].flatten().double().numpy() for each in (x, done))
+        for start in (0, 32, 64):
+            block = row[start : start + 32]
+            assert_nearest_within(found[start : start + 32], block, grid(block, bits))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("key", 128), ("value", 64)])
+def test_heads_are_rotated_as_llama_cpp_does(kind, size):
+    """The rotated numbers of a head are what an unrotated head of the same numbers would round to."""
+    x = sample(1, 1, 4, 128)
+    signs = np.array([[(-1) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]) / size**0.5
+    rotation = torch.tensor(np.kron(np.eye(128 // size), signs)).float()
+    rotated = x @ rotation
+    plain = GGML(4).roundtrip(rotated.reshape(1, 4, 4, 32).transpose(1, 2), kind, 0)  # four heads of 32
+    expected = plain.transpose(1, 2).reshape(1, 1, 4, 128) @ rotation
+    assert torch.allclose(GGML(4).roundtrip(x, kind, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "offset", "stored"),
+    [(8, False, 8.5), (5, False, 5.5), (4, False, 4.5), (5, True, 6.0), (4, True, 5.0)],
+)
+def test_cache_types_of_llama_cpp_take_one_or_two_halves_for_each_block(bits, offset, stored):
+    assert GGML(bits, offset).bits_per_element(geometry(), 512) == stored
+
+
+def test_kvarn_balances_tokens_and_channels():
+    scales = torch.rand(2, 128, 1, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    tile = sample(2, 128, 64) * scales * torch.linspace(1, 5, 64)
+    tokens, channels = balanced(tile)
+    assert tokens.shape == (2, 128, 1)
+    assert channels.shape == (2, 1, 64)
+    even = tile / tokens / channels
+    for along, limit in ((-1, 1.02), (-2, 1.6)):
+        before, after = (each.std(along) for each in (tile, even))
+        assert float((after.amax(-1) / after.amin(-1)).max()) < limit
+        assert float((before.amax(-1) / before.amin(-1)).min()) > 4
+
+
+def test_kvarn_rounds_keys_per_channel_and_values_per_token_of_a_tile():
+    x = sample(1, 2, 256, 64) * torch.linspace(1, 20, 64)
+    rotation = hadamard(64)
+    tile = (x @ rotation)[0, 1, 128:]
+    tokens, channels = balanced(tile)
+    rival = KVarN(4, 2)
+    keys = (rival.roundtrip(x, "key", 0)[0, 1, 128:] @ rotation) / tokens
+    values = (rival.roundtrip(x, "value", 0)[0, 1, 128:] @ rotation) / channels
+    for channel in (0, 63):
+        line = (tile / tokens)[:, channel].double().numpy()
+        assert_nearest_within(keys[:, channel].numpy(), line, grid(line, 4))
+    for token in (0, 127):
+        line = (tile / channels)[token].double().numpy()
+        assert_nearest_within(values[token].numpy(), line, grid(line, 2))
+
+
+def test_a_key_of_8_bits_in_turboquant_is_e4m3_without_a_scale():
+    x = torch.tensor([[0.1, -3.3, 1000.0, 0.0]])
+    assert TurboQuant(8, 4).roundtrip(x, "key", 0).tolist() == [[0.1015625, -3.25, 448.0, 0.0]]
 
 
 def test_codebooks_are_those_of_max_1960():
@@ -144,7 +213,7 @@ def test_codebooks_are_those_of_max_1960():
 
 def test_turboquant_rounds_rotated_directions_and_keeps_norms():
     x = sample(1, 2, 5, 64) * 7
-    rival = TurboQuant(3)
+    rival = TurboQuant(3, 3)
     done = rival.roundtrip(x, "key", 0)
     assert torch.allclose(done.norm(dim=-1), x.norm(dim=-1), rtol=1e-3)  # float16 norms
     levels = lloyd_max(3).double().numpy() / 8
@@ -164,7 +233,7 @@ def test_turboquant_keeps_boundary_layers():
     def remember(call):
         seen[call.layer] = call.key.clone()
 
-    rival = TurboQuant(3)
+    rival = TurboQuant(3, 3)
     with intercept_calls(model, remember), torch.no_grad():
         rival.logits(model, ids)
     # A quantized key is its own quantized form; an exact one is not.
@@ -172,7 +241,7 @@ def test_turboquant_keeps_boundary_layers():
     quantized = [torch.allclose(again[layer], seen[layer], rtol=1e-3, atol=1e-4) for layer in range(6)]
     assert quantized == [False, False, True, True, False, False]
     assert [rival.keeps(layer, 3) for layer in range(3)] == [True, False, True]
-    assert not any(TurboQuant(3, kept_layers=0).keeps(layer, 6) for layer in range(6))
+    assert not any(TurboQuant(3, 3, kept_layers=0).keeps(layer, 6) for layer in range(6))
 
 
 def test_moments_weigh_keys_by_queries_and_values_by_scores():
@@ -276,8 +345,16 @@ def test_bits_by_hand():
     assert FP8("head").bits_per_element(shape, 4096) == pytest.approx(8 + 32 / (4096 * 128))
     # vLLM's slot for a head of 128 at 3 bits: 48 + 2 bytes for the key, 48 + 4 for the value; 4 of 32 layers exact.
     slot = 8 * (50 + 52) / 256
-    assert TurboQuant(3).bits_per_element(shape, 4096) == pytest.approx(slot * 28 / 32 + 16 * 4 / 32)
-    assert TurboQuant(3, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(slot)
+    assert TurboQuant(3, 3).bits_per_element(shape, 4096) == pytest.approx(slot * 28 / 32 + 16 * 4 / 32)
+    assert TurboQuant(3, 3, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(slot)
+    # An e4m3 key of a head, and a value of 64 + 4 bytes.
+    assert TurboQuant(8, 4, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(
+        8 * (128 + 68) / 256
+    )
+    # 128 scales and 128 zero points of channels and 128 scales of tokens for a tile of 128 by 128, and an exact tail.
+    tile = 16 * 3 * 128 / 128**2
+    assert KVarN(2, 2).bits_per_element(shape, 1 << 30) == pytest.approx(2 + tile, rel=1e-6)
+    assert KVarN(4, 2).bits_per_element(shape, 4096) == pytest.approx(3 + tile + residual * (13 - tile))
     assert OscarStyle().bits_per_element(shape, 131072) == pytest.approx(
         2.25 + 320 / 131072 * 13.75 + 16 * 128**2 / (2 * 1024 * 131072)
     )
@@ -294,7 +371,7 @@ def test_what_is_shorter_than_the_windows_is_exact(name):
 def test_a_sliding_window_bounds_what_is_stored_and_what_it_is_held_against():
     layer = LayerGeometry(num_query_heads=4, num_kv_heads=2, head_dim=64, sliding_window=1024)
     shape = KVGeometry(layers=(layer, layer.model_copy(update={"sliding_window": None})))
-    assert TurboQuant(4, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(4 + 24 / 64)
+    assert TurboQuant(4, 4, kept_layers=0).bits_per_element(shape, 4096) == pytest.approx(4 + 24 / 64)
     window = 2 * (63.5 + 128) / 2 / (1024 + 4096)
     assert KIVI(2).bits_per_element(shape, 4096) == pytest.approx(3 + window * 13)
 
@@ -429,7 +506,7 @@ def test_obstacles_say_what_to_do(monkeypatch):
     _, skipped = runnable(make_rivals(["hqq-2bit"]), tiny_model("mistral"), True)
     assert dict(skipped) == {"hqq-2bit": "QuantizedCache supports no sliding windows"}
     odd = geometry(width=96)
-    assert "no Hadamard matrix" in TurboQuant(4).obstacle(odd, True)
+    assert "no Hadamard matrix" in TurboQuant(4, 4).obstacle(odd, True)
     assert "no Hadamard matrix" in OscarStyle().obstacle(odd, True)
     assert "do not divide" in KIVI(2).obstacle(geometry(width=80), True)
     assert KIVI(2).obstacle(odd, True) is None

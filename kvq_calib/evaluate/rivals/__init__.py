@@ -12,6 +12,7 @@ from kvq_calib.evaluate.rivals.base import Rival
 from kvq_calib.evaluate.rivals.fp8 import FP8
 from kvq_calib.evaluate.rivals.ggml import GGML
 from kvq_calib.evaluate.rivals.kivi import KIVI
+from kvq_calib.evaluate.rivals.kvarn import KVarN
 from kvq_calib.evaluate.rivals.oscar import OscarStyle
 from kvq_calib.evaluate.rivals.transformers_cache import TransformersCache
 from kvq_calib.evaluate.rivals.turboquant import TurboQuant
@@ -24,7 +25,9 @@ def _all() -> tuple[Rival, ...]:
         FP8("tensor"),
         FP8("head"),
         GGML(8),
+        GGML(5, offset=True),
         GGML(5),
+        GGML(4, offset=True),
         GGML(4),
         TransformersCache("hqq", 4),
         TransformersCache("hqq", 2),
@@ -32,10 +35,14 @@ def _all() -> tuple[Rival, ...]:
         TransformersCache("quanto", 2),
         KIVI(4),
         KIVI(2),
-        TurboQuant(4),
-        TurboQuant(3),
-        TurboQuant(4, kept_layers=0),
-        TurboQuant(3, kept_layers=0),
+        KVarN(4, 2),
+        KVarN(2, 2),
+        TurboQuant(8, 4),
+        TurboQuant(4, 4),
+        TurboQuant(3, 4),
+        TurboQuant(3, 3),
+        TurboQuant(4, 4, kept_layers=0),
+        TurboQuant(3, 3, kept_layers=0),
         OscarStyle(),
         OscarStyle(sinks=4, recent=0),
     )
