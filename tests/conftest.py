@@ -1,6 +1,9 @@
 """Settings for all tests: no network, one thread, quiet libraries."""
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
@@ -28,6 +31,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same tokenizer, adding a beginning-of-sequence token."""
     return tiny_tokenizer(bos=True)
+
+
+@pytest.fixture(scope="module")
+def importable_benchmarks() -> Iterator[None]:
+    """Scripts of benchmarks/ import each other by name, as they do when they run."""
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -7,7 +7,6 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,15 +26,7 @@ from kvq_calib.schema.spec import LayerSpec
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable() -> Iterator[None]:
-    """Scripts import each other by name, as they do when they run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("importable_benchmarks")]
 
 
 @pytest.fixture(scope="module")

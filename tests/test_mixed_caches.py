@@ -11,10 +11,8 @@ from artifact_factory import RECIPES, artifact_for
 from models_zoo import HYBRIDS, tiny_model, token_ids
 from whole_chain import (
     EVERYTHING,
-    assert_generates_alike,
-    assert_modes_agree,
     assert_passes_are_exact,
-    calibrated,
+    assert_the_whole_chain,
     logits_after,
 )
 
@@ -61,13 +59,7 @@ def test_a_model_of_states_alone_has_nothing_to_quantize():
 @needs_common_states
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_the_whole_chain(family):
-    model = tiny_model(family)
-    artifact = calibrated(model)
-    assert artifact.geometry == inspect_model(model)
-    assert_modes_agree(model, artifact)
-    assert_passes_are_exact(model, artifact)
-    assert_generates_alike(model, artifact)
-    assert_generates_alike(model, artifact, num_beams=2)
+    assert_the_whole_chain(tiny_model(family))
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import contextlib
 import io
 import pickle
 import random
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +13,9 @@ import pytest
 from kvq_calib import KVArtifact
 from kvq_calib.artifact.errors import ArtifactError
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("importable_benchmarks")]
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SEED = 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable() -> Iterator[None]:
-    """Scripts import each other by name, as they do when they run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
