@@ -574,3 +574,16 @@ def test_what_quantizing_costs_an_evaluation(
     assert [len(own["seconds"]) for own in passes.values()] == [2, 2]  # the first window is not counted
     assert passes["small"]["ratio"]["mean"] > 0
     assert "| small |" in capsys.readouterr().out
+
+
+def test_the_summary_of_recall_counts_all_tasks_together() -> None:
+    import recall_summary
+
+    cells = [
+        {"length": 512, "unquantized": {"answered": before}, "artifacts": {"kvq3": {"answered": after}}}
+        for before, after in (([True, True, False], [True, False, True]), ([True], [True]))
+    ]
+    rows = recall_summary.summary({"cells": cells, "bits_per_element": {"kvq3": {"512": 3.5}}})
+    assert rows[0][:4] == ["unquantized", "512", "", "3 of 4"]
+    assert rows[1][:5] == ["`kvq3`", "512", "3.50", "3 of 4", "2 of 3"]
+    assert rows[1][6] == "+0.000"
