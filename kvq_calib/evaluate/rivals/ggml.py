@@ -12,13 +12,13 @@ from kvq_calib.schema.spec import Kind
 class GGML(QuantizerRival):
     """The types of ``--cache-type-k`` and ``--cache-type-v``. Keys are after RoPE.
 
-    ``q8_0``, ``q5_0`` and ``q4_0`` have a scale ``d`` per block. Codes of 8 bits are ``round(x / d)``, where ``d`` is the
-    largest magnitude of the block divided by 127. With 4 and 5 bits, ``d`` is chosen so that the number with the largest
-    magnitude gets the lowest code, and codes are rounded half up. ``q5_1`` and ``q4_1`` also have the smallest number of
-    the block, and codes from there to the largest.
+    ``q8_0``, ``q5_0`` and ``q4_0`` have a scale ``d`` per block. Codes of 8 bits are ``round(x / d)``, where ``d`` is
+    the largest magnitude of the block divided by 127. With 4 and 5 bits, ``d`` is chosen so that the number with the
+    largest magnitude gets the lowest code, and codes are rounded half up. ``q5_1`` and ``q4_1`` also store the smallest
+    number of the block, and their codes span the numbers from the smallest to the largest.
 
-    As in llama.cpp since 2026, keys and values of heads whose size is a multiple of 64 are rotated first: keys with the
-    largest Hadamard matrix that divides the head, values with one of 64.
+    As in llama.cpp's later versions, keys and values of heads whose size is a multiple of 64 are rotated first: keys
+    with the largest Hadamard matrix that divides the head, values with one of 64.
     """
 
     origin = "reference"

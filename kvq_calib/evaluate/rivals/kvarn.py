@@ -52,7 +52,7 @@ class KVarN(QuantizerRival):
         rotation = hadamard(x.shape[-1]).to(x.device)
         tiles = (x @ rotation).unflatten(2, (-1, self.recent))  # [B, H, tiles, tokens, D]
         tokens, channels = balanced(tiles)
-        # The range of a channel of keys (a token of values) absorbs its own scale. Only the other axis's is divided out.
+        # The range of a channel of keys (a token of values) absorbs its own scale. So only the other axis is scaled.
         other, along = (tokens, -2) if kind == "key" else (channels, -1)
         other = other.half().float()
         even = tiles / other
@@ -70,8 +70,8 @@ class KVarN(QuantizerRival):
 def balanced(tiles: Tensor, rounds: int = 16) -> tuple[Tensor, Tensor]:
     """Scales per token and per channel after which standard deviations along both are as equal as possible.
 
-    Both are divided out in turn. Kept are the scales with the smallest sum of two ratios: of the largest to the smallest
-    standard deviation of tokens, and of channels.
+    Both are divided out in turn. The scales that are kept have the smallest sum of two ratios: of the largest to the
+    smallest standard deviation of tokens, and of channels.
 
     Args:
         tiles: float32 ``[..., T, D]``.
