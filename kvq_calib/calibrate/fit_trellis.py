@@ -25,7 +25,7 @@ from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.calibrate.plan import Captured, ChannelView, ObservedKey, Stage, Table, View, not_finite
 from kvq_calib.calibrate.rate_distortion import TensorStatistics, fit_layers, pair_angles, spec_by_layer
 from kvq_calib.calibrate.sensitivity import error_sensitivity
-from kvq_calib.calibrate.texts import Source, Text, TextLibrary, text_of
+from kvq_calib.calibrate.texts import Source, Text, TextLibrary, first_quarter, text_of
 from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.calibrate.vocabulary_samples import sampled_positions
 from kvq_calib.codec.pair_rotation import turn_pairs
@@ -245,7 +245,8 @@ class TrellisFitter:
     def _asked(self, tensor: CachedTensor, spec: QuantSpec) -> _Tensor:
         assert isinstance(spec, TrellisSpec)
         sinks = self._recipe.config.cache.sink_tokens
-        moments = MomentsKey(ChannelView(tensor, self._text, sinks, pre_rope=True))
+        # Moments give the angles and the bins, and need no precision.
+        moments = MomentsKey(ChannelView(tensor, first_quarter(self._text), sinks, pre_rope=True))
         rotated = spec.pair_rotation
         weighted = self._recipe.config.fit.weights == "fisher"
         view = PrincipalView(tensor, self._text, rotated, sinks, moments, weighted)

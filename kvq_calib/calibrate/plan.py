@@ -8,7 +8,7 @@ keys with equal views share the work of reading.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -257,20 +257,19 @@ class Plan:
         return united(key.view.text for key in self.keys)
 
 
-def make_plan(
-    asked: Callable[[Stage], Iterable[ObservedKey[Any, Any]]], magnitudes: Sequence[MagnitudeKey]
-) -> Plan:
+def make_plan(asked: Callable[[Stage], Iterable[ObservedKey[Any, Any]]], layers: int) -> Plan:
     """Make the plan for all requests.
 
     Args:
         asked: keys by stage, with repetitions.
-        magnitudes: keys that come first in every stage over the calibration text that has other keys.
+        layers: number of layers. The keys of their magnitudes come first in every stage over the calibration text that
+            has other keys.
     """
     stages = {}
     for stage in Stage:
         wanted = tuple(dict.fromkeys(asked(stage)))
         if not wanted:
             continue
-        given = any(key.view.text.count(Source.CALIBRATION) for key in wanted)
-        stages[stage] = (*magnitudes, *wanted) if given else wanted
+        windows = united(key.view.text for key in wanted).count(Source.CALIBRATION)
+        stages[stage] = (*magnitude_keys(layers, windows), *wanted) if windows else wanted
     return Plan(stages)

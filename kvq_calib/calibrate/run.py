@@ -178,7 +178,7 @@ def _prepared(model: Any, windows: TokenWindows, configs: Mapping[str, Calibrati
         for _, fitter in fitters:
             yield from fitter.keys(stage)
 
-    plan = make_plan(asked, magnitude_keys(len(geometry.layers), count))
+    plan = make_plan(asked, len(geometry.layers))
     return _Job(geometry, library, fitters, plan, _generated_key(plan.text, library), recompute)
 
 

@@ -61,6 +61,11 @@ class Window:
     ids: Tensor
 
 
+def first_quarter(text: Text) -> Text:
+    """The first quarter of the windows of each source, rounded up."""
+    return Text(tuple((source, -(-count // 4)) for source, count in text.parts))
+
+
 def text_of(counts: Mapping[Source, int]) -> Text:
     """A text with the given number of windows of each source. Sources without windows are left out."""
     return Text(tuple((source, counts[source]) for source in Source if counts.get(source)))
