@@ -587,3 +587,22 @@ def test_the_summary_of_recall_counts_all_tasks_together() -> None:
     assert rows[0][:4] == ["unquantized", "512", "", "3 of 4"]
     assert rows[1][:5] == ["`kvq3`", "512", "3.50", "3 of 4", "2 of 3"]
     assert rows[1][6] == "+0.000"
+
+
+def test_what_a_calibration_costs(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import calibration_cost
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks/calibration_cost.py"])
+    output = tmp_path / "found.json"
+    recipes = ["--config", "nuq3", "--config", "nuq3-1p"]
+    size = ["--samples", "2", "--seqlen", "32"]
+    calibration_cost.main(
+        [str(model_folder), "--dataset", str(text), *recipes, *size, "--output", str(output)]
+    )
+    rows = json.loads(output.read_text())["rows"]
+    assert list(rows) == ["nuq3", "nuq3-1p"]
+    assert all({"thresholds", "codebooks", "fit"} <= set(row["parts"]) for row in rows.values())
+    assert all(row["seconds"]["cpu"] > 0 for row in rows.values())
+    assert "| `nuq3` |" in capsys.readouterr().out

@@ -7,11 +7,10 @@ import torch
 from artifact_factory import artifact_for
 from models_zoo import tiny_model, token_ids
 
-from kvq_calib.calibrate import fit_trellis
 from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.rate_distortion import correction
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.calibrate.sensitivity import error_sensitivity
+from kvq_calib.calibrate.sensitivity import ErrorSensitivity
 from kvq_calib.data import TokenWindows
 from kvq_calib.schema.recipe import calibration_config
 from kvq_calib.schema.spec import KINDS, ErrorCompensationSpec, KVCacheSpec, TrellisSpec
@@ -29,7 +28,11 @@ def test_sensitivity_is_the_derivative_of_the_divergence() -> None:
     model = tiny_model("llama").eval()
     artifact = artifact_for(model, SPEC)
     pieces = torch.randint(0, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    found = error_sensitivity(model, pieces, artifact)
+    sensitivity = ErrorSensitivity(model, pieces)
+    found = sensitivity.measure(artifact)
+    # What is kept of the first measurement changes nothing.
+    again = sensitivity.measure(artifact)
+    assert all(torch.equal(found[place], again[place]) for place in found)
     assert set(found) == {(layer, kind) for layer in range(len(artifact.layers)) for kind in KINDS}
     quantizers = artifact.quantizers()
 
@@ -69,7 +72,7 @@ def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
     windows = TokenWindows(token_ids(4, 24, 0), {"dataset": "random", "seqlen": 24})
     dear = (1, "key"), 1
 
-    def said(model, pieces, draft, **_):
+    def said(self, draft):
         costs = {
             (layer, kind): torch.ones(shape.num_kv_heads, dtype=torch.float64)
             for layer, shape in enumerate(draft.geometry.layers)
@@ -78,7 +81,7 @@ def test_the_budget_goes_to_the_heads_that_cost(monkeypatch) -> None:
         costs[dear[0]][dear[1]] = 1e6
         return costs
 
-    monkeypatch.setattr(fit_trellis, "error_sensitivity", said)
+    monkeypatch.setattr(ErrorSensitivity, "measure", said)
     settings = ("learn=null", "allocation.context=65536", "allocation.self_generated=0")
     recipes = {
         str(rounds): calibration_config("kvq3", assignments=(*settings, f"allocation.corrections={rounds}"))

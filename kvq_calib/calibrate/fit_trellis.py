@@ -24,7 +24,7 @@ from kvq_calib.calibrate.fitter import Fitted, Materials, Recipe, register
 from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.calibrate.plan import Captured, ChannelView, ObservedKey, Stage, Table, View, not_finite
 from kvq_calib.calibrate.rate_distortion import TensorStatistics, fit_layers, pair_angles, spec_by_layer
-from kvq_calib.calibrate.sensitivity import error_sensitivity
+from kvq_calib.calibrate.sensitivity import ErrorSensitivity
 from kvq_calib.calibrate.texts import Source, Text, TextLibrary, first_quarter, text_of
 from kvq_calib.calibrate.token_weighting import TokenCosts
 from kvq_calib.calibrate.vocabulary_samples import sampled_positions
@@ -277,10 +277,11 @@ class TrellisFitter:
         covariances = {at: own.covariance for at, own in found.items() if own.covariance is not None}
         cache = spec_by_layer(self._recipe.config.cache, self._settings, geometry, covariances)
 
+        pieces = self._sensitivity_pieces(materials.library)
+        sensitivity = ErrorSensitivity(materials.model, pieces, recompute=self._recipe.config.recompute)
+
         def measure(layers: tuple[LayerParams, ...]) -> dict[CachedTensor, Tensor]:
-            draft = KVArtifact(cache, geometry, layers)
-            pieces = self._sensitivity_pieces(materials.library)
-            return error_sensitivity(materials.model, pieces, draft, recompute=self._recipe.config.recompute)
+            return sensitivity.measure(KVArtifact(cache, geometry, layers))
 
         layers = fit_layers(cache, self._settings, geometry, found, measure)
         if self._recipe.config.learn is None:

@@ -107,13 +107,12 @@ def fit_levels(
     few = _PRIOR * effort.samples / level_counts(spec, bits)[:, None].double() * _is_level(spec, bits)
     best, least = current, torch.full((len(bits),), torch.inf, dtype=torch.float64)
     for left in reversed(range(effort.rounds + 1)):
-        index, error = _followed(spec, bits, current, samples)
-        best = torch.where((error < least)[:, None], current, best)
-        least = torch.minimum(error, least)
+        path = _followed(spec, bits, current, samples)
+        best = torch.where((path.error < least)[:, None], current, best)
+        least = torch.minimum(path.error, least)
         if not left:
             break
-        mass = few.scatter_add(1, index, torch.ones_like(samples))
-        moment = (few * first).scatter_add(1, index, samples)
+        mass, moment = few + path.count, few * first + path.total
         wanted = least_squares(basis, mass, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny))
         current = toward(basis, current, torch.lerp(current, wanted, _STEP if left > 1 else 1.0))
     return TrellisParams(bits.to(torch.uint8), storable_coefficients(spec, bits, best))
@@ -127,7 +126,7 @@ def _start(spec: TrellisSpec, bits: Tensor, basis: Tensor, levels: Tensor, sampl
     """
     starts = [nearest_polynomial(basis, levels, density) for density in _DENSITIES]
     starts.append(chord(basis, levels[:, 0], levels[:, -1]))
-    errors = torch.stack([_followed(spec, bits, start, samples)[1] for start in starts])
+    errors = torch.stack([_followed(spec, bits, start, samples).error for start in starts])
     best: Tensor = torch.stack(starts)[errors.argmin(0), torch.arange(len(bits))]
     return best
 
@@ -156,17 +155,33 @@ def _placed(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) ->
     return found
 
 
-def _followed(
-    spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The level of each sample on the best path, int64 ``[C, n]``, and the mean squared error, ``[C]``."""
+@dataclass(frozen=True)
+class _Path:
+    """What the best path of every channel does with its samples.
+
+    Attributes:
+        count, total: number and sum of the samples of each level, float64 ``[C, L]``.
+        error: mean squared error, float64 ``[C]``.
+    """
+
+    count: Tensor
+    total: Tensor
+    error: Tensor
+
+
+def _followed(spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor) -> _Path:
+    """The best paths of samples, float64 ``[C, n]``."""
     plain = TrellisSpec(max_bits=spec.max_bits, states=spec.states)
     params = TrellisParams(bits.to(torch.uint8), coefficients.float())
     quantizer = TrellisQuantizer(plain, params, HeadShape(1, len(bits)))
-    codes = quantizer.encode(samples.float().T[None].contiguous())[0].T
-    index = quantizer.level_index(codes).to(torch.int64)
-    error = (samples - quantizer.levels.double().gather(1, index)).square().mean(1)
-    return index, error
+    codes = quantizer.encode(samples.float().T[None].contiguous())[0].T.contiguous()
+    index, levels = quantizer.level_index(codes).to(torch.int64), quantizer.levels.double()
+    none = torch.zeros_like(levels)
+    count = none.scatter_add(1, index, torch.ones_like(samples))
+    total = none.scatter_add(1, index, samples)
+    # The sum of (x - level)^2, from sums by level.
+    error = samples.square().sum(1) + (levels * (levels * count - 2 * total)).sum(1)
+    return _Path(count, total, error / samples.shape[1])
 
 
 def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> Tensor:

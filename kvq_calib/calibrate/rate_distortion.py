@@ -32,7 +32,7 @@ from kvq_calib.schema.spec import ErrorCompensationSpec, KVCacheSpec, LayerSpec,
 __all__ = ["Measure", "TensorStatistics", "correction", "fit_layers", "pair_angles", "spec_by_layer"]
 
 Measure = Callable[[tuple[LayerParams, ...]], Mapping[CachedTensor, Tensor]]
-"""Cost of a fit's errors by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.error_sensitivity`."""
+"""Cost of a fit's errors by head, in any unit: :func:`kvq_calib.calibrate.sensitivity.ErrorSensitivity`."""
 
 #: Share of the mean logarithmic reduction of a layer's weights by compensation that the allocation assumes. It is below
 #: 1, because compensated errors widen the range that a coordinate has to code. Differences between the coordinates of a

@@ -38,9 +38,10 @@ def level_index(codes: Tensor) -> Tensor:
     free = codes & 1
     before, long_before = torch.zeros_like(free), torch.zeros_like(free)
     before[..., 1:], long_before[..., 2:] = free[..., :-1], free[..., :-2]
-    place = torch.arange(codes.shape[-1], device=codes.device) % BLOCK_TOKENS
-    before = before.masked_fill(place < 1, 0)
-    long_before = long_before.masked_fill(place < 2, 0)
+    # A block starts in a known state.
+    before[..., ::BLOCK_TOKENS] = 0
+    long_before[..., ::BLOCK_TOKENS] = 0
+    long_before[..., 1::BLOCK_TOKENS] = 0
     return ((codes >> 1) << 2) | ((free ^ long_before) << 1) | before
 
 
