@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -29,30 +27,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # other processes may use the same cores
 
 
-class Lines(logging.Handler):
-    """A log handler that keeps vLLM's line about the size of its cache."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the line."""
-        if "KV cache size" in (text := record.getMessage()):
-            self.line = text
-
-
-def make_engine(row: dict[str, Any], memory: float) -> tuple[Any, str]:
+def make_engine(row: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    lines = Lines()
-    log = logging.getLogger("vllm.v1.core.kv_cache_utils")
-    log.addHandler(lines)
-    log.setLevel(logging.INFO)
     packed = {}
     if row["artifact"] is not None:
         packed = {"attention_backend": "CUSTOM", "additional_config": {"kvq_artifact": row["artifact"]}}
-    llm = LLM(
+    return LLM(
         row["model"],
         dtype=row["dtype"],
         skip_tokenizer_init=True,
@@ -60,12 +41,11 @@ def make_engine(row: dict[str, Any], memory: float) -> tuple[Any, str]:
         max_model_len=row["tokens"] + row["new"] + 64,
         max_num_seqs=row["requests"],
         max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=int(memory * 2**30),
+        kv_cache_memory_bytes=int(row["memory"] * 2**30),
         enable_prefix_caching=True,
         disable_log_stats=False,
         **packed,
     )
-    return llm, lines.line
 
 
 def prompts_of(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -113,11 +93,12 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
-    llm, line = make_engine(row, row["memory"])
+    llm = make_engine(row)
+    fit = {"fit": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens}
     try:
         if row["scenario"] == "pressed":
-            return {"line": line, "pressed": pressed(llm, row)}
-        return {"line": line, "one": decode(llm, 1, row), "many": decode(llm, row["requests"], row)}
+            return {**fit, "pressed": pressed(llm, row)}
+        return {**fit, "one": decode(llm, 1, row), "many": decode(llm, row["requests"], row)}
     finally:
         llm.llm_engine.engine_core.shutdown()
 
@@ -134,12 +115,6 @@ def pressed(llm: Any, row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def fit_of(line: str) -> int:
-    found = re.search(r"KV cache size: ([\d,]+) tokens", line)
-    assert found is not None, line
-    return int(found[1].replace(",", ""))
-
-
 def run(row: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, row["model"], "--one", json.dumps(row)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -147,8 +122,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     if done.returncode or not results:
         print(done.stderr[-3000:], file=sys.stderr)
         raise SystemExit(f"{row['name']} in {row['dtype']} failed")
-    found = json.loads(results[-1])
-    return {**known(row), "fit": fit_of(found.pop("line")), **found}
+    return {**known(row), **json.loads(results[-1])}
 
 
 def known(row: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +146,7 @@ def main() -> None:
         "--pressed",
         type=float,
         nargs=4,
-        default=[0.1, 16, 256, 512],
+        default=[0.03, 8, 128, 380],
         metavar="N",
         help="GiB, requests, tokens of each and of its answer",
     )

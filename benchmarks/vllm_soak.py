@@ -1,6 +1,6 @@
 """Random requests to vLLM with the packed cache: random lengths, cancellations and shared prefixes.
 
-    python benchmarks/vllm_soak.py MODEL --artifact FILE [--requests 500] [--seed 0] [--blocks 40] [--json FILE]
+    python benchmarks/vllm_soak.py MODEL --artifact FILE [--requests 500] [--seed 0] [--blocks 24] [--json FILE]
 
 It fails if an output has a wrong length, a page is not freed, or memory keeps growing.
 """
@@ -56,11 +56,11 @@ def soak(engine: Any, options: argparse.Namespace) -> dict[str, Any]:
         while sent < options.requests and len(asked) < 12:
             ids = [
                 draw.randrange(1000, 40000)
-                for _ in range(draw.choice([1, 3, 31, 32, 33, 100, 255, 256, 257, 400]))
+                for _ in range(draw.choice([1, 3, 31, 32, 33, 64, 100, 255, 256, 257]))
             ]
-            if draw.random() < 0.5:
+            if draw.random() < 0.4:
                 ids = draw.choice(prefixes)[: draw.choice([256, 300, 512, 700])] + ids
-            wanted = min(draw.choice([1, 2, 16, 31, 64, 90]), options.longest - len(ids) - 1)
+            wanted = min(draw.choice([1, 2, 5, 16, 33, 64]), options.longest - len(ids) - 1)
             name = str(sent)
             parameters = SamplingParams(
                 temperature=draw.choice([0.0, 1.0]), max_tokens=wanted, ignore_eos=True
@@ -99,10 +99,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--blocks", type=int, default=40, help="pages, few enough that requests are preempted"
+        "--blocks", type=int, default=24, help="pages, few enough that requests are preempted"
     )
     parser.add_argument("--longest", type=int, default=2048)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     engine = make_engine(options)

@@ -229,6 +229,24 @@ def test_pages_filled_in_the_same_step_are_shared(backend):
     assert torch.allclose(outputs[1].double(), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_blocks_that_sequences_complete_in_the_same_step(name, backend):
+    artifact = random_artifact(GEOMETRY, RECIPES[name])
+    pool, lengths = Pool(artifact, 0, 24, backend), [63, 255, 287, 40]
+    own, tables = [Own(artifact, 0, backend) for _ in lengths], [pool.table(300) for _ in lengths]
+    for counts in (lengths, [1, 1, 1, 1]):
+        new = [pool.draw(count) for count in counts]
+        held = [each.storage.length + count for each, count in zip(own, counts, strict=True)]
+        found = pool.forward(tables, held, new)
+        for each, given, out in zip(own, new, found, strict=True):
+            want = each.forward(*given, pool.layer)
+            assert (out - want).abs().max() < 1e-5 * want.abs().max()
+    assert [each.storage.key.blocks for each in own] == [2, 8, 9, 1]
+    for table, each in zip(tables, own, strict=True):
+        for side in range(2):
+            assert torch.equal(pool.codes(table, each.storage.key.blocks, side), own_codes(each, side))
+
+
 def test_a_page_is_as_large_as_what_it_holds():
     artifact = random_artifact(GEOMETRY, RECIPES["scalar"])
     pair = artifact.quantizers()[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 from kvq_calib import KVArtifact, KVQCache
 from kvq_calib.data.python_docs import python_docs
@@ -19,7 +20,7 @@ from kvq_calib.model.load import load_model
 
 GIB = 1 << 30
 #: Tokens of a text.
-TOKENS = 600
+TOKENS = 500
 
 
 def folder_of(model: str, folder: Path) -> None:
@@ -57,7 +58,7 @@ def engine(folder: Path, artifact: Path | None, **options: Any) -> Iterator[Any]
         options |= {"attention_backend": "CUSTOM", "additional_config": {"kvq_artifact": str(artifact)}}
     known = {
         **{"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8, "seed": 0},
-        **{"kv_cache_memory_bytes": GIB // 4, "enable_prefix_caching": False, "disable_log_stats": False},
+        **{"kv_cache_memory_bytes": GIB // 4, "disable_log_stats": False},
     }
     made = LLM(str(folder), **{**known, **options})
     try:
@@ -68,14 +69,46 @@ def engine(folder: Path, artifact: Path | None, **options: Any) -> Iterator[Any]
         gc.collect()
 
 
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def tokens_in_a_step(llm: Any, count: int) -> Iterator[None]:
+    """Steps of at most ``count`` tokens, as with ``max_num_batched_tokens``, without another start."""
+    scheduler = scheduler_of(llm)
+    before, scheduler.max_num_scheduled_tokens = scheduler.max_num_scheduled_tokens, count
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before
+
+
+@contextmanager
+def free_pages(llm: Any, count: int) -> Iterator[None]:
+    """All pages but ``count`` are taken, as with ``num_gpu_blocks_override``, without another start."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
+    try:
+        yield
+    finally:
+        pool.free_blocks(taken)
+
+
+def preemptions(llm: Any) -> int:
+    """Number of preemptions since the start."""
+    return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
+
+
 def prompt_nll(llm: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """Mean negative log likelihood of each text's tokens, as vLLM finds them."""
+    """Mean negative log likelihood of each text's tokens, as vLLM finds them, one text at a time."""
     from vllm import SamplingParams
 
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    given = [{"prompt_token_ids": list(ids)} for ids in prompts]
     found = []
-    for output, ids in zip(llm.generate(given, asked, use_tqdm=False), prompts, strict=True):
+    for ids in prompts:
+        (output,) = llm.generate([{"prompt_token_ids": list(ids)}], asked, use_tqdm=False)
         each = [
             place[token].logprob for place, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         ]
@@ -105,20 +138,33 @@ class Own:
     def __init__(self, folder: Path) -> None:
         loaded = load_model(str(folder), device="cpu", dtype="float32")
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self._known: dict[str, list[float]] = {}
 
-    def nll(self, artifact: Path, ids: Sequence[int], chunk: int, first: int = 0) -> float:
-        """Mean negative log likelihood of the tokens after ``first``, ``chunk`` of which are given at a time."""
+    def nll(self, artifact: Path, texts: Sequence[Sequence[int]], chunk: int, first: int = 0) -> list[float]:
+        """Mean negative log likelihood of each text's tokens after ``first``. What was computed is not computed again.
+
+        Args:
+            artifact: of the cache.
+            texts: tokens of texts of equal lengths, which are one batch.
+            chunk: tokens that are given at a time, after the first ones.
+            first: tokens that are given at once, and do not count.
+        """
+        asked = str((artifact, texts, chunk, first))
+        if asked not in self._known:
+            self._known[asked] = self._nll(artifact, texts, chunk, first)
+        return self._known[asked]
+
+    def _nll(self, artifact: Path, texts: Sequence[Sequence[int]], chunk: int, first: int) -> list[float]:
         cache = KVQCache(KVArtifact.load(artifact), self.model)
-        tokens, total = torch.tensor([list(ids)]), 0.0
-        stops = [*([first] if first else []), *range(first + chunk, len(ids), chunk), len(ids)]
-        start = 0
+        tokens, length = torch.tensor(texts), len(texts[0])
+        stops = [*([first] if first else []), *range(first + chunk, length, chunk), length]
+        start, total = 0, torch.zeros(len(texts), dtype=torch.float64)
         for stop in stops:
             with torch.inference_mode():
-                logits = (
-                    self.model(tokens[:, start:stop], **with_cache(cache)).logits[0].double().log_softmax(-1)
-                )
-            targets = tokens[0, start + 1 : stop + 1]
-            seen = logits[: len(targets)].gather(1, targets[:, None])[:, 0]
-            total -= float(seen[max(first - 1 - start, 0) :].sum())
+                logits = self.model(tokens[:, start:stop], **with_cache(cache)).logits
+            targets = tokens[:, start + 1 : stop + 1]
+            counted = slice(max(first - 1 - start, 0), targets.shape[1])
+            each = cross_entropy(logits[:, counted].mT, targets[:, counted], reduction="none")
+            total += each.double().sum(1)
             start = stop
-        return total / (len(ids) - max(first, 1))
+        return (total / (length - max(first, 1))).tolist()

@@ -1,4 +1,4 @@
-"""The benchmarks of vLLM run: seconds on a tiny model, so that they cannot rot."""
+"""The benchmarks of vLLM run on a tiny model, so that they cannot rot; the soak with as many requests as its record."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, output: Path, *words: str) -
 
 
 def test_soak(tiny, monkeypatch, tmp_path):
-    words = [tiny[0], "--artifact", tiny[1], "--requests", "20"]
+    words = [tiny[0], "--artifact", tiny[1], "--requests", "500"]
     found = run("vllm_soak", monkeypatch, tmp_path / "soak.json", *words)
-    assert found["finished"] + found["cancelled"] == 20
+    assert found["finished"] + found["cancelled"] == 500
     assert found["free_pages"] == found["pages"]
+    assert found["from prefixes"] > 50
+    assert min(found["cancelled"], found["preemptions"]) > 5
 
 
 def test_attention(tiny, monkeypatch, tmp_path):
@@ -66,17 +68,8 @@ def test_serving(tiny, monkeypatch, tmp_path):
         vllm_serving, "run", lambda row: {**vllm_serving.known(row), **vllm_serving.measure(row)}
     )
     words = [
-        tiny[0],
-        "--artifact",
-        tiny[1],
-        "--memory",
-        "0.1",
-        "--requests",
-        "2",
-        "--tokens",
-        "300",
-        "--new",
-        "2",
+        *(tiny[0], "--artifact", tiny[1], "--memory", "0.1"),
+        *("--requests", "2", "--tokens", "300", "--new", "2"),
     ]
     words += ["--pressed", "0.01", "2", "16", "300"]
     found = run("vllm_serving", monkeypatch, tmp_path / "serving.json", *words)

@@ -1,21 +1,25 @@
-"""vLLM with the packed cache gives the results of ``KVQCache``, and more tokens fit.
+"""vLLM with the packed cache gives the results of ``KVQCache``: on whole prompts, in chunks, with many requests at
+once, with shared prefixes, and after preemption.
 
 Single tokens are not compared. Recipes with error compensation amplify rounding: a change of 1e-6 in the input changes
-the log likelihood of single tokens by a tenth. Means over a text hardly change.
+the log likelihood of single tokens by a tenth. Means over a text hardly change. A start takes most of the time, so all
+tests of an artifact use one engine.
 """
 
 from __future__ import annotations
 
-import re
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from engine import Own, engine, generated, prompt_nll, texts
+from engine import Own, engine, free_pages, preemptions, prompt_nll, texts, tokens_in_a_step
+from server import options_of, post, server
 
-from kvq_calib.errors import KVQError
+from kvq_calib.data.python_docs import python_docs
 from kvq_calib.native.loader import library
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
@@ -29,12 +33,12 @@ pytestmark = [
 SLACK = 0.01
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def own(folder: Path) -> Own:
     return Own(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nuq4(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with scales of tokens and without outliers."""
     file = tmp_path_factory.mktemp("nuq4") / "nuq4.kvq.safetensors"
@@ -44,89 +48,97 @@ def nuq4(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=["kvq3", "nuq4"])
-def artifact(committed: Path, request: pytest.FixtureRequest) -> Path:
+class Served(NamedTuple):
+    """An artifact, and vLLM with it."""
+
+    artifact: Path
+    llm: Any
+
+
+@pytest.fixture(scope="module", params=["kvq3", "nuq4"])
+def served(folder: Path, committed: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    artifact = committed / "kvq3.kvq.safetensors"
     if request.param == "nuq4":
-        made: Path = request.getfixturevalue("nuq4")
-        return made
-    return committed / f"{request.param}.kvq.safetensors"
+        artifact = request.getfixturevalue("nuq4")
+    from forced import Forced
+
+    with engine(folder, artifact, logits_processors=[Forced]) as llm:
+        yield Served(artifact, llm)
+
+
+@pytest.fixture(autouse=True)
+def _no_prefixes(served: Served) -> None:
+    """Nothing is found in the prefix cache that another test put there."""
+    assert served.llm.reset_prefix_cache()
 
 
 def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-@pytest.mark.parametrize(("tokens", "sequences"), [(2048, 2), (100, 1)])
-def test_likelihoods_of_prompts_are_those_of_kvqcache(folder, own, artifact, tokens, sequences):
+@pytest.mark.parametrize("tokens", [2048, 100])
+def test_likelihoods_of_prompts_are_those_of_kvqcache(own, served, tokens):
     prompts = texts(own.tokenizer)
-    with engine(folder, artifact, max_num_batched_tokens=tokens, max_num_seqs=sequences) as llm:
-        found = prompt_nll(llm, prompts)
-    wanted = [own.nll(artifact, ids, min(tokens, len(ids))) for ids in prompts]
-    print("NLL", artifact.name, tokens, mean(found), mean(wanted))
-    assert abs(mean(found) - mean(wanted)) < SLACK
+    with tokens_in_a_step(served.llm, tokens):
+        found = mean(prompt_nll(served.llm, prompts))
+    wanted = mean(own.nll(served.artifact, prompts, tokens))
+    print("NLL of texts", served.artifact.name, "in steps of", tokens, found, wanted)
+    assert abs(found - wanted) < SLACK
 
 
-def differences(
-    own: Own, artifact: Path, prompts: list[list[int]], found: list[tuple[list[int], float, int]]
-) -> float:
-    wanted = [
-        own.nll(artifact, [*ids, *new], 1, len(ids)) for ids, (new, _, _) in zip(prompts, found, strict=True)
-    ]
-    got = mean([nll for _, nll, _ in found])
-    print("NLL of generated text", artifact.name, got, mean(wanted))
-    return abs(got - mean(wanted))
+def check(own: Own, artifact: Path, given: list[list[int]], first: int, found: list[float]) -> None:
+    wanted = mean(own.nll(artifact, given, 1, first))
+    print("NLL of tokens one at a time", artifact.name, mean(found), wanted)
+    assert abs(mean(found) - wanted) < SLACK
 
 
-def test_shared_prefixes_and_eight_at_once(folder, own, artifact):
-    whole = texts(own.tokenizer, 2)
-    prompts = [ids[: 560 + 30 * n] for ids in whole for n in range(4)]
-    with engine(folder, artifact, enable_prefix_caching=True) as llm:
-        first = generated(llm, prompts, 40)
-        again = generated(llm, prompts, 40)
-    assert all(cached == 512 for _, _, cached in again)
-    assert differences(own, artifact, prompts, first) < SLACK
-    assert differences(own, artifact, prompts, again) < SLACK
+def test_eight_at_once(own, served):
+    from forced import forced
+
+    given = texts(own.tokenizer)
+    others = [ids[60:500] for ids in given[:3]]
+    found = forced(served.llm, [*(ids[:440] for ids in given), *others], 200)
+    check(own, served.artifact, [ids[:440] for ids in given], 200, [nll for nll, _ in found[:5]])
 
 
-def test_preempted_sequences_go_on(folder, own, artifact):
-    prompts = [ids[:200] for ids in texts(own.tokenizer, 4)]
-    with engine(folder, artifact, num_gpu_blocks_override=10, max_model_len=768, max_num_seqs=4) as llm:
-        found = generated(llm, prompts, 120)
-        counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-        modules = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        native = [module.impl._layer._native is not None for module in modules]
-    assert counts["vllm:num_preemptions"] > 0
+def test_preempted_sequences_go_on(own, served):
+    from forced import forced
+
+    given, before = [ids[:440] for ids in texts(own.tokenizer)], preemptions(served.llm)
+    with free_pages(served.llm, 2 * len(given)):  # too few as soon as a sequence has 256 tokens
+        found = forced(served.llm, given, 200)
+    assert preemptions(served.llm) > before
+    check(own, served.artifact, given, 200, [nll for nll, _ in found])
+
+
+def test_shared_prefixes(own, served):
+    from forced import forced
+
+    given = texts(own.tokenizer)
+    prompt_nll(served.llm, [ids[:260] for ids in given])  # their first page is kept
+    found = forced(served.llm, given, 360)
+    assert [cached for _, cached in found] == [256] * 5
+    check(own, served.artifact, given, 360, [nll for nll, _ in found])
+
+
+def test_decode_steps_take_the_native_kernels(served):
+    modules = served.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    native = [module.impl._layer._native is not None for module in modules]
     assert len(native) == 30
     assert all(native) == any(native) == (library() is not None)
-    assert differences(own, artifact, prompts, found) < SLACK
 
 
-def test_more_tokens_fit(folder, committed):
-    def tokens(name: str | None) -> int:
-        file = None if name is None else committed / f"{name}.kvq.safetensors"
-        with engine(folder, file, dtype="bfloat16") as llm:
-            return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+@pytest.mark.parametrize("served", ["kvq3"], indirect=True)
+def test_a_completion_over_http_is_the_one_offline(folder, served, tmp_path):
+    from vllm import SamplingParams
 
-    auto = tokens(None)
-    found = {name: tokens(name) / auto for name in ("kvq3", "kvq2")}
-    print("tokens that fit, against bfloat16:", found)
-    assert found["kvq3"] >= 4.1
-    assert found["kvq2"] >= 5.5
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("nuq4-1p", {}, "keeps outliers"),
-        ("kvq3", {"block_size": 16}, "--block-size is 16"),
-        ("kvq3", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is 'fp8"),
-        ("kvq3", {"additional_config": {}}, "needs an artifact"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_at_start(folder, committed, name, options, words):
-    known: dict[str, Any] = {
-        "attention_backend": "CUSTOM",
-        "additional_config": {"kvq_artifact": str(committed / f"{name}.kvq.safetensors")},
-    }
-    with pytest.raises(KVQError, match=re.escape(words)), engine(folder, None, **{**known, **options}):
-        pass
+    prompt, tokens, log = "\n\n".join(python_docs("evaluation"))[:1500], 48, tmp_path / "server.log"
+    with server(folder, options_of(served.artifact), log) as address:
+        body = {"model": str(folder), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        answer = post(f"{address}/v1/completions", body)
+    (choice,) = answer["choices"]
+    assert answer["usage"]["prompt_tokens"] > 256, json.dumps(answer)  # more than a page is packed
+    assert choice["text"].strip()
+    sampling = SamplingParams(temperature=0, max_tokens=tokens)
+    (output,) = served.llm.generate([prompt], sampling, use_tqdm=False)
+    assert choice["text"] == output.outputs[0].text

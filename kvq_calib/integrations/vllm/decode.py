@@ -62,19 +62,23 @@ class NativeLayer:
             raise not_finite(self._storage)
         return found[0][0], found[1][0]
 
-    def keep(self, step: Step, pool: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store the new tokens that complete no block, in the areas for newest tokens.
+    def store(self, step: Step, pool: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store the next tokens of sequences. Then blocks that they complete are coded, those of all sequences at once.
+
+        The encoder works on many blocks in nearly the time of one.
 
         Args:
-            step: the step, whose :attr:`Step.kept` names these tokens.
+            step: the step, whose :attr:`Step.next` names these tokens.
             pool: uint8 ``[pages, page_bytes]``.
             keys, values: keys and values of all new tokens, ``[H, T, D]`` in the storage dtype.
         """
-        kept = step.kept
-        if not len(kept.token):
+        new = step.next
+        if not new.rows:
             return
-        for view, x in zip(self._tail_views(pool), (keys, values), strict=True):
-            view[kept.page, :, kept.place] = x[:, kept.token].transpose(0, 1)
+        for side, (view, x) in enumerate(zip(self._tail_views(pool), (keys, values), strict=True)):
+            view[new.page, :, new.place] = x[:, new.token].transpose(0, 1)
+            if new.blocks:
+                self._pages.write_blocks(pool, new.blocks, side, view[new.blocks_page])
 
     def _tail_views(self, pool: Tensor) -> tuple[Tensor, ...]:
         """The areas for newest tokens of all pages, ``[pages, H, 32, D]`` each."""

@@ -86,10 +86,10 @@ class PagedLayer:
     def _store(self, step: Step, pool: Tensor, keys: Tensor, values: Tensor) -> dict[int, SequenceStorage]:
         """Store the tokens. Return the storages that were made, by first new token of the sequence."""
         if self._native is not None:
-            self._native.keep(step, pool, keys, values)
+            self._native.store(step, pool, keys, values)
         stored = {}
         for row in step.rows:
-            if self._native is not None and row.only_kept:
+            if self._native is not None and row.is_next:
                 continue
             storage = stored[row.start] = SequenceStorage(self.pages, pool, row.table, row.held)
             new = slice(row.start, row.stop)

@@ -138,6 +138,28 @@ class LayerPages:
             found.token_params = areas.token.of(pool[page], quantizer.storage).view(1, PAGE_TOKENS, 2)
         return found
 
+    def write_blocks(self, pool: Tensor, places: Sequence[tuple[int, int]], side: int, x: Tensor) -> None:
+        """Code a block of each of several sequences, and store them.
+
+        Args:
+            pool: uint8 ``[pages, page_bytes]`` of the layer.
+            places: for each block, its page and its number in the page.
+            side: 0 for keys, 1 for values.
+            x: the tokens, ``[n, H, 32, D]`` in the storage dtype, in the form that the quantizer takes.
+        """
+        quantizer = self.quantizers[side]
+        coded = quantizer.quantize(x)
+        for row, (number, block) in enumerate(places):
+            page = self.packed_page(pool, number, side)
+            quantizer.layout.write(page.codes, coded.codes[row : row + 1], block)
+            if page.token_params is not None:
+                assert coded.token_scale is not None
+                assert coded.token_zero_point is not None
+                if block == 0:
+                    page.token_params.zero_()  # as _PooledTensor.new_page
+                here = page.token_params[0, block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+                here[:, 0], here[:, 1] = coded.token_scale[row], coded.token_zero_point[row]
+
     def sinks(self, pool: Tensor, page: int, side: int) -> Tensor:
         """The exact first tokens of a sequence that begins in ``page``: storage dtype ``[1, H, n, D]``."""
         quantizer = self.quantizers[side]

@@ -46,9 +46,14 @@ class NewTokens:
         return self.length - self.count
 
     @property
+    def is_next(self) -> bool:
+        """Whether there is one new token, which is not a first token."""
+        return self.count == 1 and self.held >= self.sink_tokens
+
+    @property
     def only_kept(self) -> bool:
         """Whether there is one new token, which completes no block and is not a first token."""
-        return self.count == 1 and self.length % BLOCK_TOKENS != 0 and self.held >= self.sink_tokens
+        return self.is_next and self.length % BLOCK_TOKENS != 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ class Row(NewTokens):
 
 
 @dataclass(frozen=True)
-class Kept:
-    """New tokens that complete no block and are not first tokens. They are stored with the newest of their sequences.
+class Next:
+    """The next tokens of sequences with one new token, except first tokens. All are stored at once, in the areas for
+    newest tokens, which have room for a block.
 
     Attributes:
         rows: rows of these sequences.
@@ -94,8 +100,28 @@ class Kept:
     @cached_property
     def page(self) -> Tensor:
         """Their pages, which are those after the pages of their blocks: int64 ``[n]``."""
-        found = [row.table[row.held // PAGE_TOKENS + AHEAD] for row in self.rows]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor([_page_ahead(row) for row in self.rows], dtype=torch.int64)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int]]:
+        """For each token that completes a block: the page of the block, and its number in the page."""
+        return [
+            (row.table[row.held // PAGE_TOKENS], row.held % PAGE_TOKENS // BLOCK_TOKENS)
+            for row in self._complete
+        ]
+
+    @cached_property
+    def blocks_page(self) -> Tensor:
+        """The pages of the newest tokens of these blocks, int64 ``[n]``."""
+        return torch.tensor([_page_ahead(row) for row in self._complete], dtype=torch.int64)
+
+    @property
+    def _complete(self) -> list[Row]:
+        return [row for row in self.rows if not row.only_kept]
+
+
+def _page_ahead(row: Row) -> int:
+    return row.table[row.held // PAGE_TOKENS + AHEAD]
 
 
 @dataclass(eq=False)
@@ -145,9 +171,9 @@ class Step:
         return torch.tensor([row.start for row in self.rows if row.count == 1], dtype=torch.int64)
 
     @cached_property
-    def kept(self) -> Kept:
-        """Those of them that are :class:`Kept`."""
-        return Kept([row for row in self.rows if row.only_kept])
+    def next(self) -> Next:
+        """Those of them that are not first tokens."""
+        return Next([row for row in self.rows if row.is_next])
 
     def sequences(self, pool_pages: int) -> PooledSequences:
         """The sequences with one new token, in the form for native kernels."""

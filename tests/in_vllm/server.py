@@ -1,4 +1,4 @@
-"""The OpenAI server with the packed cache, started with the options that ``kvq-artifact vllm-args`` prints."""
+"""vLLM's OpenAI server in a process of its own, with the options that ``kvq-artifact vllm-args`` prints."""
 
 from __future__ import annotations
 
@@ -15,20 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-from engine import engine
-
-from kvq_calib.data.python_docs import python_docs
-
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("default"),  # of vLLM and what it imports
-]
-#: Offline as served.
-OPTIONS = {"max_model_len": 1024, "max_num_seqs": 4, "dtype": "float32"}
+#: As offline in the tests.
+OPTIONS = {"max_model_len": 2048, "max_num_seqs": 8, "dtype": "float32"}
 
 
 def options_of(artifact: Path) -> list[str]:
@@ -88,20 +76,3 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=120) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
-
-
-def test_a_completion_over_http_is_the_one_offline(folder, committed, tmp_path):
-    from vllm import SamplingParams
-
-    prompt, tokens = "\n\n".join(python_docs("evaluation"))[:1500], 48
-    artifact = committed / "kvq3.kvq.safetensors"
-    with server(folder, options_of(artifact), tmp_path / "server.log") as address:
-        body = {"model": str(folder), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        answer = post(f"{address}/v1/completions", body)
-    (choice,) = answer["choices"]
-    assert answer["usage"]["prompt_tokens"] > 256  # more than a page is packed
-    assert choice["text"].strip()
-    with engine(folder, artifact, **OPTIONS) as llm:
-        sampling = SamplingParams(temperature=0, max_tokens=tokens)
-        (output,) = llm.generate([prompt], sampling, use_tqdm=False)
-    assert choice["text"] == output.outputs[0].text
