@@ -5,8 +5,8 @@
 
 All caches take turns in one process. A step stores a new token of each request and computes attention in every layer.
 Layers share no pages, so memory is as cold as in a model. Pages have random bytes, because the time does not depend on
-them. Times are processor time. Give whole blocks of 32 steps: a step that closes a block encodes it for every request,
-so the result is the mean, with the longest step and the median beside it.
+them. Times are processor time. Give whole blocks of 32 steps: a step that completes blocks encodes them, so the result
+is the mean, with the longest step and the median beside it.
 """
 
 from __future__ import annotations
