@@ -14,69 +14,58 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kvq_calib.runtime.cuda.decode import DecodeVariant
+
 FOLDER = Path(__file__).parent / "cuda"
 HEAD_DIMS = (64, 96, 128, 256)
-GROUPS = (1, 3, 4, 8)
+#: Query heads per thread block.
+HEADS = (4, 8)
 #: Bits of every channel, with a table of levels; or :data:`COMPUTED`.
-TABLES = (1, 2, 3, 4, 5, 8)
+TABLES = (1, 2, 3, 4, 5, 6, 7, 8)
 #: The value of bits for channels with different widths and computed levels.
 COMPUTED = 0
 
 
-def decode_variants(full: bool) -> list[dict[str, int]]:
+def variant(size: int, heads: int, key: int, value: int, outliers: bool, paths: bool = True) -> DecodeVariant:
+    """A variant; ``paths``: where levels are computed, codes follow a trellis."""
+    return DecodeVariant(
+        size, heads, key, value, outliers, *(paths and bits == COMPUTED for bits in (key, value))
+    )
+
+
+def decode_variants(full: bool) -> list[DecodeVariant]:
     """Compile-time constants of ``decode.cu``.
 
-    The variants of the recipes are compiled in full: every head size, group and width, with and without outliers. Flags
-    and pairs of different widths would multiply their number, so these are compiled at one head size, and in full with
-    ``full``.
+    The recipes that are shipped are compiled for heads of 128 channels, and one with tables and one with computed
+    levels for the other sizes. With ``full``, every width is compiled for every size, and other combinations once.
     """
-    base = {"KEY_OUTLIERS": 1, "VALUE_OUTLIERS": 1, "VALUE_TOKEN": 1, "ROPE": 1}
-    off = {"SOFTCAP": 0, "QUERY_BFLOAT": 0, "STORAGE_BFLOAT": 0}
-
-    def variant(size: int, group: int, key: int, value: int, paths: int = 1, **flags: int) -> dict[str, int]:
-        names = {"HEAD_DIM": size, "GROUP": group, "KEY_BITS": key, "VALUE_BITS": value}
-        names |= {
-            "KEY_PATHS": int(key == COMPUTED and paths),
-            "VALUE_PATHS": int(value == COMPUTED and paths),
-        }
-        # Computed levels are per channel, and without outliers.
-        own: dict[str, int] = {"KEY_OUTLIERS": 0} if key == COMPUTED else {}
-        own |= {"VALUE_OUTLIERS": 0, "VALUE_TOKEN": 0} if value == COMPUTED else {}
-        return {**names, **base, **off, **flags, **own}
-
-    dense = {"KEY_OUTLIERS": 0, "VALUE_OUTLIERS": 0}
-    widths = (*TABLES, COMPUTED)
-    found = [
-        variant(size, group, width, width, **flags)
-        for size, group, width in itertools.product(HEAD_DIMS, GROUPS, widths)
-        for flags in (({},) if width == COMPUTED else ({}, dense))
-    ]
-    found += [variant(128, 4, COMPUTED, COMPUTED, paths=0)]
-    sizes = HEAD_DIMS if full else (128,)
+    if full:
+        found = [
+            variant(size, heads, bits, bits, outliers)
+            for size, heads, bits in itertools.product(HEAD_DIMS, HEADS, (*TABLES, COMPUTED))
+            for outliers in ((False,) if bits == COMPUTED else (False, True))
+        ]
+        found += [variant(128, 4, COMPUTED, bits, outliers=True) for bits in TABLES]
+        found += [variant(128, 4, bits, COMPUTED, outliers=True) for bits in TABLES]
+        return [*found, variant(128, 4, COMPUTED, COMPUTED, outliers=False, paths=False)]
+    recipes = [(COMPUTED, False), *itertools.product((2, 3, 4), (False, True))]
+    found = [variant(128, heads, bits, bits, own) for heads in HEADS for bits, own in recipes]
     found += [
-        variant(size, group, key, value)
-        for size, group in itertools.product(sizes, GROUPS if full else (4,))
-        for key, value in itertools.permutations(widths, 2)
-    ]
-    flags = ("SOFTCAP", "QUERY_BFLOAT", "STORAGE_BFLOAT")
-    found += [
-        variant(
-            size, group, width, width, VALUE_TOKEN=token, ROPE=rope, **dict(zip(flags, values, strict=True))
-        )
-        for size, group in ([(128, 4), (256, 8)] if not full else itertools.product(HEAD_DIMS, GROUPS))
-        for width in (3, 4, COMPUTED)
-        for token, rope in ((0, 1), (1, 0))
-        for values in ((0, 0, 0), (1, 1, 1))
+        variant(size, heads, bits, bits, bits != COMPUTED)
+        for size in HEAD_DIMS
+        if size != 128
+        for heads in HEADS
+        for bits in (4, COMPUTED)
     ]
     return found
 
 
 def compile_one(
-    nvcc: str, arch: str, source: str, defines: dict[str, int], folder: str
+    nvcc: str, arch: str, source: str, defines: tuple[str, ...], folder: str
 ) -> tuple[str, list[str], int]:
     """Compile one variant. Return its name, its problem, and the largest number of registers of a kernel."""
-    options = [f"-DKVQ_{name}={value}" for name, value in defines.items()]
-    name = f"{source} {arch} " + " ".join(f"{key.lower()}={value}" for key, value in defines.items())
+    options = [f"-D{define}" for define in defines]
+    name = " ".join((source, arch, *(define.removeprefix("KVQ_").lower() for define in defines)))
     target = Path(folder) / f"{abs(hash(name))}.cubin"
     command = [nvcc, "-std=c++17", "-arch", arch, "-cubin", "-Xptxas", "-v", *options, str(FOLDER / source)]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
@@ -100,12 +89,12 @@ def main() -> int:
     parser.add_argument("archs", nargs="+")
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument(
-        "--full", action="store_true", help="flags and mixed pairs at every head size and group"
-    )
+    parser.add_argument("--full", action="store_true", help="every width at every head size")
     arguments = parser.parse_args()
-    work = [(source, {}) for source in ("append.cu", "dequantize.cu", "step.cu")]
-    work += [("decode.cu", defines) for defines in decode_variants(arguments.full)]
+    work: list[tuple[str, tuple[str, ...]]] = [
+        (source, ()) for source in ("append.cu", "dequantize.cu", "step.cu")
+    ]
+    work += [("decode.cu", variant.defines) for variant in decode_variants(arguments.full)]
     failed = most = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [

@@ -27,7 +27,7 @@ from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.errors import KVQError
 from kvq_calib.files import write_atomically
 from kvq_calib.runtime.cuda.build import compile_cubin
-from kvq_calib.runtime.cuda.decode import DecodeVariant
+from kvq_calib.runtime.cuda.decode import FEW_HEADS, DecodeVariant
 from kvq_calib.runtime.cuda.kinds import KEY_KINDS, VALUE_KINDS, Widths, arrange_pairs, arrange_values
 from kvq_calib.schema.geometry import KINDS, Kind, channel_pairs
 
@@ -130,8 +130,8 @@ def inner_loops(listing: str) -> list[list[str]]:
     return [loop for loop in loops if any(opcode.startswith("HMMA") for opcode in loop)]
 
 
-def variant_of(pair: dict[Kind, Quantizer], head_dim: int, group: int) -> DecodeVariant:
-    """The variant of the decode kernel for a layer."""
+def variant_of(pair: dict[Kind, Quantizer], head_dim: int) -> DecodeVariant:
+    """The variant of the decode kernel for a layer, for up to four query heads per key-value head."""
     key, value = pair["key"], pair["value"]
 
     def bits(quantizer: Quantizer) -> int:
@@ -139,16 +139,10 @@ def variant_of(pair: dict[Kind, Quantizer], head_dim: int, group: int) -> Decode
 
     return DecodeVariant(
         head_dim=head_dim,
-        group=group,
+        heads=FEW_HEADS,
         key_bits=bits(key),
         value_bits=bits(value),
-        key_outliers=key.outlier_cap > 0,
-        value_outliers=value.outlier_cap > 0,
-        value_token=value.layout.token_params,
-        rope=True,
-        softcap=False,
-        query_bfloat=False,
-        storage_bfloat=False,
+        outliers=key.outlier_cap + value.outlier_cap > 0,
         key_paths=key.codes_in_blocks,
         value_paths=value.codes_in_blocks,
     )
@@ -213,7 +207,7 @@ Loops = dict[Kind, dict[Widths, Loop]]
 def counts_of(path: Path, arguments: argparse.Namespace, known: dict[DecodeVariant, Loops]) -> list[Count]:
     """Counts for one artifact. ``known`` has the loops of earlier variants."""
     layers = KVArtifact.load(path).quantizers()
-    variant = variant_of(layers[0], arguments.head_dim, arguments.group)
+    variant = variant_of(layers[0], arguments.head_dim)
     if variant not in known:
         known[variant] = loops_of(variant, arguments.arch, arguments)
     loops = known[variant]
@@ -258,9 +252,6 @@ def main() -> int:
     parser.add_argument("--nvdisasm", default="nvdisasm")
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument(
-        "--group", type=int, choices=range(1, 5), default=4, help="query heads per key-value head"
-    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     try:

@@ -1,6 +1,6 @@
 # Included by the Makefile at the top level. No target but `gpu` needs a GPU.
 #
-#   make kernels        compiles every variant for every architecture; fails on any spill
+#   make kernels        compiles the kernels of the recipes for every architecture; fails on any spill
 #   make kernel-counts  instructions per element of the decode kernel by the widths of artifacts; writes
 #                       benchmarks/results/kernel_instructions.json
 #   make ptx            runs the kernels' tests on what nvcc makes of them, PTX translated to C++
@@ -23,8 +23,8 @@ STAGES ?= 1 2
 
 .PHONY: kernels kernel-counts ptx cubins gpu-bundle gpu
 
-kernels:
-	$(PYTHON) kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
+kernels: install
+	$(BIN)/python kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
 
 kernel-counts: install
 	command -v $(NVDISASM) >/dev/null || $(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm

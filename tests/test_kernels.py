@@ -854,7 +854,7 @@ def test_a_decode_kernel_that_cannot_run_is_given_up_once(fault, monkeypatch) ->
 def test_parameter_structures_match_the_sources() -> None:
     from shim.host import KERNELS, build
 
-    variant = DecodeVariant(64, 1, 3, 3, False, False, True, True, False, False, False)
+    variant = DecodeVariant(64, 4, 3, 3, outliers=False)
     for source, kernels in KERNELS.items():
         library = build(source, variant.defines if source == "decode.cu" else ())
         for kernel, name in kernels.items():

@@ -97,10 +97,10 @@ def test_a_loop_that_is_missing_is_noticed(counter, monkeypatch, tmp_path) -> No
     monkeypatch.setattr(counter, "compile_cubin", lambda *arguments: b"")
     options = counter.argparse.Namespace(nvcc="nvcc", nvdisasm=str(tool))
     fields = dict.fromkeys(counter.DecodeVariant.__dataclass_fields__, False)
-    uniform = counter.DecodeVariant(**{**fields, "head_dim": 128, "group": 4, "key_bits": 3, "value_bits": 3})
+    uniform = counter.DecodeVariant(**{**fields, "head_dim": 128, "heads": 4, "key_bits": 3, "value_bits": 3})
     loops = counter.loops_of(uniform, "sm_90", options)
     assert loops["key"] == {(0, 0): counter.Loop(5 / 8, 1 / 8, 1 / 8)}
-    mixed = counter.DecodeVariant(**{**fields, "head_dim": 128, "group": 4, "key_bits": 0, "value_bits": 3})
+    mixed = counter.DecodeVariant(**{**fields, "head_dim": 128, "heads": 4, "key_bits": 0, "value_bits": 3})
     with pytest.raises(SystemExit, match=f"2 inner loops .* {len(KEY_KINDS) + 1} were expected"):
         counter.loops_of(mixed, "sm_90", options)
 

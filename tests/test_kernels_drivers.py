@@ -19,6 +19,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import build
 from kvq_calib.runtime.cuda import launcher as launchers
 from kvq_calib.runtime.cuda.append import append_blocks
+from kvq_calib.runtime.cuda.decode import DecodeVariant
 from kvq_calib.runtime.cuda.launcher import GpuLauncher, launcher_for
 from kvq_calib.runtime.cuda.ops import make_cuda_ops
 from kvq_calib.runtime.cuda.structs import DequantizeParams
@@ -73,14 +74,7 @@ def test_kernels_run(gpu, package) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_constants_and_shared_memory(gpu, package) -> None:
-    defines = tuple(
-        f"KVQ_{name}"
-        for name in (
-            *("HEAD_DIM=64", "GROUP=1", "KEY_BITS=3", "VALUE_BITS=3", "KEY_OUTLIERS=0", "VALUE_OUTLIERS=0"),
-            *("VALUE_TOKEN=0", "ROPE=1", "SOFTCAP=0", "QUERY_BFLOAT=0", "STORAGE_BFLOAT=0", "KEY_PATHS=0"),
-            "VALUE_PATHS=0",
-        )
-    )
+    defines = DecodeVariant(64, 4, 3, 3, outliers=False).defines
     with started(gpu, package):
         runs = GpuLauncher(GPU)
         assert runs.constant("decode.cu", defines, "decode_shared_bytes") > 10_000

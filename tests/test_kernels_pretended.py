@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,12 +12,13 @@ from artifact_factory import artifact_for, recipe, trellis
 from models_zoo import tiny_model, token_ids
 from pretended.device import pretended_cuda, watched
 from pretended.drivers import Machine, installed, write_nvcc
-from shim.host import compiler
+from shim.host import HostLauncher, compiler
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
 from kvq_calib.runtime import KVQCache, detach
 from kvq_calib.runtime.cuda import launcher as launchers
+from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -137,3 +139,40 @@ def test_wrong_angles_are_found_by_the_next_block(gpu) -> None:
         with pytest.raises(RuntimeMismatchError, match="other angles than at calibration"):
             model(ids[:, :2], **with_cache(cache))
     detach(model)
+
+
+class Idle(HostLauncher):
+    """Launches nothing."""
+
+    def constant(self, source: str, defines: tuple[str, ...], name: str) -> int:
+        return {"decode_shared_bytes": 60_000, "decode_resident_blocks": 3}[name]
+
+    def kernel(self, *arguments):
+        return lambda *call: None
+
+
+@pytest.mark.parametrize("heads", [2, 32])
+def test_a_step_takes_few_calls_on_the_host(heads: int) -> None:
+    """The host's time for the attention of a layer: 30 microseconds and less with 70 calls of Python and C."""
+    here = test_kernels.Machine(Idle(132), torch.device("cpu"))
+    cache = test_kernels.Cache(here, test_kernels.SMALL, test_kernels.geometry(64, heads, 1), 1)
+    cache.table.append(torch.arange(300)[None], None)
+    keys, values = (cache.layer.tokens(kind, 1, 300) for kind in ("key", "value"))
+    storage = cache.storages[0]
+    storage.append(keys, values, cache.table, cache.theirs.pack)
+    query = torch.zeros(1, heads, 1, 64, dtype=torch.float16)
+    request = AttentionRequest(query, Visibility(None, 300, 1, None), 0.125)
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for _ in range(2):  # the first compiles, and makes tables
+        calls = 0
+        sys.setprofile(count)
+        try:
+            cache.ours.attend(request, storage, cache.table)
+        finally:
+            sys.setprofile(None)
+    assert calls <= 70

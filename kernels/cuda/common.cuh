@@ -42,6 +42,9 @@ KVQ_DEVICE int block_y_anew() {
     return y;
 }
 
+// Brings the line of an address from memory to the second-level cache. No register waits for it.
+KVQ_DEVICE void prefetch_line(const void *address) { asm volatile("prefetch.global.L2 [%0];" : : "l"(address)); }
+
 // The same address, hidden from the compiler, so that it does not keep parts that are the same for all pages in
 // registers.
 template <typename T> KVQ_DEVICE T *opaque(T *address) {
@@ -62,8 +65,10 @@ struct BFloat {
     static KVQ_DEVICE uint16_t from_float(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 };
 
-template <bool Brain> struct Float16 { typedef Half type; };
-template <> struct Float16<true> { typedef BFloat type; };
+// A format known at run time.
+KVQ_DEVICE float float16_to_float(bool brain, uint16_t bits) {
+    return brain ? BFloat::to_float(bits) : Half::to_float(bits);
+}
 
 KVQ_DEVICE uint32_t pack_half2(float low, float high) {
     __half2 pair = __floats2half2_rn(low, high);
@@ -255,6 +260,9 @@ KVQ_DEVICE float power_of_two(float x) {
     return y;
 }
 #endif
+
+// tanh(x) with an absolute error below 2^-21.
+KVQ_DEVICE float soft_limit(float x) { return 1.0f - __fdividef(2.0f, 1.0f + power_of_two(2.8853900817779268f * x)); }
 
 // ---- tensor cores --------------------------------------------------------------------------------------------
 

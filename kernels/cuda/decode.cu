@@ -4,12 +4,11 @@
 //
 // Compile-time constants:
 //   KVQ_HEAD_DIM         multiple of 16
-//   KVQ_GROUP            query heads that share a key-value head, 1 to 8
+//   KVQ_HEADS            4 or 8: query heads of a key-value head in a thread block, at most
 //   KVQ_KEY_BITS, KVQ_VALUE_BITS    1 to 8: all channels have this width, and tables of levels; 0: each channel has
 //                        its own width, and levels are computed
 //   KVQ_KEY_PATHS, KVQ_VALUE_PATHS  with computed levels: codes follow a trellis
-//   KVQ_KEY_OUTLIERS, KVQ_VALUE_OUTLIERS, KVQ_VALUE_TOKEN (scales per token), KVQ_ROPE, KVQ_SOFTCAP
-//   KVQ_QUERY_BFLOAT, KVQ_STORAGE_BFLOAT  bfloat16 instead of float16: queries and results; storage
+//   KVQ_OUTLIERS         keys or values may have outliers
 #include "decode_exact.cuh"
 #include "decode_softmax.cuh"
 
@@ -21,16 +20,17 @@ KVQ_DEVICE void load_tables(const DecodeParams &p, Shared &s, int head) {
     for (int i = threadIdx.x; i < kDim; i += kThreads) {
         key_channels[i] = p.key_channels[head * kDim + i];
         s.value_channels[i] = p.value_channels[head * kDim + i];
-        if (KVQ_VALUE_OUTLIERS) s.value_place[s.value_channels[i].coordinate] = uint16_t(i);
+        if (KVQ_OUTLIERS) s.value_place[s.value_channels[i].coordinate] = uint16_t(i);
         if (i < kDim / 2) s.key_angles[i] = p.key_angles[head * (kDim / 2) + i];
     }
+    if (threadIdx.x < 2) s.region[threadIdx.x] = (threadIdx.x ? p.value_region : p.key_region)[head];
     for (int i = threadIdx.x; i < kDim * kKeyRows; i += kThreads)
         s.key_levels[i] = p.key_levels[head * kDim * kKeyRows + i];
     for (int i = threadIdx.x; i < kDim * kValueRows; i += kThreads)
         s.value_levels[i] = p.value_levels[head * kDim * kValueRows + i];
     if (kKeyComputed && threadIdx.x < kKinds) s.key_kinds[threadIdx.x] = p.key_kinds[head * kKinds + threadIdx.x];
     if (kValueComputed && threadIdx.x < kKinds) s.value_kinds[threadIdx.x] = p.value_kinds[head * kKinds + threadIdx.x];
-    for (int i = threadIdx.x; KVQ_KEY_OUTLIERS && i < kDim; i += kThreads) {
+    for (int i = threadIdx.x; KVQ_OUTLIERS && i < kDim; i += kThreads) {
         const uint2 angle = p.key_angles[head * (kDim / 2) + i / 2];
         // The second channel of a pair is the first, rotated by a quarter turn.
         s.places[p.key_channels[head * kDim + i].coordinate] = {
@@ -67,17 +67,19 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + page * kPageBlocks + group);
         const int base = block.x;
         uint32_t keep = uint32_t(block.y);
-        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;  // tokens that have left the window
+        // Tokens that have left the window.
+        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;
         if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
         if (!__any_sync(kAll, keep != 0)) continue;
+        prefetch_codes(p, s, true, row, page);
         const SequencePage keys(p, false, row, page);
 
         Scores score;
         score_page(s, key_levels, opaque(keys.codes), base, score);
-        if (KVQ_KEY_OUTLIERS) {
+        if (KVQ_OUTLIERS && keys.lists->outlier_start) {
             for (int i = lane_id(); i < kScores; i += kWarp) scores[i] = 0.0f;
             __syncwarp();
-            score_outliers(p, s, *keys.lists, row, head, base, scores);
+            score_outliers(p, s, *keys.lists, row, head, heads, base, scores);
             __syncwarp();
 #pragma unroll
             for (int set = 0; set < kSets; ++set)
@@ -85,22 +87,23 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
                 for (int m = 0; m < 8; ++m)
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        score[set][m][i] += scores[score_index(group, OnlineSoftmax::token(set, m, i / 2),
-                                                               OnlineSoftmax::head(i % 2))];
+                        score[set][m][i] +=
+                            scores[score_index(group, OnlineSoftmax::token(set, m, i / 2), lane_head(i % 2))];
             __syncwarp();
         }
         float rescale[2];
         softmax.scale_and_mask(score, keep, rescale);
+        if (page + kWarps < end) prefetch_codes(p, s, false, row, page + kWarps);
         const SequencePage values(p, true, row, page);
-        softmax.weigh(score,
+        softmax.weigh(p, score,
                       opaque(reinterpret_cast<const uint4 *>(values.token_params + group * kBlockTokens * 2)),
                       scores, rescale);
         Weights weights;
         softmax.operands(score, weights);
         mix_page(s, value_levels, opaque(values.codes), weights, rescale, tiles);
-        if (KVQ_VALUE_OUTLIERS) {
+        if (KVQ_OUTLIERS && values.lists->outlier_start) {
             __syncwarp();
-            mix_outliers(p, s, *values.lists, row, head, scores, softmax.unit(), tiles);
+            mix_outliers(p, s, *values.lists, row, head, heads, scores, softmax.unit(), tiles);
         }
         __syncwarp();
     }
@@ -115,13 +118,13 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             softmax.sum[i] += __shfl_xor_sync(kAll, softmax.sum[i], step);
             softmax.offset[i] += __shfl_xor_sync(kAll, softmax.offset[i], step);
         }
-        if (head_column + i >= kGroup) continue;
+        if (head_column + i >= kHeads) continue;
         if (row_group == 0) {
             s.maximum[warp][head_column + i] = softmax.maximum[i];
             s.sum[warp][head_column + i] = softmax.sum[i];
             s.offset[warp][head_column + i] = softmax.offset[i];
         }
-        float *target = s.out + (warp * kGroup + head_column + i) * kDim;
+        float *target = s.out + (warp * kHeads + head_column + i) * kDim;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             const float4 out = s.tiles[warp][tile][lane];

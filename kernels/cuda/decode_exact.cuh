@@ -18,7 +18,7 @@ KVQ_DEVICE void write_split(const DecodeParams &p, Shared &s, bool packed) {
             const float weight = power_of_two(s.maximum[w][h] - maximum);
             sum += weight * s.sum[w][h];
             offset += weight * s.offset[w][h];
-            mixed += weight * s.out[(w * kGroup + h) * kDim + coordinate];
+            mixed += weight * s.out[(w * kHeads + h) * kDim + coordinate];
         }
         const float2 channel = packed ? affine[coordinate] : make_float2(1.0f, 0.0f);
         const int64_t split = (int64_t(row) * p.query_heads + share.first + h) * p.splits + blockIdx.x;
@@ -64,8 +64,9 @@ KVQ_DEVICE void join_head(const DecodeParams &p, int64_t head, float own) {
         }
         if (!inside) continue;
         uint16_t *out = p.out + head * kDim + coordinate;
-        out[0] = Query::from_float(mixed.x * inverse), out[1] = Query::from_float(mixed.y * inverse);
-        out[2] = Query::from_float(mixed.z * inverse), out[3] = Query::from_float(mixed.w * inverse);
+        const float found[4] = {mixed.x * inverse, mixed.y * inverse, mixed.z * inverse, mixed.w * inverse};
+        for (int i = 0; i < 4; ++i)
+            out[i] = p.query_bfloat ? BFloat::from_float(found[i]) : Half::from_float(found[i]);
     }
 }
 
@@ -96,13 +97,14 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
     const int row = blockIdx.z, lane = lane_id();
     const int count = p.exact_count[0] + p.exact_count[1];
     const uint16_t *query = p.query + (int64_t(row) * p.query_heads + first_head) * kDim;
-    for (int i = threadIdx.x; i < heads * kDim; i += kThreads) s.plain_query[i] = p.scaling * Query::to_float(query[i]);
+    for (int i = threadIdx.x; i < heads * kDim; i += kThreads)
+        s.plain_query[i] = p.scaling * float16_to_float(p.query_bfloat, query[i]);
     __syncthreads();
     const int parts = p.splits - p.packed_splits, part = blockIdx.x - p.packed_splits;
     const int begin = int(int64_t(count) * part / parts), end = int(int64_t(count) * (part + 1) / parts);
-    float out[kGroup][kOwn], maximum[kGroup], sum[kGroup];
+    float out[kHeads][kOwn], maximum[kHeads], sum[kHeads];
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
+    for (int h = 0; h < kHeads; ++h) {
         maximum[h] = kMinusInfinity, sum[h] = 0.0f;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) out[h][i] = 0.0f;
@@ -118,16 +120,16 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
             key = p.pool_exact[4 * row + side];
             value = p.pool_exact[4 * row + 2 + side];
         }
-        float score[kGroup];
+        float score[kHeads];
 #pragma unroll
-        for (int h = 0; h < kGroup; ++h) score[h] = 0.0f;
+        for (int h = 0; h < kHeads; ++h) score[h] = 0.0f;
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             const int pair = i * kWarp + lane;
             if (pair >= kDim / 2) continue;
             const int first = __ldg(p.exact_pairs + pair) & 0xffffu, second = __ldg(p.exact_pairs + pair) >> 16;
-            float a = Storage::to_float(key[place + first]);
-            float b = Storage::to_float(key[place + second]);
+            float a = float16_to_float(p.storage_bfloat, key[place + first]);
+            float b = float16_to_float(p.storage_bfloat, key[place + second]);
             const uint32_t frequency = __ldg(p.exact_angles + pair);
             if (p.key_rope && frequency) {
                 float sine, cosine;
@@ -137,13 +139,14 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
                 a = turned;
             }
 #pragma unroll
-            for (int h = 0; h < kGroup; ++h)
+            for (int h = 0; h < kHeads; ++h)
                 if (h < heads) score[h] += a * s.plain_query[h * kDim + first] + b * s.plain_query[h * kDim + second];
         }
 #pragma unroll
-        for (int h = 0; h < kGroup; ++h) {
+        for (int h = 0; h < kHeads; ++h) {
+            if (h >= heads) break;
             for (int step = 16; step; step /= 2) score[h] += __shfl_xor_sync(kAll, score[h], step);
-            if (KVQ_SOFTCAP) score[h] = p.softcap * tanhf(score[h] / p.softcap);
+            if (p.softcap != 0.0f) score[h] = p.softcap * soft_limit(score[h] / p.softcap);
             const float x = score[h] * kLog2e, top = fmaxf(maximum[h], x);
             const float rescale = power_of_two(maximum[h] - top), probability = power_of_two(x - top);
             maximum[h] = top;
@@ -151,14 +154,16 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 const int coordinate = i * kWarp + lane;
-                if (coordinate < kDim)
-                    out[h][i] = out[h][i] * rescale + probability * Storage::to_float(value[place + coordinate]);
+                if (coordinate >= kDim) continue;
+                const float x = float16_to_float(p.storage_bfloat, value[place + coordinate]);
+                out[h][i] = out[h][i] * rescale + probability * x;
             }
         }
     }
     __syncthreads();
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
+    for (int h = 0; h < kHeads; ++h) {
+        if (h >= heads) break;
         if (lane == 0) {
             s.maximum[warp_id()][h] = maximum[h];
             s.sum[warp_id()][h] = sum[h];
@@ -166,7 +171,7 @@ KVQ_DEVICE void attend_exact(const DecodeParams &p, Shared &s, int head, int fir
         }
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
-            if (i * kWarp + lane < kDim) s.out[(warp_id() * kGroup + h) * kDim + i * kWarp + lane] = out[h][i];
+            if (i * kWarp + lane < kDim) s.out[(warp_id() * kHeads + h) * kDim + i * kWarp + lane] = out[h][i];
     }
     write_split(p, s, false);
 }

@@ -5,15 +5,13 @@
 #include "step.cuh"
 
 constexpr int kDim = KVQ_HEAD_DIM;
-constexpr int kGroup = KVQ_GROUP;
+constexpr int kHeads = KVQ_HEADS;
 constexpr bool kKeyComputed = KVQ_KEY_BITS == 0, kValueComputed = KVQ_VALUE_BITS == 0;
 constexpr int kTiles = kDim / 16;      // of 16 value channels
 constexpr int kKeySteps = kDim / 8;    // of four RoPE pairs
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-typedef Float16<KVQ_QUERY_BFLOAT != 0>::type Query;
-typedef Float16<KVQ_STORAGE_BFLOAT != 0>::type Storage;
-static_assert(kDim % 16 == 0 && kGroup >= 1 && kGroup <= 8, "no such variant");
+static_assert(kDim % 16 == 0 && (kHeads == 4 || kHeads == 8), "no such variant");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
@@ -31,7 +29,7 @@ KVQ_DEVICE constexpr int token_of(int m, int slot) {
 
 // For up to four query heads, the eight columns of a product are two slots of four heads. For more, each slot has a
 // product.
-constexpr bool kFold = kGroup <= 4;
+constexpr bool kFold = kHeads == 4;
 constexpr int kSets = kFold ? 1 : 2;  // of scores; two if each slot has a product
 KVQ_DEVICE int lane_slot() { return kFold ? lane_id() % 4 / 2 : 0; }
 KVQ_DEVICE int lane_head(int i) { return 2 * (kFold ? lane_id() % 2 : lane_id() % 4) + i; }
@@ -56,6 +54,8 @@ struct DecodeParams {
     const Channel *value_channels;    // [H, D]
     const uint4 *key_levels;          // [H, D, entries] halves in the order of key_channels, in planes up to 32;
     const uint4 *value_levels;        // or [H, D] ChannelNumbers; those of values without c0, see value_affine
+    const int2 *key_region;           // [H]: start and size, in bytes, of a head's codes in a sequence's page
+    const int2 *value_region;         // [H]
     const uint8_t *key_kinds;         // [H, kKinds] ends of the steps of each kind, with computed levels
     const uint8_t *value_kinds;       // [H, kKinds] ends of the tiles of each kind
     const uint2 *key_angles;          // [H, D / 2]: turns per token, turns at position 0
@@ -87,6 +87,8 @@ struct DecodeParams {
     float scaling, softcap;           // of the scores
     float rope_scaling;               // factor on rotated pairs of exact keys
     int key_rope;                     // whether exact keys are rotated when read
+    int value_token;                  // whether values have a scale and a zero point per token
+    int query_bfloat, storage_bfloat; // bfloat16 instead of float16: queries and results; storage
     int block_stride;
     int pool_stride;
     int group;  // query heads of a key-value head; a quotient computed here would take a register throughout
@@ -98,7 +100,7 @@ struct DecodeParams {
 constexpr int level_rows(int bits) { return bits == 0 ? 2 : bits <= 3 ? 1 : bits <= 5 ? 1 << bits >> 3 : 0; }
 constexpr int kKeyRows = level_rows(KVQ_KEY_BITS), kValueRows = level_rows(KVQ_VALUE_BITS);
 constexpr int kTokenRow = 33;  // a block of 32 tokens, and one more against bank conflicts
-constexpr int kScores = KVQ_KEY_OUTLIERS || KVQ_VALUE_OUTLIERS ? kPageBlocks * kTokenRow * kGroup : 0;
+constexpr int kScores = KVQ_OUTLIERS ? kPageBlocks * kTokenRow * kHeads : 0;
 
 // The column operands of a product: queries of a pair's two channels for both slots.
 template <bool Twice> struct QueryOperand {
@@ -139,19 +141,20 @@ struct alignas(16) ChannelPair { Channel first, second; };
 struct Shared {
     union {
         Queries query[8 * kKeySteps * kWarp];
-        float plain_query[kGroup * kDim];
-        float out[kWarps * kGroup * kDim];
+        float plain_query[kHeads * kDim];
+        float out[kWarps * kHeads * kDim];
     };
     uint4 key_levels[kDim * kKeyRows + 1];
     uint4 value_levels[kDim * kValueRows + 1];
     ChannelPair key_channels[kDim / 2];
     Channel value_channels[kDim];
     uint2 key_angles[kDim / 2];
-    KeyPlace places[KVQ_KEY_OUTLIERS ? kDim : 1];
+    KeyPlace places[KVQ_OUTLIERS ? kDim : 1];
     float scores[kWarps][kScores + 1];
     float4 tiles[kWarps][kTiles][kWarp];  // sums of values, as matrix accumulators: see mix_page
-    uint16_t value_place[KVQ_VALUE_OUTLIERS ? kDim : 1];  // place of a coordinate in the order of value_channels
+    uint16_t value_place[KVQ_OUTLIERS ? kDim : 1];  // place of a coordinate in the order of value_channels
     uint8_t key_kinds[kKinds], value_kinds[kKinds];
+    int2 region[2];  // of the codes of keys and of values
     float query_scale[8];
     float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
     int last;  // whether this thread block finished last
@@ -166,7 +169,7 @@ constexpr int kResidentBlocks = kFewRegisters ? 3 : 2;
 KVQ_CONSTANT(decode_resident_blocks, kResidentBlocks);
 
 KVQ_DEVICE int query_index(int m, int step, int lane) { return (m * kKeySteps + step) * kWarp + lane; }
-KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kGroup + head; }
+KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kHeads + head; }
 
 struct Share {  // query heads of a thread block
     int head;   // key-value head
@@ -174,9 +177,9 @@ struct Share {  // query heads of a thread block
 
     KVQ_DEVICE Share(const DecodeParams &p, int block) {
         head = block / p.subgroups;
-        const int before = block % p.subgroups * kGroup;
+        const int before = block % p.subgroups * kHeads;
         first = head * p.group + before;
-        heads = min(kGroup, p.group - before);
+        heads = min(kHeads, p.group - before);
     }
 };
 
@@ -199,6 +202,16 @@ struct SequencePage {
         token_params = lists->token_params + int64_t(row) * kPageTokens * 2;
     }
 };
+
+// Prefetches the codes of a head in a page: those of values while keys are read, and the other way round. This is far
+// enough ahead of the loads, and the second-level cache has room for it: 12 KiB per warp at 3 bits.
+KVQ_DEVICE void prefetch_codes(const DecodeParams &p, const Shared &s, bool values, int row, int page) {
+    constexpr int kLine = 128;
+    const char *begin = reinterpret_cast<const char *>(SequencePage(p, values, row, page).codes) + s.region[values].x;
+    const char *end = begin + s.region[values].y;
+    begin -= uintptr_t(begin) % kLine;
+    for (begin += kLine * lane_id(); begin < end; begin += kLine * kWarp) prefetch_line(begin);
+}
 
 // A quarter of a block's outlier list, which four lanes share. Entries are sorted by token, so lanes rarely collide.
 struct OutlierRange {

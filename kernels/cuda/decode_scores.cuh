@@ -7,12 +7,18 @@
 
 // ---- queries -------------------------------------------------------------------------------------------------
 
-// R(-t) q of a pair, scaled: its two channels.
-KVQ_DEVICE float2 turned_query(const Shared &s, const uint16_t *q, int pair, int token, float factor) {
-    const float a = factor * Query::to_float(q[s.key_channels[pair].first.coordinate]);
-    const float b = factor * Query::to_float(q[s.key_channels[pair].second.coordinate]);
-    float sine = 0.0f, cosine = 1.0f;
-    if (KVQ_ROPE) exact_sincos(uint32_t(token) * s.key_angles[pair].x, &sine, &cosine);
+// The two channels of a pair.
+KVQ_DEVICE float2 pair_of_query(const DecodeParams &p, const Shared &s, const uint16_t *q, int pair) {
+    const ChannelPair &channels = s.key_channels[pair];
+    return make_float2(float16_to_float(p.query_bfloat, q[channels.first.coordinate]),
+                       float16_to_float(p.query_bfloat, q[channels.second.coordinate]));
+}
+
+// R(-t) q of a pair, scaled.
+KVQ_DEVICE float2 turned_query(const Shared &s, float2 q, int pair, int token, float factor) {
+    const float a = factor * q.x, b = factor * q.y;
+    float sine, cosine;
+    exact_sincos(uint32_t(token) * s.key_angles[pair].x, &sine, &cosine);
     return make_float2(a * cosine + b * sine, b * cosine - a * sine);
 }
 
@@ -24,9 +30,8 @@ KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t
         const uint16_t *q = query + (h < heads ? h : heads - 1) * kDim;
         float largest = 0.0f;
         for (int i = lane_id(); i < kDim / 2; i += kWarp) {
-            const float a = Query::to_float(q[s.key_channels[i].first.coordinate]);
-            const float b = Query::to_float(q[s.key_channels[i].second.coordinate]);
-            largest = fmaxf(largest, (fabsf(a) + fabsf(b)) * pair_scale[i].x);
+            const float2 own = pair_of_query(p, s, q, i);
+            largest = fmaxf(largest, (fabsf(own.x) + fabsf(own.y)) * pair_scale[i].x);
         }
         for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
         if (lane_id() == 0) s.query_scale[h] = largest;
@@ -40,7 +45,7 @@ KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t
         float2 q[2] = {make_float2(0.0f, 0.0f), make_float2(0.0f, 0.0f)};  // of the slots
         for (int slot = 0; slot < 2; ++slot)
             if (!kFold || slot == column / 4)
-                q[slot] = turned_query(s, query + h * kDim, pair, token_of(m, slot), factor);
+                q[slot] = turned_query(s, pair_of_query(p, s, query + h * kDim, pair), pair, token_of(m, slot), factor);
         s.query[i].set(q);
     }
     __syncthreads();
@@ -77,7 +82,6 @@ struct Turn {
     uint32_t cosine[2], sine[2];
 
     KVQ_DEVICE Turn(const Shared &s, int pair, int base) {
-        if (!KVQ_ROPE) return;
         const uint2 angle = s.key_angles[pair];
         const uint32_t start = uint32_t(base) * angle.x + angle.y;
 #pragma unroll
@@ -90,7 +94,6 @@ struct Turn {
     }
 
     KVQ_DEVICE void operator()(int half, uint32_t &first, uint32_t &second) const {
-        if (!KVQ_ROPE) return;
         const __half2 a = as_half2(first), b = as_half2(second), c = as_half2(cosine[half]), sn = as_half2(sine[half]);
         first = as_bits(__hfma2(a, c, __hneg2(__hmul2(b, sn))));
         second = as_bits(__hfma2(b, c, __hmul2(a, sn)));
@@ -217,19 +220,18 @@ KVQ_DEVICE void score_page(const Shared &s, const uint4 *levels, const uint32_t 
 
 // Adds the scores of outlying key elements to `scores`.
 KVQ_DEVICE void score_outliers(const DecodeParams &p, const Shared &s, const PagePointers &page, int row, int head,
-                               int base, float *scores) {
+                               int heads, int base, float *scores) {
     const OutlierRange range(p, page, row, head);
     const int block = lane_id() / 4;
     for (int i = range.begin; i < range.end; ++i) {
         const uint32_t index = __ldg(page.outlier_index + i);
-        const float residual = Storage::to_float(__ldg(page.outlier_residual + i));
+        const float residual = float16_to_float(p.storage_bfloat, __ldg(page.outlier_residual + i));
         const int token = index >> kCoordinateBits;
         const KeyPlace place = s.places[index & ((1 << kCoordinateBits) - 1)];
         float sine, cosine;  // the second element of a pair is the first, a quarter turn on
         fast_sincos(uint32_t(base + (token & 16)) * place.frequency + place.turn, &sine, &cosine);
         const float c = residual * place.scale * cosine, sn = residual * place.scale * sine;
-#pragma unroll
-        for (int h = 0; h < kGroup; ++h) {
+        for (int h = 0; h < heads; ++h) {
             const float2 q = query_of(s, place.pair, token & 15, h);
             atomicAdd(scores + score_index(block, token, h), c * q.x + sn * q.y);
         }

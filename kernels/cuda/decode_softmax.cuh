@@ -4,23 +4,22 @@
 #include "decode_scores.cuh"
 #include "decode_values.cuh"
 
+constexpr bool kTokenScales = !kValueComputed;  // computed levels are scaled per channel
+
 // Scores of all query heads, one after the other, as powers of two.
 struct OnlineSoftmax {
-    float scale[2], cap;
+    float scale[2];
+    float cap;  // softcap times log2 e, or 0
     float maximum[2], sum[2], offset[2];
     int exponent;  // weights seen so far are below 2^exponent
-    bool owns[2];  // heads of this lane that are in the group; others repeat its last and are dropped at the end
 
     KVQ_DEVICE OnlineSoftmax(const DecodeParams &p, const Shared &s) : cap(p.softcap * kLog2e) {
         for (int i = 0; i < 2; ++i) {
-            owns[i] = lane_head(i) < kGroup;
-            scale[i] = s.query_scale[head(i)] * (KVQ_SOFTCAP ? 1.0f / p.softcap : kLog2e);
+            scale[i] = s.query_scale[lane_head(i)] * kLog2e;
             maximum[i] = kMinusInfinity, sum[i] = 0.0f, offset[i] = 0.0f;
         }
-        exponent = KVQ_VALUE_TOKEN ? -100 : 1;
+        exponent = kTokenScales ? -100 : 1;
     }
-
-    static KVQ_DEVICE int head(int i) { return min(lane_head(i), kGroup - 1); }
 
     // A lane's tokens of product m, half of the block, set; of block lane / 4.
     static KVQ_DEVICE int token(int set, int m, int half) {
@@ -30,7 +29,11 @@ struct OnlineSoftmax {
     // Scores to powers of two, hidden ones to minus infinity. `keep` has a bit for each token of the block. Updates the
     // maximum; what was summed before is to be multiplied by `rescale`.
     KVQ_DEVICE void scale_and_mask(Scores &score, uint32_t keep, float (&rescale)[2]) {
-        float top[2] = {maximum[0], maximum[1]};
+        float top[2] = {maximum[0], maximum[1]}, factor[2] = {scale[0], scale[1]};
+        if (cap != 0.0f) {
+            limit(score);
+            factor[0] = factor[1] = cap;
+        }
         const bool whole = __all_sync(kAll, keep == kAll);
         keep >>= kSlotStep * lane_slot();
 #pragma unroll
@@ -39,8 +42,7 @@ struct OnlineSoftmax {
             for (int m = 0; m < 8; ++m)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    float x = score[set][m][i] * scale[i % 2];
-                    if (KVQ_SOFTCAP) x = cap * tanhf(x);
+                    float x = score[set][m][i] * factor[i % 2];
                     if (!whole && !(keep >> (token_of(m, set) + 16 * (i / 2)) & 1u)) x = kMinusInfinity;
                     score[set][m][i] = x;
                     top[i % 2] = fmaxf(top[i % 2], x);
@@ -59,7 +61,8 @@ struct OnlineSoftmax {
     }
 
     // Scores to probabilities times the tokens' value scales; if outliers need them, also to `probabilities`.
-    KVQ_DEVICE void weigh(Scores &score, const uint4 *token_params, float *probabilities, float (&rescale)[2]) {
+    KVQ_DEVICE void weigh(const DecodeParams &p, Scores &score, const uint4 *token_params, float *probabilities,
+                          float (&rescale)[2]) {
         float largest = 0.0f;
         auto weigh_token = [&](int set, int m, int half, uint32_t params) {
 #pragma unroll
@@ -67,17 +70,17 @@ struct OnlineSoftmax {
                 float &x = score[set][m][2 * half + i];
                 x = power_of_two(x - maximum[i]);
                 sum[i] += x;
-                if (KVQ_VALUE_OUTLIERS && owns[i])
+                if (KVQ_OUTLIERS)
                     probabilities[score_index(lane_id() / 4, token(set, m, half), lane_head(i))] = x;
-                if (KVQ_VALUE_TOKEN) {
-                    offset[i] += x * Storage::to_float(uint16_t(params >> 16));
-                    x *= Storage::to_float(uint16_t(params));
+                if (kTokenScales) {
+                    offset[i] += x * float16_to_float(p.storage_bfloat, uint16_t(params >> 16));
+                    x *= float16_to_float(p.storage_bfloat, uint16_t(params));
                     largest = fmaxf(largest, x);
                 }
             }
         };
-        each_token(token_params, weigh_token);
-        if (KVQ_VALUE_TOKEN) {  // keep the weights within half precision, whatever the token scales
+        each_token(p, token_params, weigh_token);
+        if (kTokenScales) {  // keep the weights within half precision, whatever the token scales
             const int bound = int(__reduce_max_sync(kAll, __float_as_uint(largest)) >> 23) - 126;
             if (bound > exponent) {
                 const float shrink = __uint_as_float(uint32_t(127 + max(exponent - bound, -126)) << 23);
@@ -109,8 +112,21 @@ struct OnlineSoftmax {
     }
 
   private:
-    // Calls `weigh(set, m, half, params)` for all tokens of a lane with the token's scale and zero point.
-    template <class Weigh> static KVQ_DEVICE void each_token(const uint4 *token_params, Weigh weigh) {
+    // Scores to tanh(score / softcap).
+    KVQ_DEVICE void limit(Scores &score) const {
+        const float inverse[2] = {scale[0] / cap, scale[1] / cap};
+#pragma unroll
+        for (int set = 0; set < kSets; ++set)
+#pragma unroll
+            for (int m = 0; m < 8; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[set][m][i] = soft_limit(score[set][m][i] * inverse[i % 2]);
+    }
+
+    // Calls `weigh(set, m, half, params)` for all tokens of a lane with the token's scale and zero point, 1 and 0 for
+    // values without them.
+    template <class Weigh>
+    static KVQ_DEVICE void each_token(const DecodeParams &p, const uint4 *token_params, Weigh weigh) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -118,8 +134,9 @@ struct OnlineSoftmax {
                 uint32_t params[8];
 #pragma unroll
                 for (int quad = 0; quad < 2; ++quad) {
-                    uint4 four = {0, 0, 0, 0};
-                    if (KVQ_VALUE_TOKEN) four = __ldg(token_params + 4 * half + 2 * part + quad);
+                    const uint32_t one = p.storage_bfloat ? 0x3f80u : 0x3c00u;
+                    uint4 four = {one, one, one, one};
+                    if (kTokenScales && p.value_token) four = __ldg(token_params + 4 * half + 2 * part + quad);
                     params[4 * quad] = four.x, params[4 * quad + 1] = four.y;
                     params[4 * quad + 2] = four.z, params[4 * quad + 3] = four.w;
                 }

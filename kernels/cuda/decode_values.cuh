@@ -124,16 +124,15 @@ KVQ_DEVICE void mix_page(const Shared &s, const uint4 *levels, const uint32_t *c
 
 // Adds probability times residual of outlying value elements to `tiles`, at the scale `unit` of the weights.
 KVQ_DEVICE void mix_outliers(const DecodeParams &p, const Shared &s, const PagePointers &page, int row, int head,
-                             const float *probabilities, float unit, float4 (*tiles)[kWarp]) {
+                             int heads, const float *probabilities, float unit, float4 (*tiles)[kWarp]) {
     const OutlierRange range(p, page, row, head);
     const int block = lane_id() / 4;
     for (int i = range.begin; i < range.end; ++i) {
         const uint32_t index = __ldg(page.outlier_index + i);
-        const float residual = unit * Storage::to_float(__ldg(page.outlier_residual + i));
+        const float residual = unit * float16_to_float(p.storage_bfloat, __ldg(page.outlier_residual + i));
         const int place = s.value_place[index & ((1 << kCoordinateBits) - 1)];
         const float *probability = probabilities + score_index(block, index >> kCoordinateBits, 0);
         float *row_sums = reinterpret_cast<float *>(&tiles[place / 16][4 * (place % 8)]) + place / 8 % 2 * 2;
-#pragma unroll
-        for (int h = 0; h < kGroup; ++h) atomicAdd(row_sums + h / 2 * 4 + h % 2, probability[h] * residual);
+        for (int h = 0; h < heads; ++h) atomicAdd(row_sums + h / 2 * 4 + h % 2, probability[h] * residual);
     }
 }

@@ -23,9 +23,7 @@ struct DequantizeParams {
     int type;                       // of out: 0 float16, 1 bfloat16, 2 float32
 };
 
-KVQ_DEVICE float stored(const DequantizeParams &p, uint16_t bits) {
-    return p.storage_bfloat ? BFloat::to_float(bits) : Half::to_float(bits);
-}
+KVQ_DEVICE float stored(const DequantizeParams &p, uint16_t bits) { return float16_to_float(p.storage_bfloat, bits); }
 
 // Grid: blocks, heads, sequences; 128 threads; 4 * 32 * D bytes of shared memory.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) dequantize_blocks(const __grid_constant__ DequantizeParams p) {

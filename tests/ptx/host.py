@@ -31,23 +31,22 @@ def ptx_of(source: str, defines: tuple[str, ...], folder: Path) -> str:
     """What nvcc makes of ``folder/<source>``."""
     with tempfile.TemporaryDirectory() as scratch:
         target = f"{scratch}/unit.ptx"
-        command = [
-            nvcc(),
-            "-std=c++17",
-            "-arch",
-            ARCH,
-            "-ptx",
-            "-w",
-            f"-I{folder}",
-            *(f"-D{d}" for d in defines),
-        ]
-        subprocess.run([*command, str(folder / source), "-o", target], check=True)
+        options = ["-std=c++17", "-arch", ARCH, "-ptx", "-w", f"-I{folder}", *(f"-D{d}" for d in defines)]
+        _run(nvcc(), *options, str(folder / source), "-o", target)
         return Path(target).read_text()
 
 
 def compiled(text: str) -> ctypes.CDLL:
     """The library of a PTX file; kept between runs under a key of all that goes into it."""
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
+    options = [
+        "-std=c++17",
+        "-fPIC",
+        "-w",
+        "-ffp-contract=off",
+        "-U_FORTIFY_SOURCE",
+        f"-I{SHIM}",
+        f"-I{FOLDER}",
+    ]
     digest = hashlib.sha256("\0".join([text, *options]).encode())
     for path in (SHIM / "cuda_shim.h", *sorted(FOLDER.glob("*.h")), FOLDER / "translate.py"):
         digest.update(path.read_bytes())
@@ -55,24 +54,24 @@ def compiled(text: str) -> ctypes.CDLL:
     if not library.exists():
         BUILDS.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILDS) as scratch:
-            unit = Path(scratch) / "unit.cpp"
-            unit.write_text(translate(text))
-            command = [
-                compiler(),
-                *options,
-                f"-I{SHIM}",
-                f"-I{FOLDER}",
-                str(unit),
-                "-o",
-                f"{scratch}/unit.so",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[:4000]
-            os.replace(f"{scratch}/unit.so", library)
+            units = translate(text)
+            calls, functions, built = (
+                f"{scratch}/{name}" for name in ("calls.cpp", "functions.cpp", "unit.so")
+            )
+            Path(calls).write_text(units.calls)
+            Path(functions).write_text(units.functions)
+            _run(compiler(), *options, "-O1", "-c", functions, "-o", f"{functions}.o")
+            _run(compiler(), *options, "-O0", "-shared", calls, f"{functions}.o", "-o", built)
+            os.replace(built, library)
     made = ctypes.CDLL(str(library))
     made.ptx_races.restype = ctypes.c_long
     libraries.append(made)
     return made
+
+
+def _run(*command: str | None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 @cache

@@ -234,6 +234,7 @@ inline uint16_t float_to_half(double x) { return shim::half_bits(x); }
 template <class T, class A, class B> T op_add_rn(A a, B b) { return as<T>(a) + as<T>(b); }
 template <class T, class A, class B> T op_sub_rn(A a, B b) { return as<T>(a) - as<T>(b); }
 template <class T, class A, class B> T op_div_rn(A a, B b) { return as<T>(a) / as<T>(b); }
+template <class T, class A, class B> T op_div_approx(A a, B b) { return as<T>(a) / as<T>(b); }
 template <class T, class A> T op_rcp_rn(A a) { return T(1) / as<T>(a); }
 template <class T, class A> T op_rcp_approx_ftz(A a) { return flushed(1.0f / flushed(as<T>(a))); }
 template <class T, class A> T op_sqrt_rn(A a) { return std::sqrt(as<T>(a)); }

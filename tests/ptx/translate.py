@@ -1,9 +1,14 @@
-"""Translates PTX to C++: a statement per instruction, a variable per register. ``semantics.h`` has the instructions."""
+"""Translates PTX to C++: a call per instruction, a variable per register. ``semantics.h`` has the instructions.
+
+Calls and the functions that they call are in two units. A kernel has tens of thousands of instructions but only a few
+hundred different ones, so functions are compiled with optimization, and calls, without includes, in a few seconds.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 TYPES = {
@@ -53,8 +58,74 @@ class Entry:
     statements: list[str] = field(default_factory=list)
 
 
-def translate(text: str) -> str:
-    """C++ that runs every kernel of a PTX file, as the shim's ``launch_<kernel>`` and ``size_<kernel>``.
+@dataclass(frozen=True)
+class Translation:
+    """Two C++ units for one library.
+
+    Attributes:
+        calls: runs every kernel of a PTX file, as the shim's ``launch_<kernel>`` and ``size_<kernel>``.
+        functions: the instructions that ``calls`` needs.
+    """
+
+    calls: str
+    functions: str
+
+
+#: What differs between instructions that share a function: constants and addresses.
+_CONSTANT = re.compile(
+    r"\b(?P<type>u?int(?:32|64)_t)\((?P<value>-?\d+u?ll|0x[0-9A-Fa-f]+(?:ull)?|uintptr_t\(table_\w+\))\)"
+    r"|\bdecltype\((?P<typed>\w+)\)|\b(?P<site>site)\b|\b(?P<param>param)\b|(?<!::)\b(?P<name>[A-Za-z_]\w*)\b"
+)
+
+
+class Functions:
+    """Functions of instructions, by their names."""
+
+    def __init__(self) -> None:
+        self.definitions: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+
+    def call(self, text: str, registers: Mapping[str, str], site: int) -> str:
+        """A call that does the same as a statement.
+
+        Args:
+            text: C++ with registers, constants such as ``int64_t(5ll)``, ``param`` and ``site``.
+            registers: C++ types of registers.
+            site: number of the instruction.
+        """
+        given: dict[str, tuple[str, str]] = {}  # by argument: parameter and its type
+
+        def parameter(match: re.Match[str]) -> str:
+            if match["typed"]:
+                return registers[match["typed"]]
+            if match["name"] and match["name"] not in registers:
+                return match[0]
+            if match["site"]:
+                argument, kind = str(site), "int"
+            elif match["name"]:
+                argument, kind = match["name"], f"{registers[match['name']]} &"
+            else:
+                kind, value = ("uint64_t", "param") if match["param"] else (match["type"], match["value"])
+                argument = f"{kind}({value})"
+            return given.setdefault(argument, (f"a{len(given)}", kind))[0]
+
+        body = _CONSTANT.sub(parameter, text)
+        signature = f"({', '.join(f'{kind} {name}' for name, kind in given.values())})"
+        whole = f"{signature} {{ {body} }}"
+        if whole not in self._names:
+            name = f"i_{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+            self._names[whole] = name
+            self.definitions[name] = f'extern "C" void {name}{whole}'
+        name = self._names[whole]
+        return f"{name}({', '.join(given)});"
+
+    def declarations(self) -> list[str]:
+        """Declarations of all."""
+        return [f"{definition.split(' {', 1)[0]};" for definition in self.definitions.values()]
+
+
+def translate(text: str) -> Translation:
+    """The C++ of a PTX file.
 
     Raises:
         Unknown: an instruction or directive that is not known.
@@ -62,7 +133,7 @@ def translate(text: str) -> str:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     if re.search(r"^\s*\.shared\s", text, re.M) or ".local" in text:
         raise Unknown("statically allocated shared memory, or local memory")
-    lines = ['#include "semantics.h"']
+    functions, lines = Functions(), []
     for kind, name, value in re.findall(
         r"^\s*(?:\.visible\s+)?\.(?:global|const)\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)\s*=\s*(\w+)\s*;",
         text,
@@ -79,8 +150,24 @@ def translate(text: str) -> str:
         re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]", text), "0ull"
     )
     for entry in _entries(text):
-        lines += _Kernel(entry, symbols).lines()
-    return "\n".join(lines) + "\n"
+        lines += _Kernel(entry, symbols, functions).lines()
+    calls = ["#include <stdint.h>", _LAUNCH + ";", *functions.declarations(), *lines]
+    launch = (
+        _LAUNCH
+        + " {\n    ptx::begin(shared_bytes, threads);\n    shim::launch(body, p, x, y, z, threads, shared_bytes);\n}"
+    )
+    made = [
+        '#include "semantics.h"',
+        launch,
+        *(functions.definitions[name] for name in sorted(functions.definitions)),
+    ]
+    return Translation("\n".join(calls) + "\n", "\n".join(made) + "\n")
+
+
+_LAUNCH = (
+    'extern "C" void ptx_launch(void (*body)(const void *), const void *p, int x, int y, int z, int threads, '
+    "int shared_bytes)"
+)
 
 
 def _entries(text: str) -> Iterator[Entry]:
@@ -128,11 +215,13 @@ class _Kernel:
     Args:
         entry: what was read.
         symbols: addresses by name.
+        functions: collects the functions of instructions.
     """
 
-    def __init__(self, entry: Entry, symbols: dict[str, str]) -> None:
-        self.entry = entry
+    def __init__(self, entry: Entry, symbols: dict[str, str], functions: Functions) -> None:
+        self.entry, self.functions = entry, functions
         self.symbols = {**symbols, entry.param: "param"}
+        self.registers: dict[str, str] = {}
         self.site = 0
 
     def lines(self) -> list[str]:
@@ -154,13 +243,12 @@ class _Kernel:
             *code,
             "}",
             f'extern "C" void launch_{name}(const void *p, int x, int y, int z, int threads, int shared_bytes) {{',
-            f"    ptx::begin(shared_bytes, threads); shim::launch(body_{name}, p, x, y, z, threads, shared_bytes);",
+            f"    ptx_launch(body_{name}, p, x, y, z, threads, shared_bytes);",
             "}",
             f'extern "C" int size_{name}() {{ return {self.entry.size}; }}',
         ]
 
-    @staticmethod
-    def _registers(statement: str) -> str:
+    def _registers(self, statement: str) -> str:
         found = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S)
         if found is None or found[1] not in REGISTERS:
             raise Unknown(statement)
@@ -168,6 +256,8 @@ class _Kernel:
         for each in found[2].split(","):
             many = re.fullmatch(r"\s*(%\w+)<(\d+)>\s*", each)
             names += [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [each.strip()]
+        # A name in a scope may stand for another type than elsewhere, so the last declaration counts.
+        self.registers |= dict.fromkeys(map(_name, names), REGISTERS[found[1]])
         return f"{REGISTERS[found[1]]} {', '.join(map(_name, names))};"
 
     def _statement(self, statement: str) -> str:
@@ -181,24 +271,26 @@ class _Kernel:
         guard = f"if ({guarded[1]}{_name(guarded[2])}) " if guarded else ""
         parts = (guarded[3] if guarded else statement).split(None, 1)
         opcode, rest = parts[0], parts[1] if len(parts) > 1 else ""
-        return f"{guard}{{ {self._instruction(opcode, _operands(rest))} }}"
+        self.site += 1
+        base = opcode.split(".")[0]
+        if base == "bra":
+            return f"{guard}goto {_name(rest)};"
+        if base in ("ret", "exit"):
+            return f"{guard}return;"
+        text = self._instruction(opcode, _operands(rest))
+        return f"{guard}{self.functions.call(text, self.registers, self.site)}" if text else ""
 
     def _instruction(self, opcode: str, operands: list[str]) -> str:
         base, *modifiers = opcode.split(".")
         types = [each for each in modifiers if each in TYPES]
         rest = [each for each in modifiers if each not in TYPES and each not in IGNORED]
-        self.site += 1
-        if base == "bra":
-            return f"goto {_name(operands[0])};"
-        if base in ("ret", "exit"):
-            return "return;"
         if base in ("bar", "barrier"):
             return (
-                f"ptx::warp_barrier({self.site}, {self._value(operands[0])});"
+                f"ptx::warp_barrier(site, {self._value(operands[0])});"
                 if "warp" in rest
                 else "ptx::barrier();"
             )
-        if base in ("membar", "fence"):  # thread blocks follow each other
+        if base in ("membar", "fence", "prefetch"):  # thread blocks follow each other, and there is no cache
             return ""
         if base in ("ld", "st", "atom", "red"):
             return self._memory(base, rest, types[-1], operands)
@@ -208,7 +300,7 @@ class _Kernel:
             vectors = [f"{{{', '.join(map(self._value, self._parts(each)))}}}" for each in operands[1:]]
             sums = self._parts(operands[0])
             name = "_".join(each for each in rest if each.startswith("m"))
-            lines = f"float d[4]; ptx::mma_{name}({self.site}, d, {', '.join(vectors)}); "
+            lines = f"float d[4]; ptx::mma_{name}(site, d, {', '.join(vectors)}); "
             return lines + " ".join(
                 f"{_name(each)} = ptx::into<decltype({_name(each)})>(d[{i}]);" for i, each in enumerate(sums)
             )
@@ -228,7 +320,7 @@ class _Kernel:
         target = operands[0].split("|")
         name = "_".join((base, *(each for each in rest if each not in ("sync", "m8n8"))))
         kinds = f"<ptx::{types[-1]}>" if base == "redux" else ""
-        arguments = ", ".join([str(self.site), *map(self._value, operands[1:])])
+        arguments = ", ".join(["site", *map(self._value, operands[1:])])
         if base != "shfl":
             return f"{_name(target[0])} = ptx::{name}{kinds}({arguments});"
         inside = f" {_name(target[1])} = inside;" if len(target) > 1 else ""
@@ -240,7 +332,7 @@ class _Kernel:
         where = operands[0] if base in ("st", "red") else operands[1]
         address = self._address(where)
         size = f"sizeof(ptx::{kind})"
-        place = f"char *const at = ptx::{space}_place({self.site}, {address}, {count} * {size}, {int(base != 'ld') + int(base in ('atom', 'red'))});"
+        place = f"char *const at = ptx::{space}_place(site, {address}, {count} * {size}, {int(base != 'ld') + int(base in ('atom', 'red'))});"
         if base in ("atom", "red"):
             if rest[-1] != "add" and "add" not in rest:
                 raise Unknown(f"{base}.{'.'.join(rest)}")
@@ -278,7 +370,9 @@ class _Kernel:
     def _address(self, operand: str) -> str:
         inner = operand.strip("[] \n\t")
         base, _, offset = inner.partition("+")
-        return f"uint64_t({self._value(base.strip())})" + (f" + {offset.strip()}ll" if offset else "")
+        return f"uint64_t({self._value(base.strip())})" + (
+            f" + int64_t({offset.strip()}ll)" if offset else ""
+        )
 
     def _value(self, operand: str) -> str:
         operand = operand.strip()

@@ -275,6 +275,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __sinf(float x) { return std::sin(x); }
 inline float __cosf(float x) { return std::cos(x); }
@@ -283,6 +284,7 @@ inline void sincospif(float x, float *sine, float *cosine) {
     *cosine = float(std::cos(M_PI * double(x)));
 }
 inline float power_of_two(float x) { return std::exp2(x); }
+inline void prefetch_line(const void *) {}
 
 // ---- 16-bit floats -------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import torch
@@ -20,6 +20,8 @@ __all__ = ["DecodeKernel", "DecodeStep", "DecodeVariant", "PagePool"]
 
 #: Largest number of query heads per thread block; larger groups are divided.
 MAX_GROUP = 8
+#: Up to this many query heads per thread block, a matrix product takes two tokens.
+FEW_HEADS = 4
 #: Number of exact tokens (sinks and tail) per thread block.
 EXACT_TOKENS = 64
 _THREADS = 128
@@ -51,7 +53,7 @@ class PagePool:
     exact_counts: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DecodeStep:
     """One new token of every sequence, and the tokens it attends to in one layer.
 
@@ -68,6 +70,8 @@ class DecodeStep:
         pool: replaces ``key_pages``, ``value_pages`` (then ``None``) and ``exact`` (then empty).
         state: ``StepState`` on the device (:mod:`kvq_calib.runtime.cuda.step`), with the number of pages that have
             blocks, and the first token in the window; or ``None``.
+        page_count: number of pages that are read for each sequence.
+        exact_counts: numbers of sinks and of tokens in the tail.
     """
 
     query: Tensor
@@ -82,24 +86,16 @@ class DecodeStep:
     pool: PagePool | None = None
     state: Tensor | None = None
 
-    @cached_property
-    def page_count(self) -> int:
-        """Number of pages that are read for each sequence."""
-        if self.pool is not None:
-            return self.pool.table.shape[1]
-        return 0 if self.key_pages is None else self.key_pages.shape[0]
+    page_count: int = field(init=False)
+    exact_counts: tuple[int, int] = field(init=False)
 
-    @cached_property
-    def exact_counts(self) -> list[int]:
-        """Numbers of sinks and of tokens in the tail."""
+    def __post_init__(self) -> None:
         if self.pool is not None:
-            return list(self.pool.exact_counts)
-        return [keys.shape[2] for keys, _ in self.exact]
-
-    @cached_property
-    def exact_total(self) -> int:
-        """Number of sinks and tail tokens together."""
-        return sum(self.exact_counts)
+            self.page_count, self.exact_counts = self.pool.table.shape[1], self.pool.exact_counts
+            return
+        (sinks, _), (tail, _) = self.exact
+        self.page_count = 0 if self.key_pages is None else self.key_pages.shape[0]
+        self.exact_counts = sinks.shape[2], tail.shape[2]
 
 
 @dataclass(frozen=True)
@@ -107,23 +103,30 @@ class DecodeVariant:
     """The compile-time constants of ``decode.cu``; they are explained there."""
 
     head_dim: int
-    group: int
+    heads: int
     key_bits: int
     value_bits: int
-    key_outliers: bool
-    value_outliers: bool
-    value_token: bool
-    rope: bool
-    softcap: bool
-    query_bfloat: bool
-    storage_bfloat: bool
+    outliers: bool
     key_paths: bool = False
     value_paths: bool = False
+
+    @classmethod
+    def of(cls, key: KernelTables, value: KernelTables, group: int) -> DecodeVariant:
+        """The variant for a layer, and for this number of query heads in a thread block."""
+        return cls(
+            head_dim=key.head_dim,
+            heads=FEW_HEADS if group <= FEW_HEADS else MAX_GROUP,
+            key_bits=key.decode.bits,
+            value_bits=value.decode.bits,
+            outliers=key.cap > 0 or value.cap > 0,
+            key_paths=key.decode.paths,
+            value_paths=value.decode.paths,
+        )
 
     @cached_property
     def defines(self) -> tuple[str, ...]:
         """Definitions for the compiler."""
-        return tuple(f"KVQ_{field.name.upper()}={int(getattr(self, field.name))}" for field in fields(self))
+        return tuple(f"KVQ_{each.name.upper()}={int(getattr(self, each.name))}" for each in fields(self))
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,8 @@ class DecodeKernel:
         if reason:
             raise RuntimeMismatchError(reason)
         self.launcher, self.key, self.value = launcher, key, value
-        #: By query heads of a thread block, whether there is a softcap, and dtype of the query.
-        self._compiled: dict[tuple[int, bool, torch.dtype], _Compiled] = {}
+        #: By query heads of a key-value head.
+        self._compiled: dict[int, _Compiled] = {}
         #: The division of the last step with its input, and the division for which the parameters were set.
         self._division_of: tuple[tuple[int, ...], _Division] | None = None
         self._divided: _Division | None = None
@@ -186,6 +189,8 @@ class DecodeKernel:
             value_channels=value.decode.channels.data_ptr(),
             key_levels=key.decode.levels.data_ptr(),
             value_levels=value.decode.levels.data_ptr(),
+            key_region=key.decode.region.data_ptr(),
+            value_region=value.decode.region.data_ptr(),
             key_kinds=pointer(key.decode.kinds),
             value_kinds=pointer(value.decode.kinds),
             key_angles=key.decode.angles.data_ptr(),
@@ -198,6 +203,8 @@ class DecodeKernel:
             kv_heads=key.heads,
             rope_scaling=key.rope_scaling,
             key_rope=int(key.rotates),
+            value_token=int(value.token),
+            storage_bfloat=int(key.storage_bfloat),
         )
 
     def attend(self, step: DecodeStep) -> Tensor:
@@ -220,7 +227,7 @@ class DecodeKernel:
         else:
             self._check_pool(step, step.pool)
         batch, query_heads, size = step.query.shape
-        if step.page_count + step.exact_total == 0:
+        if step.page_count + sum(step.exact_counts) == 0:
             return torch.zeros_like(step.query)
         compiled = self._variant(step)
         division = self._division(step, compiled.resident)
@@ -249,34 +256,19 @@ class DecodeKernel:
         known = batch, query_heads, step.page_count, *step.exact_counts
         if self._division_of is None or self._division_of[0] != known:
             blocks = resident * self.launcher.multiprocessors
-            shape = self.key.heads, batch, query_heads, step.page_count, step.exact_total
+            shape = self.key.heads, batch, query_heads, step.page_count, sum(step.exact_counts)
             self._division_of = known, _divide(blocks, *shape)
         return self._division_of[1]
 
     def _variant(self, step: DecodeStep) -> _Compiled:
         group = step.query.shape[1] // self.key.heads
-        known = -(-group // _subgroups(group)), step.softcap is not None, step.query.dtype
-        if known not in self._compiled:
-            self._compiled[known] = self._compile(*known)
-        return self._compiled[known]
+        if group not in self._compiled:
+            self._compiled[group] = self._compile(-(-group // _subgroups(group)))
+        return self._compiled[group]
 
-    def _compile(self, group: int, softcap: bool, dtype: torch.dtype) -> _Compiled:
-        key, value, launcher = self.key, self.value, self.launcher
-        variant = DecodeVariant(
-            head_dim=key.head_dim,
-            group=group,
-            key_bits=key.decode.bits,
-            value_bits=value.decode.bits,
-            key_outliers=key.cap > 0,
-            value_outliers=value.cap > 0,
-            value_token=value.token,
-            rope=key.rotates,
-            softcap=softcap,
-            query_bfloat=dtype == torch.bfloat16,
-            storage_bfloat=key.storage_bfloat,
-            key_paths=key.decode.paths,
-            value_paths=value.decode.paths,
-        )
+    def _compile(self, group: int) -> _Compiled:
+        key, launcher = self.key, self.launcher
+        variant = DecodeVariant.of(key, self.value, group)
         shared = launcher.constant(_SOURCE, variant.defines, "decode_shared_bytes")
         if shared > launcher.shared_limit:
             raise RuntimeMismatchError(
@@ -305,7 +297,7 @@ class DecodeKernel:
             params.splits = division.splits
             for number, count in enumerate(step.exact_counts):
                 params.exact_count[number] = count
-        params.query = step.query.data_ptr()
+        params.query, params.query_bfloat = step.query.data_ptr(), int(step.query.dtype == torch.bfloat16)
         params.state = pointer(step.state)
         params.blocks, params.exact_positions = context.blocks.data_ptr(), context.exact_positions.data_ptr()
         params.first_page, params.first_token = step.first_page, context.first_token
@@ -386,7 +378,7 @@ def _check_layer(key: KernelTables, step: DecodeStep) -> None:
     # Their dtypes and strides were checked when the context was made, once for all layers.
     for name, tensor, shape in (
         ("blocks", context.blocks, (batch, blocks, 2)),
-        ("exact_positions", context.exact_positions, (batch, step.exact_total)),
+        ("exact_positions", context.exact_positions, (batch, sum(step.exact_counts))),
     ):
         if tensor.device != device or tensor.shape != shape:
             raise RuntimeMismatchError(

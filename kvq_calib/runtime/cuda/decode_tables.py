@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.computed_levels import level_counts
+from kvq_calib.codec.packing import PAGE_BLOCKS
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.runtime.cuda.kinds import KIND_ROOM, Arrangement, arrange_pairs, arrange_values
 from kvq_calib.runtime.cuda.tables import QuantizerTables
@@ -29,6 +30,7 @@ class DecodeTables:
         paths: with computed levels, whether codes follow a trellis.
         channels: int32 ``[H, D, 2]``: word offset and ``coordinate | bits << 16``, in the kernel's order.
         levels: uint8 ``[H, D, n]``: tables, or the coefficients of polynomials.
+        region: int32 ``[H, 2]``: first byte of a head's codes in a page of one sequence, and their number.
         kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
         angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
         pair_scale: float32 ``[H, D / 2, 2]``: factor of the query for a pair, and the reciprocal of the factor of its
@@ -41,6 +43,7 @@ class DecodeTables:
     paths: bool
     channels: Tensor
     levels: Tensor
+    region: Tensor
     kinds: Tensor | None
     angles: Tensor
     pair_scale: Tensor
@@ -83,6 +86,13 @@ def _channels(tables: QuantizerTables, order: Tensor) -> Tensor:
     channel = order + tables.head_dim * torch.arange(tables.heads, device=tables.device)[:, None]
     packed = order | tables.bits[channel].to(torch.int64) << 16
     return torch.stack((tables.word_offset[channel], packed.to(torch.int32)), dim=-1).contiguous()
+
+
+def _region(tables: QuantizerTables) -> Tensor:
+    """``[H, 2]``: where the codes of a head begin in a page of one sequence, and their size, in bytes."""
+    first = tables.word_offset.view(tables.heads, -1)[:, 0]
+    words = torch.stack((first, tables.bits.view(tables.heads, -1).sum(-1)), dim=-1)
+    return (4 * PAGE_BLOCKS * words).to(torch.int32)
 
 
 def _in_order(values: Tensor, order: Tensor) -> Tensor:
@@ -142,6 +152,7 @@ def _looked_up(tables: QuantizerTables) -> DecodeTables:
         paths=False,
         channels=_channels(tables, order),
         levels=_planes(levels.to(torch.float16), max(8, 1 << bits)),
+        region=_region(tables),
         kinds=None,
         angles=angles,
         pair_scale=_pair_scale(tables, angles, norm),
@@ -193,6 +204,7 @@ def _computed(tables: QuantizerTables, quantizer: TrellisQuantizer) -> DecodeTab
         paths=tables.paths,
         channels=_channels(tables, order),
         levels=_channel_numbers(polynomial, made, tables),
+        region=_region(tables),
         kinds=kinds.to(tables.device),
         angles=angles,
         pair_scale=_pair_scale(tables, angles, norm.float()),

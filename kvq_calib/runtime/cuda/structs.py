@@ -43,8 +43,11 @@ class DecodeParams(ctypes.Structure):
             (name, _P)
             for name in ("query", "key_pages", "value_pages", "blocks", "key_channels", "value_channels")
         ),
-        *((name, _P) for name in ("key_levels", "value_levels", "key_kinds", "value_kinds", "key_angles")),
-        *((name, _P) for name in ("key_pair_scale", "value_affine")),
+        *((name, _P) for name in ("key_levels", "value_levels", "key_region", "value_region")),
+        *(
+            (name, _P)
+            for name in ("key_kinds", "value_kinds", "key_angles", "key_pair_scale", "value_affine")
+        ),
         ("exact_key", _P * 2),
         ("exact_value", _P * 2),
         *((name, _P) for name in ("pool_table", "pool", "pool_exact")),
@@ -63,11 +66,8 @@ class DecodeParams(ctypes.Structure):
         ("scaling", _F),
         ("softcap", _F),
         ("rope_scaling", _F),
-        ("key_rope", _I),
-        ("block_stride", _I),
-        ("pool_stride", _I),
-        ("group", _I),
-        ("padding", _I),
+        *((name, _I) for name in ("key_rope", "value_token", "query_bfloat", "storage_bfloat")),
+        *((name, _I) for name in ("block_stride", "pool_stride", "group")),
     )
 
 
