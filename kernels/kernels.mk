@@ -6,6 +6,7 @@
 #   make ptx            runs the kernels' tests on what nvcc makes of them, PTX translated to C++
 #   make cubins         compiles into .gpu/cubins what the tests and benchmarks load on a GPU
 #   make gpu-bundle     that, and in .gpu/wheels the packages that a machine may lack: neither network nor nvcc is needed
+#   make gpu-rehearsal  runs the stages of `make gpu` on a pretended GPU, and checks the files that they write
 #   make gpu            on a machine with a GPU: checks and times in two stages, see benchmarks/gpu_stages.py; writes to
 #                       benchmarks/results/gpu
 PYTHON ?= python3
@@ -17,11 +18,11 @@ GPU_PYTHON ?= 3.12
 GPU_WHEELS ?= cuda-bindings cuda-pathfinder pydantic pydantic-core annotated-types typing-inspection pytest-timeout \
               rich markdown-it-py mdurl scikit-learn threadpoolctl joblib hypothesis sortedcontainers
 NVDISASM ?= nvdisasm
-COUNTED ?= $(patsubst %,benchmarks/artifacts/smollm2-135m-wikitext2/%.kvq.safetensors,nuq3-1p kvq2 kvq3 kvq4)
+COUNTED ?= $(patsubst %,benchmarks/artifacts/smollm2-135m-wikitext2/%.kvq.safetensors,nuq4-1p nuq3-1p kvq2 kvq3 kvq4)
 KERNEL_JOBS ?= $(shell nproc)
 STAGES ?= 1 2
 
-.PHONY: kernels kernel-counts ptx cubins gpu-bundle gpu
+.PHONY: kernels kernel-counts ptx cubins gpu-bundle gpu-rehearsal gpu
 
 kernels: install
 	$(BIN)/python kernels/compile_all.py --nvcc $(NVCC) --jobs $(KERNEL_JOBS) $(ARCHS)
@@ -41,6 +42,9 @@ cubins: install
 gpu-bundle: cubins
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
 	  --dest .gpu/wheels $(GPU_WHEELS)
+
+gpu-rehearsal: install
+	KVQ_REHEARSAL=1 $(BIN)/python -m pytest -q tests/test_gpu_stages.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu_stages.py $(STAGES)

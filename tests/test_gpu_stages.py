@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import stat
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from pretended.device import pretended_cuda
@@ -93,6 +97,64 @@ def test_stages_fit_into_their_time(load, tmp_path) -> None:
     arguments = stages.argparse.Namespace(interpreter="python", out=tmp_path, tests=["tests"], small=False)
     for stage, minutes in ((1, 8), (2, 5)):
         assert sum(step.seconds for step in stages.steps_of(stage, arguments)) <= 60 * minutes
+
+
+def test_wheels_of_missing_packages_are_unpacked(load, tmp_path) -> None:
+    """Without a network. Packages that are there stay as they are."""
+    stages = load("gpu_stages")
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    for name in ("kvq_missing", "pytest"):
+        with zipfile.ZipFile(wheels / f"{name}-99-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+            wheel.writestr(
+                f"{name}-99.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n"
+            )
+            tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            wheel.writestr(f"{name}-99.dist-info/WHEEL", tags)
+            wheel.writestr(f"{name}-99.dist-info/RECORD", "")
+    assert stages.install_wheels(wheels, site) == ["kvq_missing-99-py3-none-any.whl"]
+    assert (site / "kvq_missing.py").exists()
+    assert not (site / "pytest.py").exists()
+    assert str(site) in stages.surroundings(site)["PYTHONPATH"]
+
+
+@pytest.mark.skipif(not os.environ.get("KVQ_REHEARSAL"), reason="takes minutes; make gpu-rehearsal")
+@pytest.mark.timeout(1800)
+def test_the_stages_as_they_will_run(tmp_path) -> None:
+    """Every step as a process of its own on the pretended GPU, and what is in the files that it writes."""
+    tests = [
+        f"tests/test_{name}[cuda]"
+        for name in ("kernels.py::test_nothing_visible_is_zero", "kernels_steps.py::test_steps_with_a_window")
+    ]
+    command = [sys.executable, str(BENCHMARKS / "gpu_stages.py"), "1", "2", "--small", "--out", str(tmp_path)]
+    command += ["--interpreter", f"{sys.executable} -m pretended", "--tests", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+    def read(name: str):
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    for stage in (1, 2):
+        for step in read(f"stage-{stage}")["steps"]:
+            assert step["status"] == "passed" or step["status"].startswith("left out: no "), step
+    launcher = read("launcher")
+    assert (launcher["gpu"], launcher["driver_package"]) == ("pretended GPU", "cuda-bindings 13.0")
+    results = ElementTree.parse(tmp_path / "tests.xml").getroot().find("testsuite")
+    assert results is not None
+    assert [results.get(name) for name in ("tests", "failures", "errors", "skipped")] == ["2", "0", "0", "0"]
+    for name in ("headline", "sweep"):
+        found = read(name)
+        assert found["complete"]
+        assert [row["tokens"] for row in found["rows"]] == [512]
+        for recipe in ("nuq3-1p", "kvq3"):
+            assert found["rows"][0][recipe]["speedup"] > 0
+    generated = read("generate")
+    assert generated["complete"]
+    assert [row["cache"] for row in generated["rows"]] == ["float16", "nuq3-1p", "kvq3"]
+    for row in generated["rows"]:
+        assert row["tokens_per_second"] > 0
+        assert row["captured_tokens_per_second"] > 0
 
 
 @pytest.fixture

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import types
 
 import pytest
+from shim.host import SHIM, compiler
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.cuda import build
+from kvq_calib.runtime.cuda.decode import DecodeVariant
 
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "release {version}"; exit 0; fi
@@ -171,3 +174,16 @@ def test_the_cache_folder(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize("source", ["append.cu", "dequantize.cu", "step.cu"])
 def test_nvcc_takes_the_sources(source, tmp_path) -> None:
     assert build.compile_cubin(source, (), "sm_90", tmp_path).startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("bits", "outliers"), [(2, True), (3, True), (4, True), (4, False), (0, False)])
+def test_recipes_have_twelve_warps_on_a_multiprocessor(bits: int, outliers: bool, tmp_path) -> None:
+    """Where it has 228 KiB of shared memory, with heads of 128 channels and up to four query heads for each."""
+    unit = tmp_path / "unit.cpp"
+    unit.write_text('#include "decode_params.cuh"\nstatic_assert(kWarps * kResidentBlocks == 12, "warps");\n')
+    variant = DecodeVariant(128, 4, bits, bits, outliers, bits == 0, bits == 0)
+    options = ["-std=c++17", "-fsyntax-only", f"-I{build.kernel_folder()}", f"-I{SHIM}"]
+    command = [compiler(), *options, *(f"-D{define}" for define in variant.defines), str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ptx.host import FOLDER, compiled, nvcc, ptx_of
+from ptx.host import compiled, nvcc, ptx_of
 from ptx.translate import Unknown, translate
 from shim.host import compiler
 
@@ -203,16 +202,16 @@ def test_bytes_side_by_side_are_no_race() -> None:
         ("bar.warp.sync 65535;", "a part of a warp"),
     ],
 )
-def test_faults_end_the_run(body, message) -> None:
+def test_faults_end_the_run(body, message, capfd) -> None:
     """In a process of its own, since it is aborted."""
-    script = (
-        f"import sys; sys.path[:0] = [{str(FOLDER.parent)!r}]\n"
-        "import numpy as np, test_ptx\n"
-        f"test_ptx.probe({body!r}, np.zeros(16, np.uint64), shared=64)\n"
+    given = np.zeros(16, np.uint64)
+    process = multiprocessing.get_context("fork").Process(
+        target=probe, args=(body, given), kwargs={"shared": 64}
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert message in done.stderr
+    process.start()
+    process.join()
+    assert process.exitcode != 0
+    assert message in capfd.readouterr().err
 
 
 def test_what_is_not_known_is_refused() -> None:

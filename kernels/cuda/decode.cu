@@ -19,9 +19,11 @@ KVQ_DEVICE void load_tables(const DecodeParams &p, Shared &s, int head) {
     Channel *key_channels = &s.key_channels[0].first;
     for (int i = threadIdx.x; i < kDim; i += kThreads) {
         key_channels[i] = p.key_channels[head * kDim + i];
-        s.value_channels[i] = p.value_channels[head * kDim + i];
-        if (KVQ_OUTLIERS) s.value_place[s.value_channels[i].coordinate] = uint16_t(i);
+        if (kValueComputed) s.value_channels[i] = p.value_channels[head * kDim + i];
         if (i < kDim / 2) s.key_angles[i] = p.key_angles[head * (kDim / 2) + i];
+        if (!KVQ_OUTLIERS) continue;
+        s.key_place[p.key_channels[head * kDim + i].coordinate] = uint16_t(i);
+        if (i < kDim / 2) s.pair_scale[i] = p.key_pair_scale[head * (kDim / 2) + i].y;
     }
     if (threadIdx.x < 2) s.region[threadIdx.x] = (threadIdx.x ? p.value_region : p.key_region)[head];
     for (int i = threadIdx.x; i < kDim * kKeyRows; i += kThreads)
@@ -30,12 +32,6 @@ KVQ_DEVICE void load_tables(const DecodeParams &p, Shared &s, int head) {
         s.value_levels[i] = p.value_levels[head * kDim * kValueRows + i];
     if (kKeyComputed && threadIdx.x < kKinds) s.key_kinds[threadIdx.x] = p.key_kinds[head * kKinds + threadIdx.x];
     if (kValueComputed && threadIdx.x < kKinds) s.value_kinds[threadIdx.x] = p.value_kinds[head * kKinds + threadIdx.x];
-    for (int i = threadIdx.x; KVQ_OUTLIERS && i < kDim; i += kThreads) {
-        const uint2 angle = p.key_angles[head * (kDim / 2) + i / 2];
-        // The second channel of a pair is the first, rotated by a quarter turn.
-        s.places[p.key_channels[head * kDim + i].coordinate] = {
-            angle.x, angle.y + (i % 2 ? 0x40000000u : 0u), i / 2, p.key_pair_scale[head * (kDim / 2) + i / 2].y};
-    }
 }
 
 // The start of a head's plain table of levels. Other tables are in shared memory.
@@ -64,22 +60,17 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     const int begin = first_page + int(int64_t(pages) * blockIdx.x / p.packed_splits);
     const int end = first_page + int(int64_t(pages) * (blockIdx.x + 1) / p.packed_splits);
     for (int page = begin + warp_id(); page < end; page += kWarps) {
-        const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + page * kPageBlocks + group);
-        const int base = block.x;
-        uint32_t keep = uint32_t(block.y);
-        // Tokens that have left the window.
-        const int hidden = first_token - (page * kPageBlocks + group) * kBlockTokens;
-        if (hidden > 0) keep &= hidden < 32 ? kAll << hidden : 0u;
-        if (!__any_sync(kAll, keep != 0)) continue;
+        const LaneBlock block(p, row, page, first_token);
+        if (!__any_sync(kAll, block.keep != 0)) continue;
         prefetch_codes(p, s, true, row, page);
         const SequencePage keys(p, false, row, page);
 
         Scores score;
-        score_page(s, key_levels, opaque(keys.codes), base, score);
+        score_page(s, key_levels, opaque(keys.codes), block.base, score);
         if (KVQ_OUTLIERS && keys.lists->outlier_start) {
             for (int i = lane_id(); i < kScores; i += kWarp) scores[i] = 0.0f;
             __syncwarp();
-            score_outliers(p, s, *keys.lists, row, head, heads, base, scores);
+            score_outliers(p, s, *keys.lists, row, head, heads, block.base, scores);
             __syncwarp();
 #pragma unroll
             for (int set = 0; set < kSets; ++set)
@@ -92,8 +83,9 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
             __syncwarp();
         }
         float rescale[2];
-        softmax.scale_and_mask(score, keep, rescale);
-        if (page + kWarps < end) prefetch_codes(p, s, false, row, page + kWarps);
+        softmax.scale_and_mask(score, block.keep, rescale);
+        if (page + kWarps < end && __any_sync(kAll, LaneBlock(p, row, page + kWarps, first_token).keep != 0))
+            prefetch_codes(p, s, false, row, page + kWarps);
         const SequencePage values(p, true, row, page);
         softmax.weigh(p, score,
                       opaque(reinterpret_cast<const uint4 *>(values.token_params + group * kBlockTokens * 2)),
@@ -128,8 +120,8 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             const float4 out = s.tiles[warp][tile][lane];
-            target[s.value_channels[16 * tile + row_group].coordinate] = undo * (i ? out.y : out.x);
-            target[s.value_channels[16 * tile + 8 + row_group].coordinate] = undo * (i ? out.w : out.z);
+            target[value_channel(s, 16 * tile + row_group).coordinate] = undo * (i ? out.y : out.x);
+            target[value_channel(s, 16 * tile + 8 + row_group).coordinate] = undo * (i ? out.w : out.z);
         }
     }
     write_split(p, s, true);

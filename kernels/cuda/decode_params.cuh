@@ -130,12 +130,6 @@ template <> struct QueryOperand<true> {
 };
 typedef QueryOperand<!kFold && kDim <= 128> Queries;  // separate slots if there is room
 
-struct KeyPlace {  // query and angle for outliers of a coordinate
-    uint32_t frequency, turn;
-    int pair;
-    float scale;
-};
-
 struct alignas(16) ChannelPair { Channel first, second; };
 
 struct Shared {
@@ -147,26 +141,42 @@ struct Shared {
     uint4 key_levels[kDim * kKeyRows + 1];
     uint4 value_levels[kDim * kValueRows + 1];
     ChannelPair key_channels[kDim / 2];
-    Channel value_channels[kDim];
+    Channel value_channels[kValueComputed ? kDim : 1];
     uint2 key_angles[kDim / 2];
-    KeyPlace places[KVQ_OUTLIERS ? kDim : 1];
     float scores[kWarps][kScores + 1];
     float4 tiles[kWarps][kTiles][kWarp];  // sums of values, as matrix accumulators: see mix_page
-    uint16_t value_place[KVQ_OUTLIERS ? kDim : 1];  // place of a coordinate in the order of value_channels
+    uint16_t key_place[KVQ_OUTLIERS ? kDim : 1];     // of a coordinate, in the order of key_channels
+    float pair_scale[KVQ_OUTLIERS ? kDim / 2 : 1];  // reciprocal of the factor of a pair's levels
     uint8_t key_kinds[kKinds], value_kinds[kKinds];
     int2 region[2];  // of the codes of keys and of values
     float query_scale[8];
-    float maximum[kWarps][8], sum[kWarps][8], offset[kWarps][8];
+    float maximum[kWarps][kHeads], sum[kWarps][kHeads], offset[kWarps][kHeads];
     int last;  // whether this thread block finished last
 };
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));
 
-// Number of thread blocks per multiprocessor: three with up to 168 registers. Two for variants that need more registers
-// (more than four query heads, tables of five and more bits) or too much shared memory for three.
-constexpr bool kFewRegisters = kFold && KVQ_KEY_BITS <= 4 && KVQ_VALUE_BITS <= 4 && sizeof(Shared) <= 75 * 1024;
-constexpr int kResidentBlocks = kFewRegisters ? 3 : 2;
+// Number of thread blocks per multiprocessor: three with up to 168 registers. Two for variants that need more registers:
+// more than four query heads, or tables of five and more bits. Less where shared memory has no room for as many; then a
+// thread may use more registers.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200)
+constexpr int kSharedKilobytes = 228;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kSharedKilobytes = 164;
+#else
+constexpr int kSharedKilobytes = 100;
+#endif
+constexpr int kMostBlocks = kFold && KVQ_KEY_BITS <= 4 && KVQ_VALUE_BITS <= 4 ? 3 : 2;
+constexpr int kBlocksInShared = kSharedKilobytes * 1024 / int(sizeof(Shared) + 1024);  // each takes 1 KiB more
+constexpr int kResidentBlocks = kMostBlocks < kBlocksInShared ? kMostBlocks : kBlocksInShared > 1 ? kBlocksInShared : 1;
 KVQ_CONSTANT(decode_resident_blocks, kResidentBlocks);
+
+// Values with a table have one width, and stand in the order of their coordinates.
+KVQ_DEVICE Channel value_channel(const Shared &s, int place) {
+    if constexpr (kValueComputed) return s.value_channels[place];
+    const int first = s.region[1].x / (4 * kPageBlocks);
+    return {uint32_t(first + place * KVQ_VALUE_BITS), uint16_t(place), uint16_t(KVQ_VALUE_BITS)};
+}
 
 KVQ_DEVICE int query_index(int m, int step, int lane) { return (m * kKeySteps + step) * kWarp + lane; }
 KVQ_DEVICE int score_index(int block, int token, int head) { return (block * kTokenRow + token) * kHeads + head; }
@@ -180,6 +190,20 @@ struct Share {  // query heads of a thread block
         const int before = block % p.subgroups * kHeads;
         first = head * p.group + before;
         heads = min(kHeads, p.group - before);
+    }
+};
+
+// Block lane / 4 of a page: the position of its first token, and a bit for each of its tokens that is attended.
+struct LaneBlock {
+    int base;
+    uint32_t keep;
+
+    KVQ_DEVICE LaneBlock(const DecodeParams &p, int row, int page, int first_token) {
+        const int number = page * kPageBlocks + lane_id() / 4;
+        const int2 block = __ldg(p.blocks + int64_t(row) * p.block_stride + number);
+        base = block.x, keep = uint32_t(block.y);
+        const int hidden = first_token - number * kBlockTokens;  // tokens that have left the window
+        if (hidden > 0) keep &= hidden < kBlockTokens ? kAll << hidden : 0u;
     }
 };
 

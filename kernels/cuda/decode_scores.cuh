@@ -227,12 +227,15 @@ KVQ_DEVICE void score_outliers(const DecodeParams &p, const Shared &s, const Pag
         const uint32_t index = __ldg(page.outlier_index + i);
         const float residual = float16_to_float(p.storage_bfloat, __ldg(page.outlier_residual + i));
         const int token = index >> kCoordinateBits;
-        const KeyPlace place = s.places[index & ((1 << kCoordinateBits) - 1)];
-        float sine, cosine;  // the second element of a pair is the first, a quarter turn on
-        fast_sincos(uint32_t(base + (token & 16)) * place.frequency + place.turn, &sine, &cosine);
-        const float c = residual * place.scale * cosine, sn = residual * place.scale * sine;
+        const int place = s.key_place[index & ((1 << kCoordinateBits) - 1)], pair = place / 2;
+        const uint2 angle = s.key_angles[pair];
+        // The second element of a pair is the first, a quarter turn on.
+        const uint32_t start = angle.y + (place % 2 ? 0x40000000u : 0u);
+        float sine, cosine;
+        fast_sincos(uint32_t(base + (token & 16)) * angle.x + start, &sine, &cosine);
+        const float c = residual * s.pair_scale[pair] * cosine, sn = residual * s.pair_scale[pair] * sine;
         for (int h = 0; h < heads; ++h) {
-            const float2 q = query_of(s, place.pair, token & 15, h);
+            const float2 q = query_of(s, pair, token & 15, h);
             atomicAdd(scores + score_index(block, token, h), c * q.x + sn * q.y);
         }
     }

@@ -37,7 +37,7 @@ KVQ_DEVICE void mix_tables(const Shared &s, const uint4 *levels, const uint32_t 
     auto load = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            next[i].load(codes, s.value_channels[16 * tile + 8 * i + row], block);
+            next[i].load(codes, value_channel(s, 16 * tile + 8 * i + row), block);
     };
     load(0);
 #pragma unroll 1
@@ -130,7 +130,7 @@ KVQ_DEVICE void mix_outliers(const DecodeParams &p, const Shared &s, const PageP
     for (int i = range.begin; i < range.end; ++i) {
         const uint32_t index = __ldg(page.outlier_index + i);
         const float residual = unit * float16_to_float(p.storage_bfloat, __ldg(page.outlier_residual + i));
-        const int place = s.value_place[index & ((1 << kCoordinateBits) - 1)];
+        const int place = index & ((1 << kCoordinateBits) - 1);  // only values with tables have outliers
         const float *probability = probabilities + score_index(block, index >> kCoordinateBits, 0);
         float *row_sums = reinterpret_cast<float *>(&tiles[place / 16][4 * (place % 8)]) + place / 8 % 2 * 2;
         for (int h = 0; h < heads; ++h) atomicAdd(row_sums + h / 2 * 4 + h % 2, probability[h] * residual);
