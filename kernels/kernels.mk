@@ -15,8 +15,8 @@ ARCHS ?= sm_80 sm_90 sm_100
 # Of the GPU that the bundle is for.
 GPU_ARCH ?= sm_90
 GPU_PYTHON ?= 3.12
-GPU_WHEELS ?= cuda-bindings cuda-pathfinder pydantic pydantic-core annotated-types typing-inspection pytest-timeout \
-              rich markdown-it-py mdurl scikit-learn threadpoolctl joblib hypothesis sortedcontainers
+# With what they depend on; torch, transformers and numpy have to be there.
+GPU_WHEELS ?= cuda-bindings pydantic rich hypothesis pytest-timeout
 NVDISASM ?= nvdisasm
 COUNTED ?= $(patsubst %,benchmarks/artifacts/smollm2-135m-wikitext2/%.kvq.safetensors,nuq4-1p nuq3-1p kvq2 kvq3 kvq4)
 KERNEL_JOBS ?= $(shell nproc)
@@ -40,7 +40,8 @@ cubins: install
 	$(BIN)/python kernels/make_cubins.py .gpu/cubins --arch $(GPU_ARCH) --nvcc $(NVCC) --jobs $(KERNEL_JOBS)
 
 gpu-bundle: cubins
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
+	rm -rf .gpu/wheels
+	$(BIN)/python -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) \
 	  --dest .gpu/wheels $(GPU_WHEELS)
 
 gpu-rehearsal: install
