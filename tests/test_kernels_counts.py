@@ -53,6 +53,16 @@ def counter(monkeypatch):
     return script(monkeypatch, "count_instructions")
 
 
+def test_the_counts_of_the_recipes_are_what_they_should_be(monkeypatch) -> None:
+    """Instructions per element of mixed widths, and no load per element: only words of codes are read."""
+    counts = json.loads(script(monkeypatch, "predict").COUNTS.read_text())
+    most = {("kvq3", "key"): 5.5, ("kvq3", "value"): 4.0, ("kvq2", "key"): 5.5, ("kvq2", "value"): 4.0}
+    for row in counts:
+        assert row["instructions"] <= most.get((row["recipe"], row["kind"]), 6.0)
+        assert row["loads"] <= 0.1
+    assert {(row["recipe"], row["kind"]) for row in counts} >= most.keys()
+
+
 def test_the_tables_of_the_docs_follow_from_the_counts(monkeypatch) -> None:
     """After `make kernel-counts`, `python kernels/predict.py` prints what belongs there."""
     predict = script(monkeypatch, "predict")
