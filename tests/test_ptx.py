@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -204,10 +205,12 @@ def test_bytes_side_by_side_are_no_race() -> None:
 )
 def test_faults_end_the_run(body, message, capfd) -> None:
     """In a process of its own, since it is aborted."""
-    given = np.zeros(16, np.uint64)
-    process = multiprocessing.get_context("fork").Process(
-        target=probe, args=(body, given), kwargs={"shared": 64}
-    )
+
+    def run() -> None:
+        faulthandler.disable()  # pytest's writes to a file of its own
+        probe(body, np.zeros(16, np.uint64), shared=64)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     assert process.exitcode != 0
