@@ -1,4 +1,4 @@
-"""The benchmarks of vLLM run on a tiny model, so that they cannot rot; the soak with as many requests as its record."""
+"""The benchmarks of vLLM run on a tiny model, so that they cannot rot. The soak is a whole one, of 500 requests."""
 
 from __future__ import annotations
 
