@@ -1,4 +1,4 @@
-"""llama.cpp with a GGUF file and one of its cache types, for other benchmarks. Its weights are not converted.
+"""llama.cpp for ``decode_speed.py``, with the same GGUF file and one of its cache types. Its weights are not converted.
 
 It needs ``llama-cpp-python``.
 """
@@ -12,25 +12,16 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-__all__ = ["CACHE_TYPES", "LlamaCpp", "bits_per_element"]
+__all__ = ["CACHE_TYPES", "LlamaCpp"]
 
-#: Cache types of llama.cpp, by name: its number, and the bytes of a block of 32 numbers.
+#: Cache types of llama.cpp, by name.
 CACHE_TYPES = {
-    "f16": (llama_cpp.GGML_TYPE_F16, 64),
-    "q8_0": (llama_cpp.GGML_TYPE_Q8_0, 34),
-    "q5_1": (llama_cpp.GGML_TYPE_Q5_1, 24),
-    "q5_0": (llama_cpp.GGML_TYPE_Q5_0, 22),
-    "q4_1": (llama_cpp.GGML_TYPE_Q4_1, 20),
-    "q4_0": (llama_cpp.GGML_TYPE_Q4_0, 18),
-    "iq4_nl": (llama_cpp.GGML_TYPE_IQ4_NL, 18),
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
 }
 _BATCH = 512
 _FLASH_ATTENTION = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
-
-
-def bits_per_element(cache_type: str) -> float:
-    """All bits of a cache type divided by its numbers."""
-    return CACHE_TYPES[cache_type][1] * 8 / 32
 
 
 @llama_cpp.llama_log_callback
@@ -58,7 +49,7 @@ class LlamaCpp:
         )
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = tokens, _BATCH, _BATCH
-        settings.type_k = settings.type_v = CACHE_TYPES[cache_type][0]
+        settings.type_k = settings.type_v = CACHE_TYPES[cache_type]
         settings.flash_attn_type = _FLASH_ATTENTION
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
@@ -76,36 +67,14 @@ class LlamaCpp:
             RuntimeError: the cache has no room for them.
         """
         for first in range(0, len(ids), _BATCH):
-            self._decode(ids[first : first + _BATCH])
+            part = np.ascontiguousarray(ids[first : first + _BATCH], dtype=np.int32)
+            batch = llama_cpp.llama_batch_get_one(
+                part.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token)), len(part)
+            )
+            if llama_cpp.llama_decode(self._context, batch) != 0:
+                raise RuntimeError(f"llama.cpp refused tokens {self.length} to {self.length + len(part)}")
+            self.length += len(part)
         llama_cpp.llama_synchronize(self._context)
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Process tokens, int32 ``[T]``, and compute all their logits, float32 ``[T, V]``.
-
-        Raises:
-            RuntimeError: the cache has no room for them.
-        """
-        vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        logits = np.empty((len(ids), vocabulary), dtype=np.float32)
-        for first in range(0, len(ids), _BATCH):
-            part = ids[first : first + _BATCH]
-            self._decode(part, every=True)
-            found = llama_cpp.llama_get_logits(self._context)
-            logits[first : first + len(part)] = np.ctypeslib.as_array(found, (len(part), vocabulary))
-        return logits
-
-    def _decode(self, ids: np.ndarray, every: bool = False) -> None:
-        """Process at most ``_BATCH`` tokens. ``every``: compute the logits of each."""
-        part = np.ascontiguousarray(ids, dtype=np.int32)
-        batch = llama_cpp.llama_batch_get_one(
-            part.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token)), len(part)
-        )
-        wanted = np.ones(len(part), dtype=np.int8)
-        if every:
-            batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        if llama_cpp.llama_decode(self._context, batch) != 0:
-            raise RuntimeError(f"llama.cpp refused tokens {self.length} to {self.length + len(part)}")
-        self.length += len(part)
 
     @property
     def nbytes(self) -> int:

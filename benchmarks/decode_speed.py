@@ -44,8 +44,6 @@ from kvq_calib.model.load import load_model
 from kvq_calib.runtime import KVQCache, attached
 from kvq_calib.runtime.visibility import AttentionRequest, Visibility
 
-#: Cache types of llama.cpp that are timed.
-LLAMA_CPP = ("f16", "q8_0", "q4_0")
 SAMPLE_TOKENS = 1024
 WARM_UP = 2
 ATTENTION_RUNS = 7
@@ -174,9 +172,9 @@ class LlamaCppPeers:
         if not _is_installed("llama_cpp"):
             print("llama_cpp is not installed: not measured")
             return
-        from decode_llama_cpp import LlamaCpp
+        from decode_llama_cpp import CACHE_TYPES, LlamaCpp
 
-        self.models = {f"llama.cpp {name}": LlamaCpp(path, name, tokens) for name in LLAMA_CPP}
+        self.models = {f"llama.cpp {name}": LlamaCpp(path, name, tokens) for name in CACHE_TYPES}
 
     def fill(self, context: int) -> None:
         """Let each hold ``context`` tokens, or a few more."""
