@@ -156,9 +156,9 @@ struct Shared {
 
 KVQ_CONSTANT(decode_shared_bytes, sizeof(Shared));
 
-// Number of thread blocks per multiprocessor: three with up to 168 registers. Two for variants that need more registers:
-// more than four query heads, or tables of five and more bits. Less where shared memory has no room for as many; then a
-// thread may use more registers.
+// Number of thread blocks per multiprocessor: three with up to 168 registers. Two for variants that need more
+// registers: more than four query heads, or tables of five and more bits. Less where shared memory has no room for as
+// many; then a thread may use more registers.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200)
 constexpr int kSharedKilobytes = 228;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
