@@ -8,7 +8,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from kvq_calib.model.check import fill_zeros
-from kvq_calib.model.compat import keeps_keys, layer_attribute, own_layers
+from kvq_calib.model.compat import keeps_keys, layer_attribute, own_layers, states_are_common
 
 #: Largest number of parameters of a small model.
 _PARAMETERS = 150_000_000
@@ -63,6 +63,9 @@ _INDEXED_HYBRID = {
     "layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
     "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4, "hc_lowrank": 8,
 }  # fmt: skip
+#: Whether layers of Mamba have the name that all layers with a state have by now.
+_NAMED = states_are_common()
+_STATE = "linear_attention" if _NAMED else "mamba"
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 #: Further fields of single families; ``None`` leaves a field of SMALL out.
 EXTRA: dict[str, dict[str, Any]] = {
@@ -129,13 +132,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_PER_LAYER_INPUTS},
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT),
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA},
+    "granitemoehybrid": {"layer_types": [_STATE, "full_attention" if _NAMED else "attention"], **_MAMBA},
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], **_MAMBA},
+    "zamba2": {
+        "layer_types" if _NAMED else "layers_block_type": [_STATE, "hybrid"],
+        "hybrid_layer_ids": [1],
+        "use_mem_rope": True,  # older releases need it
+        **_MAMBA,
+    },
     "hrm_text": {"L_bp_cycles": [3, 3]},  # gradients reach every cycle
     "longcat_flash": {
         "num_layers": 2,
@@ -167,6 +176,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
         "mamba_dt_rank": 4,
         "head_dim": None,
+        "use_mamba_kernels": False,
     },
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
@@ -245,6 +255,10 @@ def _small_config(family: str, settings: dict[str, Any], nested: str | None) -> 
 
 def _keeps_keys(config: Any) -> bool:
     """Whether layers of a model of this configuration keep keys and values."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if kinds and set(kinds) <= {"linear_attention", "conv", "mamba"}:  # own_layers of 5.2 does not tell
+        return False
     try:
         return any(map(keeps_keys, own_layers(config)))
     except Exception:  # it does not say what its layers are

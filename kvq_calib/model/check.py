@@ -27,14 +27,16 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["Verdict", "check_configuration", "fill_zeros", "words_of"]
 
+#: Width of feed-forward parts; hidden states hardly have it, so code that takes one for the other fails.
+_WIDTH = 80
 #: Settings that make a model small without changing attention, under the names that families use.
 _SMALL = {
     "vocab_size": 128,
-    "intermediate_size": 64,
-    "ffn_dim": 64,
-    "ffn_hidden_size": 64,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
+    "intermediate_size": _WIDTH,
+    "ffn_dim": _WIDTH,
+    "ffn_hidden_size": _WIDTH,
+    "moe_intermediate_size": _WIDTH,
+    "shared_expert_intermediate_size": _WIDTH,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,

@@ -13,12 +13,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model.compat import uncompiled, with_cache
 from kvq_calib.model.intercept import intercept_calls
+from kvq_calib.model.own_cache import own_state
 from kvq_calib.model.probe import Serving, probe_serving
 from kvq_calib.model.probe_geometry import Found, Interceptor, probe_geometry
 from kvq_calib.model.updates import intercept_updates
@@ -107,16 +107,18 @@ def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str
     Args:
         model: the model.
         ids: the next tokens, int64 ``[B, T]``.
-        cache: the cache with the text, or ``None`` at the start.
+        cache: the cache with the text, or ``None`` at the start, for the model's default cache.
         start: number of tokens in the cache.
     """
+    if cache is None and (own := own_state(model, ids.shape[0])) is not None:  # not all make one unasked
+        cache = own.cache
     arguments = {"input_ids": ids, **with_cache(cache)}
     try:
         serving = _known(model).serving
     except ModelError:  # it may still be measured with other caches
         return arguments
-    if isinstance(serving, Serving) and serving.positions:
-        arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    if isinstance(serving, Serving):
+        arguments |= serving.told(model, ids.shape[0], start, start + ids.shape[1])
     return arguments
 
 

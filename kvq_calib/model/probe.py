@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from kvq_calib.errors import told_by
 from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
 from kvq_calib.model.compat import cache_of, decoding_hint, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, parameters_of
 from kvq_calib.model.placement import input_device
-from kvq_calib.model.states import cache_layers
+from kvq_calib.model.own_cache import own_state
+from kvq_calib.model.states import cache_layers, cache_with
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["ExactLayer", "Serving", "probe_serving"]
@@ -31,6 +32,8 @@ __all__ = ["ExactLayer", "Serving", "probe_serving"]
 _PASSES = (6, 4, 1)
 #: The same for models that continue a text only by single tokens.
 _SINGLE_PASSES = (9, 1, 1)
+#: The same where it only matters whether they fail.
+_FEW_PASSES = (2, 1)
 
 
 class ExactLayer(AttendingLayer):
@@ -113,13 +116,32 @@ class Serving:
         materialized: the cache returns all keys and values of a layer, and the model computes attention.
         single_tokens: a text in the cache can only be continued by one token at a time. Some models need this with any
             cache: with more tokens they fail, or layers with a state start again.
-        positions: the model needs ``position_ids``, which its ``generate`` passes. Without them it counts the tokens of
-            each pass from 0.
+        positions: the model needs the positions of the new tokens, which its ``generate`` passes. Without them it
+            counts the tokens of each pass from 0.
+        mask: the model needs an ``attention_mask``, which its ``generate`` passes. Without it a second pass fails.
     """
 
     materialized: bool = False
     single_tokens: bool = False
     positions: bool = False
+    mask: bool = False
+
+    def told(self, model: nn.Module, batch: int, start: int, stop: int) -> dict[str, Tensor]:
+        """What a model must be told to continue a text, as arguments of its forward.
+
+        Args:
+            model: the model.
+            batch: number of sequences.
+            start, stop: the first new token, and the one after the last.
+        """
+        device, arguments = input_device(model), {}
+        if self.positions:
+            positions = torch.arange(start, stop, device=device)
+            named = {"position_ids": positions[None], "cache_position": positions}
+            arguments = {name: named[name] for name in _positions_of(model)}
+        if self.mask:
+            arguments["attention_mask"] = torch.ones(batch, stop, dtype=torch.int64, device=device)
+        return arguments
 
 
 def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
@@ -134,17 +156,24 @@ def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool)
         trial = _Trial(model, geometry, Serving(materialized))
         obstacle = trial.obstacle()
         if not obstacle or trial.faithful:
-            return obstacle or trial.serving
+            return obstacle or _finished(model, geometry, trial.serving)
         for single_tokens, positions in ((False, True), (True, False), (True, True)):
-            serving = Serving(materialized, single_tokens, positions and _takes_positions(model))
+            serving = Serving(materialized, single_tokens, positions and bool(_positions_of(model)))
             obstacle = _Trial(model, geometry, serving).obstacle()
             if not obstacle:
-                return serving
+                return _finished(model, geometry, serving)
         return obstacle
 
 
-def _takes_positions(model: nn.Module) -> bool:
-    return "position_ids" in parameters_of(type(model).forward)
+def _finished(model: nn.Module, geometry: KVGeometry, serving: Serving) -> Serving:
+    """How a packed cache serves a model whose passes with a mask have no obstacle."""
+    return replace(serving, mask=_Trial(model, geometry, serving).needs_mask())
+
+
+def _positions_of(model: nn.Module) -> list[str]:
+    """Names of a model's arguments for positions. The second has been leaving transformers since 5.3."""
+    parameters = parameters_of(type(model).forward)
+    return [name for name in ("position_ids", "cache_position") if name in parameters]
 
 
 @contextmanager
@@ -175,6 +204,8 @@ class _Trial:
         self.model, self.geometry, self.serving = model, geometry, serving
         self.passes = passes = _SINGLE_PASSES if serving.single_tokens else _PASSES
         self.faithful = True
+        #: Whether passes get a mask.
+        self.masked = True
         kind = _WholeLayer if serving.materialized else ExactLayer
         self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
         vocabulary = int(
@@ -209,6 +240,12 @@ class _Trial:
             return ""
         return self._reason(failure)
 
+    def needs_mask(self) -> bool:
+        """Whether passes fail without a mask. No other method may be called before."""
+        self.masked, self.passes = False, _FEW_PASSES
+        _, failure = self._through_exact()
+        return failure is not None
+
     def _reason(self, failure: Exception | None) -> str:
         """Why the exact cache did not work."""
         if self.own_cache is not DynamicCache:
@@ -238,8 +275,8 @@ class _Trial:
         """The model's result with layers that compute attention, or how it failed."""
         holds = [Hold(module) for module in attention_modules(self.model, unnumbered=True)]
         try:
-            layers = cache_layers(self.model.config, self.geometry, self.layers)
-            return self._through(Cache(layers=layers)), None
+            layers = cache_layers(self.model, self.geometry, self.layers)
+            return self._through(cache_with(self.model, layers)), None
         except Exception as error:  # a family's forward may raise anything
             return None, error
         finally:
@@ -249,6 +286,10 @@ class _Trial:
     def _through(self, cache: Any) -> Tensor:
         """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the default cache for ``None``."""
         scores, start = [], 0
+        if (
+            cache is None and (own := own_state(self.model)) is not None
+        ):  # not all make one without being asked
+            cache = own.cache
         for tokens in self.passes:
             output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))
             if cache is None:
@@ -260,10 +301,8 @@ class _Trial:
 
     def _call(self, start: int, stop: int, **arguments: Any) -> Any:
         """Run tokens ``start`` to ``stop - 1``."""
-        mask = torch.ones_like(self.ids[:, :stop])
-        if self.serving.positions:
-            arguments["position_ids"] = torch.arange(start, stop, device=self.ids.device)[None]
-        return self.model(input_ids=self.ids[:, start:stop], attention_mask=mask, **arguments)
+        arguments |= replace(self.serving, mask=self.masked).told(self.model, 1, start, stop)
+        return self.model(input_ids=self.ids[:, start:stop], **arguments)
 
     def _rounding(self, scores: Tensor) -> float:
         """Tolerance for rounding, relative to the largest number."""

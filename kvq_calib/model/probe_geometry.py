@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvq_calib.errors import ModelError, NothingToQuantizeError, told_by
+from kvq_calib.errors import ModelError, NothingToQuantizeError, one_line, told_by
 from kvq_calib.model.compat import (
     cache_of,
     count_layers,
@@ -26,7 +26,7 @@ from kvq_calib.model.compat import (
     keeps_state,
     layer_attribute,
     own_layers,
-    states_are_common,
+    with_cache,
 )
 from kvq_calib.model.intercept import (
     AttentionCall,
@@ -36,9 +36,11 @@ from kvq_calib.model.intercept import (
     intercept_calls,
     parameters_of,
 )
+from kvq_calib.model.own_cache import own_class, own_state
 from kvq_calib.model.placement import input_device
 from kvq_calib.model.rope import RopeLayoutError, discover_rope, find_apply_rotary
 from kvq_calib.model.states import held_bytes
+from kvq_calib.model.updates import intercept_updates
 from kvq_calib.schema.geometry import KVGeometry, LayerGeometry, RopeSpec
 
 __all__ = ["Found", "Interceptor", "probe_geometry"]
@@ -125,7 +127,9 @@ def probe_geometry(model: nn.Module, intercept: Interceptor) -> Found:
 
 
 def _check_own_cache(model: Any) -> None:
-    """Raise an error with the reason if a model keeps nothing in a cache of transformers."""
+    """Raise an error with the reason if a model keeps nothing in a cache of transformers or of its own class."""
+    if own_class(model) is not None:
+        return
     name = type(model).__name__
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
     try:
@@ -147,9 +151,20 @@ def _check_own_cache(model: Any) -> None:
 def _missing(model: nn.Module, seen: set[int], expected: int) -> int:
     """Number of layers that keep keys and values but were not observed."""
     own: list[Any] = own_layers(model.config)
+    if own_class(model) is not None:  # transformers does not know which layers these are
+        return len(_updated(model) - seen)
     return sum(
         layer not in seen and (layer >= len(own) or keeps_keys(own[layer])) for layer in range(expected)
     )
+
+
+def _updated(model: nn.Module) -> set[int]:
+    """Numbers of the layers that pass keys and values to their cache."""
+    found: set[int] = set()
+    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=input_device(model))
+    with torch.no_grad(), intercept_updates(model, lambda call: found.add(call.layer)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return found
 
 
 def _attends_to(
@@ -176,16 +191,24 @@ def _attends_to(
 
 def _state_bytes(model: Any) -> tuple[int, int]:
     """Bytes of other states that layers keep for one sequence: a fixed number, and a number per token."""
-    if not any(keeps_state(layer) or keeps_more(layer) for layer in own_layers(model.config)):
+    own = own_class(model) is not None
+    if not own and not any(keeps_state(layer) or keeps_more(layer) for layer in own_layers(model.config)):
         return 0, 0
     held = []
     for tokens in (_PROBE_TOKENS, 2 * _PROBE_TOKENS):
         ids = torch.ones(1, tokens, dtype=torch.int64, device=input_device(model))
+        state = own_state(model)
+        given = {} if state is None else with_cache(state.cache)
         with torch.no_grad():
-            cache = cache_of(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-        if cache is None:
+            cache = cache_of(
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
+            )
+        if state is not None:
+            held.append(state.nbytes)
+        elif cache is None:
             raise ModelError(f"{type(model).__name__} keeps what it caches in its modules, not in a cache")
-        held.append(held_bytes(cache))
+        else:
+            held.append(held_bytes(cache))
     per_token = (held[1] - held[0]) // _PROBE_TOKENS
     return held[0] - per_token * _PROBE_TOKENS, per_token
 
@@ -199,13 +222,6 @@ def _text_config(model: nn.Module) -> Any:
             f"{name} is an encoder-decoder model; only decoder-only language models can be captured"
         )
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or []
-    without = sorted({kind for kind in kinds if "attention" not in kind or kind.startswith("linear")})
-    if without and not states_are_common():
-        raise ModelError(
-            f"{name} has layers without keys and values ({', '.join(without)}), and transformers "
-            f"{transformers.__version__} keeps their state in a cache class of the model's own; use 5.5 or newer"
-        )
     return text
 
 
@@ -301,11 +317,24 @@ def _probe(
             failure = error
         else:
             return calls, shared
+    _check_runs(model, inputs)
     if intercept is not intercept_calls:
         _check_own_cache(model)
     raise ModelError(
         f"{name} cannot be captured: a pass over {len(positions)} tokens failed{told_by(failure)}"
     ) from failure
+
+
+def _check_runs(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise an error with the reason if a pass fails without interception, too."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run with this configuration and transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 @contextmanager

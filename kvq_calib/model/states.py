@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.cache_layer import AttendingLayer
@@ -26,26 +27,58 @@ from kvq_calib.model.compat import (
     state_flags,
     state_tensors,
 )
+from kvq_calib.model.own_cache import OwnState, join, own_class, own_state
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["States", "cache_layers", "held_bytes", "with_state"]
+__all__ = ["States", "cache_layers", "cache_with", "held_bytes", "with_state"]
 
 
-def cache_layers(config: Any, geometry: KVGeometry, attending: Sequence[AttendingLayer]) -> list[Any]:
+def cache_with(model: Any, layers: list[Any], batch: int = 1) -> Cache:
+    """A cache of these layers for a model and a number of sequences, with states if the model's own class has some."""
+    cache, state = Cache(layers=layers), own_state(model, batch)
+    return cache if state is None else join(cache, state)
+
+
+def cache_layers(model: Any, geometry: KVGeometry, attending: Sequence[AttendingLayer]) -> list[Any]:
     """The layers of a cache for a model: those that compute attention, and transformers' cache layers for the others.
 
     Args:
-        config: configuration of the model.
+        model: the model.
         geometry: geometry of the model.
         attending: one layer for each of ``geometry.layers``. For a layer with keys, values and a state, it gets both.
     """
-    layers = own_layers(config)
+    layers = own_layers(model.config)
     for number, layer in zip(geometry.numbers, attending, strict=True):
         if number == len(layers):
             layers.append(layer)
         else:
             layers[number] = with_state(layer, layers[number])
+    if own_class(model) is not None:
+        for number in set(range(len(layers))).difference(geometry.numbers):
+            layers[number] = _LikeAttention(attending[0])
     return layers
+
+
+class _LikeAttention:
+    """Stands for a layer without keys and values, and answers what a mask is made from as a layer with them does.
+
+    Args:
+        layer: the layer that knows the answers.
+    """
+
+    def __init__(self, layer: AttendingLayer) -> None:
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "layer" or name.startswith("__"):  # does not exist yet during a copy
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Raise an error, because at calibration the layer cached nothing."""
+        raise RuntimeMismatchError(
+            "a layer that had no keys and values at calibration has some now; calibrate the model anew"
+        )
 
 
 @cache
@@ -107,14 +140,16 @@ class States:
     Args:
         config: configuration of the model.
         layers: layers of the cache. Layers that are only a state are replaced when the cache is reset.
+        own: states in a cache of the model's own class, if it has one.
 
     Attributes:
         spoiled: whether a forward pass failed midway, so that states include tokens that keys and values do not.
     """
 
-    def __init__(self, config: Any, layers: list[Any]) -> None:
+    def __init__(self, config: Any, layers: list[Any], own: OwnState | None = None) -> None:
         self.config = config
         self.layers = layers
+        self.own = own
         self.spoiled = False
         self._recording = False
 
@@ -126,11 +161,13 @@ class States:
 
     def __bool__(self) -> bool:
         """Whether the model has layers that keep a state."""
-        return any(True for _ in self._held())
+        return self.own is not None or any(True for _ in self._held())
 
     def reset(self) -> None:
         """Drop everything. The next tokens may have another number of sequences."""
         self.spoiled = False
+        if self.own is not None:
+            self.own.start(1)
         numbers = [number for number, _ in self._held()]
         if not numbers:
             return
@@ -154,6 +191,8 @@ class States:
         """Replace sequence ``i`` by sequence ``rows[i]``."""
         for _, state in self._held():
             state.reorder_cache(rows)
+        if self.own is not None:
+            self.own.select(rows)
 
     def crop(self, count: int) -> None:
         """Remove the newest ``count`` tokens from every state.
@@ -162,12 +201,13 @@ class States:
             RuntimeMismatchError: a state does not support it; then no state is changed.
         """
         held = list(self._held())
-        for number, state in held:
-            if not can_crop(state):
-                raise RuntimeMismatchError(
-                    f"layer {number} keeps a state from which tokens cannot be removed (from a convolution they can, "
-                    "after activate_past_recording()); reset() the cache and pass the text again"
-                )
+        fixed = [str(number) for number, state in held if not can_crop(state)]
+        fixed += [] if self.own is None else [self.own.layer]
+        if fixed:
+            raise RuntimeMismatchError(
+                f"layer {fixed[0]} keeps a state from which tokens cannot be removed (with newer transformers they can "
+                "be from a convolution, after activate_past_recording()); reset() the cache and pass the text again"
+            )
         for _, state in held:
             state.crop(-count)
 
@@ -192,11 +232,12 @@ class States:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the number of the layer and a name: ``3.conv.0``, ``3.indexer_keys``."""
-        return {
+        found = {
             f"{number}.{name}": tensor
             for number, state in self._held()
             for name, tensor in {**state_tensors(state), **state_flags(state)}.items()
         }
+        return found if self.own is None else {**found, **self.own.tensors()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill empty states with the result of :meth:`tensors`.
@@ -214,10 +255,13 @@ class States:
                 raise RuntimeMismatchError(
                     f"what layer {number} kept ({', '.join(own)}) does not fit this model"
                 ) from error
-        if rest:
+        if self.own is not None:
+            self.own.fill(rest)
+        elif rest:
             raise RuntimeMismatchError(f"this model has no layer for the state {sorted(rest)[0]}")
 
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return sum(tensor.nbytes for _, state in self._held() for tensor in state_tensors(state).values())
+        held = sum(tensor.nbytes for _, state in self._held() for tensor in state_tensors(state).values())
+        return held if self.own is None else held + self.own.nbytes

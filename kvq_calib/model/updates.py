@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model.cache_layer import AttendingLayer
@@ -26,7 +25,8 @@ from kvq_calib.model.intercept import (
     parameters_of,
     running,
 )
-from kvq_calib.model.states import with_state
+from kvq_calib.model.own_cache import batch_of
+from kvq_calib.model.states import cache_with, with_state
 
 __all__ = ["intercept_updates", "update_call"]
 
@@ -102,7 +102,11 @@ def intercept_updates(model: nn.Module, handler: Handler) -> Iterator[None]:
     def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if call_argument(module, name, args, kwargs) is not None:
             return None
-        given: dict[str, Any] = {name: Cache(layers=_seen_layers(whole.config, handler)), "use_cache": True}
+        layers = _seen_layers(whole.config, handler)
+        given: dict[str, Any] = {
+            name: cache_with(whole, layers, batch_of(module, args, kwargs)),
+            "use_cache": True,
+        }
         parameters = parameters_of(type(module).forward)[: len(args)]
         args = (
             tuple(given.pop(parameter, value) for parameter, value in zip(parameters, args, strict=False))

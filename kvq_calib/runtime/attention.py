@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
 from kvq_calib.model.inspect import check_generation
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
+from kvq_calib.model.own_cache import own_class, prepare_own_state
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
@@ -29,6 +31,8 @@ _SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 _LOCK = threading.Lock()
 _HOLDS: weakref.WeakKeyDictionary[nn.Module, Hold] = weakref.WeakKeyDictionary()
+#: Hooks of models whose caches are of a class of their own.
+_HOOKS: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -64,6 +68,8 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
         for module in modules:
             if module not in _HOLDS:
                 _HOLDS[module] = Hold(module)
+        if model not in _HOOKS and own_class(model) is not None:
+            _HOOKS[model] = prepare_own_state(model)
     return serving
 
 
@@ -89,6 +95,8 @@ def detach(model: nn.Module) -> None:
             hold = _HOLDS.pop(module, None)
             if hold is not None:
                 hold.close()
+        for hook in _HOOKS.pop(model, []):
+            hook.remove()
 
 
 @contextmanager

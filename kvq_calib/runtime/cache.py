@@ -17,6 +17,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import crop_takes_removed
 from kvq_calib.model.fingerprint import model_fingerprint
 from kvq_calib.model.intercept import attention_modules, layer_of
+from kvq_calib.model.own_cache import join, own_state
 from kvq_calib.model.rope import rope_switch
 from kvq_calib.model.states import States, cache_layers
 from kvq_calib.runtime.attention import attach
@@ -92,7 +93,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             self.device,
         )
         layers: list[Any] = []
-        self.states = States(config, layers)
+        self.states = States(config, layers, own_state(model))
         self.forward_pass = ForwardPass(
             self.contents,
             modules,
@@ -106,7 +107,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         ropes = [layer.rope for layer in geometry.layers]
         checking = {ropes.index(rope) for rope in set(ropes) if rope is not None}
         layers += cache_layers(
-            config,
+            model,
             geometry,
             [
                 self._layer((index, number, op, self.forward_pass, index in checking), serving.materialized)
@@ -114,6 +115,8 @@ class KVQCache(Cache):  # type: ignore[misc]
             ],
         )
         super().__init__(layers=layers)
+        if self.states.own is not None:
+            join(self, self.states.own)
         _log.info(
             "packed cache of %d layers: %s operations on %s%s", len(ops), self.backend, self.device, note
         )
@@ -171,7 +174,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         shared += [self.states.config, *(layer.ops for layer in self.packed)]
         shared += [quantizer.layout for pair in self.quantizers for quantizer in pair.values()]
         memo.update({id(item): item for item in shared})
-        made = KVQCache.__new__(KVQCache)
+        made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made

@@ -133,7 +133,7 @@ class ForwardPass:
             layer: number of the layer.
             batch: number of sequences ``B``.
             visibility: visibility of the new tokens.
-            position_ids: integer ``[B or 1, T]``; by default they follow the slots in use.
+            position_ids: integer ``[B or 1, T]`` or ``[sections, B or 1, T]``; by default they follow the slots in use.
 
         Returns:
             The layer's storage, and the slot table with the new tokens.
@@ -229,6 +229,8 @@ class ForwardPass:
 def _positions(position_ids: Tensor | None, start: int, tokens: int, device: torch.device) -> Tensor:
     if position_ids is None:
         return torch.arange(start, start + tokens, device=device)[None]
+    if position_ids.ndim == 3:  # in sections, which are equal for text; angles are checked
+        position_ids = position_ids[0]
     if position_ids.ndim != 2 or position_ids.shape[1] != tokens:
         raise RuntimeMismatchError(
             f"position_ids of shape {list(position_ids.shape)} for {tokens} tokens; give one row per sequence"
