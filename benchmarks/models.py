@@ -1,7 +1,7 @@
 """Every family of causal language models that transformers can make small: does it work, or why is it refused?
 
-    python benchmarks/models.py [FAMILY ...] [--seconds 120] [--output docs/reference/models.md]
-                                [--findings FILE [--minutes 5]]
+    python benchmarks/models.py [FAMILY ...] [--seconds 120] [--findings FILE [--minutes 5]]
+    python benchmarks/models.py --page OLDEST NEWEST [--output docs/reference/models.md]
 
 A model of each family is made with random weights and a few layers (small_models.py), in a separate process with a
 limit on time and memory. It is calibrated with the default recipe. Then it generates with a `KVQCache` that keeps all
@@ -9,13 +9,15 @@ tokens exact, and its predictions are compared with those without a cache. A fam
 differs is a fault. So is one for which `kvq-calibrate --check` says something else. With faults, the exit status is 1.
 
 With ``--findings`` each finding is written to a file, and families in the file are skipped. With ``--minutes`` the
-sweep ends early, with exit status 3, and the same command continues it.
+sweep ends early, with exit status 3, and the same command continues it. ``--page`` writes the page from the findings
+with two releases of transformers, which are the ends of the supported range.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import multiprocessing
 import os
@@ -26,15 +28,15 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import environment, environment_lines
+from common import environment
 from small_models import small_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -73,7 +75,7 @@ _KINDS = (
     "Other models compute attention themselves, change keys or values on the way, or cache latents (multi-head "
     "latent attention). For these the cache is as small, but dequantizes a layer at every update; this is slower, "
     "and a warning says so once. States of layers (linear attention, convolutions, Mamba) are kept unquantized in "
-    "the same cache, with transformers 5.5 or newer. Layers that attend to other layers' keys and values store "
+    "the same cache. Layers that attend to other layers' keys and values store "
     'none. "No RoPE" means that keys are quantized as cached: there is no rotary embedding, or none that can be '
     'undone. "Continues by single tokens" means that a cached text can be continued by only one token at a time, '
     "with any cache: with more tokens, states start again, or the model fails. An indexer chooses the tokens that a"
@@ -94,6 +96,11 @@ _LONGROPE = (
 _PROCESSES = multiprocessing.get_context("forkserver")
 
 
+def _versions() -> dict[str, str]:
+    known = environment()["versions"]
+    return {name: known[name] for name in ("kvq-calib", "torch", "transformers")}
+
+
 @dataclass(frozen=True)
 class Finding:
     """The result for a family.
@@ -104,11 +111,13 @@ class Finding:
             calibration), "none" (it keeps no keys and values in a cache), "not small" (it could not be made small
             here), or a fault: "crash", "fails", "differs", "check" (`--check` says something else), "slow".
         detail: what it caches, or the reason.
+        versions: of kvq-calib, torch and transformers.
     """
 
     family: str
     outcome: str
     detail: str
+    versions: dict[str, str] = field(default_factory=_versions, compare=False)
 
     @property
     def is_fault(self) -> bool:
@@ -332,40 +341,86 @@ def sweep(
     return [found[name] for name in names if name in found]
 
 
-def report(found: Sequence[Finding], facts: Mapping[str, Any]) -> list[str]:
-    """The page in Markdown."""
+def lines_of(found: Sequence[Finding]) -> list[str]:
+    """The findings of a sweep in Markdown."""
+    rows = [[f"`{each.family}`", each.outcome, _cell(each.detail)] for each in found]
+    return [
+        *textwrap.wrap(_counted(found), 120),
+        "",
+        *_table(["family", "", "what it caches, or the reason"], rows),
+    ]
+
+
+def _counted(found: Sequence[Finding]) -> str:
     counts = Counter(finding.outcome for finding in found)
-    faults = [finding for finding in found if finding.is_fault]
-    counted = (
-        f"Of {len(found)} families, {counts['works']} attend to packed pages, {counts['materialized']} get their keys and "
-        f"values dequantized, {counts['none']} keep no keys and values in a cache, so there is nothing to quantize, "
-        f"{counts['refused']} are refused, and {counts['not small']} could not be made small by these settings, so they "
-        f"were not tried. Calibrated and then failing or different, or judged otherwise by `--check`: {len(faults)}."
+    return (
+        f"Of {len(found)} families in transformers {found[0].versions['transformers']}, {counts['works']} attend to "
+        f"packed pages, {counts['materialized']} get their keys and values dequantized, {counts['none']} keep no keys "
+        f"and values in a cache, so there is nothing to quantize, {counts['refused']} are refused, and "
+        f"{counts['not small']} could not be made small by these settings, so they were not tried. Calibrated and then "
+        f"failing or different, or judged otherwise by `--check`: {sum(finding.is_fault for finding in found)}."
     )
-    measured, *rest = environment_lines(facts)
+
+
+def page(oldest: Sequence[Finding], newest: Sequence[Finding], today: str) -> list[str]:
+    """The page in Markdown.
+
+    Args:
+        oldest, newest: the findings with the ends of the supported range of transformers.
+        today: the date.
+    """
+    old, new = ({finding.family: finding for finding in found} for found in (oldest, newest))
+    every = sorted({**old, **new})
+    ends = [found[0].versions["transformers"] for found in (oldest, newest)]
+    others = ", ".join(f"{name} {newest[0].versions[name]}" for name in ("kvq-calib", "torch"))
+    made = f"Findings of {today} with {others}, and transformers {ends[1]} and {ends[0]}, the ends of the supported range."
     lines = ["# Models", ""]
-    note = [facts["note"]] if facts.get("note") else []
-    for text in (_INTRODUCTION, _KINDS, measured, *note):
+    for text in (_INTRODUCTION, _KINDS, made, _counted(newest), _counted(oldest), _PICTURES, _LONGROPE):
         lines += [*textwrap.wrap(text, 120), ""]
-    lines += rest[len(note) + 1 :]
-    for text in (counted, _PICTURES, _LONGROPE):
-        lines += [*textwrap.wrap(text, 120), ""]
-    titles = {
-        "works": "Attention over packed pages",
-        "materialized": "Materialized: the cache dequantizes keys and values",
-        "none": "Nothing to quantize",
-        "refused": "Refused at calibration",
-        "not small": "Not tried: could not be made small",
-    }
-    for outcome, title in titles.items():
-        rows = [[f"`{each.family}`", _cell(each.detail)] for each in found if each.outcome == outcome]
+    for outcome, title in {**_TITLES, "fault": "Faults"}.items():
+        kept = [name for name in every if _section(new.get(name) or old[name]) == outcome]
+        rows = [[f"`{name}`", _of(new.get(name)), _of(old.get(name), new.get(name))] for name in kept]
         if rows:
-            heading = "what it caches here" if outcome in ("works", "materialized") else "reason"
-            lines += [f"## {title}", "", *_table(["family", heading], rows), ""]
-    if faults:
-        rows = [[f"`{each.family}`", each.outcome, _cell(each.detail)] for each in faults]
-        lines += ["## Faults", "", *_table(["family", "", "what happened"], rows), ""]
+            lines += [
+                f"## {title}",
+                "",
+                *_table(["family", *(f"transformers {end}" for end in ends[::-1])], rows),
+                "",
+            ]
     return lines[:-1]
+
+
+_TITLES = {
+    "works": "Attention over packed pages",
+    "materialized": "Materialized: the cache dequantizes keys and values",
+    "none": "Nothing to quantize",
+    "refused": "Refused at calibration",
+    "not small": "Not tried: could not be made small",
+}
+#: What a cell begins with if the family is in the section of another outcome.
+_ELSEWHERE = {
+    "works": "packed pages",
+    "materialized": "dequantized",
+    "none": "nothing to quantize",
+    "refused": "refused",
+    "not small": "not tried",
+}
+
+
+def _section(finding: Finding) -> str:
+    return "fault" if finding.is_fault else finding.outcome
+
+
+def _of(finding: Finding | None, other: Finding | None = None) -> str:
+    """A finding in a table, beside another release's."""
+    if finding is None:
+        return "does not have it"
+    if finding == other:
+        return "the same"
+    text = _cell(finding.detail)
+    if finding.is_fault or (other is not None and finding.outcome != other.outcome):
+        return f"{_ELSEWHERE.get(finding.outcome, finding.outcome)}: {text}"
+    return text
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -386,28 +441,32 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="end the sweep early; continue it later"
     )
-    parser.add_argument("--note", default="", help="a sentence for the record")
     parser.add_argument(
-        "--output",
+        "--page",
+        nargs=2,
         type=Path,
-        help="the page; by default it is printed, and for all families docs/reference/models.md",
+        metavar=("OLDEST", "NEWEST"),
+        help="write the page from two files of findings",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DOCS, help="the page, default docs/reference/models.md"
     )
     return parser.parse_args(words)
 
 
 def main() -> None:
     options = arguments()
-    facts = environment(options.note)
+    if options.page:
+        oldest, newest = (sorted(read(path).values(), key=lambda each: each.family) for path in options.page)
+        text = "\n".join(page(oldest, newest, datetime.date.today().isoformat())) + "\n"
+        write_atomically(options.output, text.encode())
+        sys.exit(any(finding.is_fault for finding in (*oldest, *newest)))
     names = options.families or families()
     found = sweep(names, options.seconds, options.findings, options.minutes)
     if len(found) < len(names):
         print(f"{len(found)} of {len(names)} families; the same command continues", file=sys.stderr)
         sys.exit(3)
-    lines = report(found, facts)
-    output = options.output or (None if options.families else DOCS)
-    if output is not None:
-        write_atomically(output, ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+    print("\n".join(lines_of(found)))
     sys.exit(any(finding.is_fault for finding in found))
 
 

@@ -96,6 +96,14 @@ HYBRIDS: dict[str, dict[str, object]] = {
         **_GATED_DELTA,
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -107,6 +115,7 @@ HYBRIDS: dict[str, dict[str, object]] = {
         "use_mamba_kernels": False,
     },
     "falcon_h1": {"mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
+    "minimax": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 """Families in which some layers keep a state: instead of keys and values, or beside them (``falcon_h1``)."""
 
@@ -143,9 +152,21 @@ LATENT: dict[str, dict[str, object]] = {
         "v_head_dim": 16,
         **_EXPERTS,
     }
-    for family in ("deepseek_v3", "minicpm3")
+    for family in ("deepseek_v2", "deepseek_v3", "minicpm3")
 }
 """Families with multi-head latent attention."""
+
+UNEVEN: dict[str, dict[str, object]] = {
+    "mimo_v2_flash": {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "head_dim": 16,
+        "v_head_dim": 8,
+        **_EXPERTS,
+    },
+}
+"""Families of which keys and values, or layers, differ in size."""
 
 OWN_ATTENTION: dict[str, dict[str, object]] = {
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "num_key_value_heads": None},
@@ -179,7 +200,7 @@ INDEXED_HYBRIDS: dict[str, dict[str, object]] = {
         **_GATED_DELTA,
     },
 }
-"""Families with an indexer in some layers and a state in others; tokens that padding moves are refused."""
+"""Families with an indexer in some layers and a state in others."""
 
 REPEATED: dict[str, dict[str, object]] = {
     "zamba2": {
@@ -200,6 +221,20 @@ REPEATED: dict[str, dict[str, object]] = {
 UNTOLD: dict[str, dict[str, object]] = {"bamba": {"attn_layer_indices": [1], **_MAMBA}}
 """Families that count the tokens of each pass from 0 unless told their positions."""
 
+PICTURES: dict[str, dict[str, object]] = {
+    "git": {
+        "num_key_value_heads": None,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+        },
+    },
+}
+"""Families that write about a picture; the code of ``git`` needs a mask in 5.2."""
+
 DECODING: dict[str, dict[str, object]] = {
     "bert": {"is_decoder": True, "num_key_value_heads": None},
     "roformer": {"is_decoder": True, "num_key_value_heads": None, "embedding_size": 64},
@@ -207,8 +242,8 @@ DECODING: dict[str, dict[str, object]] = {
 """Encoders that are causal language models by their configuration."""
 
 FAMILIES_OF_ALL_KINDS = {
-    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD,
-    **DECODING,
+    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **UNEVEN, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD,
+    **DECODING, **PICTURES,
 }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from kvq_calib.model.compat import states_are_common
 
 pytestmark = pytest.mark.model
 
+_OF_JAMBA = ("hidden_size", "num_attention_heads", "num_key_value_heads", "mamba_d_state", "vocab_size")
+
 
 def check(folder, *arguments):
     return CliRunner().invoke(calibrate_command, ["--check", str(folder), *arguments])
@@ -47,9 +49,6 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_reason(tmp_path):
     assert "it is no causal model" in str(found.exception)
 
 
-@pytest.mark.skipif(
-    not states_are_common(), reason="states have common cache layers from transformers 5.5 on"
-)
 def test_every_kind_of_layer_is_tried():
     for family in HYBRIDS:
         verdict = check_configuration(tiny_config(family))
@@ -57,9 +56,6 @@ def test_every_kind_of_layer_is_tried():
         assert verdict.layers == tiny_config(family).num_hidden_layers
 
 
-@pytest.mark.skipif(
-    not states_are_common(), reason="states have common cache layers from transformers 5.5 on"
-)
 @pytest.mark.parametrize("family", [*UNTOLD, *REPEATED])
 def test_sizes_that_depend_on_others(family):
     """Widths of states and of attention follow the hidden state; layers may be counted as often as they run."""
@@ -78,10 +74,14 @@ def test_sizes_in_parts_of_the_configuration():
         attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     )
+    if not states_are_common():  # its code takes one width for the other
+        with pytest.raises(
+            ModelError, match=r"does not run with this configuration and transformers 5\..*RuntimeError"
+        ):
+            check_configuration(config)
+        return
     (layer, _) = check_configuration(config).geometry.layers
-    # With transformers 5.2 the copy with fewer heads does not run, so all of them stay.
-    query, stored = (2, 1) if states_are_common() else (4, 2)
-    assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (query, stored, 16)
+    assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (2, 1, 16)
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_attention_heads": 4}])
@@ -91,12 +91,33 @@ def test_a_model_without_attention_heads(extra):
         check_configuration(config)
 
 
+def test_a_model_without_attention_is_made_narrow():
+    config = AutoConfig.for_model("rwkv")  # its initialization takes long for thousands of channels
+    model = check_module._small_model(config)
+    assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+
+
+def test_what_is_no_causal_model_is_said_at_once(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    found = check(tmp_path)
+    assert found.exit_code == 1
+    assert str(found.exception) == "t5 is not a causal language model that transformers can load"
+
+
+def test_layers_of_a_hybrid_are_found_wherever_they_begin():
+    config = AutoConfig.for_model(
+        "jamba", **{name: v for name, v in tiny_config("jamba").to_dict().items() if name in _OF_JAMBA},
+        num_hidden_layers=12, attn_layer_period=6, attn_layer_offset=5, use_mamba_kernels=False,
+    )  # fmt: skip
+    verdict = check_configuration(config)
+    assert verdict.layers == 12
+    assert len(verdict.geometry.layers) == 1
+
+
 def test_blocks_under_another_name_are_fewer_too():
     config = AutoConfig.for_model("xlstm", hidden_size=128, num_heads=2, num_hidden_layers=24)
     assert check_module._smaller(config, True, True, True).num_blocks == 2
-    # With transformers 5.2 its cache does not show.
-    why = "keeps what it caches in a class of its own" if states_are_common() else "nothing to quantize"
-    with pytest.raises(ModelError, match=why):
+    with pytest.raises(NothingToQuantizeError, match=r"keeps no keys and values in (its|a) cache"):
         check_configuration(config)
 
 

@@ -7,9 +7,16 @@ import logging
 import pytest
 import torch
 from artifact_factory import RECIPES, artifact_for, recipe
-from models_zoo import LATENT, OWN_ATTENTION, SHARING, tiny_model, token_ids
+from models_zoo import LATENT, OWN_ATTENTION, SHARING, UNEVEN, tiny_model, token_ids
 from transformers import DynamicCache
-from whole_chain import assert_crops, assert_the_whole_chain, calibrated, logits_after, model_of
+from whole_chain import (
+    assert_crops,
+    assert_memory_is_what_buffers_hold,
+    assert_the_whole_chain,
+    calibrated,
+    logits_after,
+    model_of,
+)
 
 from kvq_calib.errors import ModelError
 from kvq_calib.model.compat import states_are_common, with_cache
@@ -36,6 +43,7 @@ def assert_crops_and_counts(model, artifact):
     held = {kind: size for kind, size in cache.memory().items() if kind not in ("tables", "outlier_entries")}
     said = artifact.storage(100, 2)
     assert held == {kind: size for kind, size in said.items() if kind in held}
+    assert_memory_is_what_buffers_hold(cache)
 
 
 # --------------------------------------------------------------------------------- sharing, uneven
@@ -77,6 +85,18 @@ def test_recomputed_layers_that_share_give_the_same_artifact(family):
             assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "gpt_oss", *UNEVEN])
+def test_layers_that_differ(family):
+    model = model_of(family)
+    artifact = assert_the_whole_chain(model)
+    layers = artifact.geometry.layers
+    assert {layer.sliding_window for layer in layers} == {None, 17 if family == "mimo_v2_flash" else 16}
+    assert len(artifact.geometry.ropes) == (2 if family in ("gemma3_text", "mimo_v2_flash") else 1)
+    if family == "mimo_v2_flash":
+        assert {(layer.head_dim, layer.value_head_dim) for layer in layers} == {(16, 8)}
+    assert_crops(model, artifact)
+
+
 # ------------------------------------------------------------------------------------------ latent
 
 
@@ -85,6 +105,7 @@ def test_latent_attention(family):
     model = model_of(family)
     artifact = assert_the_whole_chain(model)
     (layer, _) = artifact.geometry.layers
+    assert_crops_and_counts(model, artifact)
     if not caches_latents(model):
         assert (layer.num_kv_heads, layer.head_dim) == (4, 24)
         return
@@ -92,7 +113,6 @@ def test_latent_attention(family):
     assert layer.swapped
     assert layer.rope is not None
     assert artifact.elements(100) == 2 * 100 * (8 + 24)
-    assert_crops_and_counts(model, artifact)
 
 
 # --------------------------------------------------------------------------- attention of their own

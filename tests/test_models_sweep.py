@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -111,26 +113,65 @@ def test_a_process_of_its_own_ends_in_time(models: Any) -> None:
     assert slow.is_fault
 
 
-def test_the_page_counts_and_names_faults(models: Any) -> None:
-    from common import environment
+def finding(models: Any, family: str, outcome: str, detail: str, version: str) -> Any:
+    versions = {"kvq-calib": "0.1.0", "torch": "2.13.0", "transformers": version}
+    return models.Finding(family, outcome, detail, versions)
 
+
+def test_the_page_counts_and_names_faults(models: Any) -> None:
     found = [
-        models.Finding("llama", "works", "heads of 16"),
-        models.Finding("mamba", "refused", "it <has> no | cache"),
-        models.Finding("rwkv", "none", "keeps none"),
-        models.Finding("odd", "differs", "off by 1"),
+        finding(models, *each, "5.24.0")
+        for each in (
+            ("llama", "works", "heads of 16"),
+            ("mamba", "none", "keeps none"),
+            ("odd", "differs", "off by 1"),
+            ("xlstm", "refused", "it <has> no | cache"),
+        )
     ]
-    lines = models.report(found, environment())
+    older = [
+        finding(models, *each, "5.2.0")
+        for each in (
+            ("gone", "works", "heads of 8"),
+            ("llama", "works", "heads of 16"),
+            ("mamba", "refused", "other code"),
+            ("xlstm", "refused", "it has another"),
+        )
+    ]
+    lines = models.page(older, found, "2026-01-02")
     text = " ".join(lines)
     assert (
-        "Of 4 families, 1 attend to packed pages, 0 get their keys and values dequantized, 1 keep no keys and values"
-        in text.replace("  ", " ")
+        "Of 4 families in transformers 5.24.0, 1 attend to packed pages, 0 get their keys and values" in text
     )
+    assert "Of 4 families in transformers 5.2.0, 2 attend to packed pages" in text
     assert "1 are refused" in text
     assert "judged otherwise by `--check`: 1." in text
-    assert "| `mamba` | it &lt;has> no \\| cache |" in lines
-    assert "| `odd` | differs | off by 1 |" in lines
-    assert "Faults" not in "\n".join(models.report(found[:3], environment()))
+    assert "2026-01-02 with kvq-calib 0.1.0, torch 2.13.0, and transformers 5.24.0 and 5.2.0" in text
+    for row in (
+        "| family | transformers 5.24.0 | transformers 5.2.0 |",
+        "| `llama` | heads of 16 | the same |",
+        "| `gone` | does not have it | heads of 8 |",
+        "| `mamba` | keeps none | refused: other code |",
+        "| `xlstm` | it &lt;has> no \\| cache | it has another |",
+        "| `odd` | differs: off by 1 | does not have it |",
+    ):
+        assert row in lines, row
+    assert "## Faults" in lines
+    assert "## Faults" not in models.page(older, found[:2], "2026-01-02")
+    assert "| `odd` | differs | off by 1 |" in models.lines_of(found)
+
+
+def test_the_page_is_written_from_files_of_findings(
+    models: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, version in (("old", "5.2.0"), ("new", "5.24.0")):
+        line = json.dumps(dataclasses.asdict(finding(models, "llama", "works", "heads of 16", version)))
+        (tmp_path / name).write_text(line + "\n")
+    words = ["--page", str(tmp_path / "old"), str(tmp_path / "new"), "--output", str(tmp_path / "page.md")]
+    monkeypatch.setattr(sys, "argv", ["models.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        models.main()
+    assert ended.value.code == 0
+    assert "| `llama` | heads of 16 | the same |" in (tmp_path / "page.md").read_text()
 
 
 def test_every_family_of_this_transformers_is_looked_at(models: Any) -> None:

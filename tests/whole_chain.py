@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from models_zoo import tiny_model, token_ids
@@ -141,6 +143,41 @@ def assert_go_on_alike(model, cache, other) -> None:
     more = token_ids(2, 5, seed=6)
     got, want = (logits_after(model, each, more) for each in (cache, other))
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+
+
+def bytes_in(roots, without=()) -> int:
+    """Bytes of all tensors and arrays that are reachable from some objects, and not from others."""
+
+    def tensors(todo):
+        found, seen = {}, set()
+        while todo:
+            item = todo.pop()
+            if id(item) in seen or isinstance(item, torch.nn.Module | type):
+                continue
+            seen.add(id(item))
+            if isinstance(item, torch.Tensor):
+                found[item.data_ptr(), item.shape] = item.nbytes
+            elif isinstance(item, array):
+                found[id(item), None] = len(item) * item.itemsize
+            elif isinstance(item, dict):
+                todo += item.values()
+            elif isinstance(item, list | tuple):
+                todo += item
+            elif hasattr(item, "__dict__"):
+                todo += vars(item).values()
+        return found
+
+    apart = tensors(list(without))
+    return sum(size for key, size in tensors(list(roots)).items() if key not in apart)
+
+
+def assert_memory_is_what_buffers_hold(cache) -> None:
+    """What a cache says of the memory that its tokens take is what all its tensors hold."""
+    states = [layer for layer in cache.layers if layer not in cache.packed]
+    states += [vars(layer)["state"] for layer in cache.packed if "state" in vars(layer)]
+    own = [] if cache.states.own is None else [cache.states.own.tensors()]
+    held = bytes_in([cache.contents.table, cache.contents.storages, states, own], [cache.quantizers])
+    assert held == sum(size for kind, size in cache.memory().items() if kind not in ("parameters", "tables"))
 
 
 def assert_crops(model, artifact: KVArtifact, tokens: int = 100) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from kvq_calib.errors import ModelError, one_line
 from kvq_calib.model.compat import count_layers, keeps_keys, own_layers, softcap_implementation
@@ -29,6 +29,8 @@ __all__ = ["Verdict", "check_configuration", "fill_zeros", "words_of"]
 
 #: Width of feed-forward parts; hidden states hardly have it, so code that takes one for the other fails.
 _WIDTH = 80
+#: Width of the hidden state of models without attention heads.
+_NARROW = 64
 #: Settings that make a model small without changing attention, under the names that families use.
 _SMALL = {
     "vocab_size": 128,
@@ -58,6 +60,8 @@ _FACTOR = "mamba_expand"
 #: Names of the number of key-value heads, and other names of the number of layers.
 _OWN_HEADS = ("num_key_value_heads", "kv_n_heads")
 _DEPTHS = ("num_blocks", "num_layers")
+#: Names of the kinds of all layers.
+_KINDS = ("layer_types", "layers_block_type")
 #: What is made smaller: layers, widths, numbers of heads. If such a model does not run, less is made smaller.
 _ATTEMPTS = (
     (True, True, True),
@@ -97,6 +101,8 @@ def check_configuration(config: Any) -> Verdict:
     Raises:
         ModelError: it cannot be calibrated, or no small model can be built; the message says why in one line.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ModelError(f"{config.model_type} is not a causal language model that transformers can load")
     layers = count_layers(config)
     logger = logging.getLogger("kvq_calib.model.inspect")
     model = _small_model(config)
@@ -187,12 +193,17 @@ def _parts(text: Any) -> list[Any]:
 
 
 def _thin(text: Any) -> None:
-    """Reduce the number of heads, keeping their size and the ratio of query heads to key-value heads."""
+    """Reduce the number of heads, keeping their size and the ratio of query heads to key-value heads.
+
+    A model without attention heads gets a narrow hidden state.
+    """
     heads, own = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if not isinstance(heads, int) or not isinstance(own, int | None):
+    hidden = getattr(text, "hidden_size", None)
+    if heads is None and isinstance(hidden, int):
+        heads = max(1, hidden // _NARROW)
+    if not isinstance(heads, int) or not isinstance(own, int | None) or not isinstance(hidden, int):
         return
     share = math.gcd(heads, own or heads)
-    hidden = text.hidden_size
     for part in _parts(text):
         for name in _IN_PROPORTION:
             width = getattr(part, name, None)
@@ -203,13 +214,15 @@ def _thin(text: Any) -> None:
                 setattr(part, name, own // share)
     if isinstance(factor := getattr(text, _FACTOR, None), int | float):
         setattr(text, _FACTOR, factor * share)
-    text.num_attention_heads = heads // share
+    if hasattr(text, "num_attention_heads"):
+        text.num_attention_heads = heads // share
 
 
 def _cut(text: Any, config: Any) -> None:
     """Keep the first layers, so many that every kind of layer is among them, if these are few."""
     whole = own_layers(config)
-    kinds = list(getattr(text, "layer_types", None) or [type(layer).__name__ for layer in whole])
+    named = next(filter(None, (getattr(text, name, None) for name in _KINDS)), None)
+    kinds = list(named or [type(layer).__name__ for layer in whole])
     if getattr(text, "num_kv_shared_layers", None) or not kinds:
         return
     keys = next((n for n, layer in enumerate(whole) if keeps_keys(layer)), 0)

@@ -45,6 +45,7 @@ __all__ = [
     "mark",
     "parameters_of",
     "running",
+    "watch_pass",
     "without_gradient",
 ]
 
@@ -221,6 +222,8 @@ class _Thread(threading.local):
         self.attending: set[int] = set()
         #: Held modules whose forward runs, outermost first.
         self.running: list[Running] = []
+        #: Watched models whose forward runs, outermost first, and the positions they were given.
+        self.passes: list[tuple[nn.Module, Tensor]] = []
 
     def handlers(self, module: nn.Module) -> list[Handler]:
         """The handlers for a module's call, innermost first."""
@@ -290,10 +293,33 @@ def running(layer: int) -> Running | None:
     Submodules of an attention module may also have the layer's number, but get fewer arguments. A module that runs for
     several layers knows one of them at most; then it is the innermost.
     """
-    found = [each for each in _THREAD.running if layer_of(each.module) == layer] or _THREAD.running
-    return next(
-        (each for each in reversed(found) if each.embeddings is not None), found[-1] if found else None
-    )
+    among = [each for each in _THREAD.running if layer_of(each.module) == layer] or _THREAD.running
+    if not among:
+        return None
+    found = next((each for each in reversed(among) if each.embeddings is not None), among[-1])
+    if found.positions is None and _THREAD.passes:  # the model turned them into embeddings
+        found = replace(found, positions=_THREAD.passes[-1][1])
+    return found
+
+
+def watch_pass(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks that remember the positions which a model gets, for attention modules that get none."""
+    return [
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
+        model.register_forward_hook(_leave, always_call=True),
+    ]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    positions = call_argument(module, "position_ids", args, kwargs)
+    if isinstance(positions, Tensor):
+        _THREAD.passes.append((module, positions))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _leave(module: nn.Module, *_: Any) -> None:
+    _THREAD.passes[:] = [each for each in _THREAD.passes if each[0] is not module]
 
 
 # ------------------------------------------------------------------ state of the process

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvq_calib.errors import ModelError, RuntimeMismatchError
@@ -24,7 +23,7 @@ from kvq_calib.model.compat import count_layers
 from kvq_calib.model.intercept import call_argument
 from kvq_calib.model.placement import input_device
 
-__all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "prepare_own_state"]
+__all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_state"]
 
 #: Attributes of such caches with keys and values.
 _KEYS_AND_VALUES = ("key_cache", "value_cache", "layers")
@@ -62,9 +61,6 @@ class OwnState:
         device: device of the states where the class asks for one.
         batch: number of sequences.
 
-    Attributes:
-        cache: a cache of the class, in which keys and values stay empty.
-
     Raises:
         ModelError: such a cache cannot be made, because its class has arguments that are not known.
     """
@@ -73,10 +69,22 @@ class OwnState:
         self, kind: type, config: Any, dtype: torch.dtype, device: torch.device, batch: int = 1
     ) -> None:
         self.kind, self.config, self.dtype, self.device = kind, config, dtype, device
+        self._made(batch)
         self.start(batch)
 
     def start(self, batch: int) -> None:
         """Drop all states, and expect this number of sequences."""
+        self.batch = batch
+        self._cache: Any = None
+
+    @property
+    def cache(self) -> Any:
+        """A cache of the class, in which keys and values stay empty. It is made when it is first used."""
+        if self._cache is None:
+            self._cache = self._made(self.batch)
+        return self._cache
+
+    def _made(self, batch: int) -> Any:
         known: dict[str, Any] = {
             "config": self.config.get_text_config(decoder=True),
             "batch_size": batch,
@@ -88,7 +96,7 @@ class OwnState:
         if "devices" in parameters:
             known["devices"] = [self.device] * count_layers(self.config)
         try:
-            self.cache: Any = self.kind(**{name: known[name] for name in parameters if name in known})
+            return self.kind(**{name: known[name] for name in parameters if name in known})
         except TypeError as error:
             raise ModelError(
                 f"it keeps what it caches in a class of its own ({self.kind.__name__})"
@@ -96,14 +104,14 @@ class OwnState:
 
     def _entries(self) -> Iterator[tuple[str, Any, Any]]:
         """All tensors and numbers: a name, the attributes or the container, and the key in it."""
-        for name, value in vars(self.cache).items():
+        for name, value in [] if self._cache is None else vars(self._cache).items():
             if name.startswith("_") or name in _KEYS_AND_VALUES:
                 continue
             if isinstance(value, list | dict):
                 pairs = enumerate(value) if isinstance(value, list) else value.items()
                 yield from ((f"{name}.{key}", value, key) for key, entry in pairs if _is_kept(entry))
             elif _is_kept(value):
-                yield name, vars(self.cache), name
+                yield name, vars(self._cache), name
 
     def tensors(self) -> dict[str, Tensor]:
         """All states by name (``conv_states.3``), and numbers as int64 tensors without dimensions."""
@@ -193,13 +201,9 @@ def join(cache: Cache, state: OwnState) -> Cache:
     return cache
 
 
-def prepare_own_state(model: nn.Module) -> list[RemovableHandle]:
-    """Let each pass that begins with an empty joined cache start its states with the right number of sequences."""
-    return [
-        module.register_forward_pre_hook(_start, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-    ]
+def start_own_state(model: nn.Module) -> RemovableHandle:
+    """A hook: a pass with an empty joined cache starts the states for its number of sequences."""
+    return model.register_forward_pre_hook(_start, with_kwargs=True)
 
 
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -21,8 +21,8 @@ from kvq_calib.errors import told_by
 from kvq_calib.model.cache_layer import AttendingLayer, unknown_options
 from kvq_calib.model.compat import cache_of, decoding_hint, with_cache
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, parameters_of
-from kvq_calib.model.placement import input_device
 from kvq_calib.model.own_cache import own_state
+from kvq_calib.model.placement import input_device
 from kvq_calib.model.states import cache_layers, cache_with
 from kvq_calib.schema.geometry import KVGeometry
 

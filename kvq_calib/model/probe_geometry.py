@@ -142,6 +142,10 @@ def _check_own_cache(model: Any) -> None:
         raise NothingToQuantizeError(
             f"{name} keeps no keys and values in a cache: there is nothing to quantize{decoding_hint(model.config)}"
         )
+    if cache is not None and not hasattr(cache, "update"):
+        raise NothingToQuantizeError(
+            f"{name} keeps no keys and values in its cache ({type(cache).__name__}): there is nothing to quantize"
+        )
     if cache is not None and not isinstance(cache, DynamicCache | EncoderDecoderCache):
         raise ModelError(
             f"{name} cannot be captured: it keeps what it caches in a class of its own ({type(cache).__name__})"

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
 from kvq_calib.model.inspect import check_generation
-from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules
-from kvq_calib.model.own_cache import own_class, prepare_own_state
+from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, watch_pass
+from kvq_calib.model.own_cache import start_own_state
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
@@ -31,7 +32,7 @@ _SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 _LOCK = threading.Lock()
 _HOLDS: weakref.WeakKeyDictionary[nn.Module, Hold] = weakref.WeakKeyDictionary()
-#: Hooks of models whose caches are of a class of their own.
+#: Hooks of whole models.
 _HOOKS: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
 
 
@@ -68,9 +69,15 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
         for module in modules:
             if module not in _HOLDS:
                 _HOLDS[module] = Hold(module)
-        if model not in _HOOKS and own_class(model) is not None:
-            _HOOKS[model] = prepare_own_state(model)
+        for whole in _whole_models(model):
+            if whole not in _HOOKS:
+                _HOOKS[whole] = [*watch_pass(whole), start_own_state(whole)]
     return serving
+
+
+def _whole_models(model: nn.Module) -> list[nn.Module]:
+    """A model and the models inside it."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def readable_mask(call: AttentionCall) -> Tensor | None:
@@ -95,8 +102,9 @@ def detach(model: nn.Module) -> None:
             hold = _HOLDS.pop(module, None)
             if hold is not None:
                 hold.close()
-        for hook in _HOOKS.pop(model, []):
-            hook.remove()
+        for whole in _whole_models(model):
+            for hook in _HOOKS.pop(whole, []):
+                hook.remove()
 
 
 @contextmanager
