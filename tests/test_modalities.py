@@ -9,7 +9,15 @@ import torch
 import transformers
 from artifact_factory import RECIPES, artifact_for, recipe
 from models_zoo import token_ids
-from whole_chain import EVERYTHING, ROUNDING, assert_modes_agree, assert_passes_are_exact, calibrated
+from whole_chain import (
+    EVERYTHING,
+    ROUNDING,
+    assert_crops,
+    assert_modes_agree,
+    assert_passes_are_exact,
+    assert_the_whole_chain,
+    calibrated,
+)
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import with_cache
@@ -125,6 +133,12 @@ def assert_a_picture_is_seen_alike(model, artifact, given):
     size = float(want.abs().max())
     assert float((got - want).abs().max()) < ROUNDING * size
     assert float((other - want)[:, -1].abs().max()) > 2 * ROUNDING * size
+
+
+@pytest.mark.parametrize("family", [gemma3, qwen2_5_vl, qwen3_vl])
+def test_text_is_served_as_for_models_of_text(family):
+    model, _ = family()
+    assert_crops(model, assert_the_whole_chain(model))
 
 
 def test_a_mask_that_is_not_causal_over_a_picture():

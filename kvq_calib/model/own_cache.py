@@ -196,8 +196,9 @@ def _joined(base: type, kind: type) -> type:
 
 def join(cache: Cache, state: OwnState) -> Cache:
     """The same cache, now also of a family's own class, with these states."""
+    base: Any = type(cache)
     setattr(cache, _STATE, state)
-    cache.__class__ = _joined(type(cache), state.kind)
+    cache.__class__ = _joined(base, state.kind)
     return cache
 
 

@@ -202,7 +202,8 @@ class _Trial:
 
     def __init__(self, model: Any, geometry: KVGeometry, serving: Serving) -> None:
         self.model, self.geometry, self.serving = model, geometry, serving
-        self.passes = passes = _SINGLE_PASSES if serving.single_tokens else _PASSES
+        passes = _SINGLE_PASSES if serving.single_tokens else _PASSES
+        self.passes: tuple[int, ...] = passes
         self.faithful = True
         #: Whether passes get a mask.
         self.masked = True
