@@ -115,7 +115,12 @@ HYBRIDS: dict[str, dict[str, object]] = {
         "use_mamba_kernels": False,
     },
     "falcon_h1": {"mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
-    "minimax": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 """Families in which some layers keep a state: instead of keys and values, or beside them (``falcon_h1``)."""
 

@@ -94,18 +94,20 @@ def assert_passes_are_exact(model, artifact: KVArtifact, cache=None) -> None:
 
 
 def assert_generates_alike(model, artifact: KVArtifact, **options) -> None:
-    """With all tokens exact, generation gives the tokens of the model's own cache, one row being left-padded."""
+    """With all tokens exact, generation gives the tokens of the model's own cache, one row being left-padded.
+
+    That of MiniMax does not reorder its states for beams, and does not know how long the text is if its first layer
+    keeps a state. Then the tokens are those without a cache.
+    """
     ids = token_ids(2, 29, seed=3)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     cache = KVQCache(artifact, model, recent_tokens=EVERYTHING)
-    ours, own = (
-        model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=8, **with_cache(each), **options
-        )
-        for each in (cache, None)
+    ours, own, without = (
+        model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8, **given, **options)
+        for given in (with_cache(cache), {}, {"use_cache": False})
     )
-    assert torch.equal(ours, own)
+    assert torch.equal(ours, without if model.config.model_type == "minimax" else own)
     assert cache.get_seq_length() == ours.shape[1] - 1
 
 
@@ -173,9 +175,10 @@ def bytes_in(roots, without=()) -> int:
 
 def assert_memory_is_what_buffers_hold(cache) -> None:
     """What a cache says of the memory that its tokens take is what all its tensors hold."""
-    states = [layer for layer in cache.layers if layer not in cache.packed]
+    others = [layer for layer in cache.layers if layer not in cache.packed]
+    states = [layer for layer in others if "layer" not in vars(layer)]  # that which only stands for another
     states += [vars(layer)["state"] for layer in cache.packed if "state" in vars(layer)]
-    own = [] if cache.states.own is None else [cache.states.own.tensors()]
+    own = [] if cache.states.own is None else vars(cache.states.own.cache)
     held = bytes_in([cache.contents.table, cache.contents.storages, states, own], [cache.quantizers])
     assert held == sum(size for kind, size in cache.memory().items() if kind not in ("parameters", "tables"))
 

@@ -31,7 +31,8 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
         model: the unquantized causal language model, attached if ``cache`` is packed.
         cache: any transformers cache.
         ids: the text.
-        chunk: tokens per pass; 1 if ``cache`` is packed and the model takes only single tokens.
+        chunk: tokens per pass. If ``cache`` is packed and the model takes only single tokens, it is 1 after the first
+            pass.
     """
     parts = [model(**arguments).logits for arguments in _passes(model, cache, ids, chunk)]
     return torch.cat(parts, dim=1)
@@ -51,7 +52,12 @@ def read_into(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
 
 def _passes(model: Any, cache: Any, ids: Tensor, chunk: int) -> Iterator[dict[str, Any]]:
     """Arguments of each pass, to be asked for when the pass before it is done."""
-    for part in torch.split(ids, 1 if getattr(cache, "single_tokens", False) else chunk, dim=1):
+    sizes: int | list[int] = chunk
+    if getattr(cache, "single_tokens", False):
+        # A beginning of one token would be shorter than a convolution, whose state some families then get wrong.
+        first = 1 if cache.get_seq_length() else min(chunk, ids.shape[1])
+        sizes = [first, *[1] * (ids.shape[1] - first)]
+    for part in torch.split(ids, sizes, dim=1):
         yield next_pass(model, part, cache, cache.get_seq_length())
 
 

@@ -109,8 +109,8 @@ class OwnState:
                 continue
             if isinstance(value, list | dict):
                 pairs = enumerate(value) if isinstance(value, list) else value.items()
-                yield from ((f"{name}.{key}", value, key) for key, entry in pairs if _is_kept(entry))
-            elif _is_kept(value):
+                yield from ((f"{name}.{key}", value, key) for key, entry in pairs if isinstance(entry, Tensor))
+            elif isinstance(value, Tensor | int):
                 yield name, vars(self._cache), name
 
     def tensors(self) -> dict[str, Tensor]:
@@ -154,10 +154,6 @@ class OwnState:
     def nbytes(self) -> int:
         """Number of bytes."""
         return sum(place[key].nbytes for _, place, key in self._entries() if isinstance(place[key], Tensor))
-
-
-def _is_kept(entry: Any) -> bool:
-    return isinstance(entry, Tensor | int)
 
 
 def own_state(model: Any, batch: int = 1) -> OwnState | None:
