@@ -85,12 +85,12 @@ def test_recomputed_layers_that_share_give_the_same_artifact(family):
             assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "gpt_oss", *UNEVEN])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", *UNEVEN])
 def test_layers_that_differ(family):
     model = model_of(family)
     artifact = assert_the_whole_chain(model)
     layers = artifact.geometry.layers
-    assert {layer.sliding_window for layer in layers} == {None, 17 if family == "mimo_v2_flash" else 16}
+    assert {layer.sliding_window for layer in layers} == {None, 16}
     assert len(artifact.geometry.ropes) == (2 if family in ("gemma3_text", "mimo_v2_flash") else 1)
     if family == "mimo_v2_flash":
         assert {(layer.head_dim, layer.value_head_dim) for layer in layers} == {(16, 8)}
@@ -111,7 +111,7 @@ def test_latent_attention(family):
         return
     assert (layer.num_kv_heads, layer.head_dim, layer.value_head_dim) == (1, 8, 24)
     assert layer.swapped
-    assert layer.rope is not None
+    assert (layer.rope is None) is (family == "deepseek_v2")  # whose rotation is of complex numbers
     assert artifact.elements(100) == 2 * 100 * (8 + 24)
 
 
