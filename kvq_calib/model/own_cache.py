@@ -109,7 +109,9 @@ class OwnState:
                 continue
             if isinstance(value, list | dict):
                 pairs = enumerate(value) if isinstance(value, list) else value.items()
-                yield from ((f"{name}.{key}", value, key) for key, entry in pairs if isinstance(entry, Tensor))
+                yield from (
+                    (f"{name}.{key}", value, key) for key, entry in pairs if isinstance(entry, Tensor)
+                )
             elif isinstance(value, Tensor | int):
                 yield name, vars(self._cache), name
 
@@ -148,7 +150,10 @@ class OwnState:
     @property
     def layer(self) -> str:
         """The number of the first layer with a state."""
-        return next((name.rpartition(".")[2] for name, state in self.tensors().items() if state.numel()), "0")
+        held = (
+            key for _, place, key in self._entries() if isinstance(place[key], Tensor) and place[key].numel()
+        )
+        return str(next(held, 0))
 
     @property
     def nbytes(self) -> int:
