@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvq_calib.errors import ModelError, RuntimeMismatchError
+from kvq_calib.errors import ModelError, RuntimeMismatchError, one_line
 from kvq_calib.model.compat import count_layers
 from kvq_calib.model.intercept import call_argument
 from kvq_calib.model.placement import input_device
@@ -99,7 +99,8 @@ class OwnState:
             return self.kind(**{name: known[name] for name in parameters if name in known})
         except TypeError as error:
             raise ModelError(
-                f"it keeps what it caches in a class of its own ({self.kind.__name__})"
+                f"{self.config.model_type} keeps what it caches in a class of its own ({self.kind.__name__}), and what "
+                f"makes one is not known ({one_line(error)})"
             ) from error
 
     def _entries(self) -> Iterator[tuple[str, Any, Any]]:
