@@ -28,7 +28,7 @@ __all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_
 #: Attributes of such caches with keys and values.
 _KEYS_AND_VALUES = ("key_cache", "value_cache", "layers")
 #: Methods of caches that are about keys and values.
-_OF_LAYERS = ("update", "get_seq_length", "get_mask_sizes")
+_OF_LAYERS = ("update", "get_mask_sizes")
 #: The attribute of a joined cache that refers to its states.
 _STATE = "own_state"
 
@@ -186,8 +186,13 @@ def _joined(base: type, kind: type) -> type:
         is_states = state is not None and name not in vars(cache) and name in vars(state.cache)
         object.__setattr__(state.cache if is_states else cache, name, value)
 
+    def length(cache: Any, layer_idx: int = 0) -> int:
+        """As of `Cache`, which relies on `__len__`. All layers with keys and values have the same length."""
+        attending = (layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+        return int(next(attending).get_seq_length())
+
     members: dict[str, Any] = {name: getattr(base, name) for name in _OF_LAYERS}
-    members |= {"__getattr__": attribute, "__setattr__": assign}
+    members |= {"__getattr__": attribute, "__setattr__": assign, "get_seq_length": length}
     if hasattr(kind, "__len__"):  # some compare it with numbers of layers
         members["__len__"] = lambda cache: len(getattr(cache, _STATE).cache)
     if not hasattr(base, "__bool__"):
