@@ -28,7 +28,7 @@ __all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_
 #: Attributes of such caches with keys and values.
 _KEYS_AND_VALUES = ("key_cache", "value_cache", "layers")
 #: Methods of caches that are about keys and values.
-_OF_LAYERS = ("update", "get_mask_sizes")
+_OF_LAYERS = ("update", "get_seq_length", "get_mask_sizes")
 #: The attribute of a joined cache that refers to its states.
 _STATE = "own_state"
 
@@ -173,7 +173,7 @@ def own_state(model: Any, batch: int = 1) -> OwnState | None:
 
 
 @functools.cache
-def _joined(base: type, kind: type) -> type:
+def _joined(base: Any, kind: Any) -> type:
     """A subclass of both that reads and sets attributes of states where it has none of that name itself."""
 
     def attribute(cache: Any, name: str) -> Any:
@@ -186,15 +186,12 @@ def _joined(base: type, kind: type) -> type:
         is_states = state is not None and name not in vars(cache) and name in vars(state.cache)
         object.__setattr__(state.cache if is_states else cache, name, value)
 
-    def length(cache: Any, layer_idx: int = 0) -> int:
-        """As of `Cache`, which relies on `__len__`. All layers with keys and values have the same length."""
-        attending = (layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
-        return int(next(attending).get_seq_length())
+    def of_states(name: str) -> property:
+        return property(lambda cache: getattr(getattr(cache, _STATE).cache, name))
 
     members: dict[str, Any] = {name: getattr(base, name) for name in _OF_LAYERS}
-    members |= {"__getattr__": attribute, "__setattr__": assign, "get_seq_length": length}
-    if hasattr(kind, "__len__"):  # some compare it with numbers of layers
-        members["__len__"] = lambda cache: len(getattr(cache, _STATE).cache)
+    members |= {"__getattr__": attribute, "__setattr__": assign, "__len__": base.__len__}
+    members |= {name: of_states(name) for name in dir(kind) if not hasattr(base, name)}
     if not hasattr(base, "__bool__"):
         members["__bool__"] = lambda cache: True
     bases = (kind,) if issubclass(kind, base) else (base, kind)
