@@ -238,7 +238,7 @@ PICTURES: dict[str, dict[str, object]] = {
         },
     },
 }
-"""Families that write about a picture; the code of ``git`` needs a mask in 5.2."""
+"""Families that write about a picture; ``git`` of 5.2 adds up positions of single tokens."""
 
 DECODING: dict[str, dict[str, object]] = {
     "bert": {"is_decoder": True, "num_key_value_heads": None},

@@ -127,19 +127,26 @@ def test_a_layer_that_no_gradient_reaches_is_an_error():
     assert len(calibrated(model, "nuq4", ("fit.weights=uniform",)).layers) == 6
 
 
-@pytest.mark.parametrize("family", [*UNTOLD, *PICTURES])
-def test_what_a_model_does_not_know_is_told(family):
-    """Positions or a mask, as its `generate` would give them."""
+@pytest.mark.parametrize("family", UNTOLD)
+def test_positions_are_told_where_a_model_does_not_know_them(family):
     model = model_of(family)
     artifact = assert_the_whole_chain(model)
     # A release of transformers may mend a model: then it is told nothing.
-    told = next_pass(model, token_ids(2, 3), DynamicCache(), 5)
-    needed = check_generation(model, artifact.geometry)
-    positions, mask = told.get("position_ids"), told.get("attention_mask")
-    assert (None if positions is None else positions.tolist()) == ([[5, 6, 7]] if needed.positions else None)
-    assert (None if mask is None else mask.tolist()) == ([[1] * 8] * 2 if needed.mask else None)
+    told = next_pass(model, token_ids(1, 3), DynamicCache(), 5).get("position_ids")
+    needed = check_generation(model, artifact.geometry).positions
+    assert (None if told is None else told.tolist()) == ([[5, 6, 7]] if needed else None)
     if not states_are_common():
-        assert needed.positions or needed.mask
+        assert needed
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_single_tokens_that_get_wrong_positions_are_noticed(family):
+    model = model_of(family)
+    if states_are_common():
+        assert_crops(model, assert_the_whole_chain(model))
+        return
+    with pytest.raises(ModelError, match="it gives other output with its own cache than without"):
+        check(model)
 
 
 @pytest.mark.parametrize("family", DECODING)

@@ -118,7 +118,7 @@ def next_pass(model: nn.Module, ids: Tensor, cache: Any, start: int) -> dict[str
     except ModelError:  # it may still be measured with other caches
         return arguments
     if isinstance(serving, Serving):
-        arguments |= serving.told(model, ids.shape[0], start, start + ids.shape[1])
+        arguments |= serving.told(model, start, start + ids.shape[1])
     return arguments
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +28,10 @@ from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["ExactLayer", "Serving", "probe_serving"]
 
-#: Numbers of tokens of the passes: several, several more, and a single one, which needs no mask.
-_PASSES = (6, 4, 1)
+#: Numbers of tokens of the passes: several, several more, and single ones, which need no mask.
+_PASSES = (6, 4, 1, 1, 1)
 #: The same for models that continue a text only by single tokens.
-_SINGLE_PASSES = (9, 1, 1)
-#: The same where it only matters whether they fail.
-_FEW_PASSES = (2, 1)
+_SINGLE_PASSES = (10, 1, 1, 1)
 
 
 class ExactLayer(AttendingLayer):
@@ -118,30 +116,24 @@ class Serving:
             cache: with more tokens they fail, or layers with a state start again.
         positions: the model needs the positions of the new tokens, which its ``generate`` passes. Without them it
             counts the tokens of each pass from 0.
-        mask: the model needs an ``attention_mask``, which its ``generate`` passes. Without it a second pass fails.
     """
 
     materialized: bool = False
     single_tokens: bool = False
     positions: bool = False
-    mask: bool = False
 
-    def told(self, model: nn.Module, batch: int, start: int, stop: int) -> dict[str, Tensor]:
+    def told(self, model: nn.Module, start: int, stop: int) -> dict[str, Tensor]:
         """What a model must be told to continue a text, as arguments of its forward.
 
         Args:
             model: the model.
-            batch: number of sequences.
             start, stop: the first new token, and the one after the last.
         """
-        device, arguments = input_device(model), {}
-        if self.positions:
-            positions = torch.arange(start, stop, device=device)
-            named = {"position_ids": positions[None], "cache_position": positions}
-            arguments = {name: named[name] for name in _positions_of(model)}
-        if self.mask:
-            arguments["attention_mask"] = torch.ones(batch, stop, dtype=torch.int64, device=device)
-        return arguments
+        if not self.positions:
+            return {}
+        positions = torch.arange(start, stop, device=input_device(model))
+        named = {"position_ids": positions[None], "cache_position": positions}
+        return {name: named[name] for name in _positions_of(model)}
 
 
 def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool) -> Serving | str:
@@ -156,18 +148,13 @@ def probe_serving(model: nn.Module, geometry: KVGeometry, *, materialized: bool)
         trial = _Trial(model, geometry, Serving(materialized))
         obstacle = trial.obstacle()
         if not obstacle or trial.faithful:
-            return obstacle or _finished(model, geometry, trial.serving)
+            return obstacle or trial.serving
         for single_tokens, positions in ((False, True), (True, False), (True, True)):
             serving = Serving(materialized, single_tokens, positions and bool(_positions_of(model)))
             obstacle = _Trial(model, geometry, serving).obstacle()
             if not obstacle:
-                return _finished(model, geometry, serving)
+                return serving
         return obstacle
-
-
-def _finished(model: nn.Module, geometry: KVGeometry, serving: Serving) -> Serving:
-    """How a packed cache serves a model whose passes with a mask have no obstacle."""
-    return replace(serving, mask=_Trial(model, geometry, serving).needs_mask())
 
 
 def _positions_of(model: nn.Module) -> list[str]:
@@ -202,11 +189,9 @@ class _Trial:
 
     def __init__(self, model: Any, geometry: KVGeometry, serving: Serving) -> None:
         self.model, self.geometry, self.serving = model, geometry, serving
-        passes = _SINGLE_PASSES if serving.single_tokens else _PASSES
-        self.passes: tuple[int, ...] = passes
+        passes: tuple[int, ...] = _SINGLE_PASSES if serving.single_tokens else _PASSES
+        self.passes = passes
         self.faithful = True
-        #: Whether passes get a mask.
-        self.masked = True
         kind = _WholeLayer if serving.materialized else ExactLayer
         self.layers = [kind(layer.sliding_window) for layer in geometry.layers]
         vocabulary = int(
@@ -236,16 +221,15 @@ class _Trial:
                 self.faithful = False
                 return "it gives other output with its own cache than without"
             return f"what it computes for a token depends on later tokens, so it is no causal model{decoding_hint(self.model.config)}"
-        self.faithful = self._alike(own[:, first:], wanted[:, first:])
+        single = len(self.ids[0]) - self.passes.count(1)
+        self.faithful = all(
+            self._alike(own[:, part], wanted[:, part])
+            for part in (slice(first, single), slice(single, None))
+            if part.start != part.stop
+        )
         if self.faithful and known and got is not None and self._close(got, own):
             return ""
         return self._reason(failure)
-
-    def needs_mask(self) -> bool:
-        """Whether passes fail without a mask. No other method may be called before."""
-        self.masked, self.passes = False, _FEW_PASSES
-        _, failure = self._through_exact()
-        return failure is not None
 
     def _reason(self, failure: Exception | None) -> str:
         """Why the exact cache did not work."""
@@ -302,8 +286,9 @@ class _Trial:
 
     def _call(self, start: int, stop: int, **arguments: Any) -> Any:
         """Run tokens ``start`` to ``stop - 1``."""
-        arguments |= replace(self.serving, mask=self.masked).told(self.model, 1, start, stop)
-        return self.model(input_ids=self.ids[:, start:stop], **arguments)
+        mask = torch.ones_like(self.ids[:, :stop])
+        arguments |= self.serving.told(self.model, start, stop)
+        return self.model(input_ids=self.ids[:, start:stop], attention_mask=mask, **arguments)
 
     def _rounding(self, scores: Tensor) -> float:
         """Tolerance for rounding, relative to the largest number."""
@@ -319,7 +304,7 @@ class _Trial:
         return bool(error <= self._rounding(wanted) * wanted.where(known, 0).abs().max())
 
     def _alike(self, got: Tensor, wanted: Tensor) -> bool:
-        """Whether most tokens of ``[1, T, V]`` agree. A single token may differ by a near tie between experts."""
+        """Whether most tokens of ``[1, T, V]`` agree. One token may differ by a near tie between experts."""
         error, size = (got - wanted).abs().amax(-1), wanted.abs().amax(-1)
         return not bool((error / size).median() > 2 * self._rounding(wanted))
 
