@@ -247,8 +247,8 @@ DECODING: dict[str, dict[str, object]] = {
 """Encoders that are causal language models by their configuration."""
 
 FAMILIES_OF_ALL_KINDS = {
-    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **UNEVEN, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED, **UNTOLD,
-    **DECODING, **PICTURES,
+    **FAMILIES, **HYBRIDS, **SHARING, **LATENT, **UNEVEN, **OWN_ATTENTION, **INDEXED, **INDEXED_HYBRIDS, **REPEATED,
+    **UNTOLD, **DECODING, **PICTURES,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvq_calib.errors import ModelError, RuntimeMismatchError, one_line
@@ -23,7 +24,7 @@ from kvq_calib.model.compat import count_layers
 from kvq_calib.model.intercept import call_argument
 from kvq_calib.model.placement import input_device
 
-__all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_state"]
+__all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_state", "whole_models"]
 
 #: Attributes of such caches with keys and values.
 _KEYS_AND_VALUES = ("key_cache", "value_cache", "layers")
@@ -204,6 +205,11 @@ def join(cache: Cache, state: OwnState) -> Cache:
     setattr(cache, _STATE, state)
     cache.__class__ = _joined(base, state.kind)
     return cache
+
+
+def whole_models(model: nn.Module) -> list[nn.Module]:
+    """A model of transformers and those inside it."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def start_own_state(model: nn.Module) -> RemovableHandle:

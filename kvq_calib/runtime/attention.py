@@ -15,13 +15,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.compat import attention_implementation
 from kvq_calib.model.inspect import check_generation
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, watch_pass
-from kvq_calib.model.own_cache import start_own_state
+from kvq_calib.model.own_cache import start_own_state, whole_models
 from kvq_calib.model.probe import Serving
 from kvq_calib.schema.geometry import KVGeometry
 
@@ -69,15 +68,10 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
         for module in modules:
             if module not in _HOLDS:
                 _HOLDS[module] = Hold(module)
-        for whole in _whole_models(model):
+        for whole in whole_models(model):
             if whole not in _HOOKS:
                 _HOOKS[whole] = [*watch_pass(whole), start_own_state(whole)]
     return serving
-
-
-def _whole_models(model: nn.Module) -> list[nn.Module]:
-    """A model and the models inside it."""
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def readable_mask(call: AttentionCall) -> Tensor | None:
@@ -102,7 +96,7 @@ def detach(model: nn.Module) -> None:
             hold = _HOLDS.pop(module, None)
             if hold is not None:
                 hold.close()
-        for whole in _whole_models(model):
+        for whole in whole_models(model):
             for hook in _HOOKS.pop(whole, []):
                 hook.remove()
 
