@@ -142,7 +142,7 @@ def test_position_ids_of_the_wrong_shape(llama, artifact):
     cache = KVQCache(artifact, llama)
     seen = Visibility(None, 5, 5, None)
     with pytest.raises(RuntimeMismatchError, match="position_ids of shape"):
-        cache.forward_pass.enter(0, 1, seen, torch.zeros(3, 1, 5, dtype=torch.int64))
+        cache.forward_pass.enter(0, 1, seen, torch.zeros(3, 1, 4, dtype=torch.int64))
     assert cache.table is None
 
 
