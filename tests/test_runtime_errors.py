@@ -302,3 +302,18 @@ class TestSavedCache:
     def test_nothing_to_save(self, llama, artifact, tmp_path):
         with pytest.raises(RuntimeMismatchError, match="empty"):
             KVQCache(artifact, llama).save(tmp_path / "x.safetensors")
+
+
+def test_a_pass_that_was_interrupted_gives_no_positions_to_another_model(llama, artifact):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    cache = KVQCache(artifact, llama)
+    hook = llama.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        llama(token_ids(1, 1), position_ids=torch.zeros(1, 1, dtype=torch.int64), **with_cache(cache))
+    hook.remove()
+    bloom = tiny_model("bloom")  # which takes no positions
+    other = KVQCache(artifact_for(bloom, RECIPES["nuq4-1p"]), bloom)
+    fill(bloom, other, tokens=32)
+    assert other.get_seq_length() == 32

@@ -298,7 +298,9 @@ def running(layer: int) -> Running | None:
         return None
     found = next((each for each in reversed(among) if each.embeddings is not None), among[-1])
     if found.positions is None and _THREAD.passes:  # the model turned them into embeddings
-        found = replace(found, positions=_THREAD.passes[-1][1])
+        model, positions = _THREAD.passes[-1]
+        if any(module is found.module for module in model.modules()):  # not those of a pass that was torn off
+            found = replace(found, positions=positions)
     return found
 
 
