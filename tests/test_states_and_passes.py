@@ -20,7 +20,7 @@ from whole_chain import (
 )
 
 from kvq_calib.errors import CalibrationError, ModelError, NothingToQuantizeError, RuntimeMismatchError
-from kvq_calib.model.compat import states_are_common
+from kvq_calib.model.compat import states_are_common, with_cache
 from kvq_calib.model.inspect import check_generation, inspect_model, next_pass
 from kvq_calib.runtime import KVQCache
 
@@ -175,3 +175,20 @@ def test_one_tensor_for_keys_and_values_is_refused(monkeypatch):
         ModelError, match="caches one tensor as keys and as values, which would be stored twice"
     ):
         inspect_model(model)
+
+
+@needs_common_states
+def test_a_pass_that_was_interrupted_gives_no_positions_to_the_next():
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    model, ids = model_of("qwen4_exp_text"), token_ids(1, 32)  # whose attention gets no positions
+    cache, clean = (KVQCache(artifact_for(model, RECIPES["nuq4-1p"]), model) for _ in range(2))
+    hook = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(ids[:, :1], position_ids=torch.full((1, 1), 7), **with_cache(cache))
+    hook.remove()
+    cache.reset()
+    with torch.no_grad():
+        got, want = (model(ids, **with_cache(each)).logits for each in (cache, clean))
+    assert torch.equal(got, want)

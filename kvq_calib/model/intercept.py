@@ -314,6 +314,7 @@ def watch_pass(model: nn.Module) -> list[RemovableHandle]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _leave(module)  # a pass that was interrupted did not
     positions = call_argument(module, "position_ids", args, kwargs)
     if isinstance(positions, Tensor):
         _THREAD.passes.append((module, positions))
