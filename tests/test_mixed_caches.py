@@ -25,6 +25,11 @@ from kvq_calib.runtime import KVQCache
 pytestmark = pytest.mark.model
 
 
+def single_steps(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after single tokens."""
+    return torch.cat([logits_after(model, cache, token) for token in ids.split(1, 1)], 1)
+
+
 @pytest.mark.parametrize(
     ("family", "attends_to"),
     [
@@ -121,8 +126,32 @@ def test_a_state_that_cannot_be_taken_back_is_not_cropped(family):
         cache.crop(-3)
     assert cache.get_seq_length() == 40
     assert torch.equal(logits_after(model, cache, ids[:, :1]), logits_after(model, fork, ids[:, :1]))
+    cache.activate_past_recording()  # of the passes up to here, nothing is recorded
+    with pytest.raises(RuntimeMismatchError, match="it can return to where a forward pass began"):
+        cache.crop(-3)
     cache.crop(-41)  # nothing is left that could be wrong
     assert_passes_are_exact(model, artifact, cache=cache)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_recorded_states_return_to_where_a_pass_began(family):
+    model = tiny_model(family)
+    artifact = artifact_for(model, RECIPES["nuq4-1p"])
+    ids, more = token_ids(2, 40), token_ids(2, 3, seed=9)
+    cache, other = KVQCache(artifact, model), KVQCache(artifact, model)
+    cache.activate_past_recording()
+    for each in (cache, other):
+        logits_after(model, each, ids[:, :36])
+        single_steps(model, each, ids[:, 36:37])
+    single_steps(model, cache, ids[:, 37:])
+    assert cache.memory()["states"] > other.memory()["states"]
+    cache.crop(-3)
+    assert cache.get_seq_length() == 37
+    assert cache.memory()["states"] == other.memory()["states"]
+    single_steps(model, cache, ids[:, 38:])
+    cache.crop(-2)  # recording goes on
+    got, want = (single_steps(model, each, more) for each in (cache, other))
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])

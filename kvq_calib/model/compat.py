@@ -40,6 +40,7 @@ __all__ = [
     "state_flags",
     "state_tensors",
     "states_are_common",
+    "stop_recording",
     "uncompiled",
     "with_cache",
 ]
@@ -207,15 +208,30 @@ def fill_state(layer: Any, tensors: dict[str, Tensor]) -> None:
             layer.has_previous_state = True
 
 
-def can_crop(state: Any) -> bool:
+def can_crop(state: Any, kept: int = 0, removed: int = 0) -> bool:
     """Whether tokens can be removed from a state.
 
     They can if the state has an entry for each token. In newer releases (5.24; not 5.5) they can, too, if the state is
-    of convolutions only and keeps what this needs (`activate_past_recording`).
+    of convolutions only and recorded what this needs (`activate_past_recording`).
+
+    Args:
+        state: the state.
+        kept: number of tokens to keep.
+        removed: number of tokens to remove.
     """
     if not keeps_state(state):
         return bool(state.is_croppable and not state.is_sliding)
-    return bool(getattr(state, "record_past", False) and state.is_croppable)
+    if not (getattr(state, "record_past", False) and state.is_croppable):
+        return False
+    held = ((state.conv_kernel_size[number], inputs) for number, inputs in state.conv_states.items())
+    return all(inputs is None or inputs.shape[-1] - removed >= min(size, kept) for size, inputs in held)
+
+
+def stop_recording(state: Any) -> None:
+    """Let a state from which no token can be removed keep no more than the next pass needs."""
+    if getattr(state, "record_past", False):
+        state.crop(0)
+        state.record_past = False
 
 
 def state_alone(layer: Any) -> Any:

@@ -7,11 +7,15 @@ entry for each token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from kvq_calib.errors import RuntimeMismatchError
@@ -26,11 +30,12 @@ from kvq_calib.model.compat import (
     state_alone,
     state_flags,
     state_tensors,
+    stop_recording,
 )
 from kvq_calib.model.own_cache import OwnState, join, own_class, own_state
 from kvq_calib.schema.geometry import KVGeometry
 
-__all__ = ["States", "cache_layers", "cache_with", "held_bytes", "with_state"]
+__all__ = ["States", "cache_layers", "cache_with", "held_bytes", "record_states", "with_state"]
 
 
 def cache_with(model: Any, layers: list[Any], batch: int = 1) -> Cache:
@@ -134,6 +139,19 @@ def held_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for state in states for tensor in state_tensors(state).values())
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """Copies of states: by number of the layer, and those of a cache of the model's own class."""
+
+    held: dict[int, Any]
+    own: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [tensor for state in self.held.values() for tensor in state_tensors(state).values()]
+        return sum(tensor.nbytes for tensor in (*tensors, *self.own.values()))
+
+
 class States:
     """The states in a cache.
 
@@ -152,6 +170,8 @@ class States:
         self.own = own
         self.spoiled = False
         self._recording = False
+        #: States from which tokens cannot be removed, as they were when a pass began, by number of tokens.
+        self._before: dict[int, _Copies] = {}
 
     def _held(self) -> Iterator[tuple[int, Any]]:
         """The states, by number of the layer."""
@@ -166,6 +186,7 @@ class States:
     def reset(self) -> None:
         """Drop everything. The next tokens may have another number of sequences."""
         self.spoiled = False
+        self._before.clear()
         if self.own is not None:
             self.own.start(1)
         numbers = [number for number, _ in self._held()]
@@ -173,46 +194,89 @@ class States:
             return
         fresh = own_layers(self.config)
         for number in numbers:
-            if isinstance(self.layers[number], AttendingLayer):
-                self.layers[number].state = state_alone(fresh[number])
-            else:
-                self.layers[number] = fresh[number]
+            self._replace(number, state_alone(fresh[number]))
         if self._recording:
             self.record()
 
+    def _replace(self, number: int, state: Any) -> None:
+        if isinstance(self.layers[number], AttendingLayer):
+            self.layers[number].state = state
+        else:
+            self.layers[number] = state
+
     def record(self) -> None:
-        """Record from now on what is needed to remove tokens, if states support that."""
+        """Record from now on what is needed to remove tokens."""
         self._recording = True
         for _, state in self._held():
             if hasattr(state, "activate_past_recording"):
                 state.activate_past_recording()
 
+    def _fixed(self, kept: int = 0, removed: int = 0) -> dict[int, Any]:
+        """The states from which this number of tokens cannot be removed, by number of the layer."""
+        return {number: state for number, state in self._held() if not can_crop(state, kept, removed)}
+
+    def before_pass(self, length: int) -> None:
+        """Copy the states from which tokens cannot be removed, if this is to be recorded.
+
+        Args:
+            length: number of tokens before the pass.
+        """
+        if not self._recording or not length or length in self._before:
+            return
+        fixed = self._fixed()
+        for state in fixed.values():
+            stop_recording(state)
+        own = {} if self.own is None else self.own.tensors()
+        self._before[length] = _Copies(
+            copy.deepcopy(fixed), {name: tensor.clone() for name, tensor in own.items()}
+        )
+
     def select(self, rows: Tensor) -> None:
         """Replace sequence ``i`` by sequence ``rows[i]``."""
+        self._before.clear()
         for _, state in self._held():
             state.reorder_cache(rows)
         if self.own is not None:
             self.own.select(rows)
 
-    def crop(self, count: int) -> None:
-        """Remove the newest ``count`` tokens from every state.
+    def crop(self, kept: int, removed: int) -> None:
+        """Remove the newest tokens from every state.
+
+        Args:
+            kept: number of tokens to keep.
+            removed: number of tokens to remove.
 
         Raises:
-            RuntimeMismatchError: a state does not support it; then no state is changed.
+            RuntimeMismatchError: a state does not support it, and no recorded pass began there; then no state is
+                changed.
         """
-        held = list(self._held())
-        fixed = [str(number) for number, state in held if not can_crop(state)]
-        fixed += [] if self.own is None else [self.own.layer]
-        if fixed:
+        fixed, copies = self._fixed(kept, removed), self._before.get(kept)
+        layers = [str(number) for number in fixed if copies is None or number not in copies.held]
+        if self.own is not None and copies is None:
+            layers.append(self.own.layer)
+        if layers:
             raise RuntimeMismatchError(
-                f"layer {fixed[0]} keeps a state from which tokens cannot be removed (with newer transformers they can "
-                "be from a convolution, after activate_past_recording()); reset() the cache and pass the text again"
+                f"layer {layers[0]} keeps a state from which tokens cannot be removed: after "
+                "activate_past_recording(), it can return to where a forward pass began; or reset() the cache and pass "
+                "the text again"
             )
-        for _, state in held:
-            state.crop(-count)
+        for number, state in self._held():
+            if number not in fixed:
+                state.crop(-removed)
+        if copies is not None:
+            self._restore(copies)
+        self._before.clear()
+
+    def _restore(self, copies: _Copies) -> None:
+        for number, state in copies.held.items():
+            self._replace(number, state)
+        if self.own is not None:
+            self.own.start(self.own.batch)
+            self.own.fill(copies.own)
 
     def settle(self) -> None:
         """Drop tensors that the next pass does not need."""
+        self._before.clear()
         if self._recording:
             for _, state in self._held():
                 if keeps_state(state) and can_crop(state):
@@ -262,6 +326,20 @@ class States:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
+        """Number of bytes, with what is recorded."""
         held = sum(tensor.nbytes for _, state in self._held() for tensor in state_tensors(state).values())
-        return held if self.own is None else held + self.own.nbytes
+        recorded = sum(copies.nbytes for copies in self._before.values())
+        return held + recorded + (0 if self.own is None else self.own.nbytes)
+
+
+def record_states(model: nn.Module) -> RemovableHandle:
+    """A hook: before a pass, states in its cache are copied if they are to be recorded."""
+    return model.register_forward_pre_hook(_record, with_kwargs=True)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for given in (*args, *kwargs.values()):
+        states = vars(given).get("states") if isinstance(given, Cache) else None
+        if isinstance(states, States):
+            states.before_pass(given.get_seq_length())

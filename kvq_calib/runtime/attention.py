@@ -22,6 +22,7 @@ from kvq_calib.model.inspect import check_generation
 from kvq_calib.model.intercept import AttentionCall, Hold, attention_modules, watch_pass
 from kvq_calib.model.own_cache import start_own_state, whole_models
 from kvq_calib.model.probe import Serving
+from kvq_calib.model.states import record_states
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["attach", "attached", "detach", "is_attached", "readable_mask"]
@@ -70,7 +71,7 @@ def attach(model: nn.Module, geometry: KVGeometry | None = None) -> Serving:
                 _HOLDS[module] = Hold(module)
         for whole in whole_models(model):
             if whole not in _HOOKS:
-                _HOOKS[whole] = [*watch_pass(whole), start_own_state(whole)]
+                _HOOKS[whole] = [*watch_pass(whole), start_own_state(whole), record_states(whole)]
     return serving
 
 

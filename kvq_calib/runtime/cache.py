@@ -215,13 +215,12 @@ class KVQCache(Cache):  # type: ignore[misc]
         """Drop the newest tokens. Packed tokens stay packed.
 
         Args:
-            count: a length to keep where positive, minus the number of tokens to forget where negative. 0
-                means
-                what it means in the transformers in use: keep all (newer), forget all (older).
+            count: a length to keep where positive, minus the number of tokens to forget where negative. 0 means what it
+                means in the transformers in use: keep all (newer), forget all (older).
 
         Raises:
             RuntimeMismatchError: a sliding window has freed tokens that would be visible again; or another layer of the
-                model has a state from which tokens cannot be removed.
+                model has a state from which tokens cannot be removed, and no recorded pass began there.
         """
         self.forward_pass.roll_back()
         length = self.contents.length
@@ -238,7 +237,7 @@ class KVQCache(Cache):  # type: ignore[misc]
             self.reset()
         else:
             self.contents.check_crop(kept)
-            self.states.crop(length - kept)
+            self.states.crop(kept, length - kept)
             self.contents.crop(kept)
 
     def reset(self) -> None:
@@ -270,7 +269,11 @@ class KVQCache(Cache):  # type: ignore[misc]
             self._select(torch.arange(self.table.batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Let states of convolutions record what :meth:`crop` needs. Keys and values do not need that."""
+        """Let states record what :meth:`crop` needs, until it is called. Keys and values do not need that.
+
+        Afterwards, the cache can be cropped to where a forward pass began. If all states are of convolutions, it can be
+        cropped to any length in newer releases of transformers (5.24; not 5.5).
+        """
         self.states.record()
 
     # ------------------------------------------------------------------ memory
