@@ -59,6 +59,7 @@ struct DecodeParams {
     const uint8_t *key_kinds;         // [H, kKinds] ends of the steps of each kind, with computed levels
     const uint8_t *value_kinds;       // [H, kKinds] ends of the tiles of each kind
     const uint2 *key_angles;          // [H, D / 2]: turns per token, turns at position 0
+    const float2 *key_turns;          // [H, kBlockTokens / 2, D / 2]: cosine and sine of the turns of a token
     const float2 *key_pair_scale;     // [H, D / 2]: factor of a pair's levels, and its reciprocal
     const float2 *value_affine;       // [H, D]: factor and offset of a channel of the result
     const uint16_t *exact_key[2];     // sinks and tail, [B, H, n, D]

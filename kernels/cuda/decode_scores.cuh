@@ -15,17 +15,16 @@ KVQ_DEVICE float2 pair_of_query(const DecodeParams &p, const Shared &s, const ui
 }
 
 // R(-t) q of a pair, scaled.
-KVQ_DEVICE float2 turned_query(const Shared &s, float2 q, int pair, int token, float factor) {
+KVQ_DEVICE float2 turned_query(float2 q, float2 turn, float factor) {
     const float a = factor * q.x, b = factor * q.y;
-    float sine, cosine;
-    exact_sincos(uint32_t(token) * s.key_angles[pair].x, &sine, &cosine);
-    return make_float2(a * cosine + b * sine, b * cosine - a * sine);
+    return make_float2(a * turn.x + b * turn.y, b * turn.x - a * turn.y);
 }
 
 // Fills Shared::query: per product of 16 tokens, step and lane, halves of R(-t) q times the pair's level factor, scaled
 // to [-1, 1]. The divisor, times the softmax scaling, goes to query_scale.
 KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t *query, int heads, int head) {
     const float2 *pair_scale = p.key_pair_scale + head * (kDim / 2);
+    const float2 *turns = p.key_turns + head * (kBlockTokens / 2) * (kDim / 2);
     for (int h = warp_id(); h < 8; h += kWarps) {
         const uint16_t *q = query + (h < heads ? h : heads - 1) * kDim;
         float largest = 0.0f;
@@ -43,9 +42,10 @@ KVQ_DEVICE void prepare_queries(const DecodeParams &p, Shared &s, const uint16_t
         const float norm = s.query_scale[h] > 0.0f ? 1.0f / s.query_scale[h] : 0.0f;
         const float factor = pair_scale[pair].x * norm;
         float2 q[2] = {make_float2(0.0f, 0.0f), make_float2(0.0f, 0.0f)};  // of the slots
+        const float2 own = pair_of_query(p, s, query + h * kDim, pair);
         for (int slot = 0; slot < 2; ++slot)
             if (!kFold || slot == column / 4)
-                q[slot] = turned_query(s, pair_of_query(p, s, query + h * kDim, pair), pair, token_of(m, slot), factor);
+                q[slot] = turned_query(own, __ldg(turns + token_of(m, slot) * (kDim / 2) + pair), factor);
         s.query[i].set(q);
     }
     __syncthreads();

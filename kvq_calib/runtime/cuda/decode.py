@@ -194,6 +194,7 @@ class DecodeKernel:
             key_kinds=pointer(key.decode.kinds),
             value_kinds=pointer(value.decode.kinds),
             key_angles=key.decode.angles.data_ptr(),
+            key_turns=key.decode.turns.data_ptr(),
             key_pair_scale=key.decode.pair_scale.data_ptr(),
             value_affine=value.decode.affine.data_ptr(),
             exact_angles=key.frequencies.data_ptr(),

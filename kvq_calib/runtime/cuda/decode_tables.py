@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.computed_levels import level_counts
-from kvq_calib.codec.packing import PAGE_BLOCKS
+from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.runtime.cuda.kinds import KIND_ROOM, Arrangement, arrange_pairs, arrange_values
 from kvq_calib.runtime.cuda.tables import QuantizerTables
@@ -33,6 +33,7 @@ class DecodeTables:
         region: int32 ``[H, 2]``: first byte of a head's codes in a page of one sequence, and their number.
         kinds: uint8 ``[H, 16]``, see :class:`~kvq_calib.runtime.cuda.kinds.Arrangement`; or ``None``.
         angles: int32 ``[H, D / 2, 2]``, turns per token and at position 0, in the kernel's order.
+        turns: float32 ``[H, 16, D / 2, 2]``: cosine and sine of the turns of the tokens of half a block.
         pair_scale: float32 ``[H, D / 2, 2]``: factor of the query for a pair, and the reciprocal of the factor of its
             levels.
         affine: float32 ``[H, D, 2]``: factor and offset of the result's channels.
@@ -46,6 +47,7 @@ class DecodeTables:
     region: Tensor
     kinds: Tensor | None
     angles: Tensor
+    turns: Tensor
     pair_scale: Tensor
     affine: Tensor
     fits: bool = True
@@ -113,6 +115,13 @@ def _pair_angles(tables: QuantizerTables, order: Tensor) -> Tensor:
     return torch.where(is_first[leading][..., None], angles, -angles).contiguous()
 
 
+def _turns(angles: Tensor) -> Tensor:
+    """Cosines and sines of the angles of pairs after 0 to 15 tokens."""
+    tokens = torch.arange(BLOCK_TOKENS // 2, dtype=torch.float64, device=angles.device)
+    radians = tokens[:, None] * (angles[:, None, :, 0] * (2 * math.pi / 2.0**32))
+    return torch.stack((radians.cos(), radians.sin()), dim=-1).float().contiguous()
+
+
 def _pair_scale(tables: QuantizerTables, angles: Tensor, norm: Tensor) -> Tensor:
     """Factors of pairs, given what their levels are divided by: float32 ``[H, D / 2]``."""
     factor = norm * torch.where(angles[..., 0] != 0, tables.rope_scaling, 1.0)
@@ -155,6 +164,7 @@ def _looked_up(tables: QuantizerTables) -> DecodeTables:
         region=_region(tables),
         kinds=None,
         angles=angles,
+        turns=_turns(angles),
         pair_scale=_pair_scale(tables, angles, norm),
         affine=affine.view(heads, size, 2).contiguous(),
         fits=fits,
@@ -207,6 +217,7 @@ def _computed(tables: QuantizerTables, quantizer: TrellisQuantizer) -> DecodeTab
         region=_region(tables),
         kinds=kinds.to(tables.device),
         angles=angles,
+        turns=_turns(angles),
         pair_scale=_pair_scale(tables, angles, norm.float()),
         affine=affine.float().contiguous(),
     )

@@ -46,7 +46,14 @@ class DecodeParams(ctypes.Structure):
         *((name, _P) for name in ("key_levels", "value_levels", "key_region", "value_region")),
         *(
             (name, _P)
-            for name in ("key_kinds", "value_kinds", "key_angles", "key_pair_scale", "value_affine")
+            for name in (
+                "key_kinds",
+                "value_kinds",
+                "key_angles",
+                "key_turns",
+                "key_pair_scale",
+                "value_affine",
+            )
         ),
         ("exact_key", _P * 2),
         ("exact_value", _P * 2),
