@@ -48,7 +48,7 @@ class StepContext:
         window: number of slots that a query sees, including its own; ``None``: all.
         room: number of blocks to allocate.
         positions: positions of the new tokens, int64 ``[B]`` on the device; read at every step.
-        state: int32 ``[STATE_WORDS]`` on the device.
+        state: int32 ``[STATE_WORDS]``; its device is that of the kernels.
 
     Attributes:
         capacity: room for exact tokens behind the blocks.
@@ -67,7 +67,7 @@ class StepContext:
     ) -> None:
         self.launcher, self.positions, self.state = launcher, positions, state
         self.capacity = table.recent_tokens + BLOCK_TOKENS
-        device, batch, sinks = table.device, table.batch, table.sink_slots.shape[1]
+        device, batch, sinks = state.device, table.batch, table.sink_slots.shape[1]
         check("positions of new tokens", positions, (batch,), torch.int64, device)
         self._exact = torch.full((batch, self.capacity), MASKED, dtype=torch.int32, device=device)
         self._sinks = torch.full((batch, sinks), MASKED, dtype=torch.int32, device=device)
