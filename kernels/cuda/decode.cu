@@ -39,6 +39,9 @@ KVQ_DEVICE const uint4 *plain_levels(const uint4 *levels, int bits, int head) {
     return bits > 5 ? levels + ((int64_t(head) * kDim << bits) >> 3) : levels;
 }
 
+// Read anew where it is needed, which takes no register between pages.
+KVQ_DEVICE int first_token(const DecodeParams &p) { return p.state ? __ldcg(&p.state->first_token) : p.first_token; }
+
 KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int first_head, int heads) {
     const int row = blockIdx.z, group = lane_id() / 4;
     const uint16_t *query = p.query + (int64_t(row) * p.query_heads + first_head) * kDim;
@@ -54,13 +57,12 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
     const uint4 *key_levels = plain_levels(p.key_levels, KVQ_KEY_BITS, head);
     const uint4 *value_levels = plain_levels(p.value_levels, KVQ_VALUE_BITS, head);
 
-    const int first_token = p.state ? p.state->first_token : p.first_token;
-    const int first_page = p.state ? first_token / kPageTokens : p.first_page;
+    const int first_page = p.state ? first_token(p) / kPageTokens : p.first_page;
     const int pages = p.state ? max(p.state->pages - first_page, 0) : p.pages;
     const int begin = first_page + int(int64_t(pages) * blockIdx.x / p.packed_splits);
     const int end = first_page + int(int64_t(pages) * (blockIdx.x + 1) / p.packed_splits);
     for (int page = begin + warp_id(); page < end; page += kWarps) {
-        const LaneBlock block(p, row, page, first_token);
+        const LaneBlock block(p, row, page, first_token(p));
         if (!__any_sync(kAll, block.keep != 0)) continue;
         prefetch_codes(p, s, true, row, page);
         const SequencePage keys(p, false, row, page);
@@ -84,7 +86,7 @@ KVQ_DEVICE void attend_packed(const DecodeParams &p, Shared &s, int head, int fi
         }
         float rescale[2];
         softmax.scale_and_mask(score, block.keep, rescale);
-        if (page + kWarps < end && __any_sync(kAll, LaneBlock(p, row, page + kWarps, first_token).keep != 0))
+        if (page + kWarps < end && __any_sync(kAll, LaneBlock(p, row, page + kWarps, first_token(p)).keep != 0))
             prefetch_codes(p, s, false, row, page + kWarps);
         const SequencePage values(p, true, row, page);
         softmax.weigh(p, score,

@@ -43,7 +43,7 @@ KVQ_DEVICE void close_block(const StepParams &p, int row, int block, int first_s
 }
 
 // Grid: 1. A multiple of 32 threads; each warp takes sequences in turn.
-KVQ_KERNEL void __launch_bounds__(256) advance_step(const __grid_constant__ StepParams p) {
+KVQ_KERNEL void __launch_bounds__(256, 1) advance_step(const __grid_constant__ StepParams p) {
     StepState s = *p.state;
     __syncthreads();
     s.length += 1;
