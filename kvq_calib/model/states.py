@@ -224,6 +224,8 @@ class States:
         if not self._recording or not length or length in self._before:
             return
         fixed = self._fixed()
+        if not fixed and self.own is None:
+            return
         for state in fixed.values():
             stop_recording(state)
         own = {} if self.own is None else self.own.tensors()
