@@ -10,8 +10,11 @@ os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "3"  # processes of ranks w
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over what the tests say
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from artifact_factory import artifact_for, recipe, trellis
+from models_zoo import tiny_model
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -40,3 +43,30 @@ def folder(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("model")
     folder_of(real_model, made)
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """A model of random weights with eight query heads and four key-value heads."""
+    return tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, hidden_size=128, head_dim=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as vLLM reads it."""
+    from engine import save
+
+    made = tmp_path_factory.mktemp("tiny")
+    save(tiny_llama, made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact for it. Thresholds are of channels, so a rank quantizes its heads as the whole does
+    (``artifact/shard.py``). Nothing compensates errors: rounding moves a code now and then, and nothing else.
+    """
+    file = tmp_path_factory.mktemp("artifact") / "tiny.kvq.safetensors"
+    spec = recipe(key=trellis(4, pair_rotation=True), value=trellis(4))
+    artifact_for(tiny_llama, spec).save(file)
+    return file

@@ -8,41 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import GIB, engine, generated, save
-from models_zoo import tiny_model, token_ids
+from engine import GIB, engine, generated
+from models_zoo import token_ids
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-from artifact_factory import artifact_for, recipe, trellis
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("default"),  # of vLLM and what it imports
 ]
-#: Thresholds of channels: a rank quantizes its heads as the whole does (``artifact/shard.py``). Nothing compensates
-#: errors, so that rounding moves a code now and then and nothing else.
-RECIPE = recipe(key=trellis(4, pair_rotation=True), value=trellis(4))
 PROMPTS = [token_ids(1, tokens, seed=tokens)[0].tolist() for tokens in (300, 37, 260)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    """Eight query heads and four key-value heads."""
-    return tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, hidden_size=128)
-
-
-@pytest.fixture(scope="module")
-def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("tiny")
-    save(model, made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def artifact(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("artifact") / "tiny.kvq.safetensors"
-    artifact_for(model, RECIPE).save(file)
-    return file
 
 
 def options(artifact: Path, **more: Any) -> dict[str, Any]:
@@ -81,9 +57,9 @@ async def from_replicas(folder: Path, artifact: Path, replicas: int) -> list[lis
         llm.shutdown()
 
 
-def test_two_ranks_and_two_replicas_generate_what_one_process_generates(folder, artifact):
-    one, two = (list(likelihoods(folder, artifact, ranks)) for ranks in (1, 2))
+def test_two_ranks_and_two_replicas_generate_what_one_process_generates(tiny_folder, tiny_artifact):
+    one, two = (list(likelihoods(tiny_folder, tiny_artifact, ranks)) for ranks in (1, 2))
     for (ids, nll), (same_ids, same_nll) in zip(one, two, strict=True):
         assert ids == same_ids
         assert abs(nll - same_nll) < 1e-4
-    assert asyncio.run(from_replicas(folder, artifact, 2)) == [ids for ids, _ in one]
+    assert asyncio.run(from_replicas(tiny_folder, tiny_artifact, 2)) == [ids for ids, _ in one]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine import engine, save
-from models_zoo import tiny_model, token_ids
+from engine import engine
+from models_zoo import token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,39 +18,17 @@ from kvq_calib import KVQCache
 from kvq_calib.model.compat import with_cache
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-from artifact_factory import artifact_for, recipe, trellis
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("default"),  # of vLLM and what it imports
 ]
-#: Nothing compensates errors, so that rounding moves a code now and then and nothing else.
-RECIPE = recipe(key=trellis(4, pair_rotation=True), value=trellis(4))
 PROMPT = token_ids(1, 400, seed=3)[0].tolist()
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 512}
 #: Of a scheme of 8 bits, as in a checkpoint's configuration.
 ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, hidden_size=128, head_dim=64)
-
-
-@pytest.fixture(scope="module")
-def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("tiny")
-    save(model, made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def artifact(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("artifact") / "tiny.kvq.safetensors"
-    artifact_for(model, RECIPE).save(file)
-    return file
 
 
 def likelihoods(llm: Any, **given: Any) -> Tensor:
@@ -97,17 +75,17 @@ def write_lora(model: Any, folder: Path) -> Any:
     return merged
 
 
-def test_lora(model, folder, artifact, tmp_path):
+def test_lora(tiny_llama, tiny_folder, tiny_artifact, tmp_path):
     from vllm.lora.request import LoRARequest
 
-    merged = write_lora(model, tmp_path)
-    with engine(folder, artifact, enable_lora=True, max_lora_rank=8, **OPTIONS) as llm:
+    merged = write_lora(tiny_llama, tmp_path)
+    with engine(tiny_folder, tiny_artifact, enable_lora=True, max_lora_rank=8, **OPTIONS) as llm:
         without, found = (
             likelihoods(llm, lora_request=adapter)
             for adapter in (None, LoRARequest("adapter", 1, str(tmp_path)))
         )
-    assert_alike(found, own_likelihoods(merged, artifact), without)
-    assert_alike(without, own_likelihoods(model, artifact), found)
+    assert_alike(found, own_likelihoods(merged, tiny_artifact), without)
+    assert_alike(without, own_likelihoods(tiny_llama, tiny_artifact), found)
 
 
 def write_eight_bits(model: Any, folder: Path, made: Path) -> Any:
@@ -140,8 +118,8 @@ def _rounded(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return ((args[0] / scale).round() * scale,)
 
 
-def test_quantized_weights(model, folder, artifact, tmp_path):
-    rounded = write_eight_bits(model, folder, tmp_path)
-    with engine(tmp_path, artifact, **OPTIONS) as llm:
+def test_quantized_weights(tiny_llama, tiny_folder, tiny_artifact, tmp_path):
+    rounded = write_eight_bits(tiny_llama, tiny_folder, tmp_path)
+    with engine(tmp_path, tiny_artifact, **OPTIONS) as llm:
         found = likelihoods(llm)
-    assert_alike(found, own_likelihoods(rounded, artifact), own_likelihoods(model, artifact))
+    assert_alike(found, own_likelihoods(rounded, tiny_artifact), own_likelihoods(tiny_llama, tiny_artifact))
