@@ -9,8 +9,7 @@ Every figure is written twice, as ``NAME-light.svg`` and ``NAME-dark.svg``. Run 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from diagrams import draw_page, draw_pipeline
 from method_figures import METHOD_FIGURES
 from plots import THEMES, WIDTH, legend, name_axes, new_chart, record
 
-from kvq_calib.evaluate.charts.axes import Labels, plain
+from kvq_calib.evaluate.charts.axes import Labels, log_ticks, plain
 from kvq_calib.evaluate.charts.chart import Chart, Palette
 from kvq_calib.evaluate.charts.frontier import Point, frontier
 
@@ -119,6 +118,19 @@ def kl_by_recipe(palette: Palette) -> Chart:
     return chart
 
 
+def _name_ends(chart: Chart, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Write the names of lines beside their last points, moved apart. The axes have their limits."""
+    axes = chart.axes
+    spot = 2.0
+    for name, end in sorted(ends.items(), key=lambda item: -item[1][1]):
+        height = axes.transAxes.inverted().transform(axes.transData.transform(end))[1]
+        spot = min(height, spot - 0.055)
+        axes.annotate(
+            name, (1, spot), (10, 0), "axes fraction", "offset points", va="center", annotation_clip=False,
+            color=chart.colour("ink"),
+        )  # fmt: skip
+
+
 def _by_context(
     palette: Palette, title: str, y: str, value: Callable[[Any], float], ends: tuple[float, float]
 ) -> Chart:
@@ -135,18 +147,11 @@ def _by_context(
         for name, line in lines.items():
             colour = chart.colour(colours[name])
             axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=6, linewidth=2)
-        last = sorted(((line[-1][1], name) for name, line in lines.items()), reverse=True)
-        spot = math.inf
-        for height, name in last:  # names at the ends of lines, moved apart
-            spot = min(height, spot - 0.055 * (ends[1] - ends[0]))
-            text = "DynamicCache, float32" if name == "DynamicCache" else name
-            axes.annotate(
-                text, (16384, spot), (10, 0), "data", "offset points", va="center", annotation_clip=False,
-                color=chart.colour("ink"),
-            )  # fmt: skip
         axes.set_xlim(0, 16384)
         axes.set_xticks([1024, 4096, 8192, 16384], ["1K", "4K", "8K", "16K"])
         axes.set_ylim(*ends)
+        lines["DynamicCache, float32"] = lines.pop("DynamicCache")
+        _name_ends(chart, {name: line[-1] for name, line in lines.items()})
         name_axes(chart, "tokens in the cache", y)
     return chart
 
@@ -163,11 +168,39 @@ def memory(palette: Palette) -> Chart:
     return _by_context(palette, title, "MiB held", lambda row: row["bytes"] / 2**20, (0, 760))
 
 
+def kl_by_budget(palette: Palette) -> Chart:
+    """KL divergence of ``--bits`` recipes against their bits."""
+    chart = new_chart("KL divergence against the budget", palette)
+    axes = chart.axes
+    points = [(one["bits_per_element"], one["kl_mean"]) for one in record("bits")["artifacts"]]
+    with chart.style():
+        axes.plot(*zip(*points, strict=True), color=chart.colour("s0"), marker="o", markersize=7, linewidth=2)
+        _log_scale(axes, [kl for _, kl in points])
+        for bits, kl in points:
+            axes.annotate(
+                f"{kl:.2g}", (bits, kl), (8, 6), textcoords="offset points", color=chart.colour("ink")
+            )
+        axes.set_xlim(1.2, 6.6)
+        name_axes(chart, "bits per element, everything counted", "KL divergence, nats per token")
+    return chart
+
+
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic scale for KL divergence, with some room around ``values``."""
+    low, high = 0.8 * min(values), 1.25 * max(values)
+    ticks = log_ticks(low, high)
+    axes.set_yscale("log")
+    axes.set_yticks(ticks, [plain(tick) for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(low, high)
+
+
 DRAWN: dict[str, Callable[[Palette], Chart]] = {
     "kl-by-bits": kl_by_bits,
     "kl-by-recipe": kl_by_recipe,
     "decode-time": decode_time,
     "memory": memory,
+    "kl-by-budget": kl_by_budget,
     "pipeline": draw_pipeline,
     "page": draw_page,
     **METHOD_FIGURES,
