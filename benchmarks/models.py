@@ -373,7 +373,8 @@ def page(oldest: Sequence[Finding], newest: Sequence[Finding], today: str) -> li
     every = sorted({**old, **new})
     ends = [found[0].versions["transformers"] for found in (oldest, newest)]
     others = ", ".join(f"{name} {newest[0].versions[name]}" for name in ("kvq-calib", "torch"))
-    made = f"Findings of {today} with {others}, and transformers {ends[1]} and {ends[0]}, the ends of the supported range."
+    both = f"transformers {ends[1]} and {ends[0]}, the ends of the supported range"
+    made = f"Findings of {today} with {others}, and {both}."
     lines = ["# Models", ""]
     for text in (_INTRODUCTION, _KINDS, made, _counted(newest), _counted(oldest), _PICTURES, _LONGROPE):
         lines += [*textwrap.wrap(text, 120), ""]

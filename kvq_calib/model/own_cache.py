@@ -24,7 +24,16 @@ from kvq_calib.model.compat import count_layers
 from kvq_calib.model.intercept import call_argument
 from kvq_calib.model.placement import input_device
 
-__all__ = ["OwnState", "batch_of", "join", "own_class", "own_state", "start_own_state", "whole_models"]
+__all__ = [
+    "OwnState",
+    "batch_of",
+    "caches_in",
+    "join",
+    "own_class",
+    "own_state",
+    "start_own_state",
+    "whole_models",
+]
 
 #: Attributes of such caches with keys and values.
 _KEYS_AND_VALUES = ("key_cache", "value_cache", "layers")
@@ -217,6 +226,11 @@ def start_own_state(model: nn.Module) -> RemovableHandle:
     return model.register_forward_pre_hook(_start, with_kwargs=True)
 
 
+def caches_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cache]:
+    """The caches among the arguments of a call."""
+    return [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
+
+
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Number of sequences in a call of a model."""
     given = (call_argument(module, name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
@@ -225,8 +239,8 @@ def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for cache in (*args, *kwargs.values()):
-        state = getattr(cache, _STATE, None) if isinstance(cache, Cache) else None
+    for cache in caches_in(args, kwargs):
+        state = getattr(cache, _STATE, None)
         if state is None or cache.get_seq_length():
             continue
         state.start(batch_of(module, args, kwargs))

@@ -271,9 +271,8 @@ class _Trial:
     def _through(self, cache: Any) -> Tensor:
         """Scores ``[1, T, V]`` of all tokens, a few at a time through a cache; the default cache for ``None``."""
         scores, start = [], 0
-        if (
-            cache is None and (own := own_state(self.model)) is not None
-        ):  # not all make one without being asked
+        # Not all models make a cache of their own class without being asked.
+        if cache is None and (own := own_state(self.model)) is not None:
             cache = own.cache
         for tokens in self.passes:
             output = self._call(start, start + tokens, use_cache=True, **with_cache(cache))

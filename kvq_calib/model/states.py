@@ -32,7 +32,7 @@ from kvq_calib.model.compat import (
     state_tensors,
     stop_recording,
 )
-from kvq_calib.model.own_cache import OwnState, join, own_class, own_state
+from kvq_calib.model.own_cache import OwnState, caches_in, join, own_class, own_state
 from kvq_calib.schema.geometry import KVGeometry
 
 __all__ = ["States", "cache_layers", "cache_with", "held_bytes", "record_states", "with_state"]
@@ -341,7 +341,7 @@ def record_states(model: nn.Module) -> RemovableHandle:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for given in (*args, *kwargs.values()):
-        states = vars(given).get("states") if isinstance(given, Cache) else None
+    for given in caches_in(args, kwargs):
+        states = vars(given).get("states")
         if isinstance(states, States):
             states.before_pass(given.get_seq_length())
