@@ -61,6 +61,29 @@ def test_weighted_histogram_keeps_mass_and_moments_and_adds_up() -> None:
     assert torch.equal(restored.sums, whole.sums)
 
 
+def test_bins_are_equal_steps_of_asinh() -> None:
+    y = normal(500, 2) * torch.tensor([1.0, 100.0])
+    y[:2] = torch.tensor([[0.0, 1e30], [1e-30, -1e30]])
+    mean, deviation = torch.tensor([0.5, -3.0]).double(), torch.tensor([1.0, 20.0]).double()
+    histogram = WeightedHistogram(2)
+    histogram.update(y, None, mean, deviation)
+    place = torch.asinh((y.double() - mean) / deviation) / torch.asinh(torch.tensor(64.0).double())
+    bins = ((place + 1) * 256).to(torch.int64).clamp(0, 511)
+    for channel in range(2):
+        expected = torch.bincount(bins[:, channel], minlength=512).double()
+        assert torch.equal(histogram.sums[2, channel], expected)
+
+
+def test_no_weights_are_weights_of_one() -> None:
+    y = normal(400, 3)
+    mean, deviation = y.double().mean(0), y.double().std(0)
+    plain, ones = WeightedHistogram(3), WeightedHistogram(3)
+    plain.update(y, None, mean, deviation)
+    ones.update(y, torch.ones_like(y), mean, deviation)
+    assert torch.equal(plain.sums, ones.sums)
+    assert torch.equal(plain.count, ones.count)
+
+
 def test_shrinkage_moves_weights_towards_their_mean() -> None:
     y, w = normal(4000, 2), normal(4000, 2, seed=2).square()
     mean, deviation = y.double().mean(0), y.double().std(0)

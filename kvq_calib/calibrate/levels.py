@@ -140,8 +140,9 @@ def _drawn(points: Tensor, weights: Tensor, count: int) -> Tensor:
     """Weighted samples of every channel, in random order: float64 ``[C, count]``, representable in float32."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     share = evenly_weighted(weights).cumsum(1)
-    place = torch.searchsorted(share, (order + 0.5) / count * share[:, -1:])
-    return points.gather(1, place.clamp(max=points.shape[1] - 1)).float().double()
+    # A search for ascending numbers is several times faster, so the order is mixed afterwards.
+    place = torch.searchsorted(share, (torch.arange(count) + 0.5) / count * share[:, -1:])
+    return points.gather(1, place.clamp(max=points.shape[1] - 1)).float()[:, order].double()
 
 
 def _placed(points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec) -> Tensor:
