@@ -151,6 +151,10 @@ def measure(
     return rows + alone
 
 
+#: Cache types of llama.cpp to time.
+_LLAMA_CPP_TYPES = ("f16", "q8_0", "q4_0")
+
+
 class LlamaCppPeers:
     """llama.cpp with each of its caches, on the file of the model.
 
@@ -172,9 +176,9 @@ class LlamaCppPeers:
         if not _is_installed("llama_cpp"):
             print("llama_cpp is not installed: not measured")
             return
-        from decode_llama_cpp import CACHE_TYPES, LlamaCpp
+        from llama_cpp_model import LlamaCpp
 
-        self.models = {f"llama.cpp {name}": LlamaCpp(path, name, tokens) for name in CACHE_TYPES}
+        self.models = {f"llama.cpp {name}": LlamaCpp(path, name, tokens) for name in _LLAMA_CPP_TYPES}
 
     def fill(self, context: int) -> None:
         """Let each hold ``context`` tokens, or a few more."""

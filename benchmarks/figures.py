@@ -168,6 +168,25 @@ def memory(palette: Palette) -> Chart:
     return _by_context(palette, title, "MiB held", lambda row: row["bytes"] / 2**20, (0, 760))
 
 
+def kl_by_position(palette: Palette) -> Chart:
+    """KL divergence along texts of 8,192 tokens, one line per cache."""
+    chart = new_chart("KL divergence by position in the text", palette, right=84.0)
+    axes = chart.axes
+    lines = {
+        one["name"]: [((first + last) / 2, kl) for first, last, kl in one["kl_positions"]]
+        for one in record("long-wikitext2")["artifacts"]
+    }
+    with chart.style():
+        for name, line in lines.items():
+            axes.plot(*zip(*line, strict=True), color=chart.colour(_RECIPES[name]), linewidth=2)
+        _log_scale(axes, [kl for line in lines.values() for _, kl in line])
+        axes.set_xlim(0, 8192)
+        axes.set_xticks([0, 2048, 4096, 6144, 8192], ["0", "2K", "4K", "6K", "8K"])
+        _name_ends(chart, {name: line[-1] for name, line in lines.items()})
+        name_axes(chart, "position in the text, tokens", "KL divergence, nats per token")
+    return chart
+
+
 def kl_by_budget(palette: Palette) -> Chart:
     """KL divergence of ``--bits`` recipes against their bits."""
     chart = new_chart("KL divergence against the budget", palette)
@@ -200,6 +219,7 @@ DRAWN: dict[str, Callable[[Palette], Chart]] = {
     "kl-by-recipe": kl_by_recipe,
     "decode-time": decode_time,
     "memory": memory,
+    "kl-by-position": kl_by_position,
     "kl-by-budget": kl_by_budget,
     "pipeline": draw_pipeline,
     "page": draw_page,

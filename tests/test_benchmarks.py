@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import sys
 import time
+import types
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -525,6 +527,57 @@ def test_ratios_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "both of" in refused(files[0])
     files[1].write_text(json.dumps(record("x.raw", "other", kvq3=[0.2, 0.6])), encoding="utf-8")
     assert "both of" in refused(*files[:2])  # another text of the same name
+
+
+def test_divergence_of_llama_cpp_from_its_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp_kl
+
+    odds = {"f16": [0.5, 0.25, 0.25], "q4_0": [0.25, 0.5, 0.25], "q8_0": [0.5, 0.25, 0.25]}
+    held: list[int] = []
+
+    class Peer:
+        def __init__(self, path: Path, cache_type: str, tokens: int) -> None:
+            self.odds, self.room, self.length = odds[cache_type], tokens, 0
+
+        def use_threads(self, threads: int) -> None:
+            pass
+
+        def logits(self, ids: np.ndarray) -> np.ndarray:
+            self.length += len(ids)
+            assert len(ids) <= 4
+            assert self.length <= self.room
+            return np.log(np.tile(np.float32(self.odds), (len(ids), 1)))
+
+        def close(self) -> None:
+            held.append(self.length)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp_model", types.SimpleNamespace(BATCH=4, LlamaCpp=Peer))
+    rows = llama_cpp_kl.measure(
+        Path("model.gguf"), torch.zeros(2, 10, dtype=torch.int64), ["q8_0", "q4_0"], 1
+    )
+    assert held == [10] * 6
+    assert [row["type"] for row in rows] == ["q8_0", "q4_0"]
+    assert rows[0]["kl_windows"] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert rows[1]["kl_windows"] == pytest.approx([0.25 * math.log(2)] * 2, rel=1e-6)
+    assert rows[0]["top1"] == [1.0, 1.0]
+    assert rows[1]["top1"] == [0.0, 0.0]
+
+
+def test_table_of_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import accuracy_table
+
+    file = tmp_path / "r.json"
+    content = record("x.raw", "1", kvq3=[0.02, 0.04], nuq4_1p=[0.005])
+    for one in content["artifacts"]:
+        one |= {"bits_per_element": 3.4, "perplexity": 20.2, "baseline_perplexity": 20.0}
+        one |= {"kl_p99": 0.25, "top1_agreement": 0.875}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    accuracy_table.main([str(file)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == [
+        ["`kvq3`", "x.raw", "2", "3.400", "1.0100", "0.0300 ± 0.0100", "0.250", "0.8750"],
+        ["`nuq4-1p`", "x.raw", "1", "3.400", "1.0100", "0.00500", "0.250", "0.8750"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""llama.cpp for ``decode_speed.py``, with the same GGUF file and one of its cache types. Its weights are not converted.
+"""A GGUF file run by llama.cpp with one of its cache types. Its weights are not converted.
 
 It needs ``llama-cpp-python``.
 """
@@ -12,15 +12,20 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-__all__ = ["CACHE_TYPES", "LlamaCpp"]
+__all__ = ["BATCH", "CACHE_TYPES", "LlamaCpp"]
 
 #: Cache types of llama.cpp, by name.
 CACHE_TYPES = {
     "f16": llama_cpp.GGML_TYPE_F16,
     "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q5_1": llama_cpp.GGML_TYPE_Q5_1,
+    "q5_0": llama_cpp.GGML_TYPE_Q5_0,
+    "q4_1": llama_cpp.GGML_TYPE_Q4_1,
+    "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
     "q4_0": llama_cpp.GGML_TYPE_Q4_0,
 }
-_BATCH = 512
+#: Most tokens at a time.
+BATCH = 512
 _FLASH_ATTENTION = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 
@@ -48,7 +53,7 @@ class LlamaCpp:
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = tokens, _BATCH, _BATCH
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = tokens, BATCH, BATCH
         settings.type_k = settings.type_v = CACHE_TYPES[cache_type]
         settings.flash_attn_type = _FLASH_ATTENTION
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, settings)
@@ -66,8 +71,8 @@ class LlamaCpp:
         Raises:
             RuntimeError: the cache has no room for them.
         """
-        for first in range(0, len(ids), _BATCH):
-            part = np.ascontiguousarray(ids[first : first + _BATCH], dtype=np.int32)
+        for first in range(0, len(ids), BATCH):
+            part = np.ascontiguousarray(ids[first : first + BATCH], dtype=np.int32)
             batch = llama_cpp.llama_batch_get_one(
                 part.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token)), len(part)
             )
@@ -75,6 +80,26 @@ class LlamaCpp:
                 raise RuntimeError(f"llama.cpp refused tokens {self.length} to {self.length + len(part)}")
             self.length += len(part)
         llama_cpp.llama_synchronize(self._context)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Process tokens, int32 ``[T]``, at most :data:`BATCH`, and return the logits of all: float32 ``[T, V]``.
+
+        Raises:
+            RuntimeError: the cache has no room for them.
+        """
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place] = int(token), self.length + place
+            batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, 1
+        refused = llama_cpp.llama_decode(self._context, batch) != 0
+        llama_cpp.llama_batch_free(batch)
+        if refused:
+            raise RuntimeError(f"llama.cpp refused tokens {self.length} to {self.length + len(ids)}")
+        self.length += len(ids)
+        vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        found = llama_cpp.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(found, shape=(len(ids), vocabulary)).copy()
 
     @property
     def nbytes(self) -> int:
