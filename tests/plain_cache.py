@@ -74,12 +74,9 @@ class PlainLayer(DynamicLayer):
             if self.exact is None
             else tuple(torch.cat(pair, 2) for pair in zip(self.exact, new, strict=True))
         )
-        length = self.get_seq_length()
-        while length - cache.recent - self.packed >= 32:
-            block = slice(self.packed, self.packed + 32)
-            self._see(*(q(x[:, :, block]) for q, x in zip((self.key, self.value), self.exact, strict=True)))
-            self.packed += 32
-        slots = torch.arange(length)
+        if keys.shape[2] > 1:
+            self._quantize()
+        slots = torch.arange(self.get_seq_length())
         rank = slots - cache.padding[:, None]
         quantized = (slots < self.packed) & ~((rank >= 0) & (rank < cache.sinks))
         quantized = quantized[:, None, :, None]
@@ -87,7 +84,16 @@ class PlainLayer(DynamicLayer):
             torch.where(quantized, torch.cat((seen, x[:, :, self.packed :]), 2), x)
             for seen, x in zip(self.seen or [x[:, :, :0] for x in self.exact], self.exact, strict=True)
         )
+        if keys.shape[2] == 1:  # a single token reads the block that it completes exactly
+            self._quantize()
         return rotation.rotate(k).to(dtype), v.to(dtype)
+
+    def _quantize(self) -> None:
+        """Quantize the blocks that are complete."""
+        while self.get_seq_length() - self.cache.recent - self.packed >= 32:
+            block = slice(self.packed, self.packed + 32)
+            self._see(*(q(x[:, :, block]) for q, x in zip((self.key, self.value), self.exact, strict=True)))
+            self.packed += 32
 
     def _see(self, *new: Tensor) -> None:
         old = self.seen

@@ -40,9 +40,9 @@ class Steps:
         batch = cache.batch
         if self.mask is not None:
             self.mask = torch.cat((self.mask, self.mask.new_ones(batch, 1)), dim=1)
-        before = table.blocks
+        closes = table.blocks > self.pages.blocks
         positions = table.positions(table.length - 1, table.length) + 1
-        table.append(positions, None)
+        table.add(positions, None)
         theirs = cache.storages[1]
         keys, values = layer.tokens("key", batch, 1), layer.tokens("value", batch, 1)
         theirs.append(keys, values, table, cache.theirs.pack)
@@ -50,23 +50,28 @@ class Steps:
         query = torch.randn(shape, generator=layer.generator).to(cache.machine.device).half()
         visibility = Visibility(self.mask, table.length, 1, self.window)
         want = cache.theirs.attend(AttentionRequest(query.float(), visibility, 0.125), theirs, table)
-        if table.blocks > before:
+        if closes:
             self.pages.before_block()
         self.positions.copy_(positions[:, 0])
         self.context.advance()
         self.layer.store(keys, values)
         got = self.layer.attend(AttentionRequest(query, Visibility(None, 1, 1, None), 0.125))
-        if table.blocks > before:
+        if closes:
             self.pages.after_block()
+        table.close_blocks()
+        theirs.close_blocks(table, cache.theirs.pack)
         assert (got.double() - want.double()).norm() <= 1e-3 * want.double().norm()
 
     def close(self) -> None:
         """The storage becomes what it would be without."""
         cache = self.cache
         ours, theirs = cache.storages
+        table, packed = cache.table, self.pages.blocks
         self.pages.close()
-        ours.tail_key, ours.tail_value = self.layer.tail(cache.table.length - cache.table.packed_slots)
-        ours.length = cache.table.length
+        first = table.first[packed] if table.blocks > packed else table.packed_slots
+        ours.tail_key, ours.tail_value = self.layer.tail(table.length - first)
+        ours.length = table.length
+        ours.close_blocks(table, cache.ours.pack)
         for side in ("key", "value"):
             assert_same_pages(getattr(ours, side), getattr(theirs, side))
             assert torch.equal(getattr(ours, f"tail_{side}"), getattr(theirs, f"tail_{side}"))
@@ -140,7 +145,7 @@ def test_steps_note_what_is_wrong(machine: Machine) -> None:
         assert faults()[:2] == [0, int(number == 2)]
     steps = Steps(cache)
     steps.pages.before_block()
-    for number in range(33):
+    for number in range(34):
         steps.positions.fill_(70 + number + (number > 3))
         steps.context.advance()
     assert faults()[:2] == [1, 0]

@@ -26,6 +26,7 @@ class ToyOps:
     """Operations of another backend, which asks torch to do its work and takes notes."""
 
     name = "toy"
+    closer = None
 
     def __init__(self, pair, calls):
         self._torch, self._calls = TorchOps(pair["key"], pair["value"]), calls

@@ -286,7 +286,8 @@ KVQ_DEVICE void store_token(const AppendParams &p, const AppendSide &s) {
     }
 }
 
-// Moves the exact tokens behind a closed block to where the block's tokens were. Threads share no coordinates.
+// Moves the exact tokens behind a closed block to where the block's tokens were. Threads share no coordinates, and each
+// has those that it has in store_token.
 KVQ_DEVICE void move_tail(const AppendParams &p, const AppendSide &s) {
     uint16_t *exact = static_cast<uint16_t *>(const_cast<void *>(s.x)) + s.stride[0] * blockIdx.y;
     for (int i = threadIdx.x; i < p.heads * p.head_dim; i += kThreads) {
@@ -296,7 +297,7 @@ KVQ_DEVICE void move_tail(const AppendParams &p, const AppendSide &s) {
 }
 
 // Grid: new blocks, sequences, 2 (keys, values). 512 threads. Shared memory: the bytes of Work, or of HeadWork for
-// head_warps warps if that is more. With a state, there is one new block or none.
+// head_warps warps if that is more. With a state, there is one new block or none, and a new token after it.
 KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_constant__ AppendParams p) {
     KVQ_SHARED;
     const AppendSide &s = p.side[blockIdx.z];
@@ -304,12 +305,12 @@ KVQ_KERNEL void __launch_bounds__(kThreads, 1) append_blocks(const __grid_consta
         code_block(p, s, kvq_shared, p.first_block + int(blockIdx.x));
         return;
     }
+    if (p.state->closes) {
+        code_block(p, s, kvq_shared, p.state->blocks - 1);
+        __syncthreads();
+        move_tail(p, s);
+    }
     store_token(p, s);
-    if (!p.state->closes) return;
-    __syncthreads();
-    code_block(p, s, kvq_shared, p.state->blocks - 1);
-    __syncthreads();
-    move_tail(p, s);
 }
 
 struct PlaceSide {

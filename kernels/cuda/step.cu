@@ -47,10 +47,10 @@ KVQ_KERNEL void __launch_bounds__(256, 1) advance_step(const __grid_constant__ S
     StepState s = *p.state;
     __syncthreads();
     s.length += 1;
-    s.place = s.held;
-    s.closes = s.place + 1 == p.capacity;
+    s.closes = s.held == p.capacity;  // the step before has filled a block
     const int first_slot = s.packed, block = s.blocks;
-    s.held = s.place + 1 - (s.closes ? kBlockTokens : 0);
+    s.place = s.held - (s.closes ? kBlockTokens : 0);
+    s.held = s.place + 1;
     s.packed += s.closes ? kBlockTokens : 0;
     s.blocks += s.closes;
     s.pages = (s.blocks + kPageBlocks - 1) / kPageBlocks;
@@ -58,9 +58,9 @@ KVQ_KERNEL void __launch_bounds__(256, 1) advance_step(const __grid_constant__ S
     s.first_token = left;
     for (int row = warp_id(); row < p.batch; row += int(blockDim.x) / kWarp) {
         int *exact = p.exact + row * p.capacity;
+        if (s.closes) close_block(p, row, block, first_slot);
         if (lane_id() == 0) exact[s.place] = int(p.position[row]);
         __syncwarp();
-        if (s.closes) close_block(p, row, block, first_slot);
         int *seen = p.seen + row * (p.sinks + p.capacity);
         for (int i = lane_id(); i < p.sinks; i += kWarp)
             seen[i] = p.sink_slot[row * p.sinks + i] >= left ? p.sink[row * p.sinks + i] : kMasked;

@@ -24,8 +24,9 @@ def logits_through(model: Any, cache: Any, ids: Tensor, chunk: int = SHORT_CHUNK
     """Teacher-forced logits ``[B, T, V]`` of ``ids`` (int64 ``[B, T]``), which go on from what ``cache`` holds.
 
     The packed cache packs a block of 32 tokens as soon as its last token is stored, before attention of the same pass
-    reads it. The newest tokens are exact until their block is full. So a smaller ``chunk`` leaves slightly more tokens
-    exact: with ``chunk=1`` every token sees up to 31 exact neighbours, as in generation.
+    reads it; in passes of one token, after attention. The newest tokens are exact until their block is full. So a
+    smaller ``chunk`` leaves slightly more tokens exact: with ``chunk=1`` every token sees up to 31 exact neighbours, as
+    in generation.
 
     Args:
         model: the unquantized causal language model, attached if ``cache`` is packed.

@@ -96,6 +96,7 @@ class KVQCache(Cache):  # type: ignore[misc]
         self.states = States(config, layers, own_state(model))
         self.forward_pass = ForwardPass(
             self.contents,
+            ops,
             modules,
             limit if max_tokens is None else max_tokens,
             rope_switch(config),

@@ -113,7 +113,7 @@ class KVQCacheLayer(AttendingLayer):
             wrong = self.wrong_rope(rotation.unrotate(call.key), call.key, newest)
             self._wrong_rope = wrong if self._wrong_rope is None else self._wrong_rope | wrong
             # Reading the result makes the host wait for the GPU, so steps of one token leave it to the next block.
-            if call.key.device.type == "cpu" or tokens > 1 or table.blocks > storage.key.blocks:
+            if call.key.device.type == "cpu" or tokens > 1 or table.complete:
                 self._check_rope()
         self.store_call(storage, call, rotation, table)
         return storage, table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.intercept import AttentionCall
 from kvq_calib.model.rope import Rotation, find_apply_rotary
 from kvq_calib.model.states import States
+from kvq_calib.runtime.closing import BlockCloser, close_blocks
 from kvq_calib.runtime.contents import CacheContents
 from kvq_calib.runtime.slots import SlotTable
 from kvq_calib.runtime.storage import LayerStorage, StorageMark
@@ -28,6 +29,7 @@ class ForwardPass:
 
     Args:
         contents: contents of the cache.
+        closers: what packs the blocks of each layer.
         modules: the attention modules of the model.
         max_tokens: largest number of tokens, or ``None``.
         rope_switch: see :func:`kvq_calib.model.rope.rope_switch`.
@@ -39,6 +41,7 @@ class ForwardPass:
     def __init__(
         self,
         contents: CacheContents,
+        closers: Sequence[BlockCloser],
         modules: Set[nn.Module],
         max_tokens: int | None,
         rope_switch: int | None,
@@ -51,6 +54,7 @@ class ForwardPass:
         self.single_tokens = single_tokens
         self.states = states
         self.contents = contents
+        self.closers = closers
         self.modules = modules
         self.max_tokens = max_tokens
         self.rope_switch = rope_switch
@@ -129,6 +133,9 @@ class ForwardPass:
     ) -> tuple[LayerStorage, SlotTable]:
         """Prepare for the new tokens of a layer. The first layer of a pass gives them slots.
 
+        If there are several for a sequence, the blocks that they complete are packed as each layer stores them, so that
+        no prompt is held exactly. A block that single tokens complete is packed by :meth:`end`, for all layers at once.
+
         Args:
             layer: number of the layer.
             batch: number of sequences ``B``.
@@ -149,7 +156,9 @@ class ForwardPass:
             self._marks = []
             table = contents.start(batch) if contents.table is None else contents.table
             real = visibility.real()
-            table.append(positions, real if real is None else real.expand(batch, -1))
+            table.add(positions, real if real is None else real.expand(batch, -1))
+            if visibility.tokens > 1:
+                table.close_blocks()
         assert contents.table is not None
         storage = contents.storages[layer]
         self._marks.append((storage, storage.mark()))
@@ -199,9 +208,15 @@ class ForwardPass:
             )
 
     def end(self) -> None:
-        """End the pass after its last layer. It is no longer undone."""
-        if self.contents.table is not None:
-            self.contents.table.angles.clear()
+        """End the pass after its last layer: pack the block that is complete now, if any. It is no longer undone.
+
+        Raises:
+            RuntimeMismatchError: on a GPU, a number does not fit the storage dtype.
+        """
+        table = self.contents.table
+        if table is not None:
+            close_blocks(self.closers, self.contents.storages, table)
+            table.angles.clear()
         self._before, self._marks, self._rotations = None, [], []
 
     def roll_back(self) -> None:

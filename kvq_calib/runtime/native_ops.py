@@ -40,6 +40,8 @@ class NativeOps:
 
     #: Name of the backend.
     name = "native"
+    #: Every layer packs its own blocks.
+    closer = None
 
     def __init__(self, key: Quantizer, value: Quantizer, view: StepView) -> None:
         self.view = view

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.model.rope import RopeTable, Rotation
+from kvq_calib.runtime.closing import LayersCloser
 from kvq_calib.runtime.cuda.ops import make_cuda_ops
 from kvq_calib.runtime.native_ops import can_run, make_native_ops
 from kvq_calib.runtime.slots import SlotTable
@@ -43,6 +44,10 @@ class Ops(Protocol):
     @property
     def rope(self) -> RopeTable | None:
         """The rotary embedding to apply to keys on every read; ``None`` if they are stored as attention uses them."""
+
+    @property
+    def closer(self) -> LayersCloser | None:
+        """Packs blocks of all layers in one call; the layers share it. ``None`` if each packs its own."""
 
     def join(
         self, storage: LayerStorage, keys: Tensor, values: Tensor, rotation: Rotation | None

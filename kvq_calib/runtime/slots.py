@@ -6,6 +6,9 @@ packed in blocks of 32; the others are exact (the *tail*)::
     slot      0 ........ packed_slots ........ length
               blocks 0 .. n-1         tail
 
+A block is listed at once, or after attention if the pass has one token per sequence (:meth:`SlotTable.add`). So
+attention of such a pass reads its newest block exactly, and all layers of the pass can be packed together.
+
 A block has 32 slots, or fewer if :meth:`SlotTable.crop` has cut it. Nothing is quantized again, and the next tokens
 start a new block. Block ``k`` is in page ``k // 8`` at place ``k % 8``, even if it is not full.
 """
@@ -77,7 +80,12 @@ class SlotTable:
         return self._ragged
 
     def append(self, positions: Tensor, real: Tensor | None) -> None:
-        """Add ``T`` slots.
+        """Add slots as :meth:`add` does, and list the blocks that are complete then."""
+        self.add(positions, real)
+        self.close_blocks()
+
+    def add(self, positions: Tensor, real: Tensor | None) -> None:
+        """Add ``T`` slots to the tail.
 
         Args:
             positions: integer ``[B or 1, T]``.
@@ -99,7 +107,15 @@ class SlotTable:
             self.position_pages[-1][:, place : place + count] = positions[:, done : done + count]
             done += count
         self.length += tokens
-        while self.length - self.recent_tokens - self.packed_slots >= BLOCK_TOKENS:
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tail has a block that :meth:`close_blocks` would list."""
+        return self.length - self.recent_tokens - self.packed_slots >= BLOCK_TOKENS
+
+    def close_blocks(self) -> None:
+        """List the blocks that are complete. Every storage must then be packed, before anybody reads it."""
+        while self.complete:
             self._ragged |= bool(self.fill) and self.fill[-1] < BLOCK_TOKENS
             self.first.append(self.packed_slots)
             self.fill.append(BLOCK_TOKENS)

@@ -39,8 +39,9 @@ _MASK, _ROPE = _FIRST_FAULT + 2, _FIRST_FAULT + 3
 class StepCache:
     """The storage of a cache while its steps are captured; made by :meth:`of`.
 
-    While it is in use, the cache's storages lack the newest tokens. They get them by
-    :meth:`~kvq_calib.runtime.contents.CacheContents.settle`, after which this object must not be used.
+    While it is in use, the cache's storages lack the newest tokens, and the block that the last step completed is not
+    packed yet. :meth:`~kvq_calib.runtime.contents.CacheContents.settle` makes up for both. After it, this object must
+    not be used.
 
     Args:
         cache: a cache with CUDA operations that has tokens.
@@ -113,7 +114,7 @@ class StepCache:
             mask: ``[B, S + 1]``, or ``None``.
         """
         table = self.table
-        self._closes = table.length + 1 - table.recent_tokens - table.packed_slots >= 32
+        self._closes = table.blocks > self._pages.blocks
         if self._closes:
             if self._copied is not None:
                 self._refuse(self._copied.read())
@@ -180,13 +181,15 @@ class StepCache:
             self._pages.close()
 
     def _settled(self) -> None:
-        """Copy everything to the cache's storages."""
-        contents = self.cache.contents
+        """Copy everything to the cache's storages, and pack the block that the last step completed."""
+        contents, table = self.cache.contents, self.table
         contents.settle = contents.nothing_to_settle
         self._pages.close()
-        for storage, layer in zip(contents.storages, self._layers, strict=True):
-            storage.tail_key, storage.tail_value = layer.tail(self.table.length - self.table.packed_slots)
         self._refuse(self._state.flatten().tolist())
+        waiting = table.first[self._pages.blocks] if table.blocks > self._pages.blocks else table.packed_slots
+        for storage, own, layer in zip(contents.storages, self._layers, self.cache.packed, strict=True):
+            storage.tail_key, storage.tail_value = own.tail(table.length - waiting)
+            storage.close_blocks(table, layer.ops.pack)
 
     def _refuse(self, state: list[int]) -> None:
         for number, message in enumerate(_FAULTS):

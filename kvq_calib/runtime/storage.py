@@ -17,7 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.packing import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS, PageLayout, pack_outliers
+from kvq_calib.codec.packing import (
+    BLOCK_TOKENS,
+    PAGE_BLOCKS,
+    PAGE_TOKENS,
+    OutlierLists,
+    PageLayout,
+    pack_outliers,
+)
 from kvq_calib.codec.quantizer import Quantized
 from kvq_calib.errors import RuntimeMismatchError
 from kvq_calib.runtime.slots import SlotTable
@@ -118,10 +125,7 @@ class PackedTensor:
 
     def append_codes(self, q: Quantized) -> None:
         """Pack whole blocks, no more than fit into the open page. Earlier pages are not changed."""
-        layout, place = self.layout, self.blocks % PAGE_BLOCKS
-        if place == 0:
-            self.pages.append(self.new_page())
-        page = self.pages[-1]
+        layout, place, page = self.layout, self.blocks % PAGE_BLOCKS, self.open_page()
         layout.write(page.codes, q.codes, place)
         if page.token_params is not None:
             assert q.token_scale is not None
@@ -129,20 +133,40 @@ class PackedTensor:
             here = slice(place * BLOCK_TOKENS, place * BLOCK_TOKENS + q.codes.shape[1])
             page.token_params[:, here, 0] = q.token_scale
             page.token_params[:, here, 1] = q.token_zero_point
+        lists = None
         if page.outlier_start is not None:
-            assert page.outlier_index is not None
-            assert page.outlier_residual is not None
             assert q.outliers is not None
             assert q.residual is not None
             lists = pack_outliers(q.outliers, q.residual, layout.heads)
+        self.add_blocks(page, q.codes.shape[1] // BLOCK_TOKENS, lists)
+
+    def open_page(self) -> Page:
+        """The page for the next block. A new one is not in :attr:`pages` until :meth:`add_blocks`."""
+        return self.pages[-1] if self.blocks % PAGE_BLOCKS else self.new_page()
+
+    def add_blocks(self, page: Page, count: int, lists: OutlierLists | None) -> None:
+        """Count blocks that were written to the open page behind those it has, and store their outliers.
+
+        Args:
+            page: the result of :meth:`open_page`.
+            count: number of new blocks.
+            lists: their outliers; ``None`` without.
+        """
+        place = self.blocks % PAGE_BLOCKS
+        if place == 0:
+            self.pages.append(page)
+        if lists is not None:
+            assert page.outlier_start is not None
+            assert page.outlier_index is not None
+            assert page.outlier_residual is not None
             ends = (page.entries + lists.counts.flatten().cumsum(0)).to(page.outlier_start.dtype)
-            begin = place * self.batch * layout.heads + 1
+            begin = place * self.batch * self.layout.heads + 1
             page.outlier_start[begin : begin + len(ends)] = ends
             page.outlier_start[begin + len(ends) :] = ends[-1]
             # At most the seven blocks before this one are copied, so the cost is bounded by the page.
             page.outlier_index = torch.cat((page.outlier_index, lists.index))
             page.outlier_residual = torch.cat((page.outlier_residual, lists.residual))
-        self.blocks += q.codes.shape[1] // BLOCK_TOKENS
+        self.blocks += count
 
     def new_page(self) -> Page:
         """Make an empty page of this tensor. It is not in :attr:`pages` yet."""
@@ -286,9 +310,6 @@ class LayerStorage:
             self._check_finite(values)
         keys = torch.cat((self.tail_key, keys), dim=2)
         values = torch.cat((self.tail_value, values), dim=2)
-        if table.blocks > self.key.blocks and keys.device.type != "cpu":
-            self._check_finite(keys)
-            self._check_finite(values)
         self.hold(keys, values, table, pack)
 
     def hold(self, keys: Tensor, values: Tensor, table: SlotTable, pack: Pack) -> None:
@@ -298,15 +319,35 @@ class LayerStorage:
             keys, values: storage dtype ``[B, H, t + T, D]``, finite: the tail, then the last ``T`` slots of ``table``.
             table, pack: as for :meth:`append`.
         """
-        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
         start, held = self.length, self.tail_key.shape[2]
         if table.sinks_found_at == start and table.sink_slots.shape[1]:
             self._store_sinks(keys[:, :, held:], values[:, :, held:], table.sink_slots, start)
-        if packed:
-            pack(self, keys[:, :, :packed], values[:, :, :packed])
-            keys, values = keys[:, :, packed:].clone(), values[:, :, packed:].clone()
         self.tail_key, self.tail_value = keys, values
         self.length = table.length
+        self.close_blocks(table, pack)
+
+    def close_blocks(self, table: SlotTable, pack: Pack) -> None:
+        """Pack the blocks that ``table`` lists and that are in the tail yet, if any.
+
+        Args:
+            table, pack: as for :meth:`append`.
+
+        Raises:
+            RuntimeMismatchError: on a GPU, a number does not fit the storage dtype.
+        """
+        packed = (table.blocks - self.key.blocks) * BLOCK_TOKENS
+        if not packed:
+            return
+        if self.tail_key.device.type != "cpu":
+            self._check_finite(self.tail_key)
+            self._check_finite(self.tail_value)
+        pack(self, self.tail_key[:, :, :packed], self.tail_value[:, :, :packed])
+        self.shorten_tail(packed)
+
+    def shorten_tail(self, packed: int) -> None:
+        """Drop the oldest ``packed`` tokens of the tail, which are in pages now."""
+        self.tail_key = self.tail_key[:, :, packed:].clone()
+        self.tail_value = self.tail_value[:, :, packed:].clone()
 
     @staticmethod
     def _check_finite(x: Tensor) -> None:

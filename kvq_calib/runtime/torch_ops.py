@@ -79,6 +79,8 @@ class TorchOps:
 
     #: Of the backend.
     name = "torch"
+    #: Every layer packs its own blocks.
+    closer = None
 
     def __init__(self, key: Quantizer, value: Quantizer) -> None:
         self.key = key

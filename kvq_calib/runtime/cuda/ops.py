@@ -43,6 +43,8 @@ class CudaOps:
 
     #: Name of the backend.
     name = "cuda"
+    #: Every layer packs its own blocks.
+    closer = None
 
     def __init__(self, key: Quantizer, value: Quantizer, launcher: Launcher, view: SlotView) -> None:
         self.launcher = launcher

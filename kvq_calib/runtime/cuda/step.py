@@ -1,8 +1,9 @@
 """A decode step with the same launches for every token. Everything that changes is on the device.
 
-:class:`StepContext` holds the visible tokens and the places of new ones (``step.cu``). :class:`StepLayer` stores them,
-packs a block when it is full, and attends. Nothing here waits for the device, so every step, even one that closes a
-block, can be captured in a CUDA graph.
+:class:`StepContext` holds the visible tokens and the places of new ones (``step.cu``). :class:`StepLayer` stores them
+and attends. A block that a step completes is packed at the beginning of the next one: before that, attention reads its
+tokens exactly, as in steps that are not captured. Nothing here waits for the device, so every step, even one that
+closes a block, can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -150,7 +151,10 @@ class StepLayer:
                     self._place.side[side] = place_side(self._tables[side], pages[side], own)
 
     def store(self, keys: Tensor, values: Tensor) -> None:
-        """Store new tokens, input of the quantizers ``[B, H, 1, D]``, and pack a block if it is full.
+        """Pack the block that the step before has completed, if any, and store new tokens.
+
+        Args:
+            keys, values: input of the quantizers, ``[B, H, 1, D]``.
 
         Raises:
             RuntimeMismatchError: a shape, dtype, stride or device is wrong.
@@ -189,6 +193,6 @@ class StepLayer:
         return self._kernel.attend(step)[:, None]
 
     def tail(self, held: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values of the first ``held`` exact tokens behind the blocks."""
+        """Copies of the keys and values of the first ``held`` exact tokens behind the packed blocks."""
         keys, values = self._exact
         return keys[:, :, :held].clone(), values[:, :, :held].clone()
