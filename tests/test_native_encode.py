@@ -568,7 +568,7 @@ def test_nothing_is_read_or_written_beyond_its_end(folder: Path, tmp_path: Path)
         "PYTHONMALLOC": "malloc",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    for script in ("native_sanitized.py", "native_sanitized_reading.py"):
+    for script in ("native_sanitized.py", "native_sanitized_reading.py", "native_sanitized_closing.py"):
         command = [sys.executable, str(Path(__file__).parent / script), isa, str(tmp_path), str(folder)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr[-3000:]

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // Increased with every change of this interface. A library with another number is not used.
-#define KVQ_ABI 5
+#define KVQ_ABI 6
 
 #if defined(__GNUC__)
 #define KVQ_EXPORT __attribute__((visibility("default")))
@@ -177,6 +177,23 @@ struct KvqScalar {
     const float* inverse;    // [C], 1 / scale as rounded by the reference
 };
 
+// A block of one layer's keys or values that is coded and packed.
+struct KvqBlock {
+    const KvqTrellis* trellis;  // one of the two, and null for the other
+    const KvqScalar* scalar;
+    const uint8_t* width;       // [C], of each channel in bits
+    const uint16_t* x;          // 32 tokens in the storage type: [batch, heads, 32, size], a head's numbers in a row
+    int64_t stride[2];          // numbers from a sequence and from a head to the next
+    int32_t* page;              // [batch, 8 * sum of widths], written at the block's place
+    uint16_t* token;            // [batch, 256, 2], scales and zero points, likewise; null without token_scales
+    uint16_t* index;            // [batch, 32 * outlier_cap], lists of each sequence's heads one after another; null
+                                // where there are no outliers
+    uint16_t* listed;           // likewise, their residuals
+    int32_t* counts;            // [batch, heads], entries of each list
+    int32_t bfloat;             // of the storage type
+    int32_t status;             // written: KVQ_OK, or why the block's output must not be used
+};
+
 extern "C" {
 // KVQ_ABI of the library.
 KVQ_EXPORT int32_t kvq_abi();
@@ -222,6 +239,11 @@ KVQ_EXPORT int32_t kvq_pack(const uint8_t* width, int64_t channels, const uint8_
 KVQ_EXPORT int32_t kvq_list_outliers(const uint8_t* outlier, const uint16_t* residual, int64_t batch, int32_t blocks,
                                      int32_t heads, int32_t size, int32_t* counts, int64_t entries, uint16_t* index,
                                      uint16_t* listed);
+
+// Code and pack `count` blocks of as many layers' keys or values, at block `place` of a page of each. Results equal
+// those of the functions above, for any number of threads. If a number is not finite, the block's status says so. The
+// result is KVQ_NOT_A_NUMBER then, and the other blocks can be used.
+KVQ_EXPORT int32_t kvq_close_blocks(KvqBlock* blocks, int32_t count, int32_t batch, int32_t place, int32_t threads);
 
 // The tail with new tokens appended. KVQ_NOT_A_NUMBER if one is not finite in the storage type.
 KVQ_EXPORT int32_t kvq_join(const KvqJoin* call);

@@ -74,6 +74,7 @@ int32_t kvq_pack(const uint8_t* width, int64_t channels, const uint8_t* codes, i
                     for (int n = 0; n < there; n++) unit[n][t] = from[t * channels + start + n];
                 for (int n = 0; n < there; n++) {
                     const int bits = width[start + n];
+                    if (bits == 0) continue;  // a page without words may be null
                     uint32_t packed[kMostWidth];
                     pack_unit(unit[n], bits, packed);
                     int32_t* to = page + sequence * row_words + kPageBlocks * words + (first + block) * bits;

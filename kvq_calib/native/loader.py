@@ -23,6 +23,7 @@ __all__ = [
     "FOLDER",
     "ISAS",
     "KvqAttention",
+    "KvqBlock",
     "KvqCodes",
     "KvqDequantize",
     "KvqExact",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 #: Value of ``KVQ_ABI`` in ``kernels/cpu/kvq_native.h``.
-ABI = 5
+ABI = 6
 #: Folder of the libraries, which the package's build fills.
 FOLDER = Path(__file__).parent.parent / "_native"
 #: Instruction sets by machine, best first.
@@ -54,6 +55,7 @@ ISAS = _BY_MACHINE.get(platform.machine().lower(), ())
 _RETURN_STATUS = (
     *("kvq_encode_trellis", "kvq_encode_scalar", "kvq_pack", "kvq_list_outliers"),
     *(
+        "kvq_close_blocks",
         "kvq_join",
         "kvq_attend",
         "kvq_attend_each",
@@ -163,6 +165,17 @@ class KvqJoin(ctypes.Structure):
         *_numbers(ctypes.c_void_p, "pair", "cosine", "sine"),
         *_numbers(ctypes.c_int64, "angle_stride", "width"),
         ("out", ctypes.c_void_p * 2),
+    ]
+
+
+class KvqBlock(ctypes.Structure):
+    """``KvqBlock`` of the same header."""
+
+    _fields_ = [
+        *_numbers(ctypes.c_void_p, "trellis", "scalar", "width", "x"),
+        ("stride", ctypes.c_int64 * 2),
+        *_numbers(ctypes.c_void_p, "page", "token", "index", "listed", "counts"),
+        *_numbers(ctypes.c_int32, "bfloat", "status"),
     ]
 
 
@@ -282,6 +295,7 @@ def library_of(isa: str, folder: Path) -> Library:
     functions.kvq_pack.argtypes = [pointer, size, pointer, size, number, number, pointer]
     lists = functions.kvq_list_outliers
     lists.argtypes = [pointer, pointer, size, number, number, number, pointer, size, pointer, pointer]
+    functions.kvq_close_blocks.argtypes = [pointer, number, number, number, number]
     functions.kvq_join.argtypes = [ctypes.POINTER(KvqJoin)]
     for name in _RETURN_STATUS:
         getattr(functions, name).restype = ctypes.c_int32

@@ -19,6 +19,7 @@ from kvq_calib.native.join import Joiner
 from kvq_calib.native.loader import library
 from kvq_calib.runtime.dense import attend_dense
 from kvq_calib.runtime.exact_tokens import ExactTokens
+from kvq_calib.runtime.native_closing import NativeCloser
 from kvq_calib.runtime.native_pages import PageAddresses
 from kvq_calib.runtime.native_steps import StepView
 from kvq_calib.runtime.slots import SlotTable
@@ -36,15 +37,14 @@ class NativeOps:
     Args:
         key, value: quantizers of the layer, on the CPU.
         view: step view, which the layers of a cache share.
+        closer: packs blocks of all layers of the cache; the layers share it.
     """
 
     #: Name of the backend.
     name = "native"
-    #: Every layer packs its own blocks.
-    closer = None
 
-    def __init__(self, key: Quantizer, value: Quantizer, view: StepView) -> None:
-        self.view = view
+    def __init__(self, key: Quantizer, value: Quantizer, view: StepView, closer: NativeCloser) -> None:
+        self.view, self.closer = view, closer
         self._quantizers = key, value
         self._torch = TorchOps(key, value)
         self.rope = self._torch.rope
@@ -184,4 +184,6 @@ def make_native_ops(quantizers: Sequence[Mapping[Kind, Quantizer]], device: torc
         why = "no native library is there; install the package with a C++ compiler"
         raise RuntimeMismatchError("KVQ_CALIB_OPS is 'torch'" if ops == "torch" else why)
     view = StepView(found)
-    return [NativeOps(pair["key"], pair["value"], view) for pair in quantizers]
+    layers = [(pair["key"], pair["value"]) for pair in quantizers]
+    closer = NativeCloser(found, layers)
+    return [NativeOps(key, value, view, closer) for key, value in layers]
