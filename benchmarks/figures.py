@@ -32,6 +32,7 @@ _CACHES = [
     ("hqq-4bit", "hqq 4", "s4"), ("hqq-2bit", "hqq 2", "s4"),
     ("quanto-4bit", "quanto 4", "s4"), ("quanto-2bit", "quanto 2", "s4"),
     ("kivi-4bit", "KIVI 4", "other"), ("kivi-2bit", "KIVI 2", "other"), ("oscar-2bit", "OSCAR 2", "other"),
+    ("kvarn-k4v2", "KVarN 4", "other"), ("kvarn-k2v2", "KVarN 2", "other"), ("turboquant-k8v4", "TurboQuant 8", "s5"),
 ]  # fmt: skip
 _ORIGINS = (
     ("this project", "s0"),
@@ -55,10 +56,11 @@ _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p"
 def kl_by_bits(palette: Palette) -> Chart:
     """KL divergence against bits for our recipes, KVQuant and other projects, all on the same 2 windows.
 
-    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the current ``kvq*``. The other record has the
-    rest.
+    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the current ``kvq*``, and
+    ``compare-newer-wikitext2.json`` other rivals added later. The first record has the rest.
     """
-    contents = [record(name) for name in ("compare-wikitext2", "compare-llamacpp-wikitext2")]
+    names = ("compare-wikitext2", "compare-llamacpp-wikitext2", "compare-newer-wikitext2")
+    contents = [record(name) for name in names]
     assert len({content["config"]["data"]["sha256"] for content in contents}) == 1
     measured = {
         one["name"]: one for content in contents for one in (*content["artifacts"], *content["rivals"])
@@ -72,7 +74,7 @@ def kl_by_bits(palette: Palette) -> Chart:
         "bits per element at 2,048 tokens, everything counted",
         "KL divergence, nats per token",
     )
-    chart = frontier(points, labels, palette=palette, width=WIDTH, height=480.0, top=44.0)
+    chart = frontier(points, labels, palette=palette, width=WIDTH, height=620.0, top=44.0)
     legend(chart, _ORIGINS)
     return chart
 
