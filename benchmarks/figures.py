@@ -45,11 +45,10 @@ _ORIGINS = (
 
 #: Files with the KL divergence of every window. Of files with the same recipe, the first counts.
 _TEXTS = {
-    "Wikitext-2": ("kvq-wikitext2", "nuq-wikitext2"),
-    "C4": ("kvq-c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
+    "Wikitext-2": ("wikitext2", "wikitext2-kvq4"),
+    "C4": ("c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
     "Gemma 3 270M, Wikitext-2": ("kvq-gemma3-270m-wikitext2", "gemma3-270m-wikitext2"),
 }
-_WITH_TABLES = {"kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4", "gemma3-270m-wikitext2"}
 _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p": "other"}
 
 
@@ -85,15 +84,12 @@ def kl_by_recipe(palette: Palette) -> Chart:
     axes = chart.axes
     with chart.style():
         for group, files in enumerate(_TEXTS.values()):
-            found: dict[str, tuple[Sequence[float], bool]] = {}
+            found: dict[str, Sequence[float]] = {}
             for file in files:
                 for one in record(file)["artifacts"]:
-                    tables = file in _WITH_TABLES and one["name"].startswith("kvq")
-                    found.setdefault(one["name"], (one["kl_windows"], tables))
+                    found.setdefault(one["name"], one["kl_windows"])
             for place, (name, colour) in enumerate(_RECIPES.items()):
-                if name not in found:
-                    continue
-                windows, tables = found[name]
+                windows = found[name]
                 mean = sum(windows) / len(windows)
                 at, fill = group - 0.36 + 0.18 * place, chart.colour(colour)
                 axes.errorbar(
@@ -104,10 +100,7 @@ def kl_by_recipe(palette: Palette) -> Chart:
                     capsize=4,
                     linewidth=1.6,
                 )
-                axes.plot(
-                    at, mean, marker="o", markersize=9, markeredgewidth=2, linestyle="none",
-                    markerfacecolor=chart.colour("panel") if tables else fill, markeredgecolor=fill,
-                )  # fmt: skip
+                axes.plot(at, mean, marker="o", markersize=9, linestyle="none", color=fill)
         axes.set_yscale("log")
         axes.set_ylim(0.0016, 0.12)
         ticks = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]
@@ -116,7 +109,7 @@ def kl_by_recipe(palette: Palette) -> Chart:
         axes.set_xlim(-0.5, len(_TEXTS) - 0.5)
         axes.set_xticks(range(len(_TEXTS)), list(_TEXTS))
         name_axes(chart, "", "KL divergence, nats per token")
-    legend(chart, [*_RECIPES.items(), ("hollow: levels in tables", None)])
+    legend(chart, _RECIPES.items())
     return chart
 
 

@@ -599,9 +599,10 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "folder"),
     [
-        ("kvq-wikitext2", "smollm2-135m-wikitext2"),
-        ("nuq-wikitext2", "smollm2-135m-wikitext2"),
-        ("kvq-c4", "smollm2-135m-c4"),
+        ("wikitext2", "smollm2-135m-wikitext2"),
+        ("wikitext2-kvq4", "smollm2-135m-wikitext2"),
+        ("long-wikitext2", "smollm2-135m-wikitext2"),
+        ("c4", "smollm2-135m-c4"),
     ],
 )
 def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, folder: str) -> None:
