@@ -5,16 +5,13 @@
 
 #include "halves.h"
 #include "kvq_native.h"
+#include "page.h"
 #include "pool.h"
 #include "prepare.h"
 
 namespace kvq {
 namespace {
 
-constexpr int kPageBlocks = 8;
-constexpr int kBlockTokens = 32;
-constexpr int kPageTokens = kPageBlocks * kBlockTokens;
-constexpr int kMostWidth = 8;
 constexpr int kMostBlocks = 1 << 20;
 constexpr int kMostSequences = 1 << 26;
 // Sequences whose blocks are coded at a time, so that memory does not grow with their number.

@@ -2,15 +2,13 @@
 #include <cstring>
 
 #include "kvq_native.h"
+#include "page.h"
 #include "simd.h"
 
 namespace kvq {
 namespace {
 
-constexpr int kPageBlocks = 8;
-constexpr int kBlockTokens = 32;
 constexpr int kCoordinateBits = 11;
-constexpr int kMostWidth = 8;
 
 // Eight codes of a slice to nibbles, `bits` of each from `from` on.
 uint32_t nibbles(const uint8_t* slice, int from, uint32_t mask) {

@@ -5,13 +5,11 @@
 // nothing else depends on them.
 #pragma once
 
+#include "page.h"
 #include "wide.h"
 
 namespace kvq {
 
-constexpr int kPageBlocks = 8;
-constexpr int kBlockTokens = 32;
-constexpr int kPageTokens = kPageBlocks * kBlockTokens;
 constexpr int kUnits = kLanes / 4;
 constexpr int kGroups = kPageBlocks / kUnits;
 // Vectors of levels of a group, and of a page.

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from kvq_calib.native.checks import are_numbers, check, pointer
+from kvq_calib.native.layout import PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.native.loader import KvqAttention, KvqCodes, KvqExact, Library
 
 __all__ = ["CodeTables", "DecodeStep", "LayerKernel", "PageRows", "Turns"]
 
 #: Number of fields of ``KvqPage``, of eight bytes each.
 PAGE_FIELDS = 8
-_PAGE_BLOCKS = 8
-_PAGE_TOKENS = 256
 _COEFFICIENTS = 6
 
 
@@ -79,7 +78,7 @@ class CodeTables:
     @property
     def row_words(self) -> int:
         """Number of 32-bit words of a sequence in a page."""
-        return _PAGE_BLOCKS * sum(self.widths)
+        return PAGE_BLOCKS * sum(self.widths)
 
     def described(self) -> tuple[KvqCodes, list[Tensor]]:
         """The C structure, and the tensors that it points to."""
@@ -138,8 +137,8 @@ class Turns:
             out: float32 ``[n, P, 2, 8]``, filled in place.
         """
         count = len(out)
-        check("positions", positions, torch.int32, (count * _PAGE_BLOCKS,))
-        check("out", out, torch.float32, (count, len(self.pair), 2, _PAGE_BLOCKS))
+        check("positions", positions, torch.int32, (count * PAGE_BLOCKS,))
+        check("out", out, torch.float32, (count, len(self.pair), 2, PAGE_BLOCKS))
         fill = self.library.functions.kvq_turns_of_blocks
         are_numbers(
             fill(self.frequency.data_ptr(), len(self.pair), positions.data_ptr(), count, out.data_ptr())
@@ -193,7 +192,7 @@ class PageRows:
         if tables.token_scales:
             if token is None:
                 raise ValueError("token: scales of tokens are missing")
-            check("token", token, tables.storage, (self.batch, _PAGE_TOKENS, 2))
+            check("token", token, tables.storage, (self.batch, PAGE_TOKENS, 2))
         entries = width = 0
         if start is not None:
             if index is None or residual is None or start.dtype not in (torch.int16, torch.int32):
@@ -201,7 +200,7 @@ class PageRows:
             entries, width = len(index), start.element_size()
             check("index", index, torch.int16, (entries,))
             check("residual", residual, tables.storage, (entries,))
-            check("start", start, start.dtype, (_PAGE_BLOCKS * self.batch * tables.heads + 1,))
+            check("start", start, start.dtype, (PAGE_BLOCKS * self.batch * tables.heads + 1,))
         held = (codes, token, index, residual, start)
         if self.count == len(self._rows):
             self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)))
@@ -245,12 +244,12 @@ class DecodeStep:
         Raises:
             ValueError: a tensor has a wrong dtype, shape or device.
         """
-        check("seen", self.seen, torch.int32, (self.batch, self.pages * _PAGE_BLOCKS))
+        check("seen", self.seen, torch.int32, (self.batch, self.pages * PAGE_BLOCKS))
         check("exact_seen", self.exact_seen, torch.bool, (self.batch, self.exact))
         if (self.block_turns is None) != (self.exact_turns is None):
             raise ValueError("exact_turns: needed with block_turns, and only then")
         if self.block_turns is not None and self.exact_turns is not None:
-            shape = (self.batch, self.pages, self.pairs, 2, _PAGE_BLOCKS)
+            shape = (self.batch, self.pages, self.pairs, 2, PAGE_BLOCKS)
             check("block_turns", self.block_turns, torch.float32, shape)
             check("exact_turns", self.exact_turns, torch.float32, (self.batch, self.exact, 2, self.pairs))
 
@@ -262,7 +261,7 @@ class DecodeStep:
     @property
     def pages(self) -> int:
         """Number of pages ``n`` in the tables."""
-        return self.seen.shape[1] // _PAGE_BLOCKS
+        return self.seen.shape[1] // PAGE_BLOCKS
 
     @property
     def exact(self) -> int:

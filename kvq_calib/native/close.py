@@ -15,13 +15,10 @@ from torch import Tensor
 from kvq_calib.native.checks import are_numbers, check, pointer
 from kvq_calib.native.encode import TrellisTables
 from kvq_calib.native.encode_scalar import ScalarTables
+from kvq_calib.native.layout import BLOCK_TOKENS, PAGE_BLOCKS, PAGE_TOKENS
 from kvq_calib.native.loader import KvqBlock, KvqScalar, KvqTrellis, Library
 
 __all__ = ["BlockCoder", "BlockTables", "NewBlock", "OutlierBlock"]
-
-_BLOCK_TOKENS = 32
-_PAGE_BLOCKS = 8
-_PAGE_TOKENS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +117,7 @@ class BlockCoder:
     def __init__(self, library: Library, sides: Sequence[BlockTables]) -> None:
         self.library, self.sides = library, tuple(sides)
         self._codecs = [side.described() for side in self.sides]
-        self._words = [_PAGE_BLOCKS * int(side.widths.sum()) for side in self.sides]
+        self._words = [PAGE_BLOCKS * int(side.widths.sum()) for side in self.sides]
         self._blocks = (KvqBlock * max(len(self.sides), 1))()
         #: Copies of a cache share this object, and threads may have one each.
         self._lock = threading.Lock()
@@ -142,7 +139,7 @@ class BlockCoder:
         """
         if not blocks:
             return []
-        if len({block.side for block in blocks}) < len(blocks) or not 0 <= place < _PAGE_BLOCKS:
+        if len({block.side for block in blocks}) < len(blocks) or not 0 <= place < PAGE_BLOCKS:
             raise ValueError(f"blocks: two of one side, or at place {place} of a page")
         batch = blocks[0].x.shape[0]
         with self._lock:
@@ -165,7 +162,7 @@ class BlockCoder:
             raise ValueError(f"side: {block.side} of {len(self.sides)}")
         side, codec, x = self.sides[block.side], self._codecs[block.side], block.x
         heads, size = side.tables.heads, side.tables.size
-        if x.ndim != 4 or x.shape[2] < _BLOCK_TOKENS or batch < 1:
+        if x.ndim != 4 or x.shape[2] < BLOCK_TOKENS or batch < 1:
             raise ValueError(f"x: {list(x.shape)} has no whole block")
         check("x", x, side.storage, (batch, heads, x.shape[2], size), contiguous=False)
         if x.stride()[2:] != (size, 1):
@@ -174,10 +171,10 @@ class BlockCoder:
         if side.token_scales:
             if block.token is None:
                 raise ValueError("token: scales of tokens are missing")
-            check("token", block.token, side.storage, (batch, _PAGE_TOKENS, 2))
+            check("token", block.token, side.storage, (batch, PAGE_TOKENS, 2))
         room = None
         if side.outlier_cap:
-            entries = batch, _BLOCK_TOKENS * side.outlier_cap
+            entries = batch, BLOCK_TOKENS * side.outlier_cap
             room = (
                 torch.empty(entries, dtype=torch.int16),
                 torch.empty(entries, dtype=side.storage),

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from kvq_calib.native.attend import CodeTables, PageRows, Turns
 from kvq_calib.native.checks import are_numbers, check
+from kvq_calib.native.layout import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.native.loader import KvqDequantize, Library
 
 __all__ = ["Dequantizer"]
-
-_BLOCK_TOKENS = 32
-_PAGE_BLOCKS = 8
 
 
 class Dequantizer:
@@ -77,12 +75,12 @@ class Dequantizer:
         """
         with self._lock:
             tables, call, batch = self.tables, self._call, pages.batch
-            if pages.tables is not tables or not 0 <= first <= first + blocks <= _PAGE_BLOCKS * pages.count:
+            if pages.tables is not tables or not 0 <= first <= first + blocks <= PAGE_BLOCKS * pages.count:
                 raise ValueError(
                     f"pages: blocks {first} to {first + blocks} of {pages.count} pages of this tensor"
                 )
             pairs = 0 if self.turns is None else len(self.turns.pair)
-            tokens = _BLOCK_TOKENS * blocks
+            tokens = BLOCK_TOKENS * blocks
             if (angles is None) != (pairs == 0):
                 raise ValueError("angles: needed with RoPE, and only then")
             if angles is not None:

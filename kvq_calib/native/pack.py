@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from kvq_calib.native.checks import are_numbers, check
+from kvq_calib.native.layout import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.native.loader import Library
 
 __all__ = ["list_outliers", "pack_codes"]
-
-_BLOCK_TOKENS = 32
-_PAGE_BLOCKS = 8
 
 
 def pack_codes(library: Library, widths: Tensor, codes: Tensor, page: Tensor, first_block: int) -> None:
@@ -30,11 +28,11 @@ def pack_codes(library: Library, widths: Tensor, codes: Tensor, page: Tensor, fi
     batch, tokens, channels = codes.shape
     check("widths", widths, torch.uint8, (channels,))
     check("codes", codes, torch.uint8, (batch, tokens, channels))
-    check("page", page, torch.int32, (batch, _PAGE_BLOCKS * int(widths.sum())))
-    if tokens % _BLOCK_TOKENS:
+    check("page", page, torch.int32, (batch, PAGE_BLOCKS * int(widths.sum())))
+    if tokens % BLOCK_TOKENS:
         raise ValueError(f"codes: {tokens} tokens are no whole blocks")
     status = library.functions.kvq_pack(
-        *(widths.data_ptr(), channels, codes.data_ptr(), batch, tokens // _BLOCK_TOKENS),
+        *(widths.data_ptr(), channels, codes.data_ptr(), batch, tokens // BLOCK_TOKENS),
         *(first_block, page.data_ptr()),
     )
     if status:
@@ -59,11 +57,11 @@ def list_outliers(
         ValueError: a tensor has a wrong dtype, shape or device.
     """
     batch, tokens, channels = outliers.shape
-    if tokens % _BLOCK_TOKENS or channels % heads or residual.element_size() != 2:
+    if tokens % BLOCK_TOKENS or channels % heads or residual.element_size() != 2:
         raise ValueError(f"outliers: {tokens} tokens of {channels} channels, {residual.dtype}")
     check("outliers", outliers, torch.bool, (batch, tokens, channels))
     check("residual", residual, residual.dtype, (batch, tokens, channels))
-    blocks = tokens // _BLOCK_TOKENS
+    blocks = tokens // BLOCK_TOKENS
     counts = torch.empty(blocks, batch, heads, dtype=torch.int32)
     call = library.functions.kvq_list_outliers
     entries = int(outliers.sum())

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from kvq_calib.native.attend import PAGE_FIELDS, LayerKernel, Turns
 from kvq_calib.native.checks import are_numbers, check
+from kvq_calib.native.layout import BLOCK_TOKENS, PAGE_BLOCKS
 from kvq_calib.native.loader import KvqAttention
 
 __all__ = ["PagePlaces", "PooledKernel", "PooledSequences", "PooledTurns"]
 
-_PAGE_BLOCKS = 8
-_BLOCK_TOKENS = 32
 _CALL = np.dtype(KvqAttention)
 #: Columns of ``KvqPage`` that are not zero.
 _CODES, _TOKEN, _BATCH = 0, 1, 7
@@ -57,7 +56,7 @@ class PooledTurns:
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
         #: Of blocks, float32 ``[n, P, 2, 8]``; see ``KvqTurns.block``.
-        self.block = torch.empty(0, len(turns.pair), 2, _PAGE_BLOCKS)
+        self.block = torch.empty(0, len(turns.pair), 2, PAGE_BLOCKS)
         #: Of single tokens, float32 ``[256 * n, 2, P]``.
         self.token = torch.empty(0, 2, len(turns.pair))
 
@@ -66,10 +65,10 @@ class PooledTurns:
         if pages <= len(self.block):
             return
         pages = max(2 * len(self.block), pages, 8)
-        first = torch.arange(pages * _PAGE_BLOCKS, dtype=torch.int32) * _BLOCK_TOKENS
-        self.block = torch.empty(pages, len(self.turns.pair), 2, _PAGE_BLOCKS)
+        first = torch.arange(pages * PAGE_BLOCKS, dtype=torch.int32) * BLOCK_TOKENS
+        self.block = torch.empty(pages, len(self.turns.pair), 2, PAGE_BLOCKS)
         self.turns.of_blocks(first, self.block)
-        positions = torch.arange(pages * _PAGE_BLOCKS * _BLOCK_TOKENS, dtype=torch.int32)
+        positions = torch.arange(pages * PAGE_BLOCKS * BLOCK_TOKENS, dtype=torch.int32)
         self.token = self.turns.of_tokens(positions[None])[0]
 
 
@@ -97,17 +96,17 @@ class PooledSequences:
     def __post_init__(self) -> None:
         """Compute once what all layers need."""
         length = np.asarray(self.lengths, dtype=np.int64)
-        blocks = length // _BLOCK_TOKENS
-        self.tail = length % _BLOCK_TOKENS
-        self.sinks = np.minimum(self.sink_tokens, blocks * _BLOCK_TOKENS)
-        self.count = -(-blocks // _PAGE_BLOCKS)
+        blocks = length // BLOCK_TOKENS
+        self.tail = length % BLOCK_TOKENS
+        self.sinks = np.minimum(self.sink_tokens, blocks * BLOCK_TOKENS)
+        self.count = -(-blocks // PAGE_BLOCKS)
         self.first = np.concatenate(([0], self.count.cumsum()))
         pages = [
             page for table, n in zip(self.tables, self.count.tolist(), strict=True) for page in table[:n]
         ]
         self.pages: Numbers = np.asarray(pages, dtype=np.int64)
         self.begin: Numbers = np.asarray([table[0] for table in self.tables], dtype=np.int64)
-        self._open = blocks // _PAGE_BLOCKS
+        self._open = blocks // PAGE_BLOCKS
         exact = self.sinks + self.tail
         self.exact_first = np.concatenate(([0], exact.cumsum()))
         self.exact_seen = torch.ones(int(exact.max(initial=0)) or 1, dtype=torch.bool)
@@ -121,11 +120,11 @@ class PooledSequences:
     def _seen(self, blocks: Numbers) -> Tensor:
         """A bit for each attended token of blocks, int32 ``[8 * n]``; exact first tokens are left out."""
         place = np.arange(8 * len(self.pages)) - np.repeat(
-            _PAGE_BLOCKS * self.first[:-1], _PAGE_BLOCKS * self.count
+            PAGE_BLOCKS * self.first[:-1], PAGE_BLOCKS * self.count
         )
-        seen = np.where(place < np.repeat(blocks, _PAGE_BLOCKS * self.count), -1, 0)
-        hidden = np.clip(self.sink_tokens - _BLOCK_TOKENS * place, 0, _BLOCK_TOKENS)
-        seen = np.where(hidden == _BLOCK_TOKENS, 0, seen & (-1 << np.minimum(hidden, _BLOCK_TOKENS - 1)))
+        seen = np.where(place < np.repeat(blocks, PAGE_BLOCKS * self.count), -1, 0)
+        hidden = np.clip(self.sink_tokens - BLOCK_TOKENS * place, 0, BLOCK_TOKENS)
+        seen = np.where(hidden == BLOCK_TOKENS, 0, seen & (-1 << np.minimum(hidden, BLOCK_TOKENS - 1)))
         return torch.from_numpy(seen.astype(np.int32))
 
     @cached_property
@@ -228,8 +227,8 @@ class PooledKernel:
             self._calls["batch"] = 1
             self._calls["sinks"]["key_stride"][:, 1] = self.places.sink_tokens * self.kernel.key.size
             self._calls["sinks"]["value_stride"][:, 1] = self.places.sink_tokens * self.kernel.value.size
-            self._calls["tail"]["key_stride"][:, 1] = _BLOCK_TOKENS * self.kernel.key.size
-            self._calls["tail"]["value_stride"][:, 1] = _BLOCK_TOKENS * self.kernel.value.size
+            self._calls["tail"]["key_stride"][:, 1] = BLOCK_TOKENS * self.kernel.key.size
+            self._calls["tail"]["value_stride"][:, 1] = BLOCK_TOKENS * self.kernel.value.size
         return self._calls[:count]
 
     def _describe_pages(self, calls: npt.NDArray[np.void], sequences: PooledSequences, pool: Tensor) -> None:
@@ -246,7 +245,7 @@ class PooledKernel:
             rows[:pages, _TOKEN] = at + places.token[side]
             calls[name] = rows.ctypes.data + first * rows.strides[0]
         calls["pages"] = calls["table_pages"] = sequences.count
-        calls["seen"] = sequences.seen.data_ptr() + 4 * _PAGE_BLOCKS * first
+        calls["seen"] = sequences.seen.data_ptr() + 4 * PAGE_BLOCKS * first
 
     def _describe_exact(self, calls: npt.NDArray[np.void], sequences: PooledSequences, pool: Tensor) -> None:
         places, base = self.places, pool.data_ptr()
