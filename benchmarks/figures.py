@@ -45,8 +45,8 @@ _ORIGINS = (
 
 #: Files with the KL divergence of every window. Of files with the same recipe, the first counts.
 _TEXTS = {
-    "Wikitext-2": ("wikitext2", "wikitext2-kvq4"),
-    "C4": ("c4", "kvq2-nuq3-from-c4-c4", "kvq4-kvq3-nuq4-from-c4-c4"),
+    "Wikitext-2": ("wikitext2", "nuq-wikitext2"),
+    "C4": ("c4",),
     "Gemma 3 270M, Wikitext-2": ("kvq-gemma3-270m-wikitext2", "gemma3-270m-wikitext2"),
 }
 _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p": "other"}

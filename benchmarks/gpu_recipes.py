@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_calib.codec.computed_levels import pack_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient, store_levels
 from kvq_calib.codec.params import Params
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.token_weighting import SIZE_CLASSES
@@ -92,8 +92,8 @@ class Recipe:
         skew = 0.1 * torch.randn(channels, generator=generator).clamp(-2, 2) * bend
         parts = (-skew, 1 - bend, skew, bend / 2, 0 * bend, bend / 2)
         exact = _REACH * torch.stack(parts, dim=-1)
-        coefficients = pack_coefficients(spec, widths, exact)
-        return TrellisParams(widths.to(torch.uint8), coefficients, **extra)
+        exact *= has_coefficient(spec, widths)
+        return TrellisParams(widths.to(torch.uint8), **extra).with_levels(store_levels(spec, widths, exact))
 
 
 def _widths(shares: tuple[float, ...], channels: int, generator: torch.Generator) -> Tensor:

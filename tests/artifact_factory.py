@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
+from kvq_calib.codec.computed_levels import StoredLevels, has_coefficient, store_levels
 from kvq_calib.codec.params import LayerParams, Params
 from kvq_calib.codec.quantizer import Quantizer
 from kvq_calib.codec.registry import codec_of
@@ -217,7 +217,7 @@ def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
     pair_angle = None
     if spec.pair_rotation and draw.rope is not None:
         pair_angle = (3.0 * draw.normal(heads, len(draw.rope.pairs))).half()
-    coefficients = _coefficients(spec, bits, *draw.thresholds(turned=pair_angle is not None), draw)
+    levels = _levels(spec, bits, *draw.thresholds(turned=pair_angle is not None), draw)
     beside: dict[str, Tensor] = {}
     if spec.error_compensation is not None:
         beside |= _compensation(spec.error_compensation, draw)
@@ -226,11 +226,11 @@ def _trellis_params(spec: TrellisSpec, draw: Draw) -> TrellisParams:
         beside["token_size_unit"] = draw.shape.head_dim * draw.between(0.5, 1.5, heads)
     if spec.noise_shaping:
         beside["error_feedback"] = draw.between(-0.9, 0.9, heads).half()
-    return TrellisParams(bits, coefficients, pair_angle, **beside)
+    return TrellisParams(bits, pair_angle=pair_angle, **beside).with_levels(levels)
 
 
-def _coefficients(spec: TrellisSpec, bits: Tensor, scale: Tensor, zero_point: Tensor, draw: Draw) -> Tensor:
-    """Of rising levels over ``zero_point -+ scale``, denser on one side than on the other and in the middle."""
+def _levels(spec: TrellisSpec, bits: Tensor, scale: Tensor, zero_point: Tensor, draw: Draw) -> StoredLevels:
+    """Rising levels over ``zero_point -+ scale``, denser on one side than on the other and in the middle."""
     skew, bend = draw.between(-0.2, 0.2, len(bits)), draw.between(0.0, 0.3, len(bits))
     most = torch.stack(
         (
@@ -243,8 +243,7 @@ def _coefficients(spec: TrellisSpec, bits: Tensor, scale: Tensor, zero_point: Te
         ),
         dim=-1,
     )
-    exact = most * has_coefficient(spec, bits)
-    return pack_coefficients(spec, bits, exact)
+    return store_levels(spec, bits, most * has_coefficient(spec, bits))
 
 
 def _compensation(spec: ErrorCompensationSpec, draw: Draw) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient, store_levels
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.native.loader import Library, library_of, usable_isas
@@ -168,9 +168,5 @@ def trellis_quantizer(
         parts["token_size_unit"] = torch.rand(heads, generator=generator) * size + 0.1
     if shaping:
         parts["error_feedback"] = torch.rand(heads, generator=generator).mul(1.9).sub(0.95).half()
-    params = TrellisParams(
-        bits=widths,
-        coefficients=pack_coefficients(spec, widths, coefficients),
-        **parts,
-    )
+    params = TrellisParams(widths, **parts).with_levels(store_levels(spec, widths, coefficients))
     return TrellisQuantizer(spec, params, HeadShape(heads, size), rope)

@@ -13,7 +13,7 @@ from statistic_helpers import normal
 from kvq_calib.calibrate.run import calibrate
 from kvq_calib.data import TokenWindows
 from kvq_calib.errors import ConfigError
-from kvq_calib.fit.allocation import Choices, allocate, width_errors, within_budget
+from kvq_calib.fit.allocation import Choices, allocate, spend_the_rest, width_errors, within_budget
 from kvq_calib.fit.density import lloyd
 from kvq_calib.fit.width_groups import channel_groups
 from kvq_calib.schema.recipe import CalibrationConfig
@@ -154,3 +154,40 @@ def test_recipe_keeps_its_budget_on_every_kind_of_rope(family: str) -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    budget=st.floats(1.0, 2.9),
+    tokens=st.sampled_from([(1, 1), (512, 4096), (7, 3)]),
+)
+def test_the_rest_of_a_budget_is_spent_where_it_saves_most(
+    seed: int, budget: float, tokens: tuple[int, int]
+) -> None:
+    halving = 4.0 ** -torch.arange(4, dtype=torch.float64)
+    tables = [halving * normal(5, 1, seed=seed + part).double().exp() for part in range(2)]
+    choices = [alone(table, 0, each) for table, each in zip(tables, tokens, strict=True)]
+    first = allocate(choices, budget)
+    whole = spend_the_rest(choices, first, budget)
+
+    def spent(chosen: Sequence[torch.Tensor]) -> int:
+        return sum(int(own.sum()) * each for own, each in zip(chosen, tokens, strict=True))
+
+    left = budget * 5 * sum(tokens) - spent(whole)
+    assert left >= 0
+    for before, after, each in zip(first, whole, tokens, strict=True):
+        assert bool((after >= before).all())
+        assert int(after.min()) == 3 or each > left  # no row can be widened
+    if spent(whole) == spent(first):
+        assert all(torch.equal(a, b) for a, b in zip(first, whole, strict=True))
+
+
+def test_the_rest_goes_to_the_row_that_saves_most_per_bit() -> None:
+    cost = torch.tensor([[9.0, 5.0, 4.0], [9.0, 4.0, 1.0]], dtype=torch.float64)
+    both = [Choices(cost, torch.tensor([0, 1, 4]), 2, 1)]
+    none = [torch.tensor([0, 0])]
+    assert spend_the_rest(both, none, 0.25)[0].tolist() == [0, 0]
+    assert spend_the_rest(both, none, 0.5)[0].tolist() == [0, 1]
+    assert spend_the_rest(both, none, 1.9)[0].tolist() == [1, 1]
+    assert spend_the_rest(both, none, 2.5)[0].tolist() == [1, 2]

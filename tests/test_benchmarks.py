@@ -600,7 +600,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
     ("record", "folder"),
     [
         ("wikitext2", "smollm2-135m-wikitext2"),
-        ("wikitext2-kvq4", "smollm2-135m-wikitext2"),
+        ("nuq-wikitext2", "smollm2-135m-wikitext2"),
         ("long-wikitext2", "smollm2-135m-wikitext2"),
         ("c4", "smollm2-135m-c4"),
     ],

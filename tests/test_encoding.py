@@ -8,7 +8,7 @@ from artifact_factory import random_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvq_calib.codec.computed_levels import pack_coefficients
+from kvq_calib.codec.computed_levels import store_levels
 from kvq_calib.codec.error_compensation import (
     Compensation,
     error_weight_matrix,
@@ -30,7 +30,7 @@ def even(bits, states, scale):
     """Numbers of a quantizer whose channels all have the same evenly spaced levels."""
     spec, widths = TrellisSpec(max_bits=bits, states=states), torch.full((CHANNELS,), bits, dtype=torch.uint8)
     exact = torch.tensor([0.0, scale, 0.0, 0.0, 0.0, 0.0]).expand(CHANNELS, 6)
-    return TrellisParams(widths, pack_coefficients(spec, widths, exact))
+    return TrellisParams(widths).with_levels(store_levels(spec, widths, exact))
 
 
 # ------------------------------------------------------------------------------------------------ error compensation

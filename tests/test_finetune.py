@@ -7,7 +7,7 @@ from models_zoo import tiny_model, token_ids
 from kvq_calib.calibrate.divergence import divergence
 from kvq_calib.calibrate.finetune import Trainable, learn
 from kvq_calib.calibrate.run import calibrate
-from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient, store_levels
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -28,11 +28,8 @@ def params() -> TrellisParams:
     offset, slope = torch.linspace(-0.3, 0.3, 8), torch.linspace(0.5, 2, 8)
     most = torch.stack((offset, slope, slope / 8, slope / 4, 0 * slope, 0 * slope), dim=-1)
     exact = most * has_coefficient(SPEC, widths)
-    return TrellisParams(
-        widths,
-        pack_coefficients(SPEC, widths, exact),
-        pair_angle=torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half(),
-    )
+    angles = torch.tensor([[0.3, -0.2], [1.0, 0.0]]).half()
+    return TrellisParams(widths, pair_angle=angles).with_levels(store_levels(SPEC, widths, exact))
 
 
 def quantizer(numbers: TrellisParams) -> TrellisQuantizer:
@@ -58,7 +55,9 @@ def test_starts_as_the_reference_quantizer_and_stores_what_it_computes() -> None
             middle = (start.tensors()[name] + result.tensors()[name]) / 2
             torch.testing.assert_close(half, middle)
     assert bool((quantizer(result).levels.diff(dim=1) >= 0).all())
-    assert result.coefficients.dtype == torch.float16
+    assert result.coefficients is None
+    assert result.level_offset is not None
+    assert result.level_offset.dtype == torch.float16
     assert result.pair_angle is not None
     assert result.pair_angle.dtype == torch.float16
     stored = quantizer(result)(sample())
@@ -127,10 +126,14 @@ def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(fami
         assert again.to_bytes() == artifact.to_bytes()
     else:  # recomputing layers gives the same gradients up to rounding
         for one, two in zip(artifact.layers, again.layers, strict=True):
-            torch.testing.assert_close(one.key.coefficients, two.key.coefficients, rtol=1e-2, atol=1e-3)
+            for name in ("level_offset", "level_scale"):
+                torch.testing.assert_close(
+                    getattr(one.key, name), getattr(two.key, name), rtol=1e-2, atol=1e-3
+                )
+            torch.testing.assert_close(one.key.level_shape, two.key.level_shape, rtol=0, atol=1)
     plain, _ = run(recipe(allocation=settings, learn=None), family)
     assert any(
-        not torch.equal(a.of(kind).coefficients, b.of(kind).coefficients)
+        not torch.equal(a.of(kind).level_scale, b.of(kind).level_scale)
         for a, b in zip(artifact.layers, plain.layers, strict=True)
         for kind in KINDS
     )

@@ -542,9 +542,7 @@ def test_coefficients_of_any_size(machine: Machine) -> None:
     def attend(key_power: float, value_power: float) -> Tensor:
         tables = []
         for quantizer, kind, power in ((layer.key, "key", key_power), (layer.value, "value", value_power)):
-            scaled = dataclasses.replace(
-                quantizer.params, coefficients=quantizer.params.coefficients.float() * power
-            )
+            scaled = dataclasses.replace(quantizer.params, coefficients=quantizer.coefficients * power)
             tables.append(KernelTables(quantizer.with_params(scaled), kind))
         step = DecodeStep(query, *pages, [(none, none)] * 2, context, scaling=0.125 / key_power)
         return DecodeKernel(machine.launcher, *tables).attend(step)

@@ -135,7 +135,7 @@ def test_a_power_of_two_in_the_coefficients_is_divided_out(kind: str) -> None:
     params = quantizer.params
     plain = KernelTables(quantizer, kind).decode
     for power in (2.0**40, 2.0**-40):
-        scaled = replace(params, coefficients=params.coefficients.float() * power)
+        scaled = replace(params, coefficients=quantizer.coefficients * power)
         made = KernelTables(quantizer.with_params(scaled), kind).decode
         assert torch.equal(made.levels, plain.levels)
         if kind == "key":
@@ -148,7 +148,7 @@ def test_a_power_of_two_in_the_coefficients_is_divided_out(kind: str) -> None:
 
 def test_channels_that_hold_nothing_are_zero() -> None:
     quantizer = random_quantizer(TrellisSpec(max_bits=4), SHAPE, ROPE)
-    params = replace(quantizer.params, coefficients=torch.zeros_like(quantizer.params.coefficients))
+    params = replace(quantizer.params, coefficients=torch.zeros_like(quantizer.coefficients))
     made = KernelTables(quantizer.with_params(params), "value").decode
     assert not made.levels.any()
     assert torch.equal(made.affine, torch.tensor([1.0, 0.0]).expand(2, 64, 2))

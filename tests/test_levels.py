@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statistic_helpers import normal
 
-from kvq_calib.calibrate.levels import errors_by_width, fit_levels, level_basis, storable_coefficients
+from kvq_calib.calibrate.levels import errors_by_width, fit_levels, level_basis, storable_levels
+from kvq_calib.codec.computed_levels import StoredLevels, store_levels
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.fit.density import weighted_error
@@ -92,9 +93,26 @@ def test_what_is_stored_never_falls(seed, width, states, size):
     powers = (slope, slope * bend / 2, slope * bend.abs(), slope * bend / 4, slope * bend.abs())
     wanted = torch.stack((100 * bend, *powers), -1) * 10.0**size
     wanted = wanted * (basis != 0).any(1)
-    params = TrellisParams(bits, storable_coefficients(spec, bits, wanted))
+    params = TrellisParams(bits).with_levels(storable_levels(spec, bits, wanted))
     TrellisQuantizer.check_values(spec, params.tensors())
     quantizer = TrellisQuantizer(spec, params, HeadShape(1, 8))
     reach = float((basis @ wanted[..., None]).abs().max())
     exact = (basis @ wanted[..., None])[..., 0].float()
     assert float((quantizer.levels - exact).abs().max()) <= 2e-2 * reach + 1e-6
+
+
+@pytest.mark.parametrize("width", [3, 6])
+def test_lower_coefficients_make_up_for_the_rounding_of_higher_ones(width):
+    """On random cubics and quintics, levels are four times nearer than if each coefficient is only rounded."""
+    generator = torch.Generator().manual_seed(1)
+    spec, bits = TrellisSpec(max_bits=width), torch.full((200,), width, dtype=torch.uint8)
+    basis = level_basis(spec, bits)
+    bend = 0.5 * (torch.rand(200, 5, generator=generator, dtype=torch.float64) - 0.5)
+    bend[:, 0] += 4  # so that levels increase
+    wanted = torch.cat((bend[:, 1:2], bend), dim=1) * (basis != 0).any(1)
+
+    def error(stored: StoredLevels) -> float:
+        found = TrellisQuantizer(spec, TrellisParams(bits).with_levels(stored), HeadShape(1, 200)).levels
+        return float((found - (basis @ wanted[..., None])[..., 0]).square().mean())
+
+    assert error(storable_levels(spec, bits, wanted)) < 0.25 * error(store_levels(spec, bits, wanted))

@@ -168,7 +168,9 @@ def test_stored_tensors_follow_the_spec():
     plain = stored(TrellisSpec(max_bits=3))
     assert plain == {
         "bits": ((16,), ("uint8",)),
-        "coefficients": ((None,), ("float16", "float32")),
+        "level_offset": ((16,), ("float16", "float32")),
+        "level_scale": ((16,), ("float16", "float32")),
+        "level_shape": ((None,), ("int8",)),
     }
     assert plain == stored(TrellisSpec(max_bits=7, states=1))
 

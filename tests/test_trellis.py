@@ -12,8 +12,8 @@ from kvq_calib.codec.computed_levels import (
     coefficient_counts,
     computed_levels,
     level_places,
-    pack_coefficients,
-    unpack_coefficients,
+    store_levels,
+    stored_coefficients,
 )
 from kvq_calib.codec.trellis import TrellisQuantizer, nearest_boundaries
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -66,9 +66,8 @@ def test_levels_are_the_polynomial_at_every_place():
 def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one():
     spec, widths = TrellisSpec(max_bits=3), torch.arange(4, dtype=torch.uint8)
     exact = torch.tensor([[0.25, 0, 0, 0, 0, 0]] + [[0.0, 1, 0, 0, 0, 0]] * 3)
-    quantizer = TrellisQuantizer(
-        spec, TrellisParams(widths, pack_coefficients(spec, widths, exact)), HeadShape(1, 4)
-    )
+    params = TrellisParams(widths).with_levels(store_levels(spec, widths, exact))
+    quantizer = TrellisQuantizer(spec, params, HeadShape(1, 4))
     x = torch.randn(2, 1, 50, 4, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     codes = quantizer.quantize(x).codes
     assert codes.amax((0, 1)).tolist() == [0, 1, 3, 7]
@@ -81,21 +80,40 @@ def test_mixed_widths_use_their_own_levels_and_width_zero_its_only_one():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 7), st.sampled_from([1, 4]), st.integers(0, 2**31))
-def test_coefficients_come_back_from_how_they_are_stored(max_bits, states, seed):
+def test_levels_come_back_from_how_they_are_stored(max_bits, states, seed):
     generator = torch.Generator().manual_seed(seed)
     spec = TrellisSpec(max_bits=max_bits, states=states)
     bits = torch.randint(0, max_bits + 1, (9,), generator=generator, dtype=torch.uint8)
     counts = coefficient_counts(spec, bits)
     levels = [spec.level_count(width) for width in bits.tolist()]
     assert counts.tolist() == [6 if count > 32 else min(count, 4) for count in levels]
-    exact = torch.randn(9, 6, generator=generator).half().float() * (torch.arange(6) < counts[:, None])
-    packed = pack_coefficients(spec, bits, exact)
-    assert (packed.dtype, len(packed)) == (torch.float16, int(counts.sum()))
-    assert torch.equal(unpack_coefficients(spec, bits, packed), exact)
-    far = pack_coefficients(spec, bits, exact * 1e6)
+    exact = torch.randn(9, 6, generator=generator) * (torch.arange(6) < counts[:, None])
+    exact[:, 1] = exact[:, 1].abs() + 0.05 * exact[:, 2:].abs().sum(1)
+    stored = store_levels(spec, bits, exact)
+    assert [t.dtype for t in stored] == [torch.float16, torch.float16, torch.int8]
+    assert [len(t) for t in stored] == [9, 9, int((counts - 2).clamp(min=0).sum())]
+    found = stored_coefficients(spec, bits, stored)
+    size = exact[:, 1:].abs().sum(1)
+    torch.testing.assert_close(found[:, 0], exact[:, 0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found[:, 1:].abs().sum(1), size, rtol=1e-3, atol=1e-6)
+    # Half a step each, but the second coefficient takes the errors of all others.
+    assert bool(((found - exact)[:, 2:].abs() <= (0.5 / 128 + 1e-3) * size[:, None]).all())
+    assert bool(((found - exact)[:, 1].abs() <= (2.0 / 128 + 1e-3) * size).all())
+    assert all(torch.equal(a, b) for a, b in zip(stored, store_levels(spec, bits, found), strict=True))
+    far = store_levels(spec, bits, exact * 1e6)
+    assert torch.equal(far.shape, stored.shape)
     if float(exact[:, 0].abs().max()) > 0.1:
-        assert far.dtype == torch.float32
-    assert torch.equal(unpack_coefficients(spec, bits, far), (exact * 1e6).to(far.dtype).float())
+        assert far.offset.dtype == torch.float32
+
+
+def test_a_shape_leaves_something_to_the_second_coefficient():
+    spec, bits = TrellisSpec(max_bits=1), torch.tensor([1, 1, 1], dtype=torch.uint8)
+    exact = torch.zeros(3, 6)
+    exact[:, :4] = torch.tensor([[0, 0, 0, 2.0], [0, 0, 1.0, 1.0], [0, 0, 0, 0]])
+    stored = store_levels(spec, bits, exact)
+    assert stored.shape.view(3, 2).tolist() == [[0, 127], [63, 64], [0, 0]]
+    assert stored_coefficients(spec, bits, stored)[0].tolist() == [0, 2 / 128, 0, 2 * 127 / 128, 0, 0]
+    assert not stored_coefficients(spec, bits, stored)[2].any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -135,11 +153,12 @@ def test_channels_in_no_pair_are_not_turned():
 
 
 @pytest.mark.parametrize("states", [1, 4])
-def test_coefficients_in_float16_mean_their_numbers(states):
+def test_levels_in_float16_mean_their_numbers(states):
     narrow = random_quantizer(TrellisSpec(max_bits=2, states=states), SHAPE)
-    coefficients = narrow.params.coefficients
-    assert coefficients.dtype == torch.float16
-    wide = TrellisQuantizer(narrow.spec, replace(narrow.params, coefficients=coefficients.float()), SHAPE)
+    offset, scale = narrow.params.level_offset, narrow.params.level_scale
+    assert offset.dtype == scale.dtype == torch.float16
+    params = replace(narrow.params, level_offset=offset.float(), level_scale=scale.float())
+    wide = TrellisQuantizer(narrow.spec, params, SHAPE)
     x = values(tokens=70)
     assert torch.equal(narrow.quantize(x).codes, wide.quantize(x).codes)
     assert torch.equal(narrow(x), wide(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvq_calib.artifact.artifact import KVArtifact
-from kvq_calib.codec.computed_levels import has_coefficient, pack_coefficients
+from kvq_calib.codec.computed_levels import has_coefficient, store_levels
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.scalar import ScalarParams
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -141,9 +141,9 @@ def _artifact(spec: KVCacheSpec, first: LayerParams, second: LayerParams, rates:
 
 
 def _params(widths: list[int], states: int, **others: Tensor) -> TrellisParams:
-    """Coefficients that are the same on every machine: an offset, a slope, and a little of higher powers."""
+    """Levels that are the same on every machine: an offset, a slope, and a little of higher powers."""
     spec, bits = TrellisSpec(max_bits=3, states=states), torch.tensor(widths, dtype=torch.uint8)
     step = torch.arange(1, len(widths) + 1)
     most = torch.stack((step / 16, step / 8, step / 64, step / 32, 0 * step, step / 128), dim=-1)
     exact = most * has_coefficient(spec, bits)
-    return TrellisParams(bits, pack_coefficients(spec, bits, exact), **others)
+    return TrellisParams(bits, **others).with_levels(store_levels(spec, bits, exact))

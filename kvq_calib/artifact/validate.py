@@ -60,8 +60,7 @@ def _checked(tensors: Mapping[str, Tensor], name: str, expected: StoredTensor) -
         raise ArtifactTensorError(f"tensor {name} is missing")
     actual, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     fits = len(actual) == len(expected.shape) and all(
-        size >= 1 if wanted is None else size == wanted
-        for size, wanted in zip(actual, expected.shape, strict=True)
+        wanted is None or size == wanted for size, wanted in zip(actual, expected.shape, strict=True)
     )
     if not fits or dtype not in expected.dtypes:
         wanted = ["any" if size is None else size for size in expected.shape]

@@ -25,7 +25,7 @@ from kvq_calib.artifact.artifact import KVArtifact
 from kvq_calib.calibrate.clock import Progress
 from kvq_calib.calibrate.distributed import reduce_over_ranks, world
 from kvq_calib.calibrate.divergence import divergence, unquantized
-from kvq_calib.calibrate.levels import level_basis, storable_coefficients
+from kvq_calib.calibrate.levels import level_basis, storable_levels
 from kvq_calib.codec.computed_levels import has_coefficient
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis import TrellisQuantizer
@@ -64,7 +64,7 @@ class Trainable:
             quantizer.spec, params.bits
         )
         self._basis = level_basis(quantizer.spec, params.bits)
-        self.offsets: dict[str, Tensor] = {"coefficients": torch.zeros_like(self.start.coefficients)}
+        self.offsets: dict[str, Tensor] = {"coefficients": torch.zeros_like(quantizer.coefficients)}
         if self.start.pair_angle is not None:
             self.offsets["pair_angle"] = torch.zeros_like(self.start.pair_angle)
         for offset in self.offsets.values():
@@ -73,9 +73,10 @@ class Trainable:
     def live(self, fraction: float = 1.0) -> TrellisParams:
         """The current parameters, or those a ``fraction`` of the way there; float32, in the autograd graph."""
         start, offsets = self.start, self.offsets
-        wanted = start.coefficients + fraction * offsets["coefficients"] * self._unit
+        before = start.level_coefficients(self.quantizer.spec)
+        wanted = before + fraction * offsets["coefficients"] * self._unit
         with torch.no_grad():
-            within = toward(self._basis, start.coefficients.double(), wanted.double()).float()
+            within = toward(self._basis, before.double(), wanted.double()).float()
         angle = start.pair_angle
         return replace(
             start,
@@ -86,12 +87,10 @@ class Trainable:
     def result(self, fraction: float = 1.0) -> TrellisParams:
         """The same, rounded as stored."""
         live = self.live(fraction)
-        coefficients = live.coefficients.detach().double()
-        return replace(
-            live,
-            coefficients=storable_coefficients(self.quantizer.spec, live.bits, coefficients),
-            pair_angle=None if live.pair_angle is None else live.pair_angle.detach().half(),
-        ).to("cpu")
+        spec = self.quantizer.spec
+        levels = storable_levels(spec, live.bits, live.level_coefficients(spec).detach().double())
+        angle = None if live.pair_angle is None else live.pair_angle.detach().half()
+        return replace(live, pair_angle=angle).with_levels(levels).to("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``[B, H, T, D]``, differentiably: float32."""

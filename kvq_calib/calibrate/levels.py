@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.computed_levels import (
+    FIRST_OF_SHAPE,
     MOST_COEFFICIENTS,
+    SHAPE_STEPS,
+    StoredLevels,
     computed_levels,
     has_coefficient,
     level_counts,
     level_places,
-    pack_coefficients,
-    unpack_coefficients,
+    store_levels,
+    stored_coefficients,
+    within_scale,
 )
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
@@ -29,7 +33,7 @@ from kvq_calib.fit.rising_polynomials import chord, evaluate, least_squares, nea
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec
 
-__all__ = ["DRAFT", "FULL", "Effort", "errors_by_width", "fit_levels", "level_basis", "storable_coefficients"]
+__all__ = ["DRAFT", "FULL", "Effort", "errors_by_width", "fit_levels", "level_basis", "storable_levels"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def level_basis(spec: TrellisSpec, bits: Tensor) -> Tensor:
 def fit_levels(
     points: Tensor, weights: Tensor, bits: Tensor, spec: TrellisSpec, effort: Effort = FULL
 ) -> TrellisParams:
-    """Fit the coefficients. Returns widths and coefficients as stored.
+    """Fit the coefficients. Returns widths and levels as stored.
 
     Args:
         points, weights: float64 ``[C, n]``, the distribution of each channel.
@@ -115,7 +119,7 @@ def fit_levels(
         mass, moment = few + path.count, few * first + path.total
         wanted = least_squares(basis, mass, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny))
         current = toward(basis, current, torch.lerp(current, wanted, _STEP if left > 1 else 1.0))
-    return TrellisParams(bits.to(torch.uint8), storable_coefficients(spec, bits, best))
+    return TrellisParams(bits.to(torch.uint8)).with_levels(storable_levels(spec, bits, best))
 
 
 def _start(spec: TrellisSpec, bits: Tensor, basis: Tensor, levels: Tensor, samples: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ class _Path:
 def _followed(spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Tensor) -> _Path:
     """The best paths of samples, float64 ``[C, n]``."""
     plain = TrellisSpec(max_bits=spec.max_bits, states=spec.states)
-    params = TrellisParams(bits.to(torch.uint8), coefficients.float())
+    params = TrellisParams(bits.to(torch.uint8), coefficients=coefficients.float())
     quantizer = TrellisQuantizer(plain, params, HeadShape(1, len(bits)))
     codes = quantizer.encode(samples.float().T[None].contiguous())[0].T.contiguous()
     index, levels = quantizer.level_index(codes).to(torch.int64), quantizer.levels.double()
@@ -185,8 +189,8 @@ def _followed(spec: TrellisSpec, bits: Tensor, coefficients: Tensor, samples: Te
     return _Path(count, total, error / samples.shape[1])
 
 
-def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> Tensor:
-    """Coefficients ``[C, 6]`` as stored, rounded so that levels do not decrease.
+def storable_levels(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> StoredLevels:
+    """Levels as stored, near polynomials, rounded so that levels do not decrease.
 
     Args:
         spec: of the tensor.
@@ -194,12 +198,37 @@ def storable_coefficients(spec: TrellisSpec, bits: Tensor, coefficients: Tensor)
         coefficients: float64 ``[C, 6]``, of increasing levels.
     """
     places, basis = level_places(spec, bits), level_basis(spec, bits)
+    weight = _is_level(spec, bits).double()
     line = chord(basis, *evaluate(basis[:, [0, -1]], coefficients).T)
     for share in (*_STRAIGHTENED, 0.0):
-        packed = pack_coefficients(spec, bits, coefficients)
-        levels = computed_levels(unpack_coefficients(spec, bits, packed), places)
+        stored = store_levels(spec, bits, _with_whole_steps(basis, weight, coefficients))
+        levels = computed_levels(stored_coefficients(spec, bits, stored), places)
         falls = (levels.diff(dim=1) < 0).any(1, keepdim=True)
         if not bool(falls.any()):
             break
         coefficients = torch.where(falls, torch.lerp(coefficients, line, share), coefficients)
-    return packed
+    return stored
+
+
+def _with_whole_steps(basis: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
+    """Polynomials ``[C, 6]`` whose shapes are whole steps, and whose levels are near those given.
+
+    The highest coefficient is rounded first. Lower ones then make up for its error, and offset and scale for the rest.
+
+    Args:
+        basis: ``[C, L, 6]``.
+        weight: weights of levels, ``[C, L]``.
+        coefficients: ``[C, 6]``.
+    """
+    wanted = evaluate(basis, coefficients)
+    scale = coefficients[:, 1:].abs().sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    steps, free = torch.zeros_like(coefficients), coefficients
+    for power in reversed(range(FIRST_OF_SHAPE, MOST_COEFFICIENTS)):
+        steps[:, power] = (SHAPE_STEPS * free[:, power] / scale[:, 0]).round()
+        lower = basis * (torch.arange(MOST_COEFFICIENTS) < power)
+        free = least_squares(lower, weight, wanted - evaluate(basis, scale * steps / SHAPE_STEPS))
+    steps[:, FIRST_OF_SHAPE:] = within_scale(steps[:, FIRST_OF_SHAPE:])
+    steps[:, 1] = SHAPE_STEPS - steps.abs().sum(1)
+    form = evaluate(basis, steps / SHAPE_STEPS)
+    offset, factor = least_squares(torch.stack((basis[..., 0], form), dim=-1), weight, wanted).split(1, dim=1)
+    return torch.cat((offset, factor.clamp(min=0) * steps[:, 1:] / SHAPE_STEPS), dim=1)

@@ -19,10 +19,10 @@ from kvq_calib.calibrate.fitter import layer_params
 from kvq_calib.calibrate.levels import DRAFT, FULL, Effort, errors_by_width, fit_levels
 from kvq_calib.calibrate.noise_shaping import NeighbourGradients
 from kvq_calib.calibrate.token_weighting import TokenCosts
-from kvq_calib.codec.computed_levels import coefficient_counts
+from kvq_calib.codec.computed_levels import MOST_COEFFICIENTS, store_levels
 from kvq_calib.codec.params import LayerParams
 from kvq_calib.codec.trellis_params import TrellisParams
-from kvq_calib.fit.allocation import allocate, within_budget
+from kvq_calib.fit.allocation import Choices, allocate, spend_the_rest, within_budget
 from kvq_calib.fit.width_groups import WidthGroups, channel_groups, pair_groups
 from kvq_calib.schema.cached import CachedTensor, cached_tensors
 from kvq_calib.schema.geometry import KVGeometry, RopeSpec, channel_pairs
@@ -263,9 +263,9 @@ class _BudgetedFit:
 
         def widths_at(budget: float) -> list[Tensor]:
             if self.settings.scope == "model":
-                chosen = allocate(options, budget)
+                chosen = _allocated(options, budget)
             else:
-                chosen = [allocate([own], budget)[0] for own in options]
+                chosen = [_allocated([own], budget)[0] for own in options]
             return [t.groups.widths(own) for t, own in zip(self.tensors, chosen, strict=True)]
 
         return within_budget(self.settings.bits_per_element, widths_at, self._stored_bits)
@@ -290,6 +290,10 @@ class _BudgetedFit:
                 for tensor, own in zip(self.tensors, params, strict=True)
             }
         )
+
+
+def _allocated(options: Sequence[Choices], budget: float) -> list[Tensor]:
+    return spend_the_rest(options, allocate(options, budget), budget)
 
 
 def _corrected(
@@ -328,5 +332,6 @@ def correction(measured: Sequence[Tensor], estimated: Sequence[Tensor]) -> list[
 
 def _shapes(widths: Tensor, spec: TrellisSpec) -> TrellisParams:
     """Parameters of the right shapes with arbitrary content, to count their bytes."""
-    numbers = int(coefficient_counts(spec, widths).sum())
-    return TrellisParams(widths, torch.zeros(numbers, dtype=torch.float16))
+    return TrellisParams(widths).with_levels(
+        store_levels(spec, widths, torch.zeros(len(widths), MOST_COEFFICIENTS))
+    )

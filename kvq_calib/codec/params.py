@@ -18,7 +18,7 @@ class StoredTensor(NamedTuple):
     """The required shape and dtype of a tensor in an artifact.
 
     Attributes:
-        shape: the shape; ``None`` in it stands for any size of at least 1.
+        shape: the shape; ``None`` in it stands for any size.
         dtypes: names of the allowed dtypes; new artifacts have the first.
     """
 

@@ -1,10 +1,10 @@
 """The trellis codec: a width for each channel, and the path of least error through a block of tokens.
 
-A channel's levels are computed from its coefficients (:mod:`kvq_calib.codec.computed_levels`); there is no scale or
-zero point. The codes of a block are the path of least error through the trellis (:mod:`kvq_calib.codec.paths`), not the
-nearest levels, and ``level_index`` gives the level of a code. So the tokens of a block are coded together; blocks have
-32 tokens, starting with the first token given. With one state there is no trellis: a code is the index of its level,
-and every token is coded independently.
+A channel's levels are computed from its coefficients (:mod:`kvq_calib.codec.computed_levels`); elements have no other
+scale or zero point. The codes of a block are the path of least error through the trellis
+(:mod:`kvq_calib.codec.paths`), not the nearest levels, and ``level_index`` gives the level of a code. So the tokens of
+a block are coded together; blocks have 32 tokens, starting with the first token given. With one state there is no
+trellis: a code is the index of its level, and every token is coded independently.
 
 With error compensation, the coded number is ``y`` plus a linear combination of the errors of other coordinates of the
 head (:mod:`kvq_calib.codec.error_compensation`). With token weighting, the error of a token in a path is weighted by
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from kvq_calib.codec.computed_levels import (
-    coefficient_counts,
+    SHAPE_STEPS,
+    StoredLevels,
     computed_levels,
     level_places,
-    unpack_coefficients,
+    shape_counts,
+    stored_coefficients,
 )
 from kvq_calib.codec.error_compensation import Compensation
 from kvq_calib.codec.native_encoding import encoding_library, trellis_tables
@@ -79,7 +81,9 @@ class TrellisQuantizer(Quantizer):
         by_channel, float32 = (shape.channels,), ("float32",)
         tensors = {
             "bits": StoredTensor(by_channel, ("uint8",)),
-            "coefficients": StoredTensor((None,), ("float16", "float32")),
+            "level_offset": StoredTensor(by_channel, ("float16", "float32")),
+            "level_scale": StoredTensor(by_channel, ("float16", "float32")),
+            "level_shape": StoredTensor((None,), ("int8",)),
         }
         if spec.pair_rotation and pairs:
             tensors["pair_angle"] = StoredTensor((heads, pairs), ("float16",))
@@ -103,12 +107,13 @@ class TrellisQuantizer(Quantizer):
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise TensorProblem(name, "has values that are not finite")
-        _check_levels(spec, tensors["bits"], tensors["coefficients"])
         if "token_size_unit" in tensors and bool((tensors["token_size_unit"] <= 0).any()):
             raise TensorProblem("token_size_unit", "must be positive")
-        for name in ("compensation_scale", "error_weight", "token_weight"):
+        for name in ("level_scale", "compensation_scale", "error_weight", "token_weight"):
             if name in tensors and bool((tensors[name] < 0).any()):
                 raise TensorProblem(name, "must not be negative")
+        stored = StoredLevels(*(tensors[f"level_{name}"] for name in StoredLevels._fields))
+        _check_levels(spec, tensors["bits"], stored)
         if "error_feedback" in tensors and bool((tensors["error_feedback"].abs() >= 1).any()):
             raise TensorProblem("error_feedback", "must be between -1 and 1")
         rank = 0 if spec.error_compensation is None else spec.error_compensation.rank
@@ -124,9 +129,8 @@ class TrellisQuantizer(Quantizer):
     def nominal_bytes(cls, spec: QuantSpec, shape: HeadShape, pairs: int) -> int:
         """Bytes of the parameters before calibration, if all channels had the largest width."""
         assert isinstance(spec, TrellisSpec)
-        each = int(coefficient_counts(spec, torch.tensor(spec.max_bits)))
-        beside = super().nominal_bytes(spec, shape, pairs)
-        return beside + torch.float16.itemsize * each * shape.channels
+        each = int(shape_counts(spec, torch.tensor(spec.max_bits)))
+        return super().nominal_bytes(spec, shape, pairs) + torch.int8.itemsize * each * shape.channels
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -147,10 +151,7 @@ class TrellisQuantizer(Quantizer):
     @property
     def coefficients(self) -> Tensor:
         """Coefficients of the levels, float32 ``[C, 6]``, zero for coefficients that a channel does not have."""
-        params = self.params
-        if params.coefficients.ndim == 2:
-            return params.coefficients
-        return unpack_coefficients(self.spec, params.bits, params.coefficients)
+        return self.params.level_coefficients(self.spec)
 
     @property
     def levels(self) -> Tensor:
@@ -351,15 +352,18 @@ class TrellisQuantizer(Quantizer):
         return self.inverse_transform(self.decode(q.codes))
 
 
-def _check_levels(spec: TrellisSpec, bits: Tensor, coefficients: Tensor) -> None:
-    """Check the widths, the number of coefficients, and that levels are finite and sorted."""
+def _check_levels(spec: TrellisSpec, bits: Tensor, stored: StoredLevels) -> None:
+    """Check the widths, the shapes, and that levels are finite and sorted."""
     if int(bits.max()) > spec.max_bits:
         raise TensorProblem("bits", f"has widths over {spec.max_bits}")
-    needed = int(coefficient_counts(spec, bits).sum())
-    if len(coefficients) != needed:
-        raise TensorProblem("coefficients", f"has {len(coefficients)} numbers, its channels need {needed}")
-    levels = computed_levels(unpack_coefficients(spec, bits, coefficients), level_places(spec, bits))
+    needed = int(shape_counts(spec, bits).sum())
+    if len(stored.shape) != needed:
+        raise TensorProblem("level_shape", f"has {len(stored.shape)} numbers, its channels need {needed}")
+    coefficients = stored_coefficients(spec, bits, stored)
+    levels = computed_levels(coefficients, level_places(spec, bits))
     if not bool(torch.isfinite(levels).all()):
-        raise TensorProblem("coefficients", "gives levels that are not finite")
+        raise TensorProblem("level_scale", "gives levels that are not finite")
+    if bool((coefficients[:, 1] < 0).any()):
+        raise TensorProblem("level_shape", f"has a channel whose magnitudes sum to over {SHAPE_STEPS}")
     if bool((levels.diff(dim=1) < 0).any()):
-        raise TensorProblem("coefficients", "gives levels that fall")
+        raise TensorProblem("level_shape", "gives levels that fall")

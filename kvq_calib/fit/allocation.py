@@ -130,6 +130,41 @@ def allocate(tables: Sequence[Choices], budget: float) -> list[Tensor]:
     return chosen(high)
 
 
+def spend_the_rest(tables: Sequence[Choices], chosen: Sequence[Tensor], budget: float) -> list[Tensor]:
+    """Spend what :func:`allocate` leaves of the budget, because its steps are whole rows.
+
+    Again and again, the row that saves the most error per stored bit takes more bits, among those that the budget
+    allows.
+
+    Args:
+        tables: one table for each layer and kind.
+        chosen: the choice of every row, int64 ``[R]``, for each table.
+        budget: mean bits per number in the cache.
+    """
+    found = [own.clone() for own in chosen]
+    held = sum(table.channels * table.tokens for table in tables)
+    stored = [table.bits[own].sum() * table.tokens for table, own in zip(tables, found, strict=True)]
+    left = budget * held - float(sum(stored))
+
+    def best(table: Choices, own: Tensor) -> tuple[float, int]:
+        """The largest saving per bit, and its place in the table; a saving of 0 if nothing can be saved."""
+        added = (table.bits - table.bits[own][:, None]) * table.tokens
+        saved = table.cost.gather(1, own[:, None]) - table.cost
+        rate = torch.where((added > 0) & (added <= left), saved / added, 0.0).flatten()
+        at = int(rate.argmax())
+        return float(rate[at]), at
+
+    while True:
+        candidates = [best(table, own) for table, own in zip(tables, found, strict=True)]
+        number = max(range(len(candidates)), key=lambda n: candidates[n][0])
+        rate, at = candidates[number]
+        if rate <= 0:
+            return found
+        table, (row, choice) = tables[number], divmod(at, len(tables[number].bits))
+        left -= float((table.bits[choice] - table.bits[found[number][row]]) * table.tokens)
+        found[number][row] = choice
+
+
 def within_budget(
     target: float,
     widths_at: Callable[[float], list[Tensor]],
