@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from statistics import median
 
 import pytest
 import torch
@@ -45,19 +46,20 @@ def takes_single_tokens(model, artifact: KVArtifact) -> bool:
 
 
 def assert_modes_agree(model, artifact: KVArtifact) -> None:
-    """Evaluation in one pass and through the packed cache give the same KL, within a tenth.
+    """Evaluation in one pass and through the packed cache give the same KL, within a tenth, in the median window.
 
-    A model that takes single tokens would see up to 31 exact neighbours of each in the cache, and its states would
+    Where experts are chosen, a rounding error may choose another one, so single windows can differ by far more. A
+    model that takes single tokens would see up to 31 exact neighbours of each in the cache, and its states would
     include less error. So it gets the whole text in its first pass.
     """
     ids = token_ids(16, 96, seed=5)
     chunk = ids.shape[1] if takes_single_tokens(model, artifact) else BLOCK_TOKENS
     prefill, decode = (
-        measure_perplexity(model, {"x": artifact}, TokenWindows(ids, {"sha256": ""}), config)[0].kl_mean
+        measure_perplexity(model, {"x": artifact}, TokenWindows(ids, {"sha256": ""}), config)[0].kl_windows
         for config in (EvalConfig(mode="prefill"), EvalConfig(mode="decode", chunk=chunk))
     )
-    assert prefill > 1e-4, "nothing was quantized"
-    assert 0.9 < decode / prefill < 1.1, (prefill, decode)
+    assert min(prefill) > 1e-4, "nothing was quantized"
+    assert 0.9 < median(b / a for a, b in zip(prefill, decode, strict=True)) < 1.1, (prefill, decode)
 
 
 @torch.no_grad()
