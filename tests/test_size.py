@@ -103,11 +103,11 @@ def test_an_artifact_adds_up_what_its_quantizers_say(name):
         (ScalarSpec(bits=3), 3, 4 * 8 + 2 * 4 * 24),
         (ScalarSpec(bits=4, thresholds="token"), 4, 4 * 16),
         (TrellisSpec(max_bits=1, states=1), 1, 24 * (1 + 2 * 2)),
-        (TrellisSpec(max_bits=3, pair_rotation=True), 3, 24 * (1 + 2 * 4) + 2 * 2 * 5),
+        (TrellisSpec(max_bits=3, pair_rotation=True), 3, 24 * (1 + 2 * 2 + 2) + 2 * 2 * 5),
         (
             TrellisSpec(max_bits=2, error_compensation={"rank": 4}, token_weighting=True),
             2,
-            24 * (1 + 2 * 4) + 2 * (12 * 4 + 4 + 2 * 12) + 2 * (2 * 32 + 4),
+            24 * (1 + 2 * 2 + 2) + 2 * (12 * 4 + 4 + 2 * 12) + 2 * (2 * 32 + 4),
         ),
     ],
 )
