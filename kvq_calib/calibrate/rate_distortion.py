@@ -293,6 +293,7 @@ class _BudgetedFit:
 
 
 def _allocated(options: Sequence[Choices], budget: float) -> list[Tensor]:
+    """The choice of every row that uses as much of the budget as whole rows allow."""
     return spend_the_rest(options, allocate(options, budget), budget)
 
 
