@@ -103,7 +103,7 @@ def test_what_is_stored_never_falls(seed, width, states, size):
 
 @pytest.mark.parametrize("width", [3, 6])
 def test_lower_coefficients_make_up_for_the_rounding_of_higher_ones(width):
-    """On random cubics and quintics, less than a quarter of the squared error of rounding each coefficient by itself."""
+    """On random polynomials, less than a quarter of the squared error of rounding each coefficient by itself."""
     generator = torch.Generator().manual_seed(1)
     spec, bits = TrellisSpec(max_bits=width), torch.full((200,), width, dtype=torch.uint8)
     basis = level_basis(spec, bits)
