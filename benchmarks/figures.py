@@ -55,7 +55,7 @@ _RECIPES = {"kvq4": "s0", "kvq3": "s2", "kvq2": "s4", "nuq4-1p": "s1", "nuq3-1p"
 def kl_by_bits(palette: Palette) -> Chart:
     """KL divergence against bits for our recipes, KVQuant and other projects, all on the same 2 windows.
 
-    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and the current ``kvq*``, and
+    ``compare-llamacpp-wikitext2.json`` has the caches of llama.cpp and ``kvq*`` with computed levels, and
     ``compare-newer-wikitext2.json`` other rivals added later. The first record has the rest.
     """
     names = ("compare-wikitext2", "compare-llamacpp-wikitext2", "compare-newer-wikitext2")
