@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from statistic_helpers import normal
 
-from kvq_calib.fit.density import lloyd, spread_levels, weighted_error
+from kvq_calib.fit.density import lloyd, spread_levels, spread_within_bins, weighted_error
 from kvq_calib.fit.kmeans import distortion, exact_kmeans
 
 
@@ -53,3 +53,26 @@ def test_levels_for_a_trellis_follow_the_optimal_density() -> None:
     assert float((moved - grid[0, 6000]).abs().min()) > 0.4
     least = lloyd(grid, heavy, 16)
     assert float((least - grid[0, 6000]).abs().min()) < 0.01
+
+
+def test_spread_over_bins_by_hand() -> None:
+    points = torch.tensor([[0.0, 1.0, 2.0, 4.0, 5.0, 6.0]], dtype=torch.float64)
+    weights = torch.tensor([[1.0, 2.0, 4.0, 2.0, 0.0, 8.0]], dtype=torch.float64)
+    spread, shares = spread_within_bins(points, weights)
+    assert shares.view(6, 4).T.tolist() == [(weights[0] / 4).tolist()] * 4
+    # Half of the shorter way to the next bin, if both neighbours have weight.
+    reach = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.5, 0.0]).double()
+    parts = torch.tensor([-0.75, -0.25, 0.25, 0.75]).double()
+    torch.testing.assert_close(spread.view(6, 4), points[0][:, None] + reach[:, None] * parts)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), empty=st.floats(0, 0.9))
+def test_spread_over_bins_keeps_order_means_and_weights(seed: int, empty: float) -> None:
+    points = normal(3, 200, seed=seed).double().sort(1).values
+    weights = normal(3, 200, seed=seed + 1).double().square()
+    weights[normal(3, 200, seed=seed + 2).abs() < empty] = 0.0
+    spread, shares = spread_within_bins(points, weights)
+    assert bool((spread.diff(dim=1) >= 0).all())
+    torch.testing.assert_close(spread.unflatten(1, (200, 4)).mean(2), points)
+    torch.testing.assert_close(shares.unflatten(1, (200, 4)).sum(2), weights)

@@ -40,10 +40,11 @@ KVQ_DEVICE int lane_head(int i) { return 2 * (kFold ? lane_id() % 2 : lane_id() 
 // the widths of its pairs' first and second channels, or of its first and second eight channels. Negative widths are
 // kNarrow, kMedium and kAnyWidth. kvq_calib/runtime/cuda/kinds.py has the same lists.
 #define KVQ_KEY_KINDS \
-    0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -1, -1, -2, -2, -3, -3
+    0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, \
+        -1, -1, -2, -2, -3, -3
 #define KVQ_VALUE_KINDS \
     0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 2, 4, 3, 3, 3, 4, 3, 5, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, -2, -2, -3, -3
-constexpr int kKinds = 16;  // room for this many
+constexpr int kKinds = 24;  // room for this many
 
 struct DecodeParams {
     const uint16_t *query;            // [B, Hq, D], rotated by the model

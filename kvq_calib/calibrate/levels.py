@@ -28,7 +28,7 @@ from kvq_calib.codec.computed_levels import (
 from kvq_calib.codec.trellis import TrellisQuantizer
 from kvq_calib.codec.trellis_params import TrellisParams
 from kvq_calib.fit.allocation import PlaceLevels, width_errors
-from kvq_calib.fit.density import evenly_weighted, lloyd, spread_levels
+from kvq_calib.fit.density import evenly_weighted, lloyd, spread_levels, spread_within_bins
 from kvq_calib.fit.rising_polynomials import chord, evaluate, least_squares, nearest_polynomial, toward
 from kvq_calib.schema.geometry import HeadShape
 from kvq_calib.schema.spec import TrellisSpec
@@ -84,6 +84,7 @@ def errors_by_width(points: Tensor, weights: Tensor, spec: TrellisSpec) -> Tenso
     """
     counts = [spec.level_count(bits) for bits in range(spec.max_bits + 1)]
     coded_error = _PATH_OVER_NEAREST if spec.states > 1 else 1.0
+    points, weights = spread_within_bins(points, weights)
     return width_errors(points, weights, level_placement(spec), counts, coded_error)
 
 
@@ -105,6 +106,7 @@ def fit_levels(
         spec: spec of the keys or values.
         effort: effort of the fit.
     """
+    points, weights = spread_within_bins(points, weights)
     basis, samples = level_basis(spec, bits), _drawn(points, weights, effort.samples)
     current = _start(spec, bits, basis, _placed(points, weights, bits, spec), samples)
     first = evaluate(basis, current)

@@ -2,17 +2,18 @@
 
 A vector register or a warp reads several channels at once, and code for one width is faster than code for any width. So
 widths are chosen for groups of channels of one head. A group of values has eight channels. A group of keys has four
-RoPE pairs, whose first channels have one width, and whose second channels have the same or the next. Channels with
-similar errors are grouped.
+RoPE pairs, whose first channels have one width, and whose second channels have the same or the next, or any width if
+the first have no bits. Channels with similar errors are grouped, and regrouped when their widths are known.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kvq_calib.fit.allocation import Choices
@@ -29,12 +30,14 @@ class WidthGroups:
     """Groups of channels, and the possible widths of a group.
 
     Attributes:
-        members: channels, int64 ``[G, P, n]``: each group has ``P`` parts of ``n``.
+        members: channels, int64 ``[G, P, n]``: each group has ``P`` parts of ``n``, and each head as many groups.
         choices: the widths of the parts, int64 ``[K, P]``.
+        heads: number of heads.
     """
 
     members: Tensor
     choices: Tensor
+    heads: int
 
     def options(self, errors: Tensor, tokens: int) -> Choices:
         """The choices of the groups.
@@ -52,6 +55,27 @@ class WidthGroups:
         found = torch.empty(self.members.numel(), dtype=torch.uint8)
         found[self.members] = self.choices[chosen][..., None].expand_as(self.members).to(torch.uint8)
         return found
+
+    def regrouped(self, widths: Tensor, errors: Tensor) -> WidthGroups:
+        """The groups with the least error if each keeps its widths, and channels or pairs change places within a head.
+
+        Args:
+            widths: of all channels, uint8 ``[C]``, as :meth:`widths` returns them.
+            errors: error of every channel at every width, float64 ``[C, widths]``.
+        """
+        size = self.members.shape[2]
+        places = widths[self.members[..., 0]].to(torch.int64).unflatten(0, (self.heads, -1))
+        found = []
+        for own, parts in zip(places, self._by_head(), strict=True):
+            cost = errors[parts[:, None], own].sum(-1).repeat_interleave(size, 1)
+            taken = torch.from_numpy(linear_sum_assignment(cost.T.numpy())[1])
+            found.append(parts[taken].unflatten(0, (-1, size)))
+        return replace(self, members=torch.cat(found).mT.contiguous())
+
+    def _by_head(self) -> Tensor:
+        """The channels that stay together, int64 ``[H, N, P]``."""
+        whole: Tensor = self.members.mT.unflatten(0, (self.heads, -1)).flatten(1, 2)
+        return whole
 
 
 def channel_groups(errors: Tensor, heads: int, floor: int) -> WidthGroups:
@@ -80,7 +104,7 @@ def pair_groups(errors: Tensor, heads: int, pairs: Sequence[tuple[int, int]], fl
     both = torch.tensor(pairs) + size * torch.arange(heads)[:, None, None]
     easier = _compared(errors)[both].argsort(dim=-1, stable=True)
     widths = range(floor, errors.shape[1])
-    choices = [(a, b) for a in widths for b in widths if b in (a, a + 1)]
+    choices = [(a, b) for a in widths for b in widths if b in (a, a + 1) or a == 0]
     return _grouped(both.gather(-1, easier), errors, _PAIRS, torch.tensor(choices))
 
 
@@ -93,4 +117,4 @@ def _grouped(parts: Tensor, errors: Tensor, size: int, choices: Tensor) -> Width
     order = _compared(errors)[parts].sum(-1).argsort(dim=1, stable=True)
     ordered = parts.gather(1, order[..., None].expand_as(parts))
     groups = ordered.unflatten(1, (-1, math.gcd(parts.shape[1], size))).flatten(0, 1)
-    return WidthGroups(groups.mT.contiguous(), choices)
+    return WidthGroups(groups.mT.contiguous(), choices, len(parts))

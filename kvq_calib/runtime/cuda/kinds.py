@@ -31,7 +31,8 @@ _MOST = {NARROW: 3, MEDIUM: 5, ANY: 8}
 Widths = tuple[int, int]
 #: Widths of a pair's first and second channel, in the order of their steps. ``decode_params.cuh`` has the same list.
 KEY_KINDS: tuple[Widths, ...] = (
-    *((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5), (5, 5), (5, 6), (6, 6)),
+    *((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4)),
+    *((4, 4), (4, 5), (5, 5), (5, 6), (6, 6)),
     *((NARROW, NARROW), (MEDIUM, MEDIUM), (ANY, ANY)),
 )
 #: Widths of a tile's first and second eight channels, in the order of their tiles.
@@ -40,7 +41,7 @@ VALUE_KINDS: tuple[Widths, ...] = (
     *((5, 6), (6, 6), (MEDIUM, MEDIUM), (ANY, ANY)),
 )
 #: Bytes of a head's table of ends.
-KIND_ROOM = 16
+KIND_ROOM = 24
 _STEP, _TILE = 4, 16
 
 Item = TypeVar("Item")
