@@ -603,6 +603,7 @@ def test_artifacts_are_what_their_names_say(file: Path) -> None:
         ("nuq-wikitext2", "smollm2-135m-wikitext2"),
         ("long-wikitext2", "smollm2-135m-wikitext2"),
         ("c4", "smollm2-135m-c4"),
+        ("kvq-gemma3-270m-wikitext2", "gemma3-270m-wikitext2"),
     ],
 )
 def test_a_record_is_of_the_artifacts_that_stand_beside_it(record: str, folder: str) -> None:

@@ -47,7 +47,7 @@ _FACTOR_RANKS = (1, 2, 4, 8, 16, 32)
 #: Bounds on a measured cost, as multiples of the estimate. Small measured costs of a single head are noisy, and can be
 #: negative.
 _MOST, _LEAST = 64.0, 1 / 8
-#: How often channels are regrouped by the widths found. More lower the estimated error by under 0.2%.
+#: How often channels are regrouped by the widths found. More lower the estimated error by under 0.4%.
 _REGROUPINGS = 4
 
 
