@@ -68,7 +68,8 @@ class WidthGroups:
         found = []
         for own, parts in zip(places, self._by_head(), strict=True):
             cost = errors[parts[:, None], own].sum(-1).repeat_interleave(size, 1)
-            taken = torch.from_numpy(linear_sum_assignment(cost.T.numpy())[1])
+            # In float32, so that the last bits of statistics do not choose between equal solutions.
+            taken = torch.from_numpy(linear_sum_assignment(cost.T.float().numpy())[1])
             found.append(parts[taken].unflatten(0, (-1, size)))
         return replace(self, members=torch.cat(found).mT.contiguous())
 
