@@ -127,7 +127,8 @@ def main() -> int:
     print(json.dumps(found, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps({"config": environment(), **found}, indent=2) + "\n")
-    grown = found["memory_mib"][-1][1] - found["memory_mib"][len(found["memory_mib"]) // 2][1]
+    memory = [mib for _, mib in found["memory_mib"]]
+    grown = memory[-1] - memory[len(memory) // 2]
     return int(found["wrong lengths"] > 0 or free != pages or grown > MOST_GROWTH)
 
 

@@ -59,8 +59,10 @@ def test_spread_over_bins_by_hand() -> None:
     points = torch.tensor([[0.0, 1.0, 2.0, 4.0, 5.0, 6.0]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 2.0, 4.0, 2.0, 0.0, 8.0]], dtype=torch.float64)
     spread, shares = spread_within_bins(points, weights)
-    assert shares.view(6, 4).T.tolist() == [(weights[0] / 4).tolist()] * 4
-    # Half of the shorter way to the next bin, if both neighbours have weight.
+    assert shares.view(6, 4).tolist() == [
+        *([1.0, 0, 0, 0], [0.5] * 4, [1.0] * 4, [2.0, 0, 0, 0], [0.0] * 4, [8.0, 0, 0, 0])
+    ]
+    # Half of the shorter way to the next bin, if both neighbours have weight; otherwise it stays one point.
     reach = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.5, 0.0]).double()
     parts = torch.tensor([-0.75, -0.25, 0.25, 0.75]).double()
     torch.testing.assert_close(spread.view(6, 4), points[0][:, None] + reach[:, None] * parts)
@@ -74,5 +76,5 @@ def test_spread_over_bins_keeps_order_means_and_weights(seed: int, empty: float)
     weights[normal(3, 200, seed=seed + 2).abs() < empty] = 0.0
     spread, shares = spread_within_bins(points, weights)
     assert bool((spread.diff(dim=1) >= 0).all())
-    torch.testing.assert_close(spread.unflatten(1, (200, 4)).mean(2), points)
     torch.testing.assert_close(shares.unflatten(1, (200, 4)).sum(2), weights)
+    torch.testing.assert_close((spread * shares).unflatten(1, (200, 4)).sum(2), points * weights)

@@ -119,9 +119,12 @@ def run(config: CalibrationConfig, family: str = "llama") -> tuple[object, dict[
 def test_learning_lowers_the_divergence_on_unseen_text_and_is_deterministic(family: str) -> None:
     # Levels that were fitted without the gradients leave something to learn.
     settings = {"bits_per_element": 2.0, "context": 65536, "self_generated": 0, "shrinkage": 1.0}
-    # Of this seed's pieces the gain is five percent; on one window left out it can drown in noise.
-    artifact, brought = run(recipe(allocation=settings, seed=2), family)
-    assert 0 < brought["kl_after"] < brought["kl_before"]
+    # The gain on one window left out can drown in noise, so three draws of pieces are judged together.
+    found = [run(recipe(allocation=settings, seed=seed), family) for seed in range(3)]
+    before, after = ([brought[name] for _, brought in found] for name in ("kl_before", "kl_after"))
+    assert all(0 < new <= old for new, old in zip(after, before, strict=True))
+    assert sum(after) < 0.98 * sum(before)
+    artifact = found[2][0]
     again, _ = run(recipe(allocation=settings, seed=2, recompute=family == "gemma2"), family)
     if family != "gemma2":
         assert again.to_bytes() == artifact.to_bytes()

@@ -42,7 +42,7 @@ def test_a_channel_without_weight_or_without_movement_is_no_special_case(states)
 
 
 def test_errors_at_large_widths_are_those_of_the_values_in_the_bins():
-    """One point per bin would have a third of the error: 256 levels are as dense as the bins."""
+    """One point per bin would have 0.84 of the error with 128 levels."""
     step = 0.02  # of a bin, in standard deviations
     points = torch.arange(-4, 4, step, dtype=torch.float64)[None]
     weights = torch.exp(-points.square() / 2)
@@ -53,7 +53,7 @@ def test_errors_at_large_widths_are_those_of_the_values_in_the_bins():
     for width in (6, 7):
         levels = lloyd(fine, density, 2**width)
         exact = weighted_error(levels, fine, density / density.sum())
-        torch.testing.assert_close(found[:, width], exact, rtol=0.15, atol=0)
+        torch.testing.assert_close(found[:, width], exact, rtol=0.03, atol=0)
 
 
 def test_four_levels_or_fewer_can_be_any():
@@ -88,16 +88,13 @@ def test_levels_follow_a_distribution_that_is_not_symmetric():
     assert float((quantizer_of(grid, weights, [4], spec)(x) - x).square().mean()) < 0.011
 
 
-@pytest.mark.parametrize(("heavy", "lowest"), [(1e3, -0.2), (1e4, -0.2), (1e5, -0.2), (1e6, -0.16)])
-def test_a_single_value_of_much_weight_does_not_draw_all_levels_to_it(heavy, lowest):
-    """With 1e6, three of the samples that levels are fitted to have another value."""
+def test_a_single_value_of_much_weight_does_not_draw_all_levels_to_it():
     grid = torch.cat((torch.linspace(-0.2, 0.2, 400), torch.tensor([0.27])))[None].double()
     weights = torch.ones_like(grid)
-    weights[:, -1] = heavy
+    weights[:, -1] = 1e6
     levels = quantizer_of(grid, weights, [6], TrellisSpec(max_bits=6)).levels.double()
-    assert float(levels[0, 0]) < lowest
-    assert float((levels > 0.2).double().mean()) < 0.6
-    assert float(weighted_error(levels, grid, weights) / weights.sum()) < min(1e-6, 0.1 / heavy)
+    assert float(levels[0, 0]) < -0.18
+    assert float(weighted_error(levels, grid, weights) / weights.sum()) < 1e-7
 
 
 @settings(deadline=None, max_examples=40)

@@ -107,7 +107,7 @@ def test_regrouping_keeps_widths_and_lowers_the_error(seed: int, heads: int, siz
     def error(members: torch.Tensor) -> float:
         return float(errors[members, places[..., None].expand_as(members)].sum())
 
-    assert error(found.members) <= error(groups.members) * (1 + 1e-12)
+    assert error(found.members) <= error(groups.members) * (1 + 1e-6)  # costs are compared in float32
     again = widths_of(found, errors, 2.5)
     assert float(again.double().mean()) <= 2.5
 

@@ -53,7 +53,9 @@ def spread_within_bins(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
     reach[:, 1:-1] = inside * (filled[:, 2:] & filled[:, :-2])
     parts = (torch.arange(_PARTS, dtype=points.dtype) + 0.5) * 2 / _PARTS - 1
     spread = points[..., None] + reach[..., None] * parts
-    return spread.flatten(1), (weights / _PARTS).repeat_interleave(_PARTS, 1)
+    whole = (parts == parts[0]).to(weights)  # the share of each part in a bin that stays one point
+    share = torch.where(reach[..., None] > 0, 1 / _PARTS, whole)
+    return spread.flatten(1), (weights[..., None] * share).flatten(1)
 
 
 def lloyd(points: Tensor, weights: Tensor, k: int) -> Tensor:

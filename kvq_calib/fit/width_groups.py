@@ -65,18 +65,14 @@ class WidthGroups:
         """
         size = self.members.shape[2]
         places = widths[self.members[..., 0]].to(torch.int64).unflatten(0, (self.heads, -1))
+        together: Tensor = self.members.mT.unflatten(0, (self.heads, -1)).flatten(1, 2)  # [H, N, P]
         found = []
-        for own, parts in zip(places, self._by_head(), strict=True):
+        for own, parts in zip(places, together, strict=True):
             cost = errors[parts[:, None], own].sum(-1).repeat_interleave(size, 1)
             # In float32, so that the last bits of statistics do not choose between equal solutions.
             taken = torch.from_numpy(linear_sum_assignment(cost.T.float().numpy())[1])
             found.append(parts[taken].unflatten(0, (-1, size)))
         return replace(self, members=torch.cat(found).mT.contiguous())
-
-    def _by_head(self) -> Tensor:
-        """The channels that stay together, int64 ``[H, N, P]``."""
-        whole: Tensor = self.members.mT.unflatten(0, (self.heads, -1)).flatten(1, 2)
-        return whole
 
 
 def channel_groups(errors: Tensor, heads: int, floor: int) -> WidthGroups:
