@@ -107,9 +107,15 @@ def test_the_first_layer_gets_more_of_the_budget():
     model = model_with_an_outlying_token()
 
     def bits(factor: float) -> float:
+        budget = (
+            "allocation.bits_per_element=2.4"  # at 3.4, all channels of the layer reach the largest width
+        )
         settings = calibration_config(
             "kvq3",
-            assignments=("learn=null", "allocation.context=65536", f"allocation.first_layer_weight={factor}"),
+            assignments=(
+                *("learn=null", "allocation.context=65536", budget),
+                f"allocation.first_layer_weight={factor}",
+            ),
         )
         done = calibrate(model, windows_without_it(), {"r": settings}, model_id="", model_config={})
         params = done.artifacts["r"].layers[0]
